@@ -1,0 +1,3 @@
+//! Placement of blocks.
+pub mod eviction;
+pub mod simulate;
