@@ -72,7 +72,7 @@ pub struct SlotEntry {
     crc32: AtomicU32,
     /// Leases held through the daemon.
     leases: AtomicU32,
-    /// State in bits 0..2, pins in bits 8..32.
+    /// State in bits 0..2, copies in lower tiers in 2..7, being demoted in 7, pins in 8..32.
     state: AtomicU32,
 }
 
@@ -161,7 +161,7 @@ impl SlotEntry {
     /// slot must then look for readers: fence, and scan their leases.
     pub fn withdraw(&self, state: SlotState) {
         let generation = self.generation.load(Ordering::Relaxed);
-        if generation % 2 == 0 {
+        if generation.is_multiple_of(2) {
             self.generation.store(generation + 1, Ordering::SeqCst);
             fence(Ordering::SeqCst);
         }
@@ -189,8 +189,41 @@ impl SlotEntry {
     }
 
     fn set_state(&self, state: SlotState) {
-        let others = self.state.load(Ordering::Relaxed) & !3;
+        // Copies and pins belong to a resident block: another state starts without.
+        let others = if state == SlotState::Resident { self.state.load(Ordering::Relaxed) & !3 } else { 0 };
         self.state.store(others | state.bits(), Ordering::Relaxed);
+    }
+
+    /// Lower tiers that hold a copy of the block: bit 0 Nvme, bit 1 Object.
+    pub fn copies(&self) -> u8 {
+        (self.state.load(Ordering::Relaxed) >> 2 & 0x1F) as u8
+    }
+
+    /// Daemon: sets the lower tiers that hold a copy.
+    pub fn set_copies(&self, copies: u8) {
+        let others = self.state.load(Ordering::Relaxed) & !(0x1F << 2);
+        self.state.store(others | u32::from(copies & 0x1F) << 2, Ordering::Relaxed);
+    }
+
+    /// True while a copy is being made in a lower tier.
+    pub fn is_demoting(&self) -> bool {
+        self.state.load(Ordering::Relaxed) >> 7 & 1 == 1
+    }
+
+    /// Daemon: a copy is being made, or no longer is.
+    pub fn set_demoting(&self, demoting: bool) {
+        let others = self.state.load(Ordering::Relaxed) & !(1 << 7);
+        self.state.store(others | u32::from(demoting) << 7, Ordering::Relaxed);
+    }
+
+    /// The next entry of the daemon's list of free slots, while this one is free.
+    pub fn next_free(&self) -> u32 {
+        self.length.load(Ordering::Relaxed)
+    }
+
+    /// Daemon: see [`Self::next_free`].
+    pub fn set_next_free(&self, next: u32) {
+        self.length.store(next, Ordering::Relaxed);
     }
 
     /// Pins on the block.

@@ -1,3 +1,21 @@
-//! Placement of blocks.
+//! Placement: which blocks are where, which stay and which go.
+//!
+//! Owns layouts, residency, eviction and the Host tier. Knows nothing of the network, of configuration
+//! files, or of who asks.
+
+pub mod caps;
+mod clock;
 pub mod eviction;
+pub mod host;
+mod layout;
+mod pool;
+mod readable;
+pub mod residency;
 pub mod simulate;
+
+pub use clock::BootTime;
+pub use kvstore_plane::{InvalidHash, SEQUENCE_HASH_BYTES_MAX, SequenceHash};
+pub use kvstore_transfer::{HugePages, crc32};
+pub use layout::{BlockKind, DimensionOrder, InvalidLayout, LayerGroup, Layout, PartRange, Shard};
+pub use pool::PoolId;
+pub use readable::{GroupPresence, readable_prefix};

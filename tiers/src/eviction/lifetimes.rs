@@ -267,8 +267,8 @@ impl Lifetimes {
 fn gittins(hazard: &ByBin) -> ByBin {
     std::array::from_fn(|from| {
         let (mut alive, mut hit, mut time, mut best) = (1.0f32, 0.0f32, 0.0f32, 0.0f32);
-        for bin in from..BINS - 1 {
-            let ends = hazard[bin] * alive;
+        for (bin, hazard) in hazard.iter().enumerate().take(BINS - 1).skip(from) {
+            let ends = hazard * alive;
             time += (bin_start(bin + 1) - bin_start(bin)) * (alive - 0.5 * ends);
             hit += ends;
             alive -= ends;

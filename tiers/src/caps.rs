@@ -1,0 +1,37 @@
+//! The bounds of this crate, each with its reason.
+
+/// Bytes of one block at most: the directory holds lengths in 32 bits, and a block is copied in one piece.
+pub const BLOCK_BYTES_MAX: u64 = 1 << 30;
+/// Layouts of one namespace at most. A layout is a model, a weights version and a rank: a node serves tens.
+pub const LAYOUTS_MAX: usize = 1024;
+/// Namespaces at most; each is configured by hand.
+pub const NAMESPACES_MAX: usize = 64;
+/// Layer groups of a layout at most: hybrid models have two to four.
+pub const GROUPS_MAX: usize = 64;
+/// Shards of a tensor-parallel group at most.
+pub const SHARDS_MAX: u32 = 1024;
+/// Slabs of one namespace at most: the key table has 20 bits for them.
+pub const SLABS_MAX: usize = 1 << 20;
+/// Bytes of a slab, where the Host tier is large: large enough that its faults and its file descriptor
+/// cost nothing per block, small enough to move between layouts.
+pub const SLAB_BYTES_MAX: u64 = 64 << 20;
+/// Bytes of a slab, where the Host tier is small.
+pub const SLAB_BYTES_MIN: u64 = 4 << 20;
+/// Slabs into which a Host tier is cut, where that gives a size between the two above: a layout's share
+/// is then right to about 3%.
+pub const SLABS_PER_TIER: u64 = 32;
+/// The least Host tier: one small slab.
+pub const HOST_BYTES_MIN: u64 = SLAB_BYTES_MIN;
+/// Blocks being filled at once, of one namespace.
+pub const FILLS_MAX: usize = 4096;
+/// A writer that brought nothing for this long may be replaced by one that waits.
+pub const FILL_STALL_MS: u64 = 1000;
+/// Pins and tickets at once, of one namespace.
+pub const HOLDS_MAX: usize = 65_536;
+/// At most this part of the Host tier may be pinned or held by tickets, in percent: the rest must be able
+/// to turn over.
+pub const HELD_PERCENT_MAX: u64 = 50;
+/// The longest life of a pin: a day. Longer needs are renewed.
+pub const PIN_TTL_MS_MAX: u64 = 24 * 3600 * 1000;
+/// The longest life of a look-up ticket: enough for a scheduling step, too short to hoard by.
+pub const TICKET_TTL_MS_MAX: u64 = 30_000;

@@ -1,0 +1,163 @@
+//! Filling: the one way in which bytes enter the Host tier.
+
+use std::sync::Arc;
+
+use kvstore_plane::SequenceHash;
+use kvstore_transfer::{FillError, SlotFill};
+
+use super::HostTier;
+use super::namespace::{NamespaceId, RegisteredLayout};
+use super::room::{Room, SlabPlan};
+use crate::clock::BootTime;
+use crate::residency::{FillTicket, FlightSource, Incoming, Priority, Publish, Reserve, Urgency};
+
+/// A writer that is slower than this between two notes counts as having stalled in between; a quarter of
+/// the stall after which another may take over.
+const NOTE_PROGRESS_MS: u64 = crate::caps::FILL_STALL_MS / 4;
+
+/// A block that a client wants to write.
+#[derive(Clone, Copy, Debug)]
+pub struct FillRequest<'a> {
+    /// The layout.
+    pub layout: &'a RegisteredLayout,
+    /// The layer group.
+    pub group: u16,
+    /// The block's name.
+    pub hash: SequenceHash,
+    /// The block before it.
+    pub parent: Option<SequenceHash>,
+    /// Its bytes: what the layout says, or less for kinds that vary.
+    pub length: u32,
+    /// True for the last block of the client's request.
+    pub tail: bool,
+    /// When the writer gives up.
+    pub deadline: BootTime,
+}
+
+/// What came of [`HostTier::begin_fill`].
+pub enum BeginFill {
+    /// Fill it, then commit.
+    Fill(BlockFill),
+    /// Already readable.
+    Resident,
+    /// Another writer brings it: look again soon; once it stalled, the next call takes over.
+    InFlight,
+    /// Make this slab, then call again.
+    NeedsSlab(SlabPlan),
+    /// No room, and nothing that may leave.
+    Busy,
+}
+
+impl HostTier {
+    /// Reserves a slot for a block. Evicts as needed; never waits.
+    pub fn begin_fill(self: &Arc<Self>, request: &FillRequest<'_>, now: BootTime) -> BeginFill {
+        let namespace = request.layout.namespace;
+        let Some(group) = request.layout.group(u32::from(request.group)) else { return BeginFill::Busy };
+        let key = Self::key(request.layout, request.group, request.hash);
+        let incoming =
+            Incoming { key, kind: group.group.kind, parent: request.parent, pool: group.pool, tail: request.tail };
+        let urgency = Urgency { source: FlightSource::Writer, priority: Priority::Demand, deadline: request.deadline };
+        let mut state = self.state.lock();
+        loop {
+            let Some(at) = state.namespace_mut(namespace) else { return BeginFill::Busy };
+            match at.residency.reserve(&incoming, urgency, now) {
+                Reserve::Reserved(ticket) => {
+                    at.note_demand(group.pool, 1, now);
+                    return self.fill(namespace, ticket, request.length, &at.residency, now);
+                }
+                Reserve::Resident => return BeginFill::Resident,
+                Reserve::InFlight => return BeginFill::InFlight,
+                Reserve::Busy => return BeginFill::Busy,
+                Reserve::NoSlot => match self.room_in(&mut state, namespace, group.pool, now) {
+                    Room::Make(plan) => return BeginFill::NeedsSlab(plan),
+                    Room::Taken(slab) => {
+                        drop(state);
+                        drop(slab);
+                        state = self.state.lock();
+                    }
+                    Room::Evicted => {}
+                    Room::Busy => return BeginFill::Busy,
+                },
+            }
+        }
+    }
+
+    fn fill(
+        self: &Arc<Self>,
+        namespace: NamespaceId,
+        ticket: FillTicket,
+        length: u32,
+        residency: &crate::residency::Residency<Arc<kvstore_transfer::Slab>>,
+        now: BootTime,
+    ) -> BeginFill {
+        let slab = residency.slab(ticket.slot.slab).cloned();
+        // SAFETY: the residency reserved this slot for this ticket alone: until BlockFill hands the ticket
+        // back, no other fill gets the slot and no reader finds it; a superseded slot is not reused either.
+        let fill = slab.and_then(|slab| unsafe { SlotFill::new(slab, ticket.slot.slot, length as usize) });
+        match fill {
+            Some(fill) => {
+                BeginFill::Fill(BlockFill { tier: Arc::clone(self), namespace, fill: Some((ticket, fill)), noted: now })
+            }
+            // The length was checked against the layout, whose slots are as large.
+            None => BeginFill::Busy,
+        }
+    }
+}
+
+/// The right to bring one block. Dropped without a commit, the block is not there, and its slot is free.
+pub struct BlockFill {
+    tier: Arc<HostTier>,
+    namespace: NamespaceId,
+    fill: Option<(FillTicket, SlotFill)>,
+    noted: BootTime,
+}
+
+impl BlockFill {
+    /// Copies `bytes` behind what is there.
+    pub fn append(&mut self, bytes: &[u8], now: BootTime) -> Result<(), FillError> {
+        let Some((ticket, fill)) = self.fill.as_mut() else { return Err(FillError { given: bytes.len(), room: 0 }) };
+        fill.append(bytes)?;
+        if now.ms_since(self.noted) >= NOTE_PROGRESS_MS {
+            self.noted = now;
+            if let Some(namespace) = self.tier.state.lock().namespace_mut(self.namespace) {
+                namespace.residency.progress(ticket, now);
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes still missing.
+    pub fn room(&self) -> usize {
+        self.fill.as_ref().map_or(0, |(_, fill)| fill.room())
+    }
+
+    /// CRC-32 of what was copied so far.
+    pub fn crc32(&self) -> u32 {
+        self.fill.as_ref().map_or(0, |(_, fill)| fill.crc32())
+    }
+
+    /// Makes the block readable. It must be complete: with bytes missing nothing is published.
+    pub fn commit(mut self) -> Publish {
+        let Some((ticket, fill)) = self.fill.take() else { return Publish::Superseded };
+        let (length, crc32, complete) = (fill.length() as u32, fill.crc32(), fill.room() == 0);
+        drop(fill);
+        let mut state = self.tier.state.lock();
+        let Some(namespace) = state.namespace_mut(self.namespace) else { return Publish::Superseded };
+        if complete {
+            return namespace.residency.publish(ticket, length, crc32);
+        }
+        namespace.residency.abort(ticket);
+        Publish::Superseded
+    }
+}
+
+impl Drop for BlockFill {
+    fn drop(&mut self) {
+        if let Some((ticket, fill)) = self.fill.take() {
+            drop(fill);
+            if let Some(namespace) = self.tier.state.lock().namespace_mut(self.namespace) {
+                namespace.residency.abort(ticket);
+            }
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Leases: reading blocks where they lie.
+
+use std::ops::Deref;
+use std::sync::Arc;
+
+use kvstore_plane::{SequenceHash, SlotKey, SlotRef};
+use kvstore_transfer::SlotBytes;
+
+use super::HostTier;
+use super::namespace::{Namespace, NamespaceId, RegisteredLayout};
+use crate::clock::BootTime;
+use crate::residency::Presence;
+
+/// One asked block.
+pub enum Leasing {
+    /// Readable until the lease is dropped.
+    Leased(LeasedBlock),
+    /// On its way.
+    InFlight,
+    /// Not here.
+    Miss,
+}
+
+/// A block's bytes, which stay as they are while this value lives.
+pub struct LeasedBlock {
+    tier: Arc<HostTier>,
+    namespace: NamespaceId,
+    slot: SlotRef,
+    /// Gone before the lease ends.
+    bytes: Option<SlotBytes>,
+    crc32: u32,
+}
+
+impl LeasedBlock {
+    /// CRC-32 of the bytes, as they were filled.
+    pub fn crc32(&self) -> u32 {
+        self.crc32
+    }
+}
+
+impl Deref for LeasedBlock {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.bytes.as_deref().unwrap_or_default()
+    }
+}
+
+impl AsRef<[u8]> for LeasedBlock {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+impl Drop for LeasedBlock {
+    fn drop(&mut self) {
+        self.bytes = None;
+        if let Some(namespace) = self.tier.state.lock().namespace_mut(self.namespace) {
+            namespace.residency.release(self.slot);
+        }
+    }
+}
+
+impl HostTier {
+    /// Leases the blocks of a request, in prefix order, and counts the hits as read by it.
+    pub fn lease_run(
+        self: &Arc<Self>,
+        layout: &RegisteredLayout,
+        group: u16,
+        hashes: &[SequenceHash],
+        now: BootTime,
+    ) -> Vec<Leasing> {
+        let mut state = self.state.lock();
+        let Some(namespace) = state.namespace_mut(layout.namespace) else { return Vec::new() };
+        let mut hits = Vec::with_capacity(hashes.len());
+        let leasings = hashes
+            .iter()
+            .map(|hash| {
+                let key = Self::key(layout, group, *hash);
+                let leasing = self.lease_in(namespace, layout.namespace, &key);
+                if let Leasing::Leased(block) = &leasing {
+                    hits.push(block.slot);
+                }
+                leasing
+            })
+            .collect();
+        namespace.residency.touch(&hits);
+        if let Some(group) = layout.group(u32::from(group)) {
+            namespace.note_demand(group.pool, hashes.len(), now);
+        }
+        leasings
+    }
+
+    /// Leases one block without counting it as read: for verification.
+    pub fn lease_quietly(self: &Arc<Self>, namespace: NamespaceId, key: &SlotKey) -> Option<LeasedBlock> {
+        let mut state = self.state.lock();
+        match self.lease_in(state.namespace_mut(namespace)?, namespace, key) {
+            Leasing::Leased(block) => Some(block),
+            _ => None,
+        }
+    }
+
+    fn lease_in(self: &Arc<Self>, namespace: &mut Namespace, id: NamespaceId, key: &SlotKey) -> Leasing {
+        let Some((slot, record)) = namespace.residency.lease(key) else {
+            let on_its_way = namespace.residency.presence(key) == Presence::InFlight;
+            return if on_its_way { Leasing::InFlight } else { Leasing::Miss };
+        };
+        let slab = namespace.residency.slab(slot.slab).cloned();
+        // SAFETY: the lease just taken keeps the residency from giving the slot to anyone until release(),
+        // which LeasedBlock calls after it dropped the bytes.
+        let bytes = slab.and_then(|slab| unsafe { SlotBytes::new(slab, slot.slot, record.length as usize) });
+        Leasing::Leased(LeasedBlock { tier: Arc::clone(self), namespace: id, slot, bytes, crc32: record.crc32 })
+    }
+}

@@ -1,0 +1,293 @@
+//! The Host tier: blocks in pinned memory of this node, for all namespaces, within one bound of bytes.
+//!
+//! Owns the slabs, the lock around the residencies, and the decision which pool of slots gets memory.
+//! Copies happen outside the lock; a slab is made outside it too. Never waits for anything: a caller that
+//! needs a slab is told so, and makes it where blocking is allowed.
+
+mod fill;
+mod holds;
+mod lease;
+mod namespace;
+mod room;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kvstore_plane::{SequenceHash, SlotKey};
+use kvstore_transfer::{HugePages, Slab, SlabError};
+use parking_lot::Mutex;
+
+use crate::caps;
+use crate::clock::BootTime;
+use crate::eviction::PolicyKind;
+use crate::layout::{InvalidLayout, Layout};
+use crate::residency::{Delete, Presence, ResidencyCounts};
+
+pub use fill::{BeginFill, BlockFill, FillRequest};
+pub use holds::{Held, HoldError, HoldId, HoldKind};
+pub use lease::{LeasedBlock, Leasing};
+pub use namespace::{LayoutGroup, NamespaceId, RegisteredLayout};
+pub use room::SlabPlan;
+
+use holds::Holds;
+use namespace::Namespace;
+
+/// How large the Host tier is and how it behaves; all but the policy may change while it runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HostLimits {
+    /// Bytes of all slabs at most.
+    pub bytes: u64,
+    /// Above this part of a full pool's slots in use (percent), blocks are evicted in the background ...
+    pub high_watermark_percent: u32,
+    /// ... down to this part.
+    pub low_watermark_percent: u32,
+}
+
+/// What the tier is made with.
+#[derive(Clone, Debug)]
+pub struct HostOptions {
+    /// Sizes that may change later.
+    pub limits: HostLimits,
+    /// Whether slabs ask for huge pages.
+    pub huge_pages: HugePages,
+    /// Which block goes first.
+    pub policy: PolicyKind,
+    /// Secret of the key tables: random, so that no client can aim at one bucket.
+    pub seed: u64,
+    /// Grows with every start.
+    pub epoch: u64,
+}
+
+/// Why a layout was not registered.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum RegisterError {
+    /// A field is wrong.
+    #[error("invalid layout: {0}")]
+    Invalid(#[from] InvalidLayout),
+    /// A block would not fit.
+    #[error("a block of {block_bytes} bytes does not fit the Host tier of {host_bytes} bytes: raise host.bytes")]
+    TooLarge {
+        /// Bytes of a block.
+        block_bytes: u64,
+        /// The tier's bound.
+        host_bytes: u64,
+    },
+    /// The namespace has as many layouts as it may.
+    #[error("the namespace has {} layouts already, the most it may have", caps::LAYOUTS_MAX)]
+    TooMany,
+}
+
+/// The tier's state at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct HostStatus {
+    /// The bound.
+    pub bytes_max: u64,
+    /// Bytes of slabs, those included that only a reader keeps.
+    pub bytes_mapped: u64,
+    /// Each pool.
+    pub pools: Vec<PoolStatus>,
+    /// Sums over all namespaces.
+    pub counts: ResidencyCounts,
+    /// Blocks that are readable or on their way.
+    pub blocks: u64,
+    /// Fills under way.
+    pub flights: u64,
+    /// Bytes of pinned blocks.
+    pub pinned_bytes: u64,
+    /// Slabs that moved from one pool to another.
+    pub slabs_moved: u64,
+}
+
+/// One pool at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct PoolStatus {
+    /// Whose.
+    pub namespace: String,
+    /// Bytes of a slot.
+    pub slot_bytes: u64,
+    /// Slots.
+    pub slots: u64,
+    /// Slots in use.
+    pub used: u64,
+    /// Slabs.
+    pub slabs: u64,
+}
+
+/// See the head of this file. Shared by `Arc`.
+pub struct HostTier {
+    state: Mutex<State>,
+    /// Bytes of all slabs that are mapped, readers' included.
+    mapped: Arc<AtomicU64>,
+    huge_pages: HugePages,
+    epoch: u64,
+}
+
+struct State {
+    limits: HostLimits,
+    /// Bytes of a full slab: fixed at the start, so that a pool's slots can be numbered.
+    slab_bytes: u64,
+    namespaces: Vec<Namespace>,
+    /// Bytes of slabs that are being made.
+    promised: u64,
+    slabs_moved: u64,
+}
+
+impl State {
+    fn namespace(&self, id: NamespaceId) -> Option<&Namespace> {
+        self.namespaces.get(id.0)
+    }
+
+    fn namespace_mut(&mut self, id: NamespaceId) -> Option<&mut Namespace> {
+        self.namespaces.get_mut(id.0)
+    }
+}
+
+impl HostTier {
+    /// A tier without slabs; they come with the first blocks.
+    pub fn new(options: HostOptions, namespaces: &[String]) -> Arc<Self> {
+        let namespaces = namespaces
+            .iter()
+            .take(caps::NAMESPACES_MAX)
+            .zip(0u64..)
+            .map(|(name, at)| Namespace::new(name, options.seed.wrapping_add(at), options.policy))
+            .collect();
+        Arc::new(Self {
+            state: Mutex::new(State {
+                limits: options.limits,
+                slab_bytes: room::slab_bytes_of(options.limits.bytes),
+                namespaces,
+                promised: 0,
+                slabs_moved: 0,
+            }),
+            mapped: Arc::new(AtomicU64::new(0)),
+            huge_pages: options.huge_pages,
+            epoch: options.epoch,
+        })
+    }
+
+    /// Registers a layout; registering it again gives the same.
+    pub fn register_layout(
+        &self,
+        namespace: NamespaceId,
+        layout: Layout,
+    ) -> Result<Arc<RegisteredLayout>, RegisterError> {
+        layout.validate()?;
+        let mut state = self.state.lock();
+        let (host_bytes, slab_bytes) = (state.limits.bytes, state.slab_bytes);
+        let largest = layout.groups.iter().map(|group| group.block_bytes(layout.block_tokens)).max().unwrap_or(0);
+        if room::slab_geometry(slab_bytes, largest, host_bytes).is_none() {
+            return Err(RegisterError::TooLarge { block_bytes: largest, host_bytes });
+        }
+        let Some(namespace_state) = state.namespace_mut(namespace) else { return Err(RegisterError::TooMany) };
+        namespace_state.register(namespace, layout, slab_bytes)
+    }
+
+    /// The layout with this digest.
+    pub fn layout(&self, namespace: NamespaceId, digest: &[u8; 32]) -> Option<Arc<RegisteredLayout>> {
+        self.state.lock().namespace(namespace)?.layout(digest)
+    }
+
+    /// The layouts of all shards of the tensor-parallel group that `layout` belongs to, by shard; `None`
+    /// for one that is not registered.
+    pub fn siblings(&self, layout: &RegisteredLayout) -> Vec<Option<Arc<RegisteredLayout>>> {
+        let state = self.state.lock();
+        state.namespace(layout.namespace).map(|namespace| namespace.siblings(layout)).unwrap_or_default()
+    }
+
+    /// The presence of each block of a prefix.
+    pub fn presence(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> Vec<Presence> {
+        let mut out = Vec::with_capacity(hashes.len());
+        let state = self.state.lock();
+        if let Some(namespace) = state.namespace(layout.namespace) {
+            namespace.residency.presence_of_run(layout.ordinal, group, hashes, &mut out);
+        }
+        out
+    }
+
+    /// Deletes blocks; how many were there, and how many of those are pinned and stay.
+    pub fn delete(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> (u64, u64) {
+        let mut state = self.state.lock();
+        let Some(namespace) = state.namespace_mut(layout.namespace) else { return (0, 0) };
+        hashes.iter().fold((0, 0), |(deleted, pinned), hash| {
+            let key = SlotKey { layout: layout.ordinal, group, hash: *hash };
+            match namespace.residency.delete(&key) {
+                Delete::Deleted => (deleted + 1, pinned),
+                Delete::Pinned => (deleted, pinned + 1),
+                Delete::Absent => (deleted, pinned),
+            }
+        })
+    }
+
+    /// A request stored the end of a chain: all of it is as recent.
+    pub fn refresh_chain(&self, layout: &RegisteredLayout, group: u16, chain: &[SequenceHash]) {
+        if let Some(namespace) = self.state.lock().namespace_mut(layout.namespace) {
+            namespace.residency.refresh_chain(layout.ordinal, group, chain);
+        }
+    }
+
+    /// Makes the slab that a [`SlabPlan`] stands for. Blocks for milliseconds.
+    pub fn make_slab(&self, plan: SlabPlan) -> Result<(), SlabError> {
+        let header = plan.header(self.epoch);
+        let made = Slab::create(header, self.huge_pages, Arc::clone(&self.mapped));
+        let mut state = self.state.lock();
+        state.promised = state.promised.saturating_sub(plan.bytes());
+        let slab = Arc::new(made?);
+        if let Some(namespace) = state.namespace_mut(plan.namespace) {
+            namespace.residency.add_slab(plan.pool, slab);
+        }
+        Ok(())
+    }
+
+    /// What may change while it runs.
+    pub fn limits(&self) -> HostLimits {
+        self.state.lock().limits
+    }
+
+    /// Changes it. A smaller bound is reached by [`Self::tick`], as leases end.
+    pub fn set_limits(&self, limits: HostLimits) {
+        self.state.lock().limits = limits;
+    }
+
+    /// Background work: ends holds that expired, evicts above the high watermark, gives back slabs above
+    /// the bound. Call it a few times a second.
+    pub fn tick(&self, now: BootTime) {
+        let mut state = self.state.lock();
+        for namespace in &mut state.namespaces {
+            namespace.holds.expire(&mut namespace.residency, now);
+        }
+        let mapped = self.mapped.load(Ordering::Acquire);
+        let retired = state.shrink(mapped);
+        state.evict_to_watermark(mapped);
+        drop(state);
+        // Unmapping a slab takes a while: not under the lock.
+        drop(retired);
+    }
+
+    /// Keys of every readable block, slab by slab, with their layouts: for verification.
+    pub fn keys(&self) -> Vec<(NamespaceId, SlotKey)> {
+        let state = self.state.lock();
+        let namespaces = state.namespaces.iter().enumerate();
+        let keys =
+            namespaces.flat_map(|(at, namespace)| namespace.keys().into_iter().map(move |key| (NamespaceId(at), key)));
+        keys.collect()
+    }
+
+    /// The tier at this moment.
+    pub fn status(&self) -> HostStatus {
+        let state = self.state.lock();
+        let mut status = HostStatus {
+            bytes_max: state.limits.bytes,
+            bytes_mapped: self.mapped.load(Ordering::Acquire),
+            slabs_moved: state.slabs_moved,
+            ..HostStatus::default()
+        };
+        for namespace in &state.namespaces {
+            namespace.add_to(&mut status);
+        }
+        status
+    }
+
+    fn key(layout: &RegisteredLayout, group: u16, hash: SequenceHash) -> SlotKey {
+        SlotKey { layout: layout.ordinal, group, hash }
+    }
+}

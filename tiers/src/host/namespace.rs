@@ -1,0 +1,200 @@
+//! One namespace's part of the Host tier: its layouts, its residency, its holds, and how much each of
+//! its pools is used.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use kvstore_plane::SlotKey;
+use kvstore_transfer::Slab;
+
+use super::{Holds, HostStatus, PoolStatus, RegisterError, room};
+use crate::caps;
+use crate::clock::BootTime;
+use crate::eviction::PolicyKind;
+use crate::layout::{LayerGroup, Layout};
+use crate::pool::PoolId;
+use crate::residency::{Evicted, Residency};
+
+/// A namespace's place in the configuration.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct NamespaceId(pub usize);
+
+/// A layout that clients may use.
+#[derive(Debug)]
+pub struct RegisteredLayout {
+    /// Whose.
+    pub namespace: NamespaceId,
+    /// The daemon's number for the digest in this namespace.
+    pub ordinal: u32,
+    /// As registered.
+    pub layout: Layout,
+    /// Names the layout.
+    pub digest: [u8; 32],
+    /// Its groups, with where their blocks go.
+    pub groups: Vec<LayoutGroup>,
+    family: [u8; 32],
+}
+
+/// A layer group of a registered layout.
+#[derive(Debug)]
+pub struct LayoutGroup {
+    /// As registered.
+    pub group: LayerGroup,
+    /// Bytes of a block.
+    pub block_bytes: u64,
+    pub(super) pool: PoolId,
+}
+
+impl RegisteredLayout {
+    /// The group with this number.
+    pub fn group(&self, group: u32) -> Option<&LayoutGroup> {
+        self.groups.get(group as usize)
+    }
+}
+
+/// Accesses to a pool, fading by half every [`DEMAND_HALF_MS`].
+#[derive(Clone, Copy, Default)]
+pub(super) struct Demand {
+    faded: f64,
+    at: BootTime,
+}
+
+/// Slabs follow demand over tens of seconds: shorter than a shift of traffic, longer than a burst.
+const DEMAND_HALF_MS: f64 = 10_000.0;
+
+impl Demand {
+    pub(super) fn at(&self, now: BootTime) -> f64 {
+        self.faded * 0.5f64.powf(now.ms_since(self.at) as f64 / DEMAND_HALF_MS)
+    }
+
+    fn add(&mut self, accesses: usize, now: BootTime) {
+        self.faded = self.at(now) + accesses as f64;
+        self.at = now;
+    }
+}
+
+pub(super) struct Namespace {
+    name: String,
+    pub(super) digest: [u8; 32],
+    pub(super) residency: Residency<Arc<Slab>>,
+    pub(super) holds: Holds,
+    layouts: Vec<Arc<RegisteredLayout>>,
+    by_digest: HashMap<[u8; 32], u32>,
+    families: HashMap<[u8; 32], Vec<u32>>,
+    demand: Vec<Demand>,
+}
+
+impl Namespace {
+    pub(super) fn new(name: &str, seed: u64, policy: PolicyKind) -> Self {
+        Self {
+            name: name.to_owned(),
+            digest: *blake3::hash(name.as_bytes()).as_bytes(),
+            residency: Residency::new(seed, policy),
+            holds: Holds::default(),
+            layouts: Vec::new(),
+            by_digest: HashMap::new(),
+            families: HashMap::new(),
+            demand: Vec::new(),
+        }
+    }
+
+    pub(super) fn register(
+        &mut self,
+        namespace: NamespaceId,
+        layout: Layout,
+        slab_bytes: u64,
+    ) -> Result<Arc<RegisteredLayout>, RegisterError> {
+        let digest = layout.digest();
+        if let Some(known) = self.layout(&digest) {
+            return Ok(known);
+        }
+        if self.layouts.len() >= caps::LAYOUTS_MAX {
+            return Err(RegisterError::TooMany);
+        }
+        let ordinal = self.layouts.len() as u32;
+        let groups =
+            layout.groups.iter().map(|group| self.place_group(group, layout.block_tokens, slab_bytes)).collect();
+        let family = layout.family_digest();
+        let registered = Arc::new(RegisteredLayout { namespace, ordinal, layout, digest, groups, family });
+        self.by_digest.insert(digest, ordinal);
+        self.families.entry(family).or_default().push(ordinal);
+        self.layouts.push(Arc::clone(&registered));
+        Ok(registered)
+    }
+
+    fn place_group(&mut self, group: &LayerGroup, block_tokens: u32, slab_bytes: u64) -> LayoutGroup {
+        let block_bytes = group.block_bytes(block_tokens);
+        let stride = room::slots_per_slab(slab_bytes, block_bytes);
+        let pool = self.residency.pool(room::slot_bytes(block_bytes), stride);
+        LayoutGroup { group: group.clone(), block_bytes, pool }
+    }
+
+    pub(super) fn layout(&self, digest: &[u8; 32]) -> Option<Arc<RegisteredLayout>> {
+        self.layouts.get(*self.by_digest.get(digest)? as usize).cloned()
+    }
+
+    pub(super) fn layout_at(&self, ordinal: u32) -> Option<&Arc<RegisteredLayout>> {
+        self.layouts.get(ordinal as usize)
+    }
+
+    pub(super) fn siblings(&self, layout: &RegisteredLayout) -> Vec<Option<Arc<RegisteredLayout>>> {
+        let mut shards = vec![None; layout.layout.shard.count as usize];
+        for ordinal in self.families.get(&layout.family).into_iter().flatten() {
+            if let Some(sibling) = self.layout_at(*ordinal)
+                && let Some(place) = shards.get_mut(sibling.layout.shard.index as usize)
+            {
+                *place = Some(Arc::clone(sibling));
+            }
+        }
+        shards
+    }
+
+    /// Evicts one block of `pool`, and the same block of its sibling shards: a group is read as far as all
+    /// its shards are there, so that the others would only take up room.
+    pub(super) fn evict(&mut self, pool: PoolId) -> Option<Evicted> {
+        let evicted = self.residency.evict(pool)?;
+        let family = self.layout_at(evicted.key.layout).and_then(|layout| self.families.get(&layout.family));
+        if let Some(family) = family.filter(|family| family.len() > 1) {
+            for ordinal in family.iter().filter(|ordinal| **ordinal != evicted.key.layout) {
+                self.residency.evict_key(&SlotKey { layout: *ordinal, ..evicted.key });
+            }
+        }
+        Some(evicted)
+    }
+
+    pub(super) fn note_demand(&mut self, pool: PoolId, accesses: usize, now: BootTime) {
+        if self.demand.len() <= pool.0 {
+            self.demand.resize(pool.0 + 1, Demand::default());
+        }
+        if let Some(demand) = self.demand.get_mut(pool.0) {
+            demand.add(accesses, now);
+        }
+    }
+
+    pub(super) fn demand(&self, pool: PoolId, now: BootTime) -> f64 {
+        self.demand.get(pool.0).map_or(0.0, |demand| demand.at(now))
+    }
+
+    pub(super) fn keys(&self) -> Vec<SlotKey> {
+        let slabs = self.residency.pools().flat_map(|pool| self.residency.slab_numbers(pool));
+        slabs.flat_map(|slab| self.residency.keys_of_slab(slab)).collect()
+    }
+
+    pub(super) fn add_to(&self, status: &mut HostStatus) {
+        let counts = self.residency.counts();
+        status.counts.published += counts.published;
+        status.counts.evicted += counts.evicted;
+        status.counts.deleted += counts.deleted;
+        status.counts.aborted += counts.aborted;
+        status.counts.taken_over += counts.taken_over;
+        status.blocks += self.residency.len() as u64;
+        status.flights += self.residency.flights() as u64;
+        status.pinned_bytes += self.residency.pinned_bytes();
+        for pool in self.residency.pools() {
+            let (slot_bytes, slots, used) = self.residency.pool_occupancy(pool);
+            let slabs = self.residency.slab_numbers(pool).len() as u64;
+            let namespace = self.name.clone();
+            status.pools.push(PoolStatus { namespace, slot_bytes, slots: slots as u64, used: used as u64, slabs });
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! Room: which pool gets memory. A pool without a free slot gets a new slab while the bound allows one;
+//! then an unused slab of another pool; then a slab of a pool that is used far less per slab than it;
+//! and else it evicts a block of its own.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use kvstore_plane::{SlabGeometry, SlabHeader};
+use kvstore_transfer::Slab;
+
+use super::namespace::NamespaceId;
+use super::{HostTier, State};
+use crate::caps;
+use crate::clock::BootTime;
+use crate::pool::PoolId;
+
+/// A slab moves only to a pool whose slabs are used this many times as much: moving one back and forth
+/// costs the blocks in it.
+const DEMAND_RATIO: f64 = 2.0;
+/// No slab smaller than this part of a full one is made to use up the last of the bound.
+const SMALLEST_PART: u64 = 8;
+
+/// A slab that a pool may have, and that somebody has yet to make.
+#[derive(Debug)]
+pub struct SlabPlan {
+    pub(super) namespace: NamespaceId,
+    pub(super) pool: PoolId,
+    namespace_digest: [u8; 32],
+    geometry: SlabGeometry,
+}
+
+impl SlabPlan {
+    pub(super) fn bytes(&self) -> u64 {
+        self.geometry.slab_bytes
+    }
+
+    pub(super) fn header(&self, epoch: u64) -> SlabHeader {
+        SlabHeader { epoch, slab: 0, namespace_digest: self.namespace_digest, geometry: self.geometry }
+    }
+}
+
+/// What making room came to.
+pub(super) enum Room {
+    /// Make this slab, then ask again.
+    Make(SlabPlan),
+    /// Another pool gave this slab up: unmap it, not under the lock, then ask again.
+    Taken(Arc<Slab>),
+    /// A slot is free now.
+    Evicted,
+    /// Everything is leased, pinned, or on its way.
+    Busy,
+}
+
+/// Bytes of a slot for blocks of `block_bytes`: whole pages.
+pub(super) fn slot_bytes(block_bytes: u64) -> u64 {
+    block_bytes.max(1).next_multiple_of(4096)
+}
+
+/// Bytes of a full slab, in a tier that starts with `host_bytes`.
+pub(super) fn slab_bytes_of(host_bytes: u64) -> u64 {
+    (host_bytes / caps::SLABS_PER_TIER).clamp(caps::SLAB_BYTES_MIN, caps::SLAB_BYTES_MAX)
+}
+
+/// Slots of a full slab.
+pub(super) fn slots_per_slab(slab_bytes: u64, block_bytes: u64) -> u32 {
+    SlabGeometry::new(slot_bytes(block_bytes), slab_bytes).slot_count
+}
+
+/// The slab that a pool with such blocks gets when `room` bytes are left; `None` when none fits.
+pub(super) fn slab_geometry(slab_bytes: u64, block_bytes: u64, room: u64) -> Option<SlabGeometry> {
+    let full = SlabGeometry::new(slot_bytes(block_bytes), slab_bytes);
+    if full.slab_bytes <= room {
+        return Some(full);
+    }
+    let part = SlabGeometry::new(slot_bytes(block_bytes), room);
+    let worth_it = part.slab_bytes * SMALLEST_PART >= full.slab_bytes;
+    (part.slab_bytes <= room && worth_it).then_some(part)
+}
+
+impl HostTier {
+    pub(super) fn room_in(&self, state: &mut State, namespace: NamespaceId, pool: PoolId, now: BootTime) -> Room {
+        if let Some(plan) = self.plan(state, namespace, pool) {
+            return Room::Make(plan);
+        }
+        if let Some(slab) = state.take_from_others(namespace, pool, now) {
+            state.slabs_moved += 1;
+            return Room::Taken(slab);
+        }
+        let evicted = state.namespace_mut(namespace).and_then(|namespace| namespace.evict(pool));
+        if evicted.is_some() { Room::Evicted } else { Room::Busy }
+    }
+
+    fn plan(&self, state: &mut State, namespace: NamespaceId, pool: PoolId) -> Option<SlabPlan> {
+        let taken = self.mapped.load(Ordering::Acquire) + state.promised;
+        let room = state.limits.bytes.saturating_sub(taken);
+        let namespace_state = state.namespace(namespace)?;
+        let (slot_bytes, _, _) = namespace_state.residency.pool_occupancy(pool);
+        let geometry = slab_geometry(state.slab_bytes, slot_bytes, room)?;
+        let plan = SlabPlan { namespace, pool, namespace_digest: namespace_state.digest, geometry };
+        state.promised += plan.bytes();
+        Some(plan)
+    }
+}
+
+/// A slab that another pool could give.
+struct Donor {
+    namespace: usize,
+    slab: u32,
+    used: usize,
+    demand_per_slab: f64,
+}
+
+impl State {
+    /// Takes a slab from another pool for `pool`, where that is right.
+    fn take_from_others(&mut self, namespace: NamespaceId, pool: PoolId, now: BootTime) -> Option<Arc<Slab>> {
+        let receiver = self.namespace(namespace)?;
+        let slabs = receiver.residency.slab_numbers(pool).len();
+        let wanted = receiver.demand(pool, now) / (slabs + 1) as f64;
+        let donor = self
+            .donors(Some((namespace, pool)), now)
+            .into_iter()
+            .filter(|donor| donor.used == 0 || slabs == 0 || donor.demand_per_slab * DEMAND_RATIO < wanted);
+        let donor = donor.min_by(|a, b| {
+            let order = (a.used != 0).cmp(&(b.used != 0)).then(a.demand_per_slab.total_cmp(&b.demand_per_slab));
+            order.then(a.used.cmp(&b.used))
+        })?;
+        self.namespaces.get_mut(donor.namespace)?.residency.withdraw_slab(donor.slab)
+    }
+
+    /// The slabs of all pools but one from which nothing is stuck.
+    fn donors(&self, but: Option<(NamespaceId, PoolId)>, now: BootTime) -> Vec<Donor> {
+        let mut donors = Vec::new();
+        for (at, namespace) in self.namespaces.iter().enumerate() {
+            for pool in namespace.residency.pools().filter(|pool| but != Some((NamespaceId(at), *pool))) {
+                let slabs = namespace.residency.slab_numbers(pool);
+                let demand_per_slab = namespace.demand(pool, now) / slabs.len().max(1) as f64;
+                let free = |slab: u32| {
+                    let (used, stuck) = namespace.residency.slab_use(slab);
+                    (!stuck).then_some(Donor { namespace: at, slab, used, demand_per_slab })
+                };
+                donors.extend(slabs.into_iter().filter_map(free).min_by_key(|donor| donor.used));
+            }
+        }
+        donors
+    }
+
+    /// Withdraws slabs until the tier is within its bound, as far as leases allow, the emptiest of the
+    /// least used pool first.
+    pub(super) fn shrink(&mut self, mapped: u64) -> Vec<Arc<Slab>> {
+        let mut retired = Vec::new();
+        let mut over = (mapped + self.promised).saturating_sub(self.limits.bytes);
+        while over > 0 {
+            let donor = self.donors(None, BootTime(0)).into_iter().min_by_key(|donor| donor.used);
+            let slab = donor.and_then(|donor| {
+                let namespace = self.namespaces.get_mut(donor.namespace)?;
+                namespace.residency.withdraw_slab(donor.slab)
+            });
+            let Some(slab) = slab else { break };
+            over = over.saturating_sub(slab.geometry().slab_bytes);
+            retired.push(slab);
+        }
+        retired
+    }
+
+    /// Where the tier can't grow, evicts from each pool that is fuller than the high watermark.
+    pub(super) fn evict_to_watermark(&mut self, mapped: u64) {
+        let (limits, slab_bytes) = (self.limits, self.slab_bytes);
+        let room = limits.bytes.saturating_sub(mapped + self.promised);
+        for namespace in &mut self.namespaces {
+            for pool in namespace.residency.pools() {
+                let (slot_bytes, slots, used) = namespace.residency.pool_occupancy(pool);
+                let part = |percent: u32| slots as u64 * u64::from(percent) / 100;
+                let can_grow = slab_geometry(slab_bytes, slot_bytes, room).is_some();
+                if can_grow || used as u64 <= part(limits.high_watermark_percent) {
+                    continue;
+                }
+                let goal = part(limits.low_watermark_percent) as usize;
+                while namespace.residency.pool_occupancy(pool).2 > goal && namespace.evict(pool).is_some() {}
+            }
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! One slot's bytes: the right to fill them once, and the right to read them.
+
+use std::ops::Deref;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use crate::slab::Slab;
+
+/// Copied and checksummed in steps of this many bytes: small enough that the checksum reads the copy from
+/// the cache.
+const STEP_BYTES: usize = 32 << 10;
+
+/// More bytes than were announced.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{given} bytes given where {room} are left of the block")]
+pub struct FillError {
+    /// Bytes that the caller wanted to add.
+    pub given: usize,
+    /// Bytes that the block still lacks.
+    pub room: usize,
+}
+
+/// The exclusive right to fill one slot, front to back.
+pub struct SlotFill {
+    slab: Arc<Slab>,
+    start: NonNull<u8>,
+    filled: usize,
+    length: usize,
+    crc: crc32fast::Hasher,
+}
+
+// SAFETY: the slot belongs to this value alone (SlotFill::new), wherever it moves.
+unsafe impl Send for SlotFill {}
+// SAFETY: &SlotFill reads two integers; writing takes &mut.
+unsafe impl Sync for SlotFill {}
+
+impl SlotFill {
+    /// The right to fill `slot` of `slab` with `length` bytes; `None` where the slot or that many bytes do
+    /// not exist.
+    ///
+    /// # Safety
+    /// Until this value is gone, nobody else fills the slot and nobody reads it.
+    pub unsafe fn new(slab: Arc<Slab>, slot: u32, length: usize) -> Option<Self> {
+        let start = slab.slot_start(slot)?;
+        let fits = length as u64 <= slab.geometry().slot_bytes;
+        fits.then(|| Self { slab, start, filled: 0, length, crc: crc32fast::Hasher::new() })
+    }
+
+    /// Copies `bytes` behind what is there; checksums the copy, never the source.
+    pub fn append(&mut self, bytes: &[u8]) -> Result<(), FillError> {
+        let room = self.length - self.filled;
+        if bytes.len() > room {
+            return Err(FillError { given: bytes.len(), room });
+        }
+        for step in bytes.chunks(STEP_BYTES) {
+            // SAFETY: filled + step.len() <= length <= slot_bytes: inside the mapped slot.
+            let to = unsafe { self.start.add(self.filled) };
+            // SAFETY: the slot is ours alone (new), and `bytes` is a reference elsewhere.
+            unsafe { std::ptr::copy_nonoverlapping(step.as_ptr(), to.as_ptr(), step.len()) };
+            // SAFETY: just written, and nobody else writes here.
+            let copied = unsafe { std::slice::from_raw_parts(to.as_ptr(), step.len()) };
+            self.crc.update(copied);
+            self.filled += step.len();
+        }
+        Ok(())
+    }
+
+    /// Bytes still missing.
+    pub fn room(&self) -> usize {
+        self.length - self.filled
+    }
+
+    /// Bytes that the block will have.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// The checksum of what was filled.
+    pub fn crc32(&self) -> u32 {
+        self.crc.clone().finalize()
+    }
+
+    /// The slab that the slot is in.
+    pub fn slab(&self) -> &Arc<Slab> {
+        &self.slab
+    }
+}
+
+/// The right to read one published block where it lies.
+pub struct SlotBytes {
+    _slab: Arc<Slab>,
+    start: NonNull<u8>,
+    length: usize,
+}
+
+// SAFETY: read-only bytes that nobody changes while this value exists (SlotBytes::new).
+unsafe impl Send for SlotBytes {}
+// SAFETY: as above.
+unsafe impl Sync for SlotBytes {}
+
+impl SlotBytes {
+    /// The first `length` bytes of `slot`; `None` where they do not exist.
+    ///
+    /// # Safety
+    /// Until this value is gone, nobody writes to the slot.
+    pub unsafe fn new(slab: Arc<Slab>, slot: u32, length: usize) -> Option<Self> {
+        let start = slab.slot_start(slot)?;
+        let fits = length as u64 <= slab.geometry().slot_bytes;
+        fits.then_some(Self { _slab: slab, start, length })
+    }
+}
+
+impl Deref for SlotBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: inside the slot (new), which stays mapped with the slab and unchanged by new's promise.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::HugePages;
+    use kvstore_plane::{SlabGeometry, SlabHeader};
+    use std::os::fd::AsFd;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    fn slab(accounted: &Arc<AtomicU64>) -> Arc<Slab> {
+        let geometry = SlabGeometry::new(8192, 1 << 20);
+        let header = SlabHeader { epoch: 1, slab: 0, namespace_digest: [0; 32], geometry };
+        Arc::new(Slab::create(header, HugePages::Auto, Arc::clone(accounted)).unwrap())
+    }
+
+    #[test]
+    fn bytes_come_back_with_their_checksum() {
+        let accounted = Arc::new(AtomicU64::new(0));
+        let slab = slab(&accounted);
+        let data: Vec<u8> = (0..8000u32).map(|i| (i * 7) as u8).collect();
+        let last = slab.geometry().slot_count - 1;
+        // SAFETY: the only user of the slab.
+        let mut fill = unsafe { SlotFill::new(Arc::clone(&slab), last, data.len()) }.unwrap();
+        fill.append(&data[..100]).unwrap();
+        fill.append(&data[100..]).unwrap();
+        assert_eq!(fill.append(&[1]), Err(FillError { given: 1, room: 0 }));
+        assert_eq!(fill.crc32(), crate::crc32(&data));
+        drop(fill);
+        // SAFETY: filled, and no fill is left.
+        let bytes = unsafe { SlotBytes::new(Arc::clone(&slab), last, data.len()) }.unwrap();
+        assert_eq!(&*bytes, &data[..]);
+        // SAFETY: never handed out.
+        assert!(unsafe { SlotFill::new(Arc::clone(&slab), last + 1, 1) }.is_none());
+        // SAFETY: never handed out.
+        assert!(unsafe { SlotFill::new(Arc::clone(&slab), last, 8193) }.is_none());
+    }
+
+    #[test]
+    fn bytes_are_counted_until_the_last_reader_goes() {
+        let accounted = Arc::new(AtomicU64::new(0));
+        let slab = slab(&accounted);
+        assert_eq!(accounted.load(Ordering::Acquire), slab.geometry().slab_bytes);
+        // SAFETY: nobody fills the slot.
+        let reader = unsafe { SlotBytes::new(Arc::clone(&slab), 0, 4096) }.unwrap();
+        drop(slab);
+        assert!(accounted.load(Ordering::Acquire) > 0);
+        drop(reader);
+        assert_eq!(accounted.load(Ordering::Acquire), 0);
+    }
+
+    /// A client that is passed the descriptor must neither map it for writing, nor shrink it under the
+    /// daemon, nor reopen it through /proc with more rights.
+    #[test]
+    fn a_passed_descriptor_cannot_be_written_or_truncated() {
+        let slab = slab(&Arc::default());
+        assert!(rustix::fs::ftruncate(slab.as_fd(), 0).is_err());
+        assert!(rustix::io::write(slab.as_fd(), b"x").is_err());
+        let protection = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
+        let flags = rustix::mm::MapFlags::SHARED;
+        // SAFETY: a fresh mapping, which must fail.
+        let mapped = unsafe { rustix::mm::mmap(std::ptr::null_mut(), 4096, protection, flags, slab.as_fd(), 0) };
+        assert!(mapped.is_err());
+        let mode = rustix::fs::fstat(slab.as_fd()).unwrap().st_mode & 0o777;
+        assert_eq!(mode, 0o600);
+    }
+}
