@@ -1,1 +1,32 @@
+//! The one client of kvstore, over gRPC: on a Unix socket of this node, or TCP.
+//!
+//! ```no_run
+//! # async fn example(layout: kvstore_client::v1::Layout) -> Result<(), kvstore_client::Error> {
+//! use kvstore_client::{Client, PutBlock};
+//!
+//! let client = Client::connect("unix:/tmp/kvstore-0/default.sock").await?;
+//! let layout = client.register_layout(layout).await?;
+//! let block = PutBlock::new(b"hash of the prefix".as_slice(), vec![0; layout.block_bytes[0] as usize]);
+//! client.put(&layout.group(0), vec![block]).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Misses and blocks on their way are values; an [`Error`] means that something is wrong. Every call ends
+//! by its deadline ([`Client::with_deadline`]) and can be cancelled by dropping its future: what a cancelled
+//! put had completed stays, the rest is not there. Bytes that come back are checked against the checksum
+//! under which they were stored.
 
+mod admin;
+mod connection;
+mod error;
+mod get;
+mod put;
+mod verbs;
+
+pub use connection::Client;
+pub use error::Error;
+pub use get::{GetOptions, GetOutcome};
+pub use kvstore_proto::v1;
+pub use put::{PutBlock, PutOptions};
+pub use verbs::{GroupRef, RegisteredLayout};

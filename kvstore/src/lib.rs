@@ -1,1 +1,17 @@
+//! The daemon and its command line: policy and process. Everything below it is told what to do; nothing
+//! below it reads a configuration, speaks the wire or logs to an operator.
 
+pub mod caps;
+pub mod cli;
+mod clock;
+pub mod config;
+pub mod daemon;
+mod http;
+pub mod replay;
+pub mod serve;
+mod server;
+mod service;
+pub mod telemetry;
+pub mod trace;
+mod verbs;
+mod wire;

@@ -118,7 +118,7 @@ impl PartDecoder {
     }
 
     /// The next part, if enough bytes are there.
-    pub fn next<M: Message + Default>(&mut self) -> Result<Option<Part<M>>, StreamError> {
+    pub fn next_part<M: Message + Default>(&mut self) -> Result<Option<Part<M>>, StreamError> {
         loop {
             match self.state {
                 State::Prefix => {
@@ -227,7 +227,7 @@ mod tests {
     }
 
     fn drain(decoder: &mut PartDecoder, messages: &mut Vec<PutRequest>, data: &mut Vec<u8>) {
-        while let Some(part) = decoder.next::<PutRequest>().unwrap() {
+        while let Some(part) = decoder.next_part::<PutRequest>().unwrap() {
             match part {
                 Part::Message(message) => messages.push(message),
                 Part::Data(bytes) => data.extend_from_slice(&bytes),
@@ -268,7 +268,7 @@ mod tests {
         let mut decoder = PartDecoder::new();
         decoder.push(Bytes::from([&[0, 0, 0, 0, body.len() as u8][..], &body].concat()));
         let expected = PutRequest { part: Some(put_request::Part::Data(Bytes::from_static(b"abc"))) };
-        assert_eq!(decoder.next::<PutRequest>(), Ok(Some(Part::Message(expected))));
+        assert_eq!(decoder.next_part::<PutRequest>(), Ok(Some(Part::Message(expected))));
     }
 
     #[test]
@@ -276,7 +276,7 @@ mod tests {
         let refused = |bytes: &[u8]| {
             let mut decoder = PartDecoder::new();
             decoder.push(Bytes::copy_from_slice(bytes));
-            decoder.next::<PutRequest>().unwrap_err()
+            decoder.next_part::<PutRequest>().unwrap_err()
         };
         assert_eq!(refused(&[1, 0, 0, 0, 0]), StreamError::Compressed);
         assert_eq!(refused(&[0, 0xFF, 0, 0, 0]), StreamError::TooLarge(0xFF00_0000));
@@ -285,7 +285,7 @@ mod tests {
         assert!(matches!(refused(&endless_varint), StreamError::Malformed(_)));
         let mut decoder = PartDecoder::new();
         decoder.push(Bytes::from_static(&[0, 0, 0]));
-        assert_eq!(decoder.next::<PutRequest>(), Ok(None));
+        assert_eq!(decoder.next_part::<PutRequest>(), Ok(None));
         assert_eq!(decoder.finish(), Err(StreamError::Truncated));
     }
 }

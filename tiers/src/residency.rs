@@ -55,8 +55,6 @@ pub struct Incoming {
     pub parent: Option<SequenceHash>,
     /// Where its slot comes from.
     pub pool: PoolId,
-    /// True for the last block of its request, as far as the writer knows.
-    pub tail: bool,
 }
 
 /// Who brings a block, and how urgently. A flight has the highest priority and the latest deadline of all
@@ -418,8 +416,9 @@ impl<S: SlabMemory> Residency<S> {
         self.fills.get_mut(&ticket.slot).filter(|fill| fill.generation == ticket.generation)
     }
 
-    /// The slot is filled: makes the block readable. The ticket is spent either way.
-    pub fn publish(&mut self, ticket: FillTicket, length: u32, crc32: u32) -> Publish {
+    /// The slot is filled: makes the block readable. The ticket is spent either way. `tail`: it is the last
+    /// block of its request.
+    pub fn publish(&mut self, ticket: FillTicket, length: u32, crc32: u32, tail: bool) -> Publish {
         if self.fill_of(&ticket).is_none_or(|fill| fill.superseded) {
             self.abort(ticket);
             return Publish::Superseded;
@@ -435,7 +434,7 @@ impl<S: SlabMemory> Residency<S> {
             (entry.state() == SlotState::Resident && pool == incoming.pool).then_some(block)
         });
         let key_hash = incoming.key.table_hash(self.seed);
-        let new = NewBlock { parent, key_hash, kind: incoming.kind.eviction(), tail: incoming.tail };
+        let new = NewBlock { parent, key_hash, kind: incoming.kind.eviction(), tail };
         if let Some((pool, block)) = self.place(ticket.slot)
             && let Some(pool) = self.pools.get_mut(pool.0)
         {
@@ -492,14 +491,12 @@ impl<S: SlabMemory> Residency<S> {
         }
     }
 
-    /// A request stored the end of a chain: the whole chain is as recent as it, the root most of all.
-    pub fn refresh_chain(&mut self, layout: u32, group: u16, chain: &[SequenceHash]) {
-        for hash in chain.iter().rev() {
-            if let Some((slot, entry)) = self.find(&SlotKey { layout, group, hash: *hash })
-                && entry.state() == SlotState::Resident
-            {
-                self.touch_one(slot, Touch::Refresh);
-            }
+    /// A request stored a chain that ends with `key`: the whole chain is as recent as it.
+    pub fn refresh(&mut self, key: &SlotKey) {
+        if let Some((slot, entry)) = self.find(key)
+            && entry.state() == SlotState::Resident
+        {
+            self.touch_one(slot, Touch::Refresh);
         }
     }
 
@@ -568,6 +565,17 @@ impl<S: SlabMemory> Residency<S> {
         }
         self.counts.deleted += 1;
         Delete::Deleted
+    }
+
+    /// Drops a resident block whose bytes turned out damaged, whatever promises were made of it.
+    pub fn quarantine(&mut self, key: &SlotKey) {
+        let Some((slot, entry)) = self.find(key).filter(|(_, entry)| entry.state() == SlotState::Resident) else {
+            return;
+        };
+        if entry.pins() > 0 {
+            self.pinned_bytes = self.pinned_bytes.saturating_sub(u64::from(entry.length()));
+        }
+        self.drop_resident(slot, Removal::Dropped);
     }
 
     /// Evicts the block of `pool` that its policy gives up first. `None` when every block is leased,

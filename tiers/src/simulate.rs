@@ -70,12 +70,10 @@ impl SimulatedPool {
             let new = NewBlock { parent, key_hash: mix(*name), kind: EvictionKind::Attention, tail };
             self.policy.insert(block, new);
         }
-        if hits < chain.len() {
-            for name in chain.iter().rev() {
-                if let Some(block) = self.resident.get(name) {
-                    self.policy.touch(*block, Touch::Refresh);
-                }
-            }
+        if hits < chain.len()
+            && let Some(block) = chain.iter().rev().find_map(|name| self.resident.get(name))
+        {
+            self.policy.touch(*block, Touch::Refresh);
         }
         hits
     }

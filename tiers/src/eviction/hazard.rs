@@ -21,7 +21,7 @@ use std::collections::BinaryHeap;
 use super::ghosts::Ghosts;
 use super::lifetimes::{CLASSES, CLASSES_PER_KIND, EPOCHS, Lifetime, Lifetimes, TICK_ACCESSES};
 use super::links::Lists;
-use super::{BlockIndex, EvictionKind, EvictionPolicy, NewBlock, Removal, Touch};
+use super::{ANCESTORS_MAX, BlockIndex, EvictionKind, EvictionPolicy, NewBlock, Removal, Touch};
 
 const NONE: u32 = u32::MAX;
 /// Ghosts remembered for each block that fits: four bytes each; they reach pauses several times as long as LRU's.
@@ -54,10 +54,6 @@ enum State {
 impl Node {
     fn kind(&self) -> usize {
         usize::from(self.class) / CLASSES_PER_KIND
-    }
-
-    fn is_tail(&self) -> bool {
-        usize::from(self.class) % CLASSES_PER_KIND == 0
     }
 
     fn needs_prefix(&self) -> bool {
@@ -161,6 +157,15 @@ impl Hazard {
         (usize::from(life.class) * EPOCHS + self.lifetimes.place_of(life)) as u32
     }
 
+    /// A new lifetime for a block whose last one was just accounted for.
+    fn renew(&mut self, at: u32, class: u8, touches: u8) {
+        let linked = self.cells.unlink(at);
+        self.begin_life(at, class, touches);
+        if linked {
+            self.link(at);
+        }
+    }
+
     /// Links a block that may leave into its cell.
     fn link(&mut self, at: u32) -> Option<u32> {
         let node = &self.nodes[at as usize];
@@ -205,11 +210,7 @@ impl Hazard {
         let class = Self::class_of(node.kind(), node.touches, false);
         if class != node.class {
             self.lifetimes.close(self.life(parent));
-            let linked = self.cells.unlink(parent);
-            self.begin_life(parent, class, node.touches);
-            if linked {
-                self.link(parent);
-            }
+            self.renew(parent, class, node.touches);
         }
     }
 
@@ -282,27 +283,25 @@ impl EvictionPolicy for Hazard {
     }
 
     fn touch(&mut self, block: BlockIndex, touch: Touch) {
-        let at = block.0;
-        let Some(node) = self.nodes.get(at as usize).copied().filter(|node| node.state != State::Vacant) else {
+        let mut at = block.0;
+        if self.nodes.get(at as usize).is_none_or(|node| node.state == State::Vacant) {
             return;
-        };
-        let life = self.life(at);
-        let linked = self.cells.unlink(at);
-        let touches = match touch {
-            Touch::Hit => {
-                self.advance();
-                self.lifetimes.end_by_hit(life);
-                node.touches.saturating_add(1)
+        }
+        if touch == Touch::Hit {
+            self.advance();
+            self.lifetimes.end_by_hit(self.life(at));
+            let node = self.nodes[at as usize];
+            let touches = node.touches.saturating_add(1);
+            return self.renew(at, Self::class_of(node.kind(), touches, false), touches);
+        }
+        for _ in 0..ANCESTORS_MAX {
+            self.lifetimes.close(self.life(at));
+            let node = self.nodes[at as usize];
+            self.renew(at, node.class, node.touches);
+            match self.parent_of(at) {
+                Some(parent) => at = parent,
+                None => break,
             }
-            Touch::Refresh => {
-                self.lifetimes.close(life);
-                node.touches
-            }
-        };
-        let tail = touch == Touch::Refresh && node.is_tail();
-        self.begin_life(at, Self::class_of(node.kind(), touches, tail), touches);
-        if linked {
-            self.link(at);
         }
     }
 

@@ -69,7 +69,8 @@ pub struct NewBlock {
 pub enum Touch {
     /// A request read it.
     Hit,
-    /// A request stored descendants of it: as recent as they are, but not read once more.
+    /// A request stored it, or found it stored, as the last block of its chain: it and its ancestors are
+    /// as recent as that, the root most of all, but were not read once more.
     Refresh,
 }
 
@@ -85,10 +86,15 @@ pub enum Removal {
     Dropped,
 }
 
+/// Ancestors that one refresh walks up to, at most: a prompt of a million tokens in blocks of 256. It
+/// bounds the time of one call.
+const ANCESTORS_MAX: usize = 4096;
+
 /// An eviction policy over one pool.
 ///
 /// Callers touch the blocks of one request from its last to its first, so that the root is the most
-/// recent. Every method is O(1) amortised and allocates only when the pool grows.
+/// recent. Every method is O(1) amortised, but for a refresh, which walks up its chain, and allocates only
+/// when the pool grows.
 pub trait EvictionPolicy: Send {
     /// `block` became resident.
     fn insert(&mut self, block: BlockIndex, new: NewBlock);

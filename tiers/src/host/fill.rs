@@ -28,8 +28,6 @@ pub struct FillRequest<'a> {
     pub parent: Option<SequenceHash>,
     /// Its bytes: what the layout says, or less for kinds that vary.
     pub length: u32,
-    /// True for the last block of the client's request.
-    pub tail: bool,
     /// When the writer gives up.
     pub deadline: BootTime,
 }
@@ -54,8 +52,7 @@ impl HostTier {
         let namespace = request.layout.namespace;
         let Some(group) = request.layout.group(u32::from(request.group)) else { return BeginFill::Busy };
         let key = Self::key(request.layout, request.group, request.hash);
-        let incoming =
-            Incoming { key, kind: group.group.kind, parent: request.parent, pool: group.pool, tail: request.tail };
+        let incoming = Incoming { key, kind: group.group.kind, parent: request.parent, pool: group.pool };
         let urgency = Urgency { source: FlightSource::Writer, priority: Priority::Demand, deadline: request.deadline };
         let mut state = self.state.lock();
         loop {
@@ -136,15 +133,16 @@ impl BlockFill {
         self.fill.as_ref().map_or(0, |(_, fill)| fill.crc32())
     }
 
-    /// Makes the block readable. It must be complete: with bytes missing nothing is published.
-    pub fn commit(mut self) -> Publish {
+    /// Makes the block readable; `tail` for the last of its request. It must be complete: with bytes missing
+    /// nothing is published.
+    pub fn commit(mut self, tail: bool) -> Publish {
         let Some((ticket, fill)) = self.fill.take() else { return Publish::Superseded };
         let (length, crc32, complete) = (fill.length() as u32, fill.crc32(), fill.room() == 0);
         drop(fill);
         let mut state = self.tier.state.lock();
         let Some(namespace) = state.namespace_mut(self.namespace) else { return Publish::Superseded };
         if complete {
-            return namespace.residency.publish(ticket, length, crc32);
+            return namespace.residency.publish(ticket, length, crc32, tail);
         }
         namespace.residency.abort(ticket);
         Publish::Superseded

@@ -218,10 +218,17 @@ impl HostTier {
         })
     }
 
-    /// A request stored the end of a chain: all of it is as recent.
-    pub fn refresh_chain(&self, layout: &RegisteredLayout, group: u16, chain: &[SequenceHash]) {
+    /// Drops a block that turned out damaged, pinned or not.
+    pub fn drop_key(&self, namespace: NamespaceId, key: &SlotKey) {
+        if let Some(namespace) = self.state.lock().namespace_mut(namespace) {
+            namespace.residency.quarantine(key);
+        }
+    }
+
+    /// A request stored a chain that ends with `last`: all of it is as recent.
+    pub fn refresh_chain(&self, layout: &RegisteredLayout, group: u16, last: SequenceHash) {
         if let Some(namespace) = self.state.lock().namespace_mut(layout.namespace) {
-            namespace.residency.refresh_chain(layout.ordinal, group, chain);
+            namespace.residency.refresh(&Self::key(layout, group, last));
         }
     }
 
@@ -236,6 +243,12 @@ impl HostTier {
             namespace.residency.add_slab(plan.pool, slab);
         }
         Ok(())
+    }
+
+    /// Gives up a plan: nobody will make its slab.
+    pub fn drop_plan(&self, plan: SlabPlan) {
+        let mut state = self.state.lock();
+        state.promised = state.promised.saturating_sub(plan.bytes());
     }
 
     /// What may change while it runs.

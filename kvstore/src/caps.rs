@@ -1,0 +1,53 @@
+//! The daemon's bounds, each with its reason. Those of placement are in `kvstore_tiers::caps`.
+
+use std::time::Duration;
+
+/// Hashes of one look-up, pin, prefetch or delete: a prompt of a million tokens in blocks of 16.
+pub const HASHES_PER_LOOKUP_MAX: usize = 65_536;
+/// Blocks of one get: they are leased together, so this bounds what one call keeps from being evicted.
+pub const BLOCKS_PER_GET_MAX: usize = 4096;
+/// Blocks of one put: bounds the reply.
+pub const BLOCKS_PER_PUT_MAX: usize = 65_536;
+/// Bytes of a control message: 65,536 hashes of 32 bytes with their tags, and room.
+pub const CONTROL_MESSAGE_BYTES_MAX: usize = 4 << 20;
+/// Connections of one listener: engines of a node have a few each.
+pub const CONNECTIONS_MAX: usize = 1024;
+/// Calls at once on one connection.
+pub const STREAMS_PER_CONNECTION_MAX: u32 = 256;
+/// Put and get calls at once, of all connections: each may keep a fill or leases.
+pub const DATA_CALLS_MAX: usize = 1024;
+/// Leases that gets hold at once: a multiple of the largest call, so that a few slow readers do not stop
+/// everyone; the rest of the tier can always turn over.
+pub const LEASED_BLOCKS_MAX: usize = 4 * BLOCKS_PER_GET_MAX;
+/// What a peer may send on one stream before it is read: hides the latency of a wake-up, bounds memory.
+pub const STREAM_WINDOW_BYTES: u32 = 2 << 20;
+/// The same for all streams of a connection.
+pub const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+/// Bytes of an HTTP/2 frame: measured, larger ones only cost the allocator.
+pub const FRAME_BYTES: u32 = 256 << 10;
+/// Bytes of a call's headers.
+pub const HEADER_BYTES_MAX: u32 = 16 << 10;
+/// A connection that says nothing for this long is asked whether it lives ...
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// ... and closed when it does not answer for this long: a dead peer's leases end within 30 s.
+pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(15);
+/// After a failed accept (no file descriptors left, say) the next is tried this much later.
+pub const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+/// The longest a call may ask for.
+pub const DEADLINE_MAX: Duration = Duration::from_secs(600);
+/// How often a put that waits for another writer looks again.
+pub const JOIN_POLL: Duration = Duration::from_millis(20);
+/// Slabs that one put may have made before its block: others may take the first ones' slots.
+pub const SLABS_PER_FILL_MAX: usize = 8;
+/// Prefetches at once, ended ones included until they are forgotten.
+pub const PREFETCHES_MAX: usize = 4096;
+/// How long an ended prefetch can still be watched.
+pub const PREFETCH_KEPT: Duration = Duration::from_secs(60);
+/// Background work of the Host tier happens this often.
+pub const TICK: Duration = Duration::from_millis(100);
+/// Blocks that a verification reads before it lets others run.
+pub const VERIFY_BATCH: usize = 64;
+/// Lines of a trace of a replay at most, and blocks of one of its requests.
+pub const TRACE_REQUESTS_MAX: usize = 10_000_000;
+/// See [`TRACE_REQUESTS_MAX`].
+pub const TRACE_BLOCKS_PER_REQUEST_MAX: usize = BLOCKS_PER_GET_MAX;

@@ -1,0 +1,165 @@
+//! The command line: one verb, one file.
+
+mod admin;
+mod bench;
+mod blocks;
+mod config;
+mod output;
+mod replay;
+mod serve;
+mod status;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::config::default_socket;
+
+/// KV-cache blocks that outlive the engine: a daemon per node, and the commands to use it.
+#[derive(Parser, Debug)]
+#[command(name = "kvstore", version, propagate_version = true, after_help = EXAMPLES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "Examples:
+  kvstore serve                                   a daemon with defaults from this machine
+  kvstore status                                  what it holds and does
+  echo hello | kvstore put --key greeting -       store a block
+  kvstore get --key greeting                      read it back
+  kvstore replay examples/conversation_slice.jsonl --block-bytes 64KiB --verify";
+
+/// Every command.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Run the daemon.
+    Serve(serve::Serve),
+    /// Show what a daemon holds and does.
+    Status(status::Status),
+    /// Store a file as a block.
+    Put(blocks::Put),
+    /// Read a block.
+    Get(blocks::Get),
+    /// Show how far a prefix can be read, and where its blocks are.
+    Lookup(blocks::Lookup),
+    /// Bring a prefix into memory ahead of need.
+    Prefetch(blocks::Prefetch),
+    /// Keep a prefix from being evicted for a while.
+    Pin(blocks::Pin),
+    /// End a pin.
+    Unpin(blocks::Unpin),
+    /// Delete blocks.
+    Delete(blocks::Delete),
+    /// Drive a daemon with a trace of LLM requests, or simulate its eviction policy.
+    Replay(replay::Replay),
+    /// Measure puts and gets beside memcpy.
+    Bench(bench::Bench),
+    /// Check, show or change the configuration.
+    Config(config::Config),
+    /// Check every block against its checksum.
+    Verify(admin::Verify),
+    /// Refuse new work and finish what is in flight.
+    Drain(admin::Drain),
+    /// Print a shell's completion script.
+    Completion(Completion),
+}
+
+/// `completion`.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "Example:\n  kvstore completion bash > ~/.local/share/bash-completion/completions/kvstore")]
+pub struct Completion {
+    /// The shell.
+    shell: clap_complete::Shell,
+}
+
+/// Which daemon, and how to answer.
+#[derive(clap::Args, Debug, Clone)]
+pub struct Target {
+    /// The daemon: unix:/path/to/socket or http://host:port.
+    #[arg(long, env = "KVSTORE_ADDRESS", default_value_t = default_address(), value_name = "ADDRESS")]
+    address: String,
+    /// Give up after this long.
+    #[arg(long, default_value = "30s", value_parser = humantime::parse_duration, value_name = "DURATION")]
+    timeout: std::time::Duration,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Target {
+    async fn connect(&self) -> Result<kvstore_client::Client, kvstore_client::Error> {
+        Ok(kvstore_client::Client::connect(&self.address).await?.with_deadline(self.timeout))
+    }
+}
+
+/// The address of the daemon that `kvstore serve` runs for this user.
+pub fn default_address() -> String {
+    format!("unix:{}", default_socket().display())
+}
+
+/// Runs a command. 0: done; 1: it failed; 2: wrong usage (clap's).
+pub fn main(cli: Cli) -> ExitCode {
+    let threads =
+        if matches!(cli.command, Command::Serve(_) | Command::Replay(_) | Command::Bench(_)) { None } else { Some(1) };
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    if let Some(threads) = threads {
+        builder.worker_threads(threads);
+    }
+    let outcome = builder
+        .enable_all()
+        .build()
+        .map_err(anyhow::Error::from)
+        .and_then(|runtime| runtime.block_on(run(cli.command)));
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("kvstore: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Serve(serve) => serve.run().await,
+        Command::Status(status) => status.run().await,
+        Command::Put(put) => put.run().await,
+        Command::Get(get) => get.run().await,
+        Command::Lookup(lookup) => lookup.run().await,
+        Command::Prefetch(prefetch) => prefetch.run().await,
+        Command::Pin(pin) => pin.run().await,
+        Command::Unpin(unpin) => unpin.run().await,
+        Command::Delete(delete) => delete.run().await,
+        Command::Replay(replay) => replay.run().await,
+        Command::Bench(bench) => bench.run().await,
+        Command::Config(config) => config.run().await,
+        Command::Verify(verify) => verify.run().await,
+        Command::Drain(drain) => drain.run().await,
+        Command::Completion(completion) => {
+            clap_complete::generate(completion.shell, &mut Cli::command(), "kvstore", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// A size such as "64KiB", in bytes.
+fn parse_block_bytes(text: &str) -> Result<u32, String> {
+    let size: bytesize::ByteSize = text.parse().map_err(|_| format!("{text:?} is not a size such as \"64KiB\""))?;
+    let max = kvstore_tiers::caps::BLOCK_BYTES_MAX;
+    match u32::try_from(size.as_u64()) {
+        Ok(bytes) if bytes > 0 && u64::from(bytes) <= max => Ok(bytes),
+        _ => Err(format!("{size} is not within 1 byte and {}", bytesize::ByteSize(max))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+}

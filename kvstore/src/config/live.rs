@@ -1,0 +1,54 @@
+//! What may change while the daemon runs.
+
+use super::{Config, ConfigError, invalid};
+
+/// One change, for the log and the caller.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Change {
+    /// The key.
+    pub key: &'static str,
+    /// Before.
+    pub from: String,
+    /// After.
+    pub to: String,
+}
+
+impl std::fmt::Display for Change {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {} -> {}", self.key, self.from, self.to)
+    }
+}
+
+/// The changes from `old` to `new`; refused by name where one needs a restart.
+pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
+    let fixed = [
+        ("host.huge_pages", old.huge_pages == new.huge_pages),
+        ("host.eviction", old.eviction == new.eviction),
+        ("listen", old.listeners == new.listeners),
+        ("http.address", old.http == new.http),
+        ("log.format", old.log_format == new.log_format),
+    ];
+    if let Some((key, _)) = fixed.into_iter().find(|(_, same)| !same) {
+        return Err(invalid(key, "changes only with a restart; nothing was changed"));
+    }
+    let bytes = |bytes: u64| bytesize::ByteSize(bytes).to_string();
+    let time = |time| humantime::format_duration(time).to_string();
+    let live = [
+        ("host.bytes", bytes(old.host.bytes), bytes(new.host.bytes)),
+        (
+            "host.high_watermark_percent",
+            old.host.high_watermark_percent.to_string(),
+            new.host.high_watermark_percent.to_string(),
+        ),
+        (
+            "host.low_watermark_percent",
+            old.host.low_watermark_percent.to_string(),
+            new.host.low_watermark_percent.to_string(),
+        ),
+        ("calls.deadline", time(old.call_deadline), time(new.call_deadline)),
+        ("calls.drain_deadline", time(old.drain_deadline), time(new.drain_deadline)),
+        ("log.level", old.log_level.clone(), new.log_level.clone()),
+    ];
+    let changed = live.into_iter().filter(|(_, from, to)| from != to);
+    Ok(changed.map(|(key, from, to)| Change { key, from, to }).collect())
+}

@@ -1,0 +1,230 @@
+//! Configuration: read once into [`RawConfig`], checked once into [`Config`], which the rest trusts.
+//!
+//! Sources, later ones win: the file, the environment (`KVSTORE_HOST_BYTES` for `host.bytes`), `--set
+//! KEY=VALUE`. Unknown keys, impossible values and pairs are refused by the key's name.
+
+mod live;
+mod machine;
+mod raw;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kvstore_tiers::HugePages;
+use kvstore_tiers::eviction::PolicyKind;
+use kvstore_tiers::host::HostLimits;
+
+pub use live::{Change, changes};
+pub use machine::{default_socket, memory_bytes};
+pub use raw::RawConfig;
+
+/// The commented sample, which a test keeps true.
+pub const SAMPLE: &str = include_str!("sample.toml");
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("cannot read the configuration file {path}: {source}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not TOML, an unknown key, or a value of the wrong type.
+    #[error("{origin}: {problem}")]
+    Parse {
+        /// The file, variable or flag.
+        origin: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A value that cannot be.
+    #[error("{key}: {problem}")]
+    Invalid {
+        /// The key.
+        key: String,
+        /// What is wrong and what would be valid.
+        problem: String,
+    },
+}
+
+pub(crate) fn invalid(key: &str, problem: impl Into<String>) -> ConfigError {
+    ConfigError::Invalid { key: key.to_owned(), problem: problem.into() }
+}
+
+/// Where a listener listens.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Address {
+    /// A Unix socket.
+    Unix(PathBuf),
+    /// A loopback address: other addresses need mutual TLS, which this version does not have.
+    Tcp(SocketAddr),
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Tcp(address) => write!(f, "http://{address}"),
+        }
+    }
+}
+
+/// One way in, and the namespace that everyone who comes through it uses.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Listener {
+    /// Where.
+    pub address: Address,
+    /// The namespace.
+    pub namespace: String,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LogFormat {
+    /// For people.
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+/// A checked configuration.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Config {
+    /// The Host tier's sizes.
+    pub host: HostLimits,
+    /// Whether slabs ask for huge pages.
+    pub huge_pages: HugePages,
+    /// Which block goes first.
+    pub eviction: PolicyKind,
+    /// The ways in.
+    pub listeners: Vec<Listener>,
+    /// Metrics and health over HTTP.
+    pub http: Option<SocketAddr>,
+    /// How long a call without a deadline may take.
+    pub call_deadline: Duration,
+    /// How long a drain waits for calls in flight.
+    pub drain_deadline: Duration,
+    /// The log filter.
+    pub log_level: String,
+    /// How log lines look.
+    pub log_format: LogFormat,
+}
+
+impl Config {
+    /// The namespaces, each once.
+    pub fn namespaces(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.listeners.iter().map(|listener| listener.namespace.clone()).collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+}
+
+/// Reads and checks a configuration: `file`, then `environment`, then `settings` (`KEY=VALUE`).
+pub fn load(
+    file: Option<&Path>,
+    environment: impl Iterator<Item = (String, String)>,
+    settings: &[String],
+) -> Result<Config, ConfigError> {
+    load_raw(file, environment, settings)?.check()
+}
+
+/// The same, before it is checked.
+pub fn load_raw(
+    file: Option<&Path>,
+    environment: impl Iterator<Item = (String, String)>,
+    settings: &[String],
+) -> Result<RawConfig, ConfigError> {
+    let mut raw = match file {
+        Some(path) => {
+            let text =
+                std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+            RawConfig::parse(&path.display().to_string(), &text)?
+        }
+        None => RawConfig::default(),
+    };
+    let variables: BTreeMap<String, String> = environment.collect();
+    for key in RawConfig::keys() {
+        let variable = format!("KVSTORE_{}", key.replace('.', "_").to_uppercase());
+        if let Some(value) = variables.get(&variable) {
+            raw.set(&key, value).map_err(|error| named(&variable, error))?;
+        }
+    }
+    for setting in settings {
+        let Some((key, value)) = setting.split_once('=') else {
+            return Err(invalid("--set", format!("{setting:?} is not of the form KEY=VALUE")));
+        };
+        raw.set(key.trim(), value.trim()).map_err(|error| named("--set", error))?;
+    }
+    Ok(raw)
+}
+
+fn named(origin: &str, error: ConfigError) -> ConfigError {
+    ConfigError::Parse { origin: origin.to_owned(), problem: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load_text(text: &str, environment: &[(&str, &str)], settings: &[&str]) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kvstore.toml");
+        std::fs::write(&path, text).unwrap();
+        let environment = environment.iter().map(|(k, v)| (k.to_string(), v.to_string()));
+        let settings: Vec<String> = settings.iter().map(|s| s.to_string()).collect();
+        load(Some(&path), environment, &settings)
+    }
+
+    /// Every key stands in the sample, commented out, with the value that the daemon uses without it.
+    #[test]
+    fn the_sample_lists_every_key_with_its_default() {
+        let uncommented: String =
+            SAMPLE.lines().map(|line| line.strip_prefix("#! ").unwrap_or(line)).flat_map(|line| [line, "\n"]).collect();
+        let raw = RawConfig::parse("sample", &uncommented).unwrap();
+        assert_eq!(raw.check().unwrap(), RawConfig::default().check().unwrap());
+        for key in RawConfig::keys() {
+            let name = key.rsplit('.').next().unwrap();
+            assert!(SAMPLE.contains(&format!("#! {name} = ")), "{key} is not in the sample");
+        }
+        RawConfig::parse("sample", SAMPLE).unwrap();
+    }
+
+    #[test]
+    fn flags_beat_the_environment_which_beats_the_file() {
+        let file = "[host]\nbytes = \"64MiB\"\nhigh_watermark_percent = 80\nlow_watermark_percent = 70\n";
+        let config = load_text(file, &[], &[]).unwrap();
+        assert_eq!((config.host.bytes, config.host.high_watermark_percent), (64 << 20, 80));
+        let config = load_text(file, &[("KVSTORE_HOST_BYTES", "128MiB")], &[]).unwrap();
+        assert_eq!(config.host.bytes, 128 << 20);
+        let config = load_text(file, &[("KVSTORE_HOST_BYTES", "128MiB")], &["host.bytes=256MiB"]).unwrap();
+        assert_eq!(config.host.bytes, 256 << 20);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let cases: [(&str, &[&str], &str); 12] = [
+            ("[host]\nbites = 1", &[], "bites"),
+            ("[hosts]\nbytes = \"1GiB\"", &[], "hosts"),
+            ("[host]\nbytes = \"12 parsecs\"", &[], "host.bytes"),
+            ("[host]\nbytes = \"64KiB\"", &[], "host.bytes"),
+            ("[host]\nbytes = \"9999TiB\"", &[], "host.bytes"),
+            ("[host]\nhigh_watermark_percent = 50\nlow_watermark_percent = 60", &[], "low_watermark_percent"),
+            ("[host]\nhigh_watermark_percent = 101", &[], "high_watermark_percent"),
+            ("[host]\neviction = \"random\"", &[], "hazard"),
+            ("[[listen]]\naddress = \"0.0.0.0:7540\"", &[], "loopback"),
+            ("[[listen]]\naddress = \"unix:relative.sock\"", &[], "absolute"),
+            ("", &["host.bytes"], "KEY=VALUE"),
+            ("", &["host.bites=1"], "host.bites"),
+        ];
+        for (text, settings, named) in cases {
+            let error = load_text(text, &[], settings).unwrap_err().to_string();
+            assert!(error.contains(named), "{text:?} {settings:?}: {error}");
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! The daemon's state, and what it does when nobody asks: it ticks, reloads and drains. Knows no wire.
+
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use kvstore_tiers::host::{HoldId, HostOptions, HostTier, NamespaceId};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, Semaphore};
+
+use crate::caps;
+use crate::clock;
+use crate::config::{self, Change, Config, ConfigError, RawConfig};
+use crate::telemetry::{LogControl, Traffic};
+use crate::verbs::prefetch::Prefetches;
+
+/// Everything that calls share.
+pub struct Daemon {
+    /// Blocks in memory.
+    pub host: Arc<HostTier>,
+    /// What happened since the start.
+    pub traffic: Traffic,
+    /// Prefetches under way.
+    pub prefetches: Prefetches,
+    /// Put and get calls that may still start.
+    pub data_calls: Arc<Semaphore>,
+    /// Blocks that gets may still lease.
+    pub leasable: Arc<Semaphore>,
+    /// When this process started.
+    pub started: Instant,
+    /// Grows with every start.
+    pub epoch: u64,
+    config: ArcSwap<Config>,
+    sources: Mutex<Sources>,
+    namespaces: Vec<String>,
+    draining: AtomicBool,
+    in_flight: AtomicU64,
+    idle: Notify,
+    log: LogControl,
+}
+
+/// Where the configuration comes from, to read it again.
+pub struct Sources {
+    /// The file.
+    pub file: Option<PathBuf>,
+    /// `--set` flags.
+    pub settings: Vec<String>,
+    /// `--listen` flags.
+    pub listen: Vec<String>,
+    /// What is in force, as written.
+    pub raw: RawConfig,
+}
+
+impl Sources {
+    /// Reads file, environment and flags anew.
+    pub fn read(&self) -> Result<RawConfig, ConfigError> {
+        let mut raw = config::load_raw(self.file.as_deref(), std::env::vars(), &self.settings)?;
+        if !self.listen.is_empty() {
+            raw.listen_on(&self.listen);
+        }
+        Ok(raw)
+    }
+}
+
+/// Keeps a call counted as in flight.
+pub struct InFlight(Arc<Daemon>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if self.0.in_flight.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.idle.notify_waiters();
+        }
+    }
+}
+
+impl Daemon {
+    /// A daemon that serves nobody yet.
+    pub fn new(config: Config, sources: Sources, log: LogControl) -> Arc<Self> {
+        let namespaces = config.namespaces();
+        let epoch = clock::now().0;
+        let seed = random_u128() as u64;
+        let options =
+            HostOptions { limits: config.host, huge_pages: config.huge_pages, policy: config.eviction, seed, epoch };
+        Arc::new(Self {
+            host: HostTier::new(options, &namespaces),
+            traffic: Traffic::default(),
+            prefetches: Prefetches::default(),
+            data_calls: Arc::new(Semaphore::new(caps::DATA_CALLS_MAX)),
+            leasable: Arc::new(Semaphore::new(caps::LEASED_BLOCKS_MAX)),
+            started: Instant::now(),
+            epoch,
+            config: ArcSwap::from_pointee(config),
+            sources: Mutex::new(sources),
+            namespaces,
+            draining: AtomicBool::new(false),
+            in_flight: AtomicU64::new(0),
+            idle: Notify::new(),
+            log,
+        })
+    }
+
+    /// The configuration in force.
+    pub fn config(&self) -> Arc<Config> {
+        self.config.load_full()
+    }
+
+    /// The same, as TOML.
+    pub fn config_toml(&self) -> String {
+        self.sources.lock().raw.to_toml()
+    }
+
+    /// The namespace with this name.
+    pub fn namespace(&self, name: &str) -> Option<NamespaceId> {
+        self.namespaces.iter().position(|known| known == name).map(NamespaceId)
+    }
+
+    /// Reads the configuration's sources again and applies what may change live: all or nothing.
+    pub fn reload(&self) -> Result<Vec<Change>, ConfigError> {
+        let mut sources = self.sources.lock();
+        let raw = sources.read()?;
+        self.apply(&mut sources, raw)
+    }
+
+    /// Changes keys that may change live: all or nothing.
+    pub fn set_config(&self, values: &[(String, String)]) -> Result<Vec<Change>, ConfigError> {
+        let mut sources = self.sources.lock();
+        let mut raw = sources.raw.clone();
+        for (key, value) in values {
+            raw.set(key, value)?;
+        }
+        self.apply(&mut sources, raw)
+    }
+
+    fn apply(&self, sources: &mut Sources, raw: RawConfig) -> Result<Vec<Change>, ConfigError> {
+        let new = raw.check()?;
+        let changes = config::changes(&self.config.load(), &new)?;
+        self.host.set_limits(new.host);
+        self.log.set_level(&new.log_level);
+        self.config.store(Arc::new(new));
+        sources.raw = raw;
+        for change in &changes {
+            tracing::info!(key = change.key, from = change.from, to = change.to, "configuration changed");
+        }
+        Ok(changes)
+    }
+
+    /// Counts a call as in flight; `None` while draining.
+    pub fn enter(self: &Arc<Self>) -> Option<InFlight> {
+        self.in_flight.fetch_add(1, Ordering::AcqRel);
+        let guard = InFlight(Arc::clone(self));
+        (!self.is_draining()).then_some(guard)
+    }
+
+    /// True once new work is refused.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    /// Refuses new work and waits up to `deadline` for what is in flight. What is left then.
+    pub async fn drain(&self, deadline: Duration) -> u64 {
+        if !self.draining.swap(true, Ordering::AcqRel) {
+            tracing::info!("draining: new calls are refused");
+        }
+        let wait = async {
+            loop {
+                let idle = self.idle.notified();
+                tokio::pin!(idle);
+                idle.as_mut().enable();
+                if self.in_flight.load(Ordering::Acquire) == 0 {
+                    return;
+                }
+                idle.await;
+            }
+        };
+        let _ = tokio::time::timeout(deadline, wait).await;
+        self.in_flight.load(Ordering::Acquire)
+    }
+
+    /// Background work, until the runtime ends.
+    pub async fn tick_forever(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(caps::TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        loop {
+            ticks.tick().await;
+            let daemon = Arc::clone(&self);
+            // Shrinking unmaps slabs, which takes milliseconds each.
+            let _ = tokio::task::spawn_blocking(move || daemon.host.tick(clock::now())).await;
+            self.prefetches.forget_old(clock::now());
+        }
+    }
+}
+
+/// A name that another client cannot guess.
+pub fn random_hold_id() -> HoldId {
+    HoldId(random_u128())
+}
+
+/// SipHash under a key from the system's random source, of a counter: distinct, and not to be guessed.
+fn random_u128() -> u128 {
+    static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let count = COUNTER.fetch_add(1, Ordering::Relaxed);
+    u128::from(KEY.hash_one((count, 0u8))) << 64 | u128::from(KEY.hash_one((count, 1u8)))
+}

@@ -1,0 +1,110 @@
+//! `serve`: a daemon from its configuration to its end. Also what an embedded daemon is made of.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::daemon::{Daemon, Sources};
+use crate::{http, server, telemetry};
+
+/// After the drain, connections that stay open get this much longer to close.
+const CLOSE_WITHIN: Duration = Duration::from_secs(1);
+
+/// A daemon that serves.
+pub struct Running {
+    /// Its state.
+    pub daemon: Arc<Daemon>,
+    /// Its listeners, as clients name them.
+    pub addresses: Vec<String>,
+    /// Metrics and health.
+    pub http: Option<SocketAddr>,
+    stop: watch::Sender<bool>,
+    tasks: JoinSet<anyhow::Result<()>>,
+}
+
+/// How a daemon is started.
+#[derive(Clone, Debug, Default)]
+pub struct StartOptions {
+    /// The configuration file.
+    pub file: Option<PathBuf>,
+    /// `KEY=VALUE` settings over it.
+    pub settings: Vec<String>,
+    /// Listeners instead of the configured ones.
+    pub listen: Vec<String>,
+}
+
+/// Starts a daemon in this process.
+pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
+    let mut sources =
+        Sources { file: options.file, settings: options.settings, listen: options.listen, raw: Default::default() };
+    sources.raw = sources.read()?;
+    let config = sources.raw.check()?;
+    let log = telemetry::start_logging(&config.log_level, config.log_format);
+    telemetry::start_metrics();
+    let daemon = Daemon::new(config.clone(), sources, log);
+    let (stop, stopping) = watch::channel(false);
+    let mut tasks = JoinSet::new();
+    let mut addresses = Vec::new();
+    for listener in &config.listeners {
+        let bound = server::bind(listener).await?;
+        tracing::info!(address = bound.address, namespace = listener.namespace, "listening");
+        addresses.push(bound.address.clone());
+        tasks.spawn(server::serve(Arc::clone(&daemon), bound, stopping.clone()));
+    }
+    let mut http_address = None;
+    if let Some(address) = config.http {
+        let listener = TcpListener::bind(address).await.with_context(|| {
+            format!("cannot serve metrics on {address}: choose another with --set http.address=127.0.0.1:0, or \"off\"")
+        })?;
+        http_address = Some(listener.local_addr()?);
+        tracing::info!(address = %listener.local_addr()?, "metrics and health");
+        let (daemon, stopping) = (Arc::clone(&daemon), stopping.clone());
+        tasks.spawn(async move { Ok(http::serve(daemon, listener, stopping).await?) });
+    }
+    tokio::spawn(Arc::clone(&daemon).tick_forever());
+    Ok(Running { daemon, addresses, http: http_address, stop, tasks })
+}
+
+impl Running {
+    /// Drains, stops and waits. True when every call under way was finished.
+    pub async fn shut_down(mut self) -> bool {
+        let left = self.daemon.drain(self.daemon.config().drain_deadline).await;
+        let _ = self.stop.send(true);
+        let all = async { while self.tasks.join_next().await.is_some() {} };
+        let closed = tokio::time::timeout(CLOSE_WITHIN, all).await.is_ok();
+        if !closed {
+            self.tasks.abort_all();
+            while self.tasks.join_next().await.is_some() {}
+        }
+        left == 0
+    }
+
+    /// Serves until SIGTERM or SIGINT; SIGHUP reads the configuration again.
+    pub async fn until_signalled(mut self) -> anyhow::Result<()> {
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let mut hangup = signal(SignalKind::hangup())?;
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                _ = hangup.recv() => match self.daemon.reload() {
+                    Ok(changes) => tracing::info!(changes = changes.len(), "configuration read again"),
+                    Err(error) => tracing::error!(%error, "configuration not changed"),
+                },
+                Some(ended) = self.tasks.join_next() => {
+                    return ended.context("a server panicked")?.context("a server ended");
+                }
+            }
+        }
+        let drained = self.shut_down().await;
+        tracing::info!(drained, "stopped");
+        Ok(())
+    }
+}

@@ -1,0 +1,230 @@
+//! Listeners: sockets, their folders, the bound on connections, and the servers behind them.
+
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
+
+use anyhow::Context as _;
+use futures::Stream;
+use futures::stream;
+use kvstore_proto::v1::admin_server::AdminServer;
+use kvstore_proto::v1::blocks_server::BlocksServer;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tonic::transport::Server;
+use tonic::transport::server::Connected;
+
+use crate::caps;
+use crate::config::{Address, Listener};
+use crate::daemon::Daemon;
+use crate::service::{self, Context};
+
+/// A listener that is bound and not yet served.
+pub struct Bound {
+    /// Where, as clients name it: a TCP port 0 is the chosen one here.
+    pub address: String,
+    listener: Listener,
+    socket: Socket,
+}
+
+enum Socket {
+    Unix(UnixListener, SocketFile),
+    Tcp(TcpListener),
+}
+
+/// Removes the socket's file when the daemon ends.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Binds a listener. A Unix socket's folder is made, and must be this user's alone.
+pub async fn bind(listener: &Listener) -> anyhow::Result<Bound> {
+    let (address, socket) = match &listener.address {
+        Address::Unix(path) => {
+            let socket = bind_unix(path).await.with_context(|| format!("cannot listen on unix:{}", path.display()))?;
+            (format!("unix:{}", path.display()), Socket::Unix(socket, SocketFile(path.clone())))
+        }
+        Address::Tcp(address) => {
+            let socket = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+            (format!("http://{}", socket.local_addr()?), Socket::Tcp(socket))
+        }
+    };
+    Ok(Bound { address, listener: listener.clone(), socket })
+}
+
+async fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    check_private(folder)?;
+    if path.symlink_metadata().is_ok() {
+        if tokio::net::UnixStream::connect(path).await.is_ok() {
+            anyhow::bail!("another daemon serves there: stop it, or choose another socket with --listen");
+        }
+        // Nobody answers: a daemon that was killed left it.
+        std::fs::remove_file(path)?;
+    }
+    let socket = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(socket)
+}
+
+/// The kernel does not protect sockets in folders that others may write to.
+fn check_private(folder: &Path) -> anyhow::Result<()> {
+    let metadata = folder.symlink_metadata()?;
+    let (mode, owner) = (metadata.mode() & 0o777, metadata.uid());
+    let me = rustix::process::geteuid().as_raw();
+    anyhow::ensure!(metadata.is_dir(), "{} is not a folder (a link is not followed)", folder.display());
+    anyhow::ensure!(
+        owner == me && mode & 0o022 == 0,
+        "{} must belong to user {me} and be writable by nobody else (it belongs to {owner}, mode {mode:o}): chmod 700 it, or choose another",
+        folder.display()
+    );
+    Ok(())
+}
+
+/// Serves a listener until `stop` says so; calls under way are finished.
+pub async fn serve(daemon: Arc<Daemon>, bound: Bound, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
+    let namespace = daemon.namespace(&bound.listener.namespace).context("the namespace is not configured")?;
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<BlocksServer<Context>>().await;
+    health.set_serving::<AdminServer<Context>>().await;
+    health.set_service_status("kvstore.v1.BlockData", tonic_health::ServingStatus::Serving).await;
+    let reporting = tokio::spawn(report_health(Arc::clone(&daemon), health));
+    let routes = service::routes(&Context { daemon, namespace }, health_service)?;
+    let connections = Arc::new(Semaphore::new(caps::CONNECTIONS_MAX));
+    let server = Server::builder()
+        .initial_stream_window_size(caps::STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(caps::CONNECTION_WINDOW_BYTES)
+        .max_frame_size(caps::FRAME_BYTES)
+        .max_concurrent_streams(caps::STREAMS_PER_CONNECTION_MAX)
+        .http2_max_header_list_size(caps::HEADER_BYTES_MAX)
+        .http2_keepalive_interval(Some(caps::KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(caps::KEEPALIVE_TIMEOUT))
+        .tcp_nodelay(true)
+        .add_routes(routes);
+    let stopped = stopped(stop);
+    let served = match bound.socket {
+        Socket::Unix(socket, file) => {
+            let incoming =
+                incoming(
+                    connections,
+                    socket,
+                    |socket| async move { (socket.accept().await.map(|(io, _)| io), socket) },
+                );
+            let served = server.serve_with_incoming_shutdown(incoming, stopped).await;
+            drop(file);
+            served
+        }
+        Socket::Tcp(socket) => {
+            let accept = |socket: TcpListener| async move {
+                let accepted = socket.accept().await.and_then(|(io, _)| io.set_nodelay(true).map(|()| io));
+                (accepted, socket)
+            };
+            server.serve_with_incoming_shutdown(incoming(connections, socket, accept), stopped).await
+        }
+    };
+    reporting.abort();
+    served.context("the server failed")
+}
+
+async fn stopped(mut stop: watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+/// gRPC health follows the daemon: NOT_SERVING while it drains.
+async fn report_health(daemon: Arc<Daemon>, health: tonic_health::server::HealthReporter) {
+    while !daemon.is_draining() {
+        tokio::time::sleep(caps::TICK).await;
+    }
+    health.set_not_serving::<BlocksServer<Context>>().await;
+    health.set_service_status("kvstore.v1.BlockData", tonic_health::ServingStatus::NotServing).await;
+    health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+}
+
+/// Connections as they come, at most so many at once; those beyond wait to be accepted. A failed accept
+/// (out of file descriptors, say) is tried again a little later.
+fn incoming<L, F, A, IO>(
+    connections: Arc<Semaphore>,
+    listener: L,
+    accept: F,
+) -> impl Stream<Item = io::Result<Counted<IO>>>
+where
+    F: Fn(L) -> A + Copy,
+    A: Future<Output = (io::Result<IO>, L)>,
+{
+    stream::unfold((connections, listener), move |(connections, mut listener)| async move {
+        let permit = Arc::clone(&connections).acquire_owned().await.ok()?;
+        loop {
+            let (accepted, back) = accept(listener).await;
+            listener = back;
+            match accepted {
+                Ok(io) => {
+                    metrics::gauge!("kvstore_connections").increment(1.0);
+                    return Some((Ok(Counted { io, _permit: permit }), (connections, listener)));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection; trying again");
+                    tokio::time::sleep(caps::ACCEPT_RETRY).await;
+                }
+            }
+        }
+    })
+}
+
+/// A connection that counts.
+struct Counted<IO> {
+    io: IO,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl<IO> Drop for Counted<IO> {
+    fn drop(&mut self) {
+        metrics::gauge!("kvstore_connections").decrement(1.0);
+    }
+}
+
+impl<IO> Connected for Counted<IO> {
+    type ConnectInfo = ();
+
+    fn connect_info(&self) {}
+}
+
+impl<IO: AsyncRead + Unpin> AsyncRead for Counted<IO> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl<IO: AsyncWrite + Unpin> AsyncWrite for Counted<IO> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut TaskContext<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+}

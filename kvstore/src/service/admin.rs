@@ -1,0 +1,66 @@
+//! `kvstore.v1.Admin`: what an operator asks of one daemon. Works while it drains.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{Stream, StreamExt};
+use kvstore_proto::v1::admin_server::Admin;
+use kvstore_proto::v1::{
+    DrainRequest, DrainResponse, GetConfigRequest, GetConfigResponse, ReloadConfigRequest, ReloadConfigResponse,
+    SetConfigRequest, SetConfigResponse, StatusRequest, StatusResponse, VerifyProgress, VerifyRequest,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::Context;
+use crate::caps;
+use crate::config::{Change, ConfigError};
+use crate::verbs::{status, verify};
+
+type Answer<T> = Result<Response<T>, Status>;
+
+fn changes(changes: Result<Vec<Change>, ConfigError>) -> Result<Vec<String>, Status> {
+    let changes = changes.map_err(|error| Status::invalid_argument(error.to_string()))?;
+    Ok(changes.iter().map(ToString::to_string).collect())
+}
+
+#[tonic::async_trait]
+impl Admin for Context {
+    async fn status(&self, _: Request<StatusRequest>) -> Answer<StatusResponse> {
+        Ok(Response::new(status::status(&self.daemon)))
+    }
+
+    async fn get_config(&self, _: Request<GetConfigRequest>) -> Answer<GetConfigResponse> {
+        Ok(Response::new(GetConfigResponse { toml: self.daemon.config_toml() }))
+    }
+
+    async fn set_config(&self, request: Request<SetConfigRequest>) -> Answer<SetConfigResponse> {
+        let values: Vec<_> = request.into_inner().values.into_iter().collect();
+        let changes = changes(self.daemon.set_config(&values))?;
+        Ok(Response::new(SetConfigResponse { changes }))
+    }
+
+    async fn reload_config(&self, _: Request<ReloadConfigRequest>) -> Answer<ReloadConfigResponse> {
+        let changes = changes(self.daemon.reload())?;
+        Ok(Response::new(ReloadConfigResponse { changes }))
+    }
+
+    async fn drain(&self, request: Request<DrainRequest>) -> Answer<DrainResponse> {
+        let deadline = match request.get_ref().deadline_ms {
+            0 => self.daemon.config().drain_deadline,
+            ms => Duration::from_millis(ms.into()).min(caps::DEADLINE_MAX),
+        };
+        let in_flight = self.daemon.drain(deadline).await;
+        Ok(Response::new(DrainResponse { drained: in_flight == 0, in_flight }))
+    }
+
+    type VerifyStream = Pin<Box<dyn Stream<Item = Result<VerifyProgress, Status>> + Send>>;
+
+    async fn verify(&self, _: Request<VerifyRequest>) -> Answer<Self::VerifyStream> {
+        let (sender, receiver) = mpsc::channel(1);
+        tokio::spawn(verify::verify(Arc::clone(&self.daemon), sender));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver).map(Ok))))
+    }
+}

@@ -1,0 +1,57 @@
+//! The gRPC services: each call is counted, timed, bounded by its deadline, and handed to its verb.
+
+mod admin;
+mod blocks;
+mod data;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvstore_proto::v1::admin_server::AdminServer;
+use kvstore_proto::v1::blocks_server::BlocksServer;
+use kvstore_tiers::host::NamespaceId;
+use tonic::Status;
+use tonic::service::{Routes, RoutesBuilder};
+use tonic_health::pb::health_server::{Health, HealthServer};
+
+use crate::caps;
+use crate::daemon::{Daemon, InFlight};
+use crate::wire;
+
+/// What every service of one listener shares.
+#[derive(Clone)]
+pub(crate) struct Context {
+    pub(crate) daemon: Arc<Daemon>,
+    /// Whoever comes through this listener uses this namespace.
+    pub(crate) namespace: NamespaceId,
+}
+
+impl Context {
+    fn enter(&self) -> Result<InFlight, Status> {
+        self.daemon.enter().ok_or_else(wire::draining)
+    }
+
+    /// The time a call has: what it asks for, or the configured.
+    fn deadline(&self, headers: &http::HeaderMap) -> Duration {
+        wire::deadline_of(headers).unwrap_or_else(|| self.daemon.config().call_deadline)
+    }
+}
+
+/// All services of one listener.
+pub(crate) fn routes<H: Health>(context: &Context, health: HealthServer<H>) -> anyhow::Result<Routes> {
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(kvstore_proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let mut routes = RoutesBuilder::default();
+    routes.add_service(
+        BlocksServer::new(context.clone())
+            .max_decoding_message_size(caps::CONTROL_MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(caps::CONTROL_MESSAGE_BYTES_MAX),
+    );
+    routes.add_service(AdminServer::new(context.clone()).max_decoding_message_size(caps::CONTROL_MESSAGE_BYTES_MAX));
+    routes.add_service(data::BlockDataService::new(context.clone()));
+    routes.add_service(reflection);
+    routes.add_service(health);
+    Ok(routes.routes())
+}

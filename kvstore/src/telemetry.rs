@@ -1,0 +1,180 @@
+//! Logs and metrics. Counters are plain atomics that the data path adds to; the Prometheus registry reads
+//! them, and the Host tier's state, when it is asked. `docs/metrics.md` lists every metric.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
+
+use crate::config::LogFormat;
+use crate::daemon::Daemon;
+
+/// Seconds, from 10 us to 10 s.
+const LATENCY_BUCKETS: [f64; 13] = [1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 5e-2, 0.25, 1.0, 10.0];
+
+/// What happened since the start.
+#[derive(Default)]
+pub struct Traffic {
+    /// Blocks stored.
+    pub put_blocks: AtomicU64,
+    /// Bytes stored.
+    pub put_bytes: AtomicU64,
+    /// Blocks that a get found.
+    pub get_hits: AtomicU64,
+    /// Blocks that a get did not find.
+    pub get_misses: AtomicU64,
+    /// Bytes that gets sent.
+    pub get_bytes: AtomicU64,
+    /// Look-ups.
+    pub lookups: AtomicU64,
+    /// Puts and gets that were answered Busy.
+    pub busy: AtomicU64,
+    /// Blocks whose bytes did not match their checksum.
+    pub quarantined: AtomicU64,
+}
+
+/// Adds to a counter.
+pub fn add(counter: &AtomicU64, amount: u64) {
+    counter.fetch_add(amount, Ordering::Relaxed);
+}
+
+/// Reads one.
+pub fn get(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+/// Changes the log filter while it runs.
+#[derive(Clone, Default)]
+pub struct LogControl(Option<reload::Handle<EnvFilter, Registry>>);
+
+impl LogControl {
+    /// Sets the filter; its text was checked with the configuration.
+    pub fn set_level(&self, level: &str) {
+        if let (Some(handle), Ok(filter)) = (&self.0, level.parse::<EnvFilter>()) {
+            let _ = handle.reload(filter);
+        }
+    }
+}
+
+/// Starts logging to standard error. Does nothing the second time in a process.
+pub fn start_logging(level: &str, format: LogFormat) -> LogControl {
+    let filter = level.parse::<EnvFilter>().unwrap_or_default();
+    let (filter, handle) = reload::Layer::new(filter);
+    let registry = tracing_subscriber::registry().with(filter);
+    let started = match format {
+        LogFormat::Human => registry.with(fmt::layer().with_writer(std::io::stderr).with_target(false)).try_init(),
+        LogFormat::Json => registry.with(fmt::layer().json().with_writer(std::io::stderr)).try_init(),
+    };
+    LogControl(started.is_ok().then_some(handle))
+}
+
+/// The process's metrics registry.
+fn registry() -> Option<&'static PrometheusHandle> {
+    static REGISTRY: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
+    let install = || {
+        let buckets = Matcher::Suffix("_seconds".into());
+        let builder = PrometheusBuilder::new().set_buckets_for_metric(buckets, &LATENCY_BUCKETS).ok()?;
+        let recorder = builder.build_recorder();
+        let handle = recorder.handle();
+        metrics::set_global_recorder(recorder).ok()?;
+        describe();
+        Some(handle)
+    };
+    REGISTRY.get_or_init(install).as_ref()
+}
+
+/// Makes the registry, so that latencies are recorded from the first call on.
+pub fn start_metrics() {
+    registry();
+}
+
+/// Metrics in Prometheus' text format.
+pub fn render(daemon: &Daemon) -> String {
+    let Some(registry) = registry() else { return String::new() };
+    let status = daemon.host.status();
+    let traffic = &daemon.traffic;
+    let counters = [
+        ("kvstore_put_blocks_total", get(&traffic.put_blocks)),
+        ("kvstore_put_bytes_total", get(&traffic.put_bytes)),
+        ("kvstore_get_hits_total", get(&traffic.get_hits)),
+        ("kvstore_get_misses_total", get(&traffic.get_misses)),
+        ("kvstore_get_bytes_total", get(&traffic.get_bytes)),
+        ("kvstore_lookups_total", get(&traffic.lookups)),
+        ("kvstore_busy_total", get(&traffic.busy)),
+        ("kvstore_quarantined_blocks_total", get(&traffic.quarantined)),
+        ("kvstore_host_published_blocks_total", status.counts.published),
+        ("kvstore_host_evicted_blocks_total", status.counts.evicted),
+        ("kvstore_host_deleted_blocks_total", status.counts.deleted),
+        ("kvstore_host_aborted_fills_total", status.counts.aborted),
+        ("kvstore_host_taken_over_fills_total", status.counts.taken_over),
+        ("kvstore_host_moved_slabs_total", status.slabs_moved),
+    ];
+    for (name, value) in counters {
+        metrics::counter!(name).absolute(value);
+    }
+    let (pins, tickets) = daemon.host.hold_counts();
+    let gauges = [
+        ("kvstore_host_max_bytes", status.bytes_max),
+        ("kvstore_host_mapped_bytes", status.bytes_mapped),
+        ("kvstore_host_pinned_bytes", status.pinned_bytes),
+        ("kvstore_host_blocks", status.blocks),
+        ("kvstore_host_flights", status.flights),
+        ("kvstore_pins", pins as u64),
+        ("kvstore_tickets", tickets as u64),
+        ("kvstore_draining", u64::from(daemon.is_draining())),
+    ];
+    for (name, value) in gauges {
+        metrics::gauge!(name).set(value as f64);
+    }
+    for pool in &status.pools {
+        let labels = [("namespace", pool.namespace.clone()), ("slot_bytes", pool.slot_bytes.to_string())];
+        metrics::gauge!("kvstore_host_pool_slots", &labels).set(pool.slots as f64);
+        metrics::gauge!("kvstore_host_pool_used_slots", &labels).set(pool.used as f64);
+    }
+    registry.render()
+}
+
+/// Every metric, with its help text: `docs/metrics.md` is checked against this list.
+pub const METRICS: [(&str, &str, &str); 28] = [
+    ("kvstore_put_blocks_total", "counter", "Blocks stored by puts"),
+    ("kvstore_put_bytes_total", "counter", "Bytes stored by puts"),
+    ("kvstore_get_hits_total", "counter", "Blocks that gets found"),
+    ("kvstore_get_misses_total", "counter", "Blocks that gets did not find"),
+    ("kvstore_get_bytes_total", "counter", "Bytes that gets sent"),
+    ("kvstore_lookups_total", "counter", "Look-ups"),
+    ("kvstore_busy_total", "counter", "Blocks or calls refused as busy"),
+    ("kvstore_quarantined_blocks_total", "counter", "Blocks dropped because their bytes did not match their checksum"),
+    ("kvstore_host_published_blocks_total", "counter", "Blocks that became readable in memory"),
+    ("kvstore_host_evicted_blocks_total", "counter", "Blocks evicted from memory"),
+    ("kvstore_host_deleted_blocks_total", "counter", "Blocks deleted on request"),
+    ("kvstore_host_aborted_fills_total", "counter", "Fills that ended without a block"),
+    ("kvstore_host_taken_over_fills_total", "counter", "Writers replaced after they stalled"),
+    ("kvstore_host_moved_slabs_total", "counter", "Slabs that moved between pools"),
+    ("kvstore_host_max_bytes", "gauge", "Bound of the Host tier, bytes"),
+    ("kvstore_host_mapped_bytes", "gauge", "Slabs mapped, bytes"),
+    ("kvstore_host_pinned_bytes", "gauge", "Blocks pinned or held by tickets, bytes"),
+    ("kvstore_host_blocks", "gauge", "Blocks readable or on their way"),
+    ("kvstore_host_flights", "gauge", "Blocks on their way"),
+    ("kvstore_host_pool_slots", "gauge", "Slots, by namespace and slot size in bytes"),
+    ("kvstore_host_pool_used_slots", "gauge", "Slots in use, by namespace and slot size in bytes"),
+    ("kvstore_pins", "gauge", "Pins"),
+    ("kvstore_tickets", "gauge", "Look-up tickets"),
+    ("kvstore_draining", "gauge", "1 while new calls are refused"),
+    ("kvstore_put_seconds", "histogram", "Duration of put calls, seconds"),
+    ("kvstore_get_seconds", "histogram", "Duration of get calls until the last byte was handed over, seconds"),
+    ("kvstore_lookup_seconds", "histogram", "Duration of look-ups, seconds"),
+    ("kvstore_connections", "gauge", "Connections open"),
+];
+
+fn describe() {
+    for (name, kind, help) in METRICS {
+        match kind {
+            "counter" => metrics::describe_counter!(name, help),
+            "gauge" => metrics::describe_gauge!(name, help),
+            _ => metrics::describe_histogram!(name, help),
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! Get: blocks go out as a stream, from where they lie.
+//!
+//! The blocks of a call are leased together when it starts and released one by one as they were handed to
+//! the connection. Nothing is copied here: the connection's writes read the slots. What a call leases is
+//! bounded for all calls together, and given back at the call's deadline, whether or not the client reads.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http_body::Frame;
+use kvstore_proto::data_stream::{self, DATA_BYTES_MAX};
+use kvstore_proto::v1::get_response::Part;
+use kvstore_proto::v1::{GetBlock, GetRequest, GetResponse, GetStatus};
+use kvstore_tiers::host::{LeasedBlock, Leasing, NamespaceId};
+use parking_lot::Mutex;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+use tonic::Status;
+
+use super::put::too_many_calls;
+use crate::daemon::{Daemon, InFlight};
+use crate::{caps, clock, telemetry, wire};
+
+/// Bytes of one `data` message: enough that framing costs nothing.
+const DATA_BYTES: usize = 1 << 20;
+/// Ranges shorter than this are gathered by a copy: a page costs less to copy than to write apart.
+const GATHER_BELOW_BYTES: u64 = 4096;
+
+/// Starts a get. Everything that can be wrong is found before the first byte.
+pub fn get(
+    daemon: &Arc<Daemon>,
+    namespace: NamespaceId,
+    request: GetRequest,
+    deadline: Instant,
+    in_flight: InFlight,
+) -> Result<GetBody, Status> {
+    let call = Arc::clone(&daemon.data_calls).try_acquire_owned().map_err(|_| too_many_calls(daemon))?;
+    let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
+    let (group, layout_group) = wire::known_group(&layout, request.group)?;
+    let hashes = wire::hashes(&request.sequence_hashes, caps::BLOCKS_PER_GET_MAX)?;
+    let (layers, heads) = (wire::range(request.layers), wire::range(request.heads));
+    let whole = layers.is_none() && heads.is_none();
+    let ranges = layout_group
+        .group
+        .ranges(layout.layout.block_tokens, layers, heads)
+        .map_err(|error| Status::invalid_argument(error.to_string()))?;
+    check_ticket(daemon, namespace, &request.ticket)?;
+    let permits = Arc::clone(&daemon.leasable).try_acquire_many_owned(hashes.len() as u32).map_err(|_| {
+        telemetry::add(&daemon.traffic.busy, 1);
+        Status::resource_exhausted(format!("busy: gets hold {} blocks, the most at once", caps::LEASED_BLOCKS_MAX))
+    })?;
+    let leasings = daemon.host.lease_run(&layout, group, &hashes, clock::now());
+    let sending = Sending {
+        blocks: leasings.into_iter().enumerate().collect(),
+        permits,
+        ranges: (!whole).then_some(ranges),
+        leading_run: request.leading_run,
+        ready: VecDeque::new(),
+        daemon: Arc::clone(daemon),
+        started: Instant::now(),
+        _call: call,
+        _in_flight: in_flight,
+    };
+    sending.count();
+    Ok(GetBody::new(sending, deadline))
+}
+
+fn check_ticket(daemon: &Daemon, namespace: NamespaceId, ticket: &[u8]) -> Result<(), Status> {
+    if ticket.is_empty() {
+        return Ok(());
+    }
+    let id = wire::hold_id("ticket", ticket)?;
+    if daemon.host.has_ticket(namespace, id, clock::now()) {
+        return Ok(());
+    }
+    Err(Status::not_found("ticket: no such ticket, or its time is over: look up again"))
+}
+
+/// A block's bytes on their way into the connection: ends the lease when the last slice is gone.
+struct Outgoing {
+    block: LeasedBlock,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+impl AsRef<[u8]> for Outgoing {
+    fn as_ref(&self) -> &[u8] {
+        &self.block
+    }
+}
+
+/// What is left of a call.
+struct Sending {
+    blocks: VecDeque<(usize, Leasing)>,
+    permits: OwnedSemaphorePermit,
+    /// `None` for whole blocks.
+    ranges: Option<Vec<Range<u64>>>,
+    leading_run: bool,
+    /// Frames of the block that is being sent.
+    ready: VecDeque<Bytes>,
+    daemon: Arc<Daemon>,
+    started: Instant,
+    _call: OwnedSemaphorePermit,
+    _in_flight: InFlight,
+}
+
+impl Sending {
+    fn count(&self) {
+        let hits = self.blocks.iter().filter(|(_, leasing)| matches!(leasing, Leasing::Leased(_))).count() as u64;
+        telemetry::add(&self.daemon.traffic.get_hits, hits);
+        telemetry::add(&self.daemon.traffic.get_misses, self.blocks.len() as u64 - hits);
+    }
+
+    fn next_frame(&mut self) -> Option<Bytes> {
+        loop {
+            if let Some(bytes) = self.ready.pop_front() {
+                return Some(bytes);
+            }
+            let (index, leasing) = self.blocks.pop_front()?;
+            let hit = matches!(leasing, Leasing::Leased(_));
+            self.prepare(index, leasing);
+            if self.leading_run && !hit {
+                self.blocks.clear();
+            }
+        }
+    }
+
+    /// Lines up the frames of one block.
+    fn prepare(&mut self, index: usize, leasing: Leasing) {
+        let answer = |status: GetStatus, length: usize, crc32| {
+            let block = GetBlock { index: index as u32, status: status.into(), length: length as u64, crc32 };
+            data_stream::message(&GetResponse { part: Some(Part::Block(block)) })
+        };
+        let block = match leasing {
+            Leasing::Miss => return self.ready.push_back(answer(GetStatus::Miss, 0, None)),
+            Leasing::InFlight => return self.ready.push_back(answer(GetStatus::InFlight, 0, None)),
+            Leasing::Leased(block) => block,
+        };
+        let crc32 = block.crc32();
+        let bytes = Bytes::from_owner(Outgoing { block, _permit: self.permits.split(1) });
+        let pieces = match &self.ranges {
+            None => vec![bytes.clone()],
+            Some(ranges) => cut(&bytes, ranges),
+        };
+        let length: usize = pieces.iter().map(Bytes::len).sum();
+        let crc32 = self.ranges.is_none().then_some(crc32);
+        telemetry::add(&self.daemon.traffic.get_bytes, length as u64);
+        self.ready.push_back(answer(GetStatus::Hit, length, crc32));
+        for mut piece in pieces {
+            while !piece.is_empty() {
+                let data = piece.split_to(piece.len().min(DATA_BYTES));
+                self.ready.push_back(data_stream::data_head(data.len()));
+                self.ready.push_back(data);
+            }
+        }
+    }
+}
+
+const _: () = assert!(DATA_BYTES <= DATA_BYTES_MAX);
+
+/// The asked parts of a block; a block that is shorter than its layout says has fewer.
+fn cut(bytes: &Bytes, ranges: &[Range<u64>]) -> Vec<Bytes> {
+    let within = |range: &Range<u64>| {
+        let end = (range.end as usize).min(bytes.len());
+        (range.start as usize).min(end)..end
+    };
+    if ranges.iter().all(|range| range.end - range.start >= GATHER_BELOW_BYTES) {
+        return ranges.iter().map(|range| bytes.slice(within(range))).collect();
+    }
+    let gathered: Vec<u8> = ranges.iter().flat_map(|range| bytes.slice(within(range))).collect();
+    vec![Bytes::from(gathered)]
+}
+
+/// The body of a get's response.
+pub struct GetBody {
+    /// Emptied at the deadline, so that a client that does not read keeps no lease.
+    sending: Arc<Mutex<Option<Sending>>>,
+    deadline: AbortHandle,
+    ended: bool,
+}
+
+impl GetBody {
+    fn new(sending: Sending, deadline: Instant) -> Self {
+        let sending = Arc::new(Mutex::new(Some(sending)));
+        let late = Arc::clone(&sending);
+        let watchdog = tokio::spawn(async move {
+            tokio::time::sleep_until(deadline).await;
+            let dropped = late.lock().take();
+            drop(dropped);
+        });
+        Self { sending, deadline: watchdog.abort_handle(), ended: false }
+    }
+}
+
+impl Drop for GetBody {
+    fn drop(&mut self) {
+        self.deadline.abort();
+    }
+}
+
+impl http_body::Body for GetBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        let mut sending = self.sending.lock();
+        let status = match sending.as_mut() {
+            Some(call) => match call.next_frame() {
+                Some(bytes) => return Poll::Ready(Some(Ok(Frame::data(bytes)))),
+                None => {
+                    metrics::histogram!("kvstore_get_seconds").record(call.started.elapsed().as_secs_f64());
+                    Status::ok("")
+                }
+            },
+            None => Status::deadline_exceeded("the call's deadline passed before all of it was read"),
+        };
+        *sending = None;
+        drop(sending);
+        self.ended = true;
+        let mut trailers = http::HeaderMap::new();
+        let added = status.add_header(&mut trailers);
+        Poll::Ready(Some(added.map(|()| Frame::trailers(trailers))))
+    }
+}

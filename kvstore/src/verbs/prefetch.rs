@@ -1,0 +1,134 @@
+//! Prefetch: brings a prefix into memory ahead of need. While memory is the only tier, whatever is not in
+//! memory is in no tier: a prefetch finds its blocks ready or missing, and marks the ready ones as recent.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use kvstore_proto::v1::{
+    CancelPrefetchRequest, CancelPrefetchResponse, PrefetchProgress, PrefetchRequest, PrefetchResponse, PrefetchState,
+    WatchPrefetchRequest,
+};
+use kvstore_tiers::host::{HoldId, NamespaceId};
+use kvstore_tiers::residency::Presence;
+use kvstore_tiers::{BootTime, SequenceHash};
+use parking_lot::Mutex;
+use tonic::Status;
+
+use crate::daemon::{Daemon, random_hold_id};
+use crate::{caps, clock, wire};
+
+/// How often a running prefetch looks whether blocks on their way have come.
+const POLL: Duration = Duration::from_millis(20);
+const DEADLINE_MS_DEFAULT: u64 = 10_000;
+
+/// Prefetches, running and lately ended.
+#[derive(Default)]
+pub struct Prefetches(Mutex<HashMap<HoldId, Prefetch>>);
+
+#[derive(Clone)]
+struct Prefetch {
+    namespace: NamespaceId,
+    layout_digest: [u8; 32],
+    group: u16,
+    hashes: Vec<SequenceHash>,
+    deadline: BootTime,
+    ended: Option<(PrefetchState, BootTime)>,
+}
+
+impl Prefetches {
+    /// Forgets what ended a while ago, or was never watched to its end.
+    pub fn forget_old(&self, now: BootTime) {
+        let kept_ms = caps::PREFETCH_KEPT.as_millis() as u64;
+        self.0.lock().retain(|_, prefetch| {
+            let end = prefetch.ended.map_or(prefetch.deadline, |(_, at)| at.min(prefetch.deadline));
+            now.ms_since(end) < kept_ms
+        });
+    }
+
+    fn get(&self, namespace: NamespaceId, id: HoldId) -> Result<Prefetch, Status> {
+        let found = self.0.lock().get(&id).filter(|prefetch| prefetch.namespace == namespace).cloned();
+        found.ok_or_else(|| Status::not_found("ticket: no such prefetch, or it ended a while ago"))
+    }
+
+    /// Ends a prefetch, if it has not ended; the state in which it ended.
+    fn end(&self, id: HoldId, state: PrefetchState, now: BootTime) -> Option<PrefetchState> {
+        let mut prefetches = self.0.lock();
+        let prefetch = prefetches.get_mut(&id)?;
+        Some(prefetch.ended.get_or_insert((state, now)).0)
+    }
+}
+
+/// Starts a prefetch.
+pub fn prefetch(
+    daemon: &Daemon,
+    namespace: NamespaceId,
+    request: &PrefetchRequest,
+) -> Result<PrefetchResponse, Status> {
+    let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
+    let (group, _) = wire::known_group(&layout, request.group)?;
+    let hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
+    let deadline_max = caps::DEADLINE_MAX.as_millis() as u64;
+    let deadline_ms = match u64::from(request.deadline_ms) {
+        0 => DEADLINE_MS_DEFAULT,
+        asked if asked <= deadline_max => asked,
+        asked => return Err(wire::invalid("deadline_ms", format!("{asked} is more than {deadline_max}"))),
+    };
+    let presences = daemon.host.presence(&layout, group, &hashes);
+    let run = presences.iter().take_while(|presence| **presence == Presence::Resident).count();
+    if let Some(last) = run.checked_sub(1).and_then(|last| hashes.get(last)) {
+        daemon.host.refresh_chain(&layout, group, *last);
+    }
+    let id = random_hold_id();
+    let deadline = clock::now().plus_ms(deadline_ms);
+    let prefetch = Prefetch { namespace, layout_digest: layout.digest, group, hashes, deadline, ended: None };
+    let mut prefetches = daemon.prefetches.0.lock();
+    if prefetches.len() >= caps::PREFETCHES_MAX {
+        return Err(Status::resource_exhausted(format!("{} prefetches are kept already", caps::PREFETCHES_MAX)));
+    }
+    prefetches.insert(id, prefetch);
+    Ok(PrefetchResponse { ticket: wire::hold_bytes(id) })
+}
+
+/// The next report of a prefetch, and whether it is the last.
+pub fn progress(daemon: &Daemon, namespace: NamespaceId, id: HoldId) -> Result<(PrefetchProgress, bool), Status> {
+    let prefetch = daemon.prefetches.get(namespace, id)?;
+    let layout = wire::known_layout(daemon, namespace, &prefetch.layout_digest)?;
+    let presences = daemon.host.presence(&layout, prefetch.group, &prefetch.hashes);
+    let count = |wanted| presences.iter().filter(|presence| **presence == wanted).count() as u32;
+    let now = clock::now();
+    let state = match prefetch.ended {
+        Some((state, _)) => Some(state),
+        None if count(Presence::InFlight) == 0 => daemon.prefetches.end(id, PrefetchState::Done, now),
+        None if now >= prefetch.deadline => daemon.prefetches.end(id, PrefetchState::Deadline, now),
+        None => None,
+    };
+    let progress = PrefetchProgress {
+        state: state.unwrap_or(PrefetchState::Running).into(),
+        blocks: prefetch.hashes.len() as u32,
+        ready: count(Presence::Resident),
+        missing: count(Presence::Absent),
+    };
+    Ok((progress, state.is_some()))
+}
+
+/// The ticket of a watch.
+pub fn watched(request: &WatchPrefetchRequest) -> Result<HoldId, Status> {
+    wire::hold_id("ticket", &request.ticket)
+}
+
+/// Waits until the next report is due.
+pub async fn until_next() {
+    tokio::time::sleep(POLL).await;
+}
+
+/// Cancels a prefetch.
+pub fn cancel(
+    daemon: &Daemon,
+    namespace: NamespaceId,
+    request: &CancelPrefetchRequest,
+) -> Result<CancelPrefetchResponse, Status> {
+    let id = wire::hold_id("ticket", &request.ticket)?;
+    let running = daemon.prefetches.get(namespace, id)?.ended.is_none();
+    daemon.prefetches.end(id, PrefetchState::Cancelled, clock::now());
+    Ok(CancelPrefetchResponse { cancelled: running })
+}

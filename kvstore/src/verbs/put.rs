@@ -1,0 +1,281 @@
+//! Put: blocks come in as a stream, each readable as soon as it is whole and matches its checksum.
+//!
+//! A block's bytes are copied once, from the connection's buffers into its slot, and checksummed on the
+//! way. A completed block is committed when the next one starts or the call ends, because only then is it
+//! known whether it is the last of its request. A call never waits for another writer with a block of its
+//! own uncommitted, so that two calls can't wait for each other.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use kvstore_proto::data_stream::{Part, PartDecoder, StreamError};
+use kvstore_proto::v1::put_request::Part as Wire;
+use kvstore_proto::v1::{Level, PutBlock, PutOpen, PutRequest, PutResponse, PutResult, PutStatus};
+use kvstore_tiers::SequenceHash;
+use kvstore_tiers::host::{BeginFill, BlockFill, FillRequest, NamespaceId, RegisteredLayout};
+use kvstore_tiers::residency::Publish;
+use tokio::time::Instant;
+use tonic::Status;
+use tonic::body::Body;
+
+use crate::daemon::Daemon;
+use crate::{caps, clock, telemetry, wire};
+
+/// Stores the blocks that `body` brings.
+pub async fn put(
+    daemon: &Arc<Daemon>,
+    namespace: NamespaceId,
+    body: Body,
+    deadline: Instant,
+) -> Result<PutResponse, Status> {
+    let _permit = daemon.data_calls.try_acquire().map_err(|_| too_many_calls(daemon))?;
+    let mut call =
+        PutCall { daemon, namespace, deadline, target: None, current: None, last: None, results: Vec::new() };
+    tokio::time::timeout_at(deadline, call.run(body)).await.map_err(|_| late())??;
+    Ok(PutResponse { results: call.results })
+}
+
+/// The answer when too many data calls are under way.
+pub fn too_many_calls(daemon: &Daemon) -> Status {
+    telemetry::add(&daemon.traffic.busy, 1);
+    Status::resource_exhausted(format!(
+        "busy: {} put and get calls are under way, the most at once",
+        caps::DATA_CALLS_MAX
+    ))
+}
+
+fn late() -> Status {
+    Status::deadline_exceeded("the call's deadline passed; blocks that were whole by then are stored")
+}
+
+fn stream_error(error: StreamError) -> Status {
+    match error {
+        StreamError::Compressed => Status::unimplemented(error.to_string()),
+        StreamError::TooLarge(_) => Status::resource_exhausted(error.to_string()),
+        _ => Status::invalid_argument(error.to_string()),
+    }
+}
+
+/// Where the call's blocks go.
+struct Target {
+    layout: Arc<RegisteredLayout>,
+    group: u16,
+    more_follows: bool,
+}
+
+/// The block whose bytes are coming.
+struct Current {
+    hash: SequenceHash,
+    expected: u64,
+    received: u64,
+    crc32: Option<u32>,
+    into: Into,
+}
+
+enum Into {
+    /// A slot.
+    Slot(Box<BlockFill>),
+    /// Nowhere: the answer is known already, the bytes are read past.
+    Past(PutStatus),
+}
+
+struct PutCall<'a> {
+    daemon: &'a Arc<Daemon>,
+    namespace: NamespaceId,
+    deadline: Instant,
+    target: Option<Target>,
+    current: Option<Current>,
+    /// The last block that is there now.
+    last: Option<SequenceHash>,
+    results: Vec<PutResult>,
+}
+
+impl PutCall<'_> {
+    async fn run(&mut self, mut body: Body) -> Result<(), Status> {
+        let mut decoder = PartDecoder::new();
+        while let Some(frame) = body.frame().await {
+            let Ok(bytes) = frame?.into_data() else { continue };
+            decoder.push(bytes);
+            while let Some(part) = decoder.next_part::<PutRequest>().map_err(stream_error)? {
+                match part {
+                    Part::Data(bytes) => self.data(&bytes)?,
+                    Part::Message(message) => self.message(message).await?,
+                }
+            }
+        }
+        decoder.finish().map_err(stream_error)?;
+        let tail = self.target.as_ref().is_some_and(|target| !target.more_follows);
+        self.finish_block(tail)?;
+        if self.results.is_empty() {
+            return Err(wire::invalid("block", "the call brought no block"));
+        }
+        if let (Some(target), Some(last)) = (&self.target, self.last) {
+            self.daemon.host.refresh_chain(&target.layout, target.group, last);
+        }
+        Ok(())
+    }
+
+    async fn message(&mut self, message: PutRequest) -> Result<(), Status> {
+        match message.part {
+            Some(Wire::Open(open)) => self.open(&open),
+            Some(Wire::Block(block)) => {
+                self.finish_block(false)?;
+                self.begin_block(&block).await
+            }
+            Some(Wire::Data(bytes)) => self.data(&bytes),
+            None => Err(wire::invalid("part", "a message has neither open, nor block, nor data")),
+        }
+    }
+
+    fn open(&mut self, open: &PutOpen) -> Result<(), Status> {
+        if self.target.is_some() {
+            return Err(wire::invalid("open", "comes once, first"));
+        }
+        match Level::try_from(open.level) {
+            Ok(Level::Unspecified | Level::Memory) => {}
+            Ok(Level::Local) => return Err(no_tier("LOCAL", "an Nvme tier")),
+            Ok(Level::Durable) => return Err(no_tier("DURABLE", "an object store")),
+            Err(_) => return Err(wire::invalid("open.level", format!("{} is unknown", open.level))),
+        }
+        let layout = wire::known_layout(self.daemon, self.namespace, &open.layout_digest)?;
+        let (group, _) = wire::known_group(&layout, open.group)?;
+        self.target = Some(Target { layout, group, more_follows: open.more_follows });
+        Ok(())
+    }
+
+    async fn begin_block(&mut self, block: &PutBlock) -> Result<(), Status> {
+        let target = self.target.as_ref().ok_or_else(|| wire::invalid("block", "comes after open"))?;
+        if self.results.len() >= caps::BLOCKS_PER_PUT_MAX {
+            let problem = format!("block: one call brings at most {} blocks", caps::BLOCKS_PER_PUT_MAX);
+            return Err(Status::resource_exhausted(problem));
+        }
+        let hash = wire::hash("block.sequence_hash", &block.sequence_hash)?;
+        let parent = match block.parent_hash.as_ref() {
+            [] => None,
+            bytes => Some(wire::hash("block.parent_hash", bytes)?),
+        };
+        let length = checked_length(target, block.length)?;
+        let request = FillRequest {
+            layout: &target.layout,
+            group: target.group,
+            hash,
+            parent,
+            length,
+            deadline: clock::now().plus_ms(self.deadline.duration_since(Instant::now()).as_millis() as u64),
+        };
+        let into = begin(self.daemon, &request).await?;
+        self.current = Some(Current { hash, expected: block.length, received: 0, crc32: block.crc32, into });
+        Ok(())
+    }
+
+    fn data(&mut self, bytes: &Bytes) -> Result<(), Status> {
+        let at = self.results.len();
+        let current = self.current.as_mut().ok_or_else(|| wire::invalid("data", "comes after block"))?;
+        current.received += bytes.len() as u64;
+        if current.received > current.expected {
+            let problem =
+                format!("block {at} ({}) announced {} bytes and brought more", current.hash, current.expected);
+            return Err(wire::invalid("data", problem));
+        }
+        if let Into::Slot(fill) = &mut current.into {
+            fill.append(bytes, clock::now()).map_err(|error| wire::invalid("data", error))?;
+        }
+        Ok(())
+    }
+
+    /// The block that was coming is complete, or the stream is wrong.
+    fn finish_block(&mut self, tail: bool) -> Result<(), Status> {
+        let Some(current) = self.current.take() else { return Ok(()) };
+        let (at, hash) = (self.results.len(), current.hash);
+        if current.received != current.expected {
+            let problem =
+                format!("block {at} ({hash}) announced {} bytes and brought {}", current.expected, current.received);
+            return Err(wire::invalid("data", problem));
+        }
+        let status = match current.into {
+            Into::Past(status) => status,
+            Into::Slot(fill) => {
+                let crc32 = fill.crc32();
+                if let Some(expected) = current.crc32.filter(|expected| *expected != crc32) {
+                    let problem = format!(
+                        "block {at} ({hash}) has {crc32:08x}, its bytes should have {expected:08x}: not stored"
+                    );
+                    return Err(wire::invalid("block.crc32", problem));
+                }
+                match fill.commit(tail) {
+                    Publish::Published => {
+                        telemetry::add(&self.daemon.traffic.put_blocks, 1);
+                        telemetry::add(&self.daemon.traffic.put_bytes, current.expected);
+                        PutStatus::Stored
+                    }
+                    Publish::Superseded => PutStatus::Superseded,
+                }
+            }
+        };
+        let level = match status {
+            PutStatus::Stored | PutStatus::Present | PutStatus::Joined => {
+                self.last = Some(hash);
+                Level::Memory
+            }
+            _ => Level::Unspecified,
+        };
+        self.results.push(PutResult { status: status.into(), level: level.into() });
+        Ok(())
+    }
+}
+
+fn no_tier(level: &str, tier: &str) -> Status {
+    Status::failed_precondition(format!("level {level} needs {tier}, which this daemon does not have: ask for MEMORY"))
+}
+
+fn checked_length(target: &Target, length: u64) -> Result<u32, Status> {
+    let group = target.layout.group(u32::from(target.group)).ok_or_else(|| wire::invalid("group", "is unknown"))?;
+    let right = if group.group.kind.varies_in_length() {
+        (1..=group.block_bytes).contains(&length)
+    } else {
+        length == group.block_bytes
+    };
+    if !right {
+        let problem = format!("{length} bytes; a block of this layout and group has {}", group.block_bytes);
+        return Err(wire::invalid("block.length", problem));
+    }
+    // A layout's blocks are at most caps::BLOCK_BYTES_MAX, which is less than 2^32.
+    Ok(length as u32)
+}
+
+/// Reserves a slot, once there is room and no other writer is at work. Ends with the call's deadline.
+async fn begin(daemon: &Arc<Daemon>, request: &FillRequest<'_>) -> Result<Into, Status> {
+    let mut joined = false;
+    let mut slabs = 0;
+    loop {
+        match daemon.host.begin_fill(request, clock::now()) {
+            BeginFill::Fill(fill) => return Ok(Into::Slot(Box::new(fill))),
+            BeginFill::Resident if joined => return Ok(Into::Past(PutStatus::Joined)),
+            BeginFill::Resident => return Ok(Into::Past(PutStatus::Present)),
+            BeginFill::InFlight => {
+                joined = true;
+                tokio::time::sleep(caps::JOIN_POLL).await;
+            }
+            BeginFill::NeedsSlab(plan) if slabs < caps::SLABS_PER_FILL_MAX => {
+                slabs += 1;
+                let host = Arc::clone(&daemon.host);
+                let made = tokio::task::spawn_blocking(move || host.make_slab(plan)).await;
+                if let Ok(Err(error)) = made {
+                    tracing::warn!(%error, "no memory for a slab");
+                    return Ok(busy(daemon));
+                }
+            }
+            BeginFill::NeedsSlab(plan) => {
+                daemon.host.drop_plan(plan);
+                return Ok(busy(daemon));
+            }
+            BeginFill::Busy => return Ok(busy(daemon)),
+        }
+    }
+}
+
+fn busy(daemon: &Daemon) -> Into {
+    telemetry::add(&daemon.traffic.busy, 1);
+    Into::Past(PutStatus::Busy)
+}

@@ -1,0 +1,183 @@
+//! Where domain types meet wire types: the only file of the daemon that turns one into the other.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use kvstore_proto::v1;
+use kvstore_tiers::host::{HoldError, HoldId, LayoutGroup, NamespaceId, RegisterError, RegisteredLayout};
+use kvstore_tiers::residency::Presence;
+use kvstore_tiers::{BlockKind, DimensionOrder, LayerGroup, Layout, SequenceHash, Shard};
+use tonic::Status;
+
+use crate::caps;
+use crate::daemon::Daemon;
+
+/// The bits of `LookupResponse.residency`.
+const RESIDENT_IN_HOST: u32 = 2;
+const ON_ITS_WAY: u32 = 256;
+
+/// INVALID_ARGUMENT that names the field.
+pub fn invalid(field: &str, problem: impl std::fmt::Display) -> Status {
+    Status::invalid_argument(format!("{field}: {problem}"))
+}
+
+/// The answer to calls while draining.
+pub fn draining() -> Status {
+    Status::unavailable("the daemon is draining and takes no new calls")
+}
+
+/// A layout from the wire; its numbers are checked when it is registered.
+pub fn layout(wire: Option<v1::Layout>) -> Result<Layout, Status> {
+    let wire = wire.ok_or_else(|| invalid("layout", "is missing"))?;
+    let groups = wire.groups.iter().map(layer_group).collect::<Result<_, _>>()?;
+    let shard = wire.shard.unwrap_or(v1::Shard { index: 0, count: 1 });
+    Ok(Layout {
+        model: wire.model.to_vec(),
+        weights_digest: wire.weights_digest.to_vec(),
+        dtype: wire.dtype,
+        block_tokens: wire.block_tokens,
+        groups,
+        shard: Shard { index: shard.index, count: shard.count },
+        extra: wire.extra.to_vec(),
+    })
+}
+
+fn layer_group(wire: &v1::LayerGroup) -> Result<LayerGroup, Status> {
+    let kind = match wire.kind() {
+        v1::BlockKind::Attention => BlockKind::Attention,
+        v1::BlockKind::SlidingWindow => BlockKind::SlidingWindow { tokens: wire.window_tokens },
+        v1::BlockKind::RecurrentState => BlockKind::RecurrentState,
+        v1::BlockKind::EncoderOutput => BlockKind::EncoderOutput,
+        v1::BlockKind::Unspecified => return Err(invalid("layout.groups.kind", "is missing or unknown")),
+    };
+    let order = match wire.order() {
+        v1::DimensionOrder::Opaque => DimensionOrder::Opaque,
+        v1::DimensionOrder::LayerOpaque => DimensionOrder::LayerOpaque,
+        v1::DimensionOrder::LayerPlaneHeadToken => DimensionOrder::LayerPlaneHeadToken,
+        v1::DimensionOrder::LayerPlaneTokenHead => DimensionOrder::LayerPlaneTokenHead,
+        v1::DimensionOrder::Unspecified => return Err(invalid("layout.groups.order", "is missing or unknown")),
+    };
+    let (layers, planes, heads, head_bytes) = (wire.layers, wire.planes, wire.heads, wire.head_bytes);
+    Ok(LayerGroup { kind, layers, planes, heads, head_bytes, order })
+}
+
+/// Why a layout was refused.
+pub fn register_error(error: RegisterError) -> Status {
+    match error {
+        RegisterError::TooMany => Status::resource_exhausted(error.to_string()),
+        _ => Status::invalid_argument(error.to_string()),
+    }
+}
+
+/// The registered layout with this digest.
+pub fn known_layout(daemon: &Daemon, namespace: NamespaceId, digest: &[u8]) -> Result<Arc<RegisteredLayout>, Status> {
+    let digest: &[u8; 32] =
+        digest.try_into().map_err(|_| invalid("layout_digest", format!("has 32 bytes, not {}", digest.len())))?;
+    let unknown = || {
+        let hex: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        Status::not_found(format!("layout {hex}... is not registered with this daemon: call RegisterLayout first"))
+    };
+    daemon.host.layout(namespace, digest).ok_or_else(unknown)
+}
+
+/// One of a layout's groups.
+pub fn known_group(layout: &RegisteredLayout, group: u32) -> Result<(u16, &LayoutGroup), Status> {
+    let problem = || invalid("group", format!("{group} is not below the layout's {} groups", layout.groups.len()));
+    Ok((group as u16, layout.group(group).ok_or_else(problem)?))
+}
+
+/// A sequence hash.
+pub fn hash(field: &str, bytes: &[u8]) -> Result<SequenceHash, Status> {
+    SequenceHash::new(bytes).map_err(|error| invalid(field, error))
+}
+
+/// The hashes of a call.
+pub fn hashes(bytes: &[Bytes], max: usize) -> Result<Vec<SequenceHash>, Status> {
+    if bytes.is_empty() {
+        return Err(invalid("sequence_hashes", "is empty: name at least one block"));
+    }
+    if bytes.len() > max {
+        let problem = format!("sequence_hashes: {} are more than the {max} that one call may name", bytes.len());
+        return Err(Status::resource_exhausted(problem));
+    }
+    bytes.iter().map(|bytes| hash("sequence_hashes", bytes)).collect()
+}
+
+/// The name of a ticket or pin.
+pub fn hold_id(field: &str, bytes: &[u8]) -> Result<HoldId, Status> {
+    let bytes = bytes.try_into().map_err(|_| invalid(field, format!("has 16 bytes, not {}", bytes.len())))?;
+    Ok(HoldId(u128::from_le_bytes(bytes)))
+}
+
+/// The same, for the wire.
+pub fn hold_bytes(id: HoldId) -> Bytes {
+    Bytes::copy_from_slice(&id.0.to_le_bytes())
+}
+
+/// Why nothing was held.
+pub fn hold_error(error: HoldError) -> Status {
+    Status::resource_exhausted(error.to_string())
+}
+
+/// A range of layers or heads.
+pub fn range(wire: Option<v1::Range>) -> Option<Range<u32>> {
+    wire.map(|range| range.start..range.end)
+}
+
+/// A block's residency, from its presence in each asked group and shard.
+pub fn residency(presences: impl Iterator<Item = Presence>) -> u32 {
+    presences.fold(RESIDENT_IN_HOST, |all, presence| match presence {
+        Presence::Resident => all,
+        Presence::InFlight if all != 0 => ON_ITS_WAY,
+        Presence::InFlight | Presence::Absent => 0,
+    })
+}
+
+/// The deadline that a call brings in its headers ("grpc-timeout": up to 8 digits and a unit), if any.
+pub fn deadline_of(headers: &http::HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let amount: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
+    let timeout = match unit {
+        "H" => Duration::from_secs(amount * 3600),
+        "M" => Duration::from_secs(amount * 60),
+        "S" => Duration::from_secs(amount),
+        "m" => Duration::from_millis(amount),
+        "u" => Duration::from_micros(amount),
+        "n" => Duration::from_nanos(amount),
+        _ => return None,
+    };
+    Some(timeout.min(caps::DEADLINE_MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deadlines_are_read_as_grpc_writes_them() {
+        let read = |text: &str| {
+            let mut headers = http::HeaderMap::new();
+            headers.insert("grpc-timeout", text.parse().unwrap());
+            deadline_of(&headers)
+        };
+        assert_eq!(read("100m"), Some(Duration::from_millis(100)));
+        assert_eq!(read("2S"), Some(Duration::from_secs(2)));
+        assert_eq!(read("99999999H"), Some(caps::DEADLINE_MAX));
+        for bad in ["", "5", "m", "999999999m", "1x", "-1S"] {
+            assert_eq!(read(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_block_is_resident_where_every_part_is() {
+        use Presence::{Absent, InFlight, Resident};
+        let of = |presences: &[Presence]| residency(presences.iter().copied());
+        assert_eq!(of(&[Resident, Resident]), RESIDENT_IN_HOST);
+        assert_eq!(of(&[Resident, InFlight]), ON_ITS_WAY);
+        assert_eq!(of(&[InFlight, Absent]), 0);
+        assert_eq!(of(&[Absent, InFlight]), 0);
+    }
+}
