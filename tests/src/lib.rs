@@ -1,1 +1,90 @@
+//! What the cross-crate tests share: a daemon in this process, clients of it, and blocks to store.
 
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "test support: a failure here is a failed test")]
+
+use bytes::Bytes;
+use kvstore::replay;
+use kvstore::serve::{Running, StartOptions, start};
+use kvstore_client::v1::{BlockKind, DimensionOrder, LayerGroup, Layout};
+use kvstore_client::{Client, GroupRef, PutBlock};
+
+/// Bytes of a block in most tests: small, and no multiple of anything.
+pub const BLOCK_BYTES: u32 = 5000;
+
+/// A daemon of this process, on a socket of its own.
+pub struct TestDaemon {
+    /// It.
+    pub running: Running,
+    /// Where it listens.
+    pub address: String,
+    /// The folder of its socket; goes with it.
+    pub folder: tempfile::TempDir,
+}
+
+impl TestDaemon {
+    /// Starts one with `settings` (`KEY=VALUE`) over the defaults and 64 MiB of memory.
+    pub async fn start(settings: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let address = format!("unix:{}", folder.path().join("test.sock").display());
+        let mut all = vec!["host.bytes=64MiB".to_owned(), "http.address=off".into(), "log.level=error".into()];
+        all.extend(settings.iter().map(|setting| setting.to_string()));
+        let options = StartOptions { file: None, settings: all, listen: vec![address.clone()] };
+        Self { running: start(options).await.unwrap(), address, folder }
+    }
+
+    /// A client of it.
+    pub async fn client(&self) -> Client {
+        Client::connect(&self.address).await.unwrap()
+    }
+
+    /// A client, and the group of a layout with blocks of `block_bytes`.
+    pub async fn group(&self, block_bytes: u32) -> (Client, GroupRef) {
+        let client = self.client().await;
+        let layout = replay::layout("test", block_bytes, BlockKind::Attention);
+        let group = client.register_layout(layout).await.unwrap().group(0);
+        (client, group)
+    }
+
+    /// Bytes of all slabs.
+    pub fn mapped(&self) -> u64 {
+        self.running.daemon.host.status().bytes_mapped
+    }
+}
+
+/// The names of blocks `ids`.
+pub fn hashes(ids: impl IntoIterator<Item = u64>) -> Vec<Bytes> {
+    ids.into_iter().map(replay::sequence_hash).collect()
+}
+
+/// Blocks `ids` as one chain.
+pub fn chain(ids: impl IntoIterator<Item = u64>, block_bytes: u32) -> Vec<PutBlock> {
+    let mut parent = None;
+    ids.into_iter()
+        .map(|id| {
+            let hash = replay::sequence_hash(id);
+            let bytes = replay::content(id, block_bytes as usize);
+            PutBlock { hash: hash.clone(), parent: parent.replace(hash), bytes }
+        })
+        .collect()
+}
+
+/// A layout with dimensions: 4 layers of keys and values, 2 heads of 8 bytes, 16 tokens, on a shard.
+pub fn sharded_layout(index: u32, count: u32) -> Layout {
+    let group = LayerGroup {
+        kind: BlockKind::Attention.into(),
+        layers: 4,
+        planes: 2,
+        heads: 2,
+        head_bytes: 8,
+        order: DimensionOrder::LayerPlaneHeadToken.into(),
+        ..LayerGroup::default()
+    };
+    Layout {
+        model: Bytes::from_static(b"sharded"),
+        dtype: "bfloat16".into(),
+        block_tokens: 16,
+        groups: vec![group],
+        shard: Some(kvstore_client::v1::Shard { index, count }),
+        ..Layout::default()
+    }
+}

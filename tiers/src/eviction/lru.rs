@@ -68,8 +68,11 @@ impl EvictionPolicy for Lru {
     }
 
     fn touch(&mut self, block: BlockIndex, touch: Touch) {
-        self.move_to_front(block.0);
         let mut node = self.node(block.0);
+        if node.birth == 0 {
+            return;
+        }
+        self.move_to_front(block.0);
         let ancestors = if touch == Touch::Refresh { ANCESTORS_MAX } else { 0 };
         for _ in 0..ancestors {
             let (at, parent) = (node.parent, self.node(node.parent));

@@ -52,7 +52,8 @@ impl RegisteredLayout {
     }
 }
 
-/// Accesses to a pool, fading by half every [`DEMAND_HALF_MS`].
+/// Bytes of blocks that were asked of a pool, fading by half every [`DEMAND_HALF_MS`]. Bytes, because a
+/// block's worth to an engine grows with its size: about as much was computed for it.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Demand {
     faded: f64,
@@ -67,8 +68,8 @@ impl Demand {
         self.faded * 0.5f64.powf(now.ms_since(self.at) as f64 / DEMAND_HALF_MS)
     }
 
-    fn add(&mut self, accesses: usize, now: BootTime) {
-        self.faded = self.at(now) + accesses as f64;
+    fn add(&mut self, bytes: u64, now: BootTime) {
+        self.faded = self.at(now) + bytes as f64;
         self.at = now;
     }
 }
@@ -162,12 +163,13 @@ impl Namespace {
         Some(evicted)
     }
 
-    pub(super) fn note_demand(&mut self, pool: PoolId, accesses: usize, now: BootTime) {
+    pub(super) fn note_demand(&mut self, pool: PoolId, blocks: usize, now: BootTime) {
+        let (slot_bytes, _, _) = self.residency.pool_occupancy(pool);
         if self.demand.len() <= pool.0 {
             self.demand.resize(pool.0 + 1, Demand::default());
         }
         if let Some(demand) = self.demand.get_mut(pool.0) {
-            demand.add(accesses, now);
+            demand.add(blocks as u64 * slot_bytes, now);
         }
     }
 

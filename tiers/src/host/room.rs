@@ -1,5 +1,5 @@
 //! Room: which pool gets memory. A pool without a free slot gets a new slab while the bound allows one;
-//! then an unused slab of another pool; then a slab of a pool that is used far less per slab than it;
+//! then an unused slab of another pool; then a slab of a pool that is asked for far fewer bytes per slab;
 //! and else it evicts a block of its own.
 
 use std::sync::Arc;

@@ -1,0 +1,72 @@
+//! The project's figures, measured: `make bench`, or `make bench FIGURES=grpc` for one group.
+//!
+//! Each figure is one line, `figure <group>.<name> <value> target <op> <value>`, the median of paired,
+//! interleaved rounds. `--write` puts the lines, with command, machine and date, into `RESULTS.md`.
+
+mod eviction;
+mod figure;
+mod grpc;
+mod index;
+mod process;
+
+use clap::Parser;
+
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// Measure figures.
+#[derive(Parser)]
+struct Arguments {
+    /// Groups, separated by commas: grpc, index, eviction.
+    #[arg(long, default_value = "grpc,index,eviction", value_delimiter = ',')]
+    figures: Vec<String>,
+    /// Rounds of each paired measurement.
+    #[arg(long, default_value_t = 15)]
+    rounds: usize,
+    /// The trace for the eviction figures: the whole conversation trace of the Mooncake project.
+    #[arg(long, default_value = "benches/traces/conversation_trace.jsonl")]
+    trace: std::path::PathBuf,
+    /// The daemon's binary.
+    #[arg(long, default_value = "kvstore")]
+    daemon: std::path::PathBuf,
+    /// Write the figures into this file, under the group's heading.
+    #[arg(long)]
+    write: Option<std::path::PathBuf>,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    if arguments.figures.len() > 1 {
+        return in_processes_of_their_own(&arguments.figures);
+    }
+    for group in &arguments.figures {
+        let figures = match group.as_str() {
+            "grpc" => grpc::measure(&arguments.daemon, arguments.rounds)?,
+            "index" => index::measure(arguments.rounds)?,
+            "eviction" => eviction::measure(&arguments.trace)?,
+            other => anyhow::bail!("unknown group {other:?}: valid are grpc, index, eviction"),
+        };
+        if let Some(path) = &arguments.write {
+            figure::write(path, group, &figures)?;
+        }
+    }
+    Ok(())
+}
+
+/// Runs each group in a process of its own, so that none finds what another left in memory.
+fn in_processes_of_their_own(groups: &[String]) -> anyhow::Result<()> {
+    for group in groups {
+        let mut command = std::process::Command::new(std::env::current_exe()?);
+        let mut arguments = std::env::args().skip(1);
+        while let Some(argument) = arguments.next() {
+            if argument == "--figures" {
+                arguments.next();
+            } else if !argument.starts_with("--figures=") {
+                command.arg(argument);
+            }
+        }
+        let status = command.args(["--figures", group]).status()?;
+        anyhow::ensure!(status.success(), "group {group} failed");
+    }
+    Ok(())
+}

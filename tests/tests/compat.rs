@@ -1,0 +1,79 @@
+//! Stored formats stay readable: samples written by version 1, byte by byte, and what they must decode to.
+
+use kvstore_plane::{SequenceHash, SlabGeometry, SlabHeader, SlotEntry, SlotKey};
+use kvstore_transfer::frame::{FrameHeader, FrameIdentity};
+use std::path::{Path, PathBuf};
+
+fn sample(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("compat").join(name)
+}
+
+/// The sample's bytes. With KVSTORE_WRITE_SAMPLES set, a missing sample is written: once for each version.
+fn bytes_of(name: &str, current: &[u8]) -> Vec<u8> {
+    let path = sample(name);
+    if !path.exists() && std::env::var_os("KVSTORE_WRITE_SAMPLES").is_some() {
+        std::fs::write(&path, current).unwrap();
+    }
+    std::fs::read(path).unwrap()
+}
+
+#[test]
+fn slab_header_version_1() {
+    let header = SlabHeader {
+        epoch: 0x0102_0304_0506_0708,
+        slab: 9,
+        namespace_digest: std::array::from_fn(|at| at as u8),
+        geometry: SlabGeometry { slot_bytes: 1 << 20, slot_count: 63, slots_offset: 2 << 20, slab_bytes: 65 << 20 },
+    };
+    let sample = bytes_of("slab_header_v1.bin", &header.encode());
+    assert_eq!(SlabHeader::decode(&sample), Ok(header));
+    assert_eq!(header.encode(), sample, "version 1 is written differently now: that needs a new version");
+}
+
+#[test]
+fn frame_version_1() {
+    let payload: Vec<u8> = (0..5000u32).map(|at| (at * 31 % 256) as u8).collect();
+    let identity = FrameIdentity {
+        namespace_digest: [1; 32],
+        layout_digest: [2; 32],
+        group: 3,
+        kind: 1,
+        hash: ([4; 32], 32),
+        parent: ([5; 32], 20),
+    };
+    let header = FrameHeader::plain(identity, 77, &payload, 2048).unwrap();
+    let mut frame = header.encode();
+    frame.extend_from_slice(&payload);
+    frame.resize(header.frame_bytes() as usize, 0);
+    let sample = bytes_of("frame_v1.bin", &frame);
+    let decoded = FrameHeader::decode(&sample).unwrap();
+    assert_eq!(decoded, header);
+    let start = decoded.payload_offset();
+    decoded.verify(&sample[start..start + decoded.payload_bytes() as usize]).unwrap();
+    assert_eq!(frame, sample, "version 1 is written differently now: that needs a new version");
+}
+
+/// The directory entry, as another process maps it.
+#[test]
+fn slot_entry_version_1() {
+    let entry = SlotEntry::free();
+    let hash: Vec<u8> = (1..=32).collect();
+    let key = SlotKey { layout: 0x0A0B_0C0D, group: 0x0102, hash: SequenceHash::new(&hash).unwrap() };
+    entry.reserve(&key, 3);
+    entry.publish(0x1234_5678, 0x9ABC_DEF0);
+    entry.set_pins(5);
+    entry.set_leases(6);
+    // SAFETY: 64 bytes of atomics without padding, which nobody changes meanwhile.
+    let bytes = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(&entry).cast::<u8>(), 64) };
+    let sample = bytes_of("slot_entry_v1.bin", bytes);
+    assert_eq!(bytes, sample, "version 1 is laid out differently now: that needs a new version of the slab");
+    let record = entry.read().unwrap();
+    assert_eq!((record.key, record.length, record.crc32), (key, 0x1234_5678, 0x9ABC_DEF0));
+}
+
+/// The table hash is part of what clients of the same node compute: it must not drift.
+#[test]
+fn table_hash_version_1() {
+    let key = SlotKey { layout: 1, group: 2, hash: SequenceHash::new(b"abc").unwrap() };
+    assert_eq!(key.table_hash(3), 16_035_267_552_074_915_648);
+}

@@ -1,0 +1,51 @@
+//! What the project says of itself is true: the arrows between crates, the table of metrics.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// The arrows that ARCHITECTURE.md draws. A new one needs an ADR.
+const ARROWS: [(&str, &[&str]); 8] = [
+    ("kvstore-proto", &[]),
+    ("kvstore-plane", &[]),
+    ("kvstore-transfer", &["kvstore-plane"]),
+    ("kvstore-tiers", &["kvstore-plane", "kvstore-transfer"]),
+    ("kvstore-client", &["kvstore-proto"]),
+    ("kvstore", &["kvstore-client", "kvstore-proto", "kvstore-tiers"]),
+    (
+        "kvstore-tests",
+        &["kvstore", "kvstore-client", "kvstore-plane", "kvstore-proto", "kvstore-tiers", "kvstore-transfer"],
+    ),
+    ("kvstore-benches", &["kvstore", "kvstore-client", "kvstore-plane", "kvstore-tiers"]),
+];
+
+#[test]
+fn arrows_between_crates_point_one_way() {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
+    let metadata = cargo_metadata::MetadataCommand::new().manifest_path(manifest).no_deps().exec().unwrap();
+    let members: BTreeSet<String> = metadata.packages.iter().map(|package| package.name.to_string()).collect();
+    let found: BTreeMap<String, BTreeSet<String>> = metadata
+        .packages
+        .iter()
+        .map(|package| {
+            let inside = package.dependencies.iter().map(|dependency| dependency.name.clone());
+            (package.name.to_string(), inside.filter(|name| members.contains(name)).collect())
+        })
+        .collect();
+    let drawn: BTreeMap<String, BTreeSet<String>> =
+        ARROWS.iter().map(|(from, to)| (from.to_string(), to.iter().map(|to| to.to_string()).collect())).collect();
+    assert_eq!(found, drawn, "found, and drawn");
+}
+
+#[test]
+fn the_table_of_metrics_is_complete() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/metrics.md");
+    let table = std::fs::read_to_string(path).unwrap();
+    for (name, kind, _) in kvstore::telemetry::METRICS {
+        assert!(
+            table.lines().any(|line| line.starts_with(&format!("| `{name}` | {kind} |"))),
+            "{name} is not in docs/metrics.md"
+        );
+    }
+    let listed = table.lines().filter(|line| line.starts_with("| `kvstore_")).count();
+    assert_eq!(listed, kvstore::telemetry::METRICS.len(), "docs/metrics.md lists a metric that does not exist");
+}
