@@ -1,0 +1,265 @@
+//! The binary as an operator meets it: signals, sockets, commands, exit codes.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// A daemon process in a folder of its own.
+struct Daemon {
+    child: Child,
+    folder: tempfile::TempDir,
+}
+
+fn binary() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kvstore"));
+    command.env_remove("KVSTORE_ADDRESS").env_remove("KVSTORE_CONFIG");
+    command
+}
+
+fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what} never came true");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+impl Daemon {
+    fn start(config: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("kvstore.toml"), config).unwrap();
+        let child = Self::spawn(folder.path(), Stdio::null());
+        let daemon = Self { child, folder };
+        wait_for("the socket", || std::os::unix::net::UnixStream::connect(daemon.socket()).is_ok());
+        daemon
+    }
+
+    fn spawn(folder: &Path, stderr: Stdio) -> Child {
+        binary()
+            .args(["serve", "--set", "http.address=off", "--config"])
+            .arg(folder.join("kvstore.toml"))
+            .arg("--listen")
+            .arg(format!("unix:{}", folder.join("private/kvstore.sock").display()))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(stderr)
+            .spawn()
+            .unwrap()
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("private/kvstore.sock")
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.run_with(arguments, b"")
+    }
+
+    fn run_with(&self, arguments: &[&str], input: &[u8]) -> Output {
+        let mut child = binary()
+            .args(arguments)
+            .args(["--address", &format!("unix:{}", self.socket().display())])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(input).unwrap();
+        child.wait_with_output().unwrap()
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.run(&[arguments, &["--json"]].concat());
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{arguments:?}: {error}: {output:?}"))
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+const SMALL: &str = "[host]\nbytes = \"32MiB\"\n";
+
+#[test]
+fn every_command_does_what_it_says() {
+    let daemon = Daemon::start(SMALL);
+    let put = daemon.run_with(&["put", "--key", "greeting", "-"], b"hello");
+    assert!(put.status.success() && text(&put.stdout).contains("STORED MEMORY"), "{put:?}");
+    let get = daemon.run(&["get", "--key", "greeting"]);
+    assert_eq!((get.status.code(), get.stdout.as_slice()), (Some(0), &b"hello"[..]));
+    let file = daemon.folder.path().join("out");
+    daemon.run(&["get", "--key", "greeting", "--output", file.to_str().unwrap()]);
+    assert_eq!(std::fs::read(&file).unwrap(), b"hello");
+    let miss = daemon.run(&["get", "--key", "nothing"]);
+    assert_eq!((miss.status.code(), text(&miss.stderr).contains("not there")), (Some(1), true));
+    let put = daemon.run(&["put", "--hash", "c0ffee", "--level", "durable", file.to_str().unwrap()]);
+    assert_eq!((put.status.code(), text(&put.stderr).contains("object store")), (Some(1), true), "{put:?}");
+    assert_eq!(daemon.json(&["lookup", "--key", "greeting", "--key", "nothing"])["readable_blocks"], 1);
+    assert_eq!(daemon.json(&["prefetch", "--key", "greeting"])["ready"], 1);
+    let pin = daemon.json(&["pin", "--key", "greeting", "--ttl", "1m"]);
+    assert_eq!(pin["pinned_blocks"], 1);
+    assert_eq!(daemon.json(&["delete", "--key", "greeting"])["pinned"], 1);
+    assert_eq!(daemon.json(&["unpin", pin["pin"].as_str().unwrap()])["unpinned"], true);
+    assert_eq!(daemon.json(&["delete", "--key", "greeting"])["deleted"], 1);
+    let status = daemon.json(&["status"]);
+    assert_eq!((&status["state"], &status["host"]["deleted"]), (&Value::from("SERVING"), &Value::from(1)));
+    assert!(text(&daemon.run(&["status"]).stdout).contains("SERVING"));
+    let bench = daemon.json(&["bench", "--block-bytes", "64KiB", "--blocks", "8", "--rounds", "3"]);
+    assert!(bench[0]["gbps"].as_f64().unwrap() > 0.0);
+    assert_eq!(daemon.json(&["verify"])["corrupt"], 0);
+    assert!(text(&binary().args(["completion", "bash"]).output().unwrap().stdout).contains("kvstore"));
+}
+
+#[test]
+fn the_configuration_is_checked_shown_and_changed() {
+    let daemon = Daemon::start(SMALL);
+    assert_eq!(daemon.json(&["config", "show"])["host"]["bytes"], "32MiB");
+    let change = daemon.json(&["config", "set", "host.bytes=16MiB", "calls.deadline=5s"]);
+    assert_eq!(change["changes"].as_array().unwrap().len(), 2, "{change}");
+    let refused = daemon.run(&["config", "set", "host.bytes=24MiB", "host.eviction=lru"]);
+    assert!(!refused.status.success() && text(&refused.stderr).contains("host.eviction"), "{refused:?}");
+    assert_eq!(daemon.json(&["status"])["host"]["bytes_max"], 16 << 20, "all or none");
+    let file = daemon.folder.path().join("kvstore.toml");
+    std::fs::write(&file, "[host]\nbytes = \"20MiB\"\n").unwrap();
+    daemon.signal(rustix::process::Signal::HUP);
+    wait_for("the new size", || daemon.json(&["status"])["host"]["bytes_max"] == 20 << 20);
+    std::fs::write(&file, "[host]\nbites = 5\n").unwrap();
+    let broken = daemon.run(&["config", "reload"]);
+    assert!(!broken.status.success() && text(&broken.stderr).contains("bites"), "{broken:?}");
+    let check = binary().args(["config", "check"]).arg(&file).output().unwrap();
+    assert!(!check.status.success() && text(&check.stderr).contains("bites"), "{check:?}");
+    let sample = binary().args(["config", "show", "--sample"]).output().unwrap();
+    std::fs::write(&file, &sample.stdout).unwrap();
+    assert!(binary().args(["config", "check"]).arg(&file).status().unwrap().success());
+}
+
+#[test]
+fn sigterm_finishes_what_is_in_flight_and_exits_0() {
+    let mut daemon = Daemon::start(SMALL);
+    daemon.run_with(&["put", "--key", "a", "-"], b"x");
+    daemon.signal(rustix::process::Signal::TERM);
+    assert_eq!(daemon.child.wait().unwrap().code(), Some(0));
+    assert!(!daemon.socket().exists(), "the socket's file stayed behind");
+}
+
+#[test]
+fn a_drained_daemon_refuses_new_work_and_says_so() {
+    let daemon = Daemon::start(SMALL);
+    assert_eq!(daemon.json(&["drain"])["drained"], true);
+    let put = daemon.run_with(&["put", "--key", "a", "-"], b"x");
+    assert!(!put.status.success() && text(&put.stderr).contains("draining"), "{put:?}");
+    assert_eq!(daemon.json(&["status"])["state"], "DRAINING");
+}
+
+/// kill -9 leaves the socket's file; the next daemon takes it over, but never from one that lives.
+#[test]
+fn a_killed_daemon_is_replaced_and_a_living_one_is_not() {
+    let mut daemon = Daemon::start(SMALL);
+    let second = Daemon::spawn(daemon.folder.path(), Stdio::piped()).wait_with_output().unwrap();
+    assert!(!second.status.success() && text(&second.stderr).contains("another daemon"), "{second:?}");
+    daemon.signal(rustix::process::Signal::KILL);
+    daemon.child.wait().unwrap();
+    assert!(daemon.socket().exists());
+    daemon.child = Daemon::spawn(daemon.folder.path(), Stdio::null());
+    wait_for("the new daemon", || std::os::unix::net::UnixStream::connect(daemon.socket()).is_ok());
+    assert_eq!(daemon.json(&["status"])["host"]["blocks"], 0);
+}
+
+#[test]
+fn a_folder_that_others_may_write_to_is_refused() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("kvstore.toml"), SMALL).unwrap();
+    let private = folder.path().join("private");
+    std::fs::create_dir(&private).unwrap();
+    std::fs::set_permissions(&private, std::fs::Permissions::from_mode(0o777)).unwrap();
+    let output = Daemon::spawn(folder.path(), Stdio::piped()).wait_with_output().unwrap();
+    assert!(!output.status.success() && text(&output.stderr).contains("chmod 700"), "{output:?}");
+}
+
+#[test]
+fn health_and_metrics_tell_the_truth() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("s/kvstore.sock");
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let child = binary()
+        .args(["serve", "--host-bytes", "32MiB", "--set", &format!("http.address=127.0.0.1:{port}")])
+        .args(["--listen", &format!("unix:{}", socket.display())])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut daemon = Daemon { child, folder };
+    let http = |path: &str| {
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+        std::io::read_to_string(stream).unwrap()
+    };
+    wait_for("the HTTP port", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+    assert!(http("/healthz").starts_with("HTTP/1.1 200"));
+    assert!(http("/readyz").starts_with("HTTP/1.1 200"));
+    let address = format!("unix:{}", socket.display());
+    let command = |arguments: &[&str]| binary().args(arguments).args(["--address", &address]).output().unwrap();
+    std::fs::write(daemon.folder.path().join("f"), b"12345").unwrap();
+    let file = daemon.folder.path().join("f");
+    assert!(command(&["put", "--key", "a", file.to_str().unwrap()]).status.success());
+    assert!(command(&["get", "--key", "a"]).status.success());
+    let metrics = http("/metrics");
+    for line in [
+        "kvstore_put_bytes_total 5",
+        "kvstore_get_hits_total 1",
+        "kvstore_host_blocks 1",
+        "kvstore_put_seconds_count 1",
+    ] {
+        assert!(metrics.lines().any(|found| found == line), "{line} is not in:\n{metrics}");
+    }
+    assert!(command(&["drain"]).status.success());
+    assert!(http("/readyz").starts_with("HTTP/1.1 503"));
+    assert!(http("/healthz").starts_with("HTTP/1.1 200"));
+    daemon.child.kill().unwrap();
+}
+
+#[test]
+fn a_replay_reports_and_its_mistakes_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("trace.jsonl");
+    std::fs::write(&path, "{\"timestamp\": 0, \"hash_ids\": [1, 2]}\n{\"timestamp\": 5, \"hash_ids\": [1, 2, 3]}\n")
+        .unwrap();
+    let replay = |arguments: &[&str]| binary().arg("replay").arg(&path).args(arguments).output().unwrap();
+    let output = replay(&["--block-bytes", "10000", "--host-bytes", "16MiB", "--verify", "--json"]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+    for (field, value) in [("requests", 2), ("blocks", 5), ("wrong_bytes", 0)] {
+        assert_eq!(report[field], value, "{report}");
+    }
+    assert_eq!((&report["hits"]["host"], &report["hits"]["nvme"]), (&Value::from(2), &Value::from(0)));
+    assert_eq!(report["hit_ratio"], 0.4);
+    for field in ["get_gbps", "put_gbps"] {
+        assert!(report[field].as_f64().unwrap() > 0.0, "{report}");
+    }
+    for field in ["get_us", "put_us"] {
+        assert!(report[field]["p50"].as_f64().unwrap() <= report[field]["p99"].as_f64().unwrap());
+    }
+    let simulated = replay(&["--simulate", "--capacity-blocks", "2", "--json"]);
+    let simulated: Value = serde_json::from_slice(&simulated.stdout).unwrap();
+    for field in ["hit_ratio", "lru_hit_ratio", "optimum_hit_ratio"] {
+        assert!(simulated[field].is_f64(), "{simulated}");
+    }
+    assert!(replay(&["--block-bytes", "1MiB", "--speed", "fast"]).status.code() == Some(2));
+    std::fs::write(&path, "{\"timestamp\": 0, \"hash_ids\": [1, \"x\"]}\n").unwrap();
+    let output = replay(&["--block-bytes", "1MiB"]);
+    assert!(text(&output.stderr).contains("line 1: field hash_ids[1]"), "{output:?}");
+}
