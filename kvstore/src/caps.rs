@@ -10,8 +10,9 @@ pub const BLOCKS_PER_GET_MAX: usize = 4096;
 pub const BLOCKS_PER_PUT_MAX: usize = 65_536;
 /// Bytes of a control message: 65,536 hashes of 32 bytes with their tags, and room.
 pub const CONTROL_MESSAGE_BYTES_MAX: usize = 4 << 20;
-/// Connections of one listener: engines of a node have a few each.
-pub const CONNECTIONS_MAX: usize = 1024;
+/// Connections of one listener: engines of a node have a few each. Times the connection's window below,
+/// it bounds what unread streams can keep: 1 GiB, were every peer hostile.
+pub const CONNECTIONS_MAX: usize = 256;
 /// Calls at once on one connection.
 pub const STREAMS_PER_CONNECTION_MAX: u32 = 256;
 /// Put and get calls at once, of all connections: each may keep a fill or leases.
@@ -22,7 +23,7 @@ pub const LEASED_BLOCKS_MAX: usize = 4 * BLOCKS_PER_GET_MAX;
 /// What a peer may send on one stream before it is read: hides the latency of a wake-up, bounds memory.
 pub const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 /// The same for all streams of a connection.
-pub const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+pub const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
 /// Bytes of an HTTP/2 frame: measured, larger ones only cost the allocator.
 pub const FRAME_BYTES: u32 = 256 << 10;
 /// Bytes of a call's headers.

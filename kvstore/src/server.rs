@@ -13,7 +13,7 @@ use futures::stream;
 use kvstore_proto::v1::admin_server::AdminServer;
 use kvstore_proto::v1::blocks_server::BlocksServer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
@@ -65,7 +65,7 @@ async fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
     check_private(folder)?;
     if path.symlink_metadata().is_ok() {
-        if tokio::net::UnixStream::connect(path).await.is_ok() {
+        if UnixStream::connect(path).await.is_ok() {
             anyhow::bail!("another daemon serves there: stop it, or choose another socket with --listen");
         }
         // Nobody answers: a daemon that was killed left it.
@@ -117,7 +117,7 @@ pub async fn serve(daemon: Arc<Daemon>, bound: Bound, stop: watch::Receiver<bool
                 incoming(
                     connections,
                     socket,
-                    |socket| async move { (socket.accept().await.map(|(io, _)| io), socket) },
+                    |socket: UnixListener| async move { (accept_own(&socket).await, socket) },
                 );
             let served = server.serve_with_incoming_shutdown(incoming, stopped).await;
             drop(file);
@@ -137,6 +137,17 @@ pub async fn serve(daemon: Arc<Daemon>, bound: Bound, stop: watch::Receiver<bool
 
 async fn stopped(mut stop: watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
+}
+
+/// The next connection of this user, or of root. The socket's mode keeps others out already; this holds
+/// even where somebody changed it.
+async fn accept_own(socket: &UnixListener) -> io::Result<UnixStream> {
+    let (io, _) = socket.accept().await?;
+    let (peer, me) = (io.peer_cred()?.uid(), rustix::process::geteuid().as_raw());
+    if peer == me || peer == 0 {
+        return Ok(io);
+    }
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {peer} connected to a socket of user {me}")))
 }
 
 /// gRPC health follows the daemon: NOT_SERVING while it drains.

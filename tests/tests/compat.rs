@@ -1,5 +1,7 @@
 //! Stored formats stay readable: samples written by version 1, byte by byte, and what they must decode to.
 
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
+
 use kvstore_plane::{SequenceHash, SlabGeometry, SlabHeader, SlotEntry, SlotKey};
 use kvstore_transfer::frame::{FrameHeader, FrameIdentity};
 use std::path::{Path, PathBuf};

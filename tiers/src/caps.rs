@@ -35,3 +35,5 @@ pub const HELD_PERCENT_MAX: u64 = 50;
 pub const PIN_TTL_MS_MAX: u64 = 24 * 3600 * 1000;
 /// The longest life of a look-up ticket: enough for a scheduling step, too short to hoard by.
 pub const TICKET_TTL_MS_MAX: u64 = 30_000;
+/// Keys that are looked at under the lock in one go: about 50 us.
+pub const KEYS_PER_LOCK: usize = 1024;

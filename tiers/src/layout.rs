@@ -327,10 +327,12 @@ mod tests {
         }
     }
 
+    type Change = fn(&mut Layout);
+
     #[test]
     fn every_field_changes_the_digest() {
         let base = layout();
-        let changes: Vec<fn(&mut Layout)> = vec![
+        let changes: Vec<Change> = vec![
             |l| l.model.push(0),
             |l| l.weights_digest[0] = 9,
             |l| l.dtype = "float16".into(),
@@ -358,7 +360,7 @@ mod tests {
 
     #[test]
     fn invalid_layouts_are_refused_by_field() {
-        let cases: Vec<(fn(&mut Layout), &str)> = vec![
+        let cases: Vec<(Change, &str)> = vec![
             (|l| l.model.clear(), "model"),
             (|l| l.groups.clear(), "groups"),
             (|l| l.shard.index = 2, "shard.index"),

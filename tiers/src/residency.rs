@@ -165,6 +165,8 @@ struct SlabPlace<S> {
     memory: S,
     pool: PoolId,
     ordinal: u32,
+    /// Slots that hold something.
+    used: usize,
 }
 
 /// Counts since the start; all of blocks.
@@ -245,7 +247,7 @@ impl<S: SlabMemory> Residency<S> {
             self.slabs.push(None);
         }
         if let Some(place) = self.slabs.get_mut(number) {
-            *place = Some(SlabPlace { memory, pool, ordinal });
+            *place = Some(SlabPlace { memory, pool, ordinal, used: 0 });
         }
         Some(number as u32)
     }
@@ -260,14 +262,19 @@ impl<S: SlabMemory> Residency<S> {
         Some(&self.slabs.get(number as usize)?.as_ref()?.memory)
     }
 
-    /// Slots of a slab that hold something, and whether something in it can't leave now (leased, pinned,
-    /// being filled).
-    pub fn slab_use(&self, number: u32) -> (usize, bool) {
-        let Some(slab) = self.slab(number) else { return (0, false) };
-        let used = slab.directory().iter().filter(|entry| entry.state() != SlotState::Free);
-        used.fold((0, false), |(count, stuck), entry| {
-            let evictable = entry.state() == SlotState::Resident && entry.leases() == 0 && entry.pins() == 0;
-            (count + 1, stuck || !evictable)
+    /// Slots of a slab that hold something.
+    pub fn slab_used(&self, number: u32) -> usize {
+        self.slabs.get(number as usize).and_then(Option::as_ref).map_or(0, |place| place.used)
+    }
+
+    /// True when something in a slab can't leave now: it is leased, pinned, demoting, or being filled.
+    /// Looks at every slot.
+    pub fn slab_is_stuck(&self, number: u32) -> bool {
+        let entries = self.slab(number).map(SlabMemory::directory).unwrap_or_default();
+        entries.iter().any(|entry| match entry.state() {
+            SlotState::Free => false,
+            SlotState::Resident => entry.leases() > 0 || entry.pins() > 0 || entry.is_demoting(),
+            SlotState::Filling | SlotState::Doomed => true,
         })
     }
 
@@ -278,7 +285,7 @@ impl<S: SlabMemory> Residency<S> {
         for slot in 0..count {
             self.evict_slot(SlotRef { slab: number, slot });
         }
-        if self.slab_use(number).0 > 0 {
+        if self.slab_used(number) > 0 {
             return None;
         }
         let place = self.slabs.get_mut(number as usize)?.take()?;
@@ -665,17 +672,19 @@ impl<S: SlabMemory> Residency<S> {
     fn take_free(&mut self, pool: PoolId) -> Option<SlotRef> {
         let state = self.pools.get(pool.0)?;
         let slot = state.slot_ref(state.first_free()?)?;
-        let place = self.slabs.get(slot.slab as usize)?.as_ref()?;
+        let place = self.slabs.get_mut(slot.slab as usize)?.as_mut()?;
         let entry = place.memory.directory().get(slot.slot as usize)?;
         self.pools.get_mut(pool.0)?.pop_free(entry);
+        place.used += 1;
         Some(slot)
     }
 
     fn free(&mut self, slot: SlotRef) {
         let Some((pool, block)) = self.place(slot) else { return };
-        let Some(place) = self.slabs.get(slot.slab as usize).and_then(Option::as_ref) else { return };
+        let Some(place) = self.slabs.get_mut(slot.slab as usize).and_then(Option::as_mut) else { return };
         let Some(entry) = place.memory.directory().get(slot.slot as usize) else { return };
         entry.withdraw(SlotState::Free);
+        place.used = place.used.saturating_sub(1);
         if let Some(pool) = self.pools.get_mut(pool.0) {
             pool.push_free(block, entry);
         }

@@ -2,7 +2,9 @@
 //!
 //! The blocks of a call are leased together when it starts and released one by one as they were handed to
 //! the connection. Nothing is copied here: the connection's writes read the slots. What a call leases is
-//! bounded for all calls together, and given back at the call's deadline, whether or not the client reads.
+//! bounded for all calls together, and given back at the call's deadline, whether or not the client reads; but
+//! for the block that the connection is sending just then, which is given back when it is sent or the
+//! connection ends.
 
 use std::collections::VecDeque;
 use std::ops::Range;

@@ -60,7 +60,7 @@ impl HostTier {
             match at.residency.reserve(&incoming, urgency, now) {
                 Reserve::Reserved(ticket) => {
                     at.note_demand(group.pool, 1, now);
-                    return self.fill(namespace, ticket, request.length, &at.residency, now);
+                    return self.fill(namespace, ticket, request.length, &mut at.residency, now);
                 }
                 Reserve::Resident => return BeginFill::Resident,
                 Reserve::InFlight => return BeginFill::InFlight,
@@ -84,7 +84,7 @@ impl HostTier {
         namespace: NamespaceId,
         ticket: FillTicket,
         length: u32,
-        residency: &crate::residency::Residency<Arc<kvstore_transfer::Slab>>,
+        residency: &mut crate::residency::Residency<Arc<kvstore_transfer::Slab>>,
         now: BootTime,
     ) -> BeginFill {
         let slab = residency.slab(ticket.slot.slab).cloned();
@@ -95,8 +95,11 @@ impl HostTier {
             Some(fill) => {
                 BeginFill::Fill(BlockFill { tier: Arc::clone(self), namespace, fill: Some((ticket, fill)), noted: now })
             }
-            // The length was checked against the layout, whose slots are as large.
-            None => BeginFill::Busy,
+            // A length that is no block's of this layout; callers check it first.
+            None => {
+                residency.abort(ticket);
+                BeginFill::Busy
+            }
         }
     }
 }

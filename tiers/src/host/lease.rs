@@ -26,7 +26,7 @@ pub struct LeasedBlock {
     tier: Arc<HostTier>,
     namespace: NamespaceId,
     slot: SlotRef,
-    /// Gone before the lease ends.
+    /// `None` only while the lease ends.
     bytes: Option<SlotBytes>,
     crc32: u32,
 }
@@ -109,6 +109,10 @@ impl HostTier {
         // SAFETY: the lease just taken keeps the residency from giving the slot to anyone until release(),
         // which LeasedBlock calls after it dropped the bytes.
         let bytes = slab.and_then(|slab| unsafe { SlotBytes::new(slab, slot.slot, record.length as usize) });
+        if bytes.is_none() {
+            namespace.residency.release(slot);
+            return Leasing::Miss;
+        }
         Leasing::Leased(LeasedBlock { tier: Arc::clone(self), namespace: id, slot, bytes, crc32: record.crc32 })
     }
 }

@@ -197,25 +197,30 @@ impl HostTier {
     /// The presence of each block of a prefix.
     pub fn presence(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> Vec<Presence> {
         let mut out = Vec::with_capacity(hashes.len());
-        let state = self.state.lock();
-        if let Some(namespace) = state.namespace(layout.namespace) {
-            namespace.residency.presence_of_run(layout.ordinal, group, hashes, &mut out);
+        for run in hashes.chunks(caps::KEYS_PER_LOCK) {
+            let state = self.state.lock();
+            if let Some(namespace) = state.namespace(layout.namespace) {
+                namespace.residency.presence_of_run(layout.ordinal, group, run, &mut out);
+            }
         }
         out
     }
 
     /// Deletes blocks; how many were there, and how many of those are pinned and stay.
     pub fn delete(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> (u64, u64) {
-        let mut state = self.state.lock();
-        let Some(namespace) = state.namespace_mut(layout.namespace) else { return (0, 0) };
-        hashes.iter().fold((0, 0), |(deleted, pinned), hash| {
-            let key = SlotKey { layout: layout.ordinal, group, hash: *hash };
-            match namespace.residency.delete(&key) {
-                Delete::Deleted => (deleted + 1, pinned),
-                Delete::Pinned => (deleted, pinned + 1),
-                Delete::Absent => (deleted, pinned),
+        let (mut deleted, mut pinned) = (0, 0);
+        for run in hashes.chunks(caps::KEYS_PER_LOCK) {
+            let mut state = self.state.lock();
+            let Some(namespace) = state.namespace_mut(layout.namespace) else { break };
+            for hash in run {
+                match namespace.residency.delete(&Self::key(layout, group, *hash)) {
+                    Delete::Deleted => deleted += 1,
+                    Delete::Pinned => pinned += 1,
+                    Delete::Absent => {}
+                }
             }
-        })
+        }
+        (deleted, pinned)
     }
 
     /// Drops a block that turned out damaged, pinned or not.
@@ -276,13 +281,21 @@ impl HostTier {
         drop(retired);
     }
 
-    /// Keys of every readable block, slab by slab, with their layouts: for verification.
-    pub fn keys(&self) -> Vec<(NamespaceId, SlotKey)> {
+    /// Every slab there is now: for verification, slab by slab.
+    pub fn slabs(&self) -> Vec<(NamespaceId, u32)> {
         let state = self.state.lock();
-        let namespaces = state.namespaces.iter().enumerate();
-        let keys =
-            namespaces.flat_map(|(at, namespace)| namespace.keys().into_iter().map(move |key| (NamespaceId(at), key)));
-        keys.collect()
+        let mut slabs = Vec::new();
+        for (at, namespace) in state.namespaces.iter().enumerate() {
+            let numbers = namespace.residency.pools().flat_map(|pool| namespace.residency.slab_numbers(pool));
+            slabs.extend(numbers.map(|slab| (NamespaceId(at), slab)));
+        }
+        slabs
+    }
+
+    /// Keys of the readable blocks of a slab.
+    pub fn keys_of_slab(&self, namespace: NamespaceId, slab: u32) -> Vec<SlotKey> {
+        let state = self.state.lock();
+        state.namespace(namespace).map(|namespace| namespace.residency.keys_of_slab(slab)).unwrap_or_default()
     }
 
     /// The tier at this moment.

@@ -58,6 +58,8 @@ impl RegisteredLayout {
 pub(super) struct Demand {
     faded: f64,
     at: BootTime,
+    /// When the pool last looked at others for a slab.
+    looked: BootTime,
 }
 
 /// Slabs follow demand over tens of seconds: shorter than a shift of traffic, longer than a burst.
@@ -173,13 +175,17 @@ impl Namespace {
         }
     }
 
-    pub(super) fn demand(&self, pool: PoolId, now: BootTime) -> f64 {
-        self.demand.get(pool.0).map_or(0.0, |demand| demand.at(now))
+    /// True once every `every_ms` for each pool.
+    pub(super) fn may_look(&mut self, pool: PoolId, now: BootTime, every_ms: u64) -> bool {
+        let Some(demand) = self.demand.get_mut(pool.0).filter(|demand| now.ms_since(demand.looked) >= every_ms) else {
+            return false;
+        };
+        demand.looked = now;
+        true
     }
 
-    pub(super) fn keys(&self) -> Vec<SlotKey> {
-        let slabs = self.residency.pools().flat_map(|pool| self.residency.slab_numbers(pool));
-        slabs.flat_map(|slab| self.residency.keys_of_slab(slab)).collect()
+    pub(super) fn demand(&self, pool: PoolId, now: BootTime) -> f64 {
+        self.demand.get(pool.0).map_or(0.0, |demand| demand.at(now))
     }
 
     pub(super) fn add_to(&self, status: &mut HostStatus) {

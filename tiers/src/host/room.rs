@@ -102,59 +102,58 @@ impl HostTier {
     }
 }
 
-/// A slab that another pool could give.
-struct Donor {
-    namespace: usize,
-    slab: u32,
-    used: usize,
-    demand_per_slab: f64,
-}
+/// Slabs of a pool that are tried, emptiest first, before the pool is given up as a donor for now.
+const SLABS_TRIED: usize = 4;
+/// A pool looks at the others for a slab this often at most: it costs the lock a look at one slab's slots.
+const LOOK_EVERY_MS: u64 = 50;
 
 impl State {
     /// Takes a slab from another pool for `pool`, where that is right.
     fn take_from_others(&mut self, namespace: NamespaceId, pool: PoolId, now: BootTime) -> Option<Arc<Slab>> {
-        let receiver = self.namespace(namespace)?;
+        let receiver = self.namespace_mut(namespace)?;
         let slabs = receiver.residency.slab_numbers(pool).len();
+        if slabs > 0 && !receiver.may_look(pool, now, LOOK_EVERY_MS) {
+            return None;
+        }
         let wanted = receiver.demand(pool, now) / (slabs + 1) as f64;
-        let donor = self
-            .donors(Some((namespace, pool)), now)
-            .into_iter()
-            .filter(|donor| donor.used == 0 || slabs == 0 || donor.demand_per_slab * DEMAND_RATIO < wanted);
-        let donor = donor.min_by(|a, b| {
-            let order = (a.used != 0).cmp(&(b.used != 0)).then(a.demand_per_slab.total_cmp(&b.demand_per_slab));
-            order.then(a.used.cmp(&b.used))
-        })?;
-        self.namespaces.get_mut(donor.namespace)?.residency.withdraw_slab(donor.slab)
-    }
-
-    /// The slabs of all pools but one from which nothing is stuck.
-    fn donors(&self, but: Option<(NamespaceId, PoolId)>, now: BootTime) -> Vec<Donor> {
-        let mut donors = Vec::new();
-        for (at, namespace) in self.namespaces.iter().enumerate() {
-            for pool in namespace.residency.pools().filter(|pool| but != Some((NamespaceId(at), *pool))) {
-                let slabs = namespace.residency.slab_numbers(pool);
-                let demand_per_slab = namespace.demand(pool, now) / slabs.len().max(1) as f64;
-                let free = |slab: u32| {
-                    let (used, stuck) = namespace.residency.slab_use(slab);
-                    (!stuck).then_some(Donor { namespace: at, slab, used, demand_per_slab })
-                };
-                donors.extend(slabs.into_iter().filter_map(free).min_by_key(|donor| donor.used));
+        let mut donors: Vec<(bool, f64, usize, PoolId)> = Vec::new();
+        for (at, donor) in self.namespaces.iter().enumerate() {
+            for other in donor.residency.pools().filter(|other| (NamespaceId(at), *other) != (namespace, pool)) {
+                let count = donor.residency.slab_numbers(other).len();
+                let empty = donor.residency.pool_occupancy(other).2 == 0;
+                let demand = donor.demand(other, now) / count.max(1) as f64;
+                if count > 0 && (empty || slabs == 0 || demand * DEMAND_RATIO < wanted) {
+                    donors.push((!empty, demand, at, other));
+                }
             }
         }
-        donors
+        donors.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
+        donors.into_iter().find_map(|(_, _, at, other)| self.withdraw_emptiest(at, other))
     }
 
-    /// Withdraws slabs until the tier is within its bound, as far as leases allow, the emptiest of the
-    /// least used pool first.
+    /// Withdraws the emptiest slab of a pool from which nothing is stuck.
+    fn withdraw_emptiest(&mut self, namespace: usize, pool: PoolId) -> Option<Arc<Slab>> {
+        let residency = &mut self.namespaces.get_mut(namespace)?.residency;
+        let mut slabs = residency.slab_numbers(pool);
+        slabs.sort_by_key(|slab| residency.slab_used(*slab));
+        let free = slabs.into_iter().take(SLABS_TRIED).find(|slab| !residency.slab_is_stuck(*slab))?;
+        residency.withdraw_slab(free)
+    }
+
+    /// Withdraws slabs until the tier is within its bound, as far as leases allow, the emptiest first.
     pub(super) fn shrink(&mut self, mapped: u64) -> Vec<Arc<Slab>> {
         let mut retired = Vec::new();
         let mut over = (mapped + self.promised).saturating_sub(self.limits.bytes);
         while over > 0 {
-            let donor = self.donors(None, BootTime(0)).into_iter().min_by_key(|donor| donor.used);
-            let slab = donor.and_then(|donor| {
-                let namespace = self.namespaces.get_mut(donor.namespace)?;
-                namespace.residency.withdraw_slab(donor.slab)
-            });
+            let mut pools: Vec<(usize, PoolId, usize)> = Vec::new();
+            for (at, namespace) in self.namespaces.iter().enumerate() {
+                let residency = &namespace.residency;
+                let emptiest =
+                    |pool| residency.slab_numbers(pool).into_iter().map(|slab| residency.slab_used(slab)).min();
+                pools.extend(residency.pools().filter_map(|pool| Some((at, pool, emptiest(pool)?))));
+            }
+            pools.sort_by_key(|(_, _, used)| *used);
+            let slab = pools.into_iter().find_map(|(at, pool, _)| self.withdraw_emptiest(at, pool));
             let Some(slab) = slab else { break };
             over = over.saturating_sub(slab.geometry().slab_bytes);
             retired.push(slab);

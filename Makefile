@@ -1,0 +1,44 @@
+# Two commands do everything: `make demo` and `make test`.
+.PHONY: demo test lint bench audit setup clean help
+
+# Figures to measure: grpc, index, eviction, or several with commas.
+FIGURES ?= grpc,index,eviction
+TARGET := $(or $(CARGO_TARGET_DIR),$(shell cargo metadata --no-deps --format-version 1 2>/dev/null | sed 's/.*"target_directory":"\([^"]*\)".*/\1/'),target)
+
+help:
+	@echo "make demo    run a real trace of LLM requests through a daemon, every byte verified"
+	@echo "make test    all tests"
+	@echo "make lint    formatting, clippy, licences and sources of dependencies"
+	@echo "make bench   measure the figures of benches/RESULTS.md (FIGURES=grpc for one group)"
+	@echo "make audit   known vulnerabilities in dependencies (needs the network)"
+
+demo:
+	@scripts/setup.sh build
+	@echo "Building (a few minutes the first time) ..."
+	cargo build --release --locked --quiet --package kvstore
+	@echo
+	@echo "A production trace of LLM requests, as an engine would send it: look up, get the hits, put the rest."
+	$(TARGET)/release/kvstore replay examples/conversation_slice.jsonl --block-bytes 64KiB --host-bytes 512MiB --verify
+	@echo
+	@echo "The same requests on metadata alone: the eviction policy beside LRU and the optimum."
+	$(TARGET)/release/kvstore replay examples/conversation_slice.jsonl --simulate --capacity-blocks 5000
+
+test:
+	@scripts/setup.sh build nextest
+	cargo test --locked --package kvstore-client --doc --quiet
+	cargo nextest run --locked --workspace
+
+lint:
+	@scripts/setup.sh build deny
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- --deny warnings
+	cargo deny --log-level error check bans licenses sources
+
+audit:
+	@scripts/setup.sh build deny
+	cargo deny check advisories
+
+bench:
+	@scripts/setup.sh build redis
+	cargo build --release --locked --quiet --package kvstore --package kvstore-benches
+	$(TARGET)/release/kvstore-benches --figures $(FIGURES) --daemon $(TARGET)/release/kvstore --write benches/RESULTS.md
