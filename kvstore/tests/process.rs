@@ -265,3 +265,25 @@ fn a_replay_reports_and_its_mistakes_are_named() {
     let output = replay(&["--block-bytes", "1MiB"]);
     assert!(text(&output.stderr).contains("line 1: field hash_ids[1]"), "{output:?}");
 }
+
+/// Out of file descriptors, the daemon refuses what it can't take and serves again once there are some:
+/// accept fails with EMFILE then, which ended servers before.
+#[test]
+fn running_out_of_file_descriptors_is_survived() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("private/kvstore.sock");
+    let child = Command::new("sh")
+        .args(["-c", "ulimit -n 64; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_kvstore")])
+        .args(["serve", "--host-bytes", "32MiB", "--set", "http.address=off"])
+        .args(["--listen", &format!("unix:{}", socket.display())])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let daemon = Daemon { child, folder };
+    wait_for("the socket", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
+    let crowd: Vec<_> = (0..120).filter_map(|_| std::os::unix::net::UnixStream::connect(&socket).ok()).collect();
+    assert!(crowd.len() > 64);
+    std::thread::sleep(Duration::from_millis(200));
+    drop(crowd);
+    wait_for("an answer", || daemon.run(&["status", "--timeout", "2s"]).status.success());
+}

@@ -9,11 +9,10 @@ pub const HEADER_BYTES: usize = 4096;
 /// The version that this build writes, and the only one that it reads.
 pub const SLAB_VERSION: u32 = 1;
 const MAGIC: &[u8; 8] = b"KVSLAB\r\n";
-/// Slots start on a huge page, so that the mapping can use them.
-const SLOTS_ALIGN: u64 = 2 << 20;
-/// Below this many bytes of slots, a page is alignment enough.
-const SMALL_SLAB_BYTES: u64 = 4 << 20;
 const PAGE: u64 = 4096;
+const HUGE_PAGE: u64 = 2 << 20;
+/// From this size on, a slab is whole huge pages, so that hugetlbfs can back it: 6% at most is rounded up.
+const HUGE_PAGES_FROM_BYTES: u64 = 32 << 20;
 
 /// Where the parts of a slab lie, in bytes from its start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,14 +32,14 @@ impl SlabGeometry {
     /// one at least.
     pub fn new(slot_bytes: u64, target_bytes: u64) -> Self {
         let slot_bytes = slot_bytes.max(1).next_multiple_of(PAGE);
-        let align = if target_bytes < SMALL_SLAB_BYTES { PAGE } else { SLOTS_ALIGN };
-        let offset = |count: u64| (HEADER_BYTES as u64 + count * SLOT_ENTRY_BYTES as u64).next_multiple_of(align);
+        let offset = |count: u64| (HEADER_BYTES as u64 + count * SLOT_ENTRY_BYTES as u64).next_multiple_of(PAGE);
         let mut count = (target_bytes / slot_bytes).clamp(1, 1 << 28);
         while count > 1 && offset(count) + count * slot_bytes > target_bytes {
             count -= (1 + (offset(count) + count * slot_bytes - target_bytes) / (slot_bytes + 64)).min(count - 1);
         }
         let slots_offset = offset(count);
-        let slab_bytes = (slots_offset + count * slot_bytes).next_multiple_of(PAGE);
+        let used = slots_offset + count * slot_bytes;
+        let slab_bytes = if used >= HUGE_PAGES_FROM_BYTES { used.next_multiple_of(HUGE_PAGE) } else { used };
         Self { slot_bytes, slot_count: count as u32, slots_offset, slab_bytes }
     }
 
@@ -174,7 +173,7 @@ mod tests {
         {
             let geometry = SlabGeometry::new(slot, target);
             assert!(geometry.is_sound(), "{geometry:?}");
-            assert!(geometry.slab_bytes <= target.max(geometry.slot_bytes + (2 << 20)), "{geometry:?}");
+            assert!(geometry.slab_bytes <= target.max(geometry.slot_bytes + (4 << 20)), "{geometry:?}");
             let next = SlabGeometry { slot_count: geometry.slot_count + 1, ..geometry };
             assert!(
                 next.slots_offset + u64::from(next.slot_count) * next.slot_bytes > target,

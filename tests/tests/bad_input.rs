@@ -258,3 +258,41 @@ async fn tiny_deadlines_end_in_time() {
         }
     }
 }
+
+/// Calls by the thousand, many connections, the largest messages: memory stays within the tier's bound and
+/// what the connections may buffer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn memory_stays_flat_whatever_clients_send() {
+    let daemon = TestDaemon::start(&["host.bytes=16MiB"]).await;
+    let (_, group) = daemon.group(256 << 10).await;
+    let flood = async |rounds: u64| {
+        let mut tasks = Vec::new();
+        for task in 0..24u64 {
+            let client = daemon.client().await;
+            let group = group.clone();
+            tasks.push(tokio::spawn(async move {
+                for round in 0..rounds {
+                    let from = task << 32 | round << 8;
+                    client.put(&group, chain(from..from + 6, 256 << 10)).await.unwrap();
+                    let _ = client.get(&group, &hashes(from..from + 6)).await;
+                    let _ = client.get(&group, &hashes(from..from + 5000)).await;
+                }
+            }));
+        }
+        for task in tasks {
+            task.await.unwrap();
+        }
+    };
+    flood(6).await;
+    let before = resident_bytes();
+    flood(30).await;
+    let grown = resident_bytes().saturating_sub(before);
+    assert!(grown < 64 << 20, "{grown} bytes more after five times the calls");
+    assert!(daemon.mapped() <= 16 << 20);
+    assert_eq!(daemon.running.daemon.host.status().flights, 0);
+}
+
+fn resident_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * rustix::param::page_size() as u64
+}

@@ -130,7 +130,7 @@ async fn slabs_follow_demand_between_layouts() {
     let status = daemon.running.daemon.host.status();
     let slabs = |slot: u64| status.pools.iter().find(|pool| pool.slot_bytes == slot).map_or(0, |pool| pool.slabs);
     assert!(slabs(200 << 10) >= 3, "the layout in use got memory: {status:?}");
-    assert!(status.slabs_moved >= 3 && status.bytes_mapped <= 32 << 20, "{status:?}");
+    assert!(status.slabs_moved >= 2 && status.bytes_mapped <= 32 << 20, "{status:?}");
 }
 
 fn begin(daemon: &TestDaemon, id: u64, now: u64) -> BeginFill {
@@ -164,13 +164,17 @@ fn begin(daemon: &TestDaemon, id: u64, now: u64) -> BeginFill {
     loop {
         match host.begin_fill(&request, BootTime(now)) {
             BeginFill::NeedsSlab(plan) => host.make_slab(plan).unwrap(),
+            BeginFill::Fill(fill, Some(plan)) => {
+                host.drop_plan(plan);
+                return BeginFill::Fill(fill, None);
+            }
             other => return other,
         }
     }
 }
 
 fn filled(fill: BeginFill) -> BlockFill {
-    let BeginFill::Fill(fill) = fill else { panic!("no slot") };
+    let BeginFill::Fill(fill, _) = fill else { panic!("no slot") };
     fill
 }
 

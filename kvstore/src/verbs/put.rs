@@ -250,7 +250,14 @@ async fn begin(daemon: &Arc<Daemon>, request: &FillRequest<'_>) -> Result<Into, 
     let mut slabs = 0;
     loop {
         match daemon.host.begin_fill(request, clock::now()) {
-            BeginFill::Fill(fill) => return Ok(Into::Slot(Box::new(fill))),
+            BeginFill::Fill(fill, ahead) => {
+                if let Some(plan) = ahead {
+                    let host = Arc::clone(&daemon.host);
+                    // A failure shows when the slab is needed.
+                    tokio::task::spawn_blocking(move || host.make_slab(plan));
+                }
+                return Ok(Into::Slot(Box::new(fill)));
+            }
             BeginFill::Resident if joined => return Ok(Into::Past(PutStatus::Joined)),
             BeginFill::Resident => return Ok(Into::Past(PutStatus::Present)),
             BeginFill::InFlight => {

@@ -34,8 +34,9 @@ pub struct FillRequest<'a> {
 
 /// What came of [`HostTier::begin_fill`].
 pub enum BeginFill {
-    /// Fill it, then commit.
-    Fill(BlockFill),
+    /// Fill it, then commit. Where the pool's free slots run low, also a slab to make meanwhile, so that no
+    /// later fill waits for one: make it, or give the plan back.
+    Fill(BlockFill, Option<SlabPlan>),
     /// Already readable.
     Resident,
     /// Another writer brings it: look again soon; once it stalled, the next call takes over.
@@ -60,7 +61,9 @@ impl HostTier {
             match at.residency.reserve(&incoming, urgency, now) {
                 Reserve::Reserved(ticket) => {
                     at.note_demand(group.pool, 1, now);
-                    return self.fill(namespace, ticket, request.length, &mut at.residency, now);
+                    let fill = self.fill(namespace, ticket, request.length, &mut at.residency, now);
+                    let Some(fill) = fill else { return BeginFill::Busy };
+                    return BeginFill::Fill(fill, self.plan_ahead(&mut state, namespace, group.pool));
                 }
                 Reserve::Resident => return BeginFill::Resident,
                 Reserve::InFlight => return BeginFill::InFlight,
@@ -86,21 +89,16 @@ impl HostTier {
         length: u32,
         residency: &mut crate::residency::Residency<Arc<kvstore_transfer::Slab>>,
         now: BootTime,
-    ) -> BeginFill {
+    ) -> Option<BlockFill> {
         let slab = residency.slab(ticket.slot.slab).cloned();
         // SAFETY: the residency reserved this slot for this ticket alone: until BlockFill hands the ticket
         // back, no other fill gets the slot and no reader finds it; a superseded slot is not reused either.
         let fill = slab.and_then(|slab| unsafe { SlotFill::new(slab, ticket.slot.slot, length as usize) });
-        match fill {
-            Some(fill) => {
-                BeginFill::Fill(BlockFill { tier: Arc::clone(self), namespace, fill: Some((ticket, fill)), noted: now })
-            }
+        if fill.is_none() {
             // A length that is no block's of this layout; callers check it first.
-            None => {
-                residency.abort(ticket);
-                BeginFill::Busy
-            }
+            residency.abort(ticket);
         }
+        Some(BlockFill { tier: Arc::clone(self), namespace, fill: Some((ticket, fill?)), noted: now })
     }
 }
 

@@ -21,6 +21,7 @@ use crate::caps;
 use crate::clock::BootTime;
 use crate::eviction::PolicyKind;
 use crate::layout::{InvalidLayout, Layout};
+use crate::pool::PoolId;
 use crate::residency::{Delete, Presence, ResidencyCounts};
 
 pub use fill::{BeginFill, BlockFill, FillRequest};
@@ -129,6 +130,8 @@ struct State {
     namespaces: Vec<Namespace>,
     /// Bytes of slabs that are being made.
     promised: u64,
+    /// The pools that they are for.
+    making: Vec<(NamespaceId, PoolId)>,
     slabs_moved: u64,
 }
 
@@ -139,6 +142,14 @@ impl State {
 
     fn namespace_mut(&mut self, id: NamespaceId) -> Option<&mut Namespace> {
         self.namespaces.get_mut(id.0)
+    }
+
+    /// The slab of `plan` is made, or will not be.
+    fn end_plan(&mut self, plan: &SlabPlan) {
+        self.promised = self.promised.saturating_sub(plan.bytes());
+        if let Some(at) = self.making.iter().position(|pool| *pool == (plan.namespace, plan.pool)) {
+            self.making.swap_remove(at);
+        }
     }
 }
 
@@ -157,6 +168,7 @@ impl HostTier {
                 slab_bytes: room::slab_bytes_of(options.limits.bytes),
                 namespaces,
                 promised: 0,
+                making: Vec::new(),
                 slabs_moved: 0,
             }),
             mapped: Arc::new(AtomicU64::new(0)),
@@ -242,7 +254,7 @@ impl HostTier {
         let header = plan.header(self.epoch);
         let made = Slab::create(header, self.huge_pages, Arc::clone(&self.mapped));
         let mut state = self.state.lock();
-        state.promised = state.promised.saturating_sub(plan.bytes());
+        state.end_plan(&plan);
         let slab = Arc::new(made?);
         if let Some(namespace) = state.namespace_mut(plan.namespace) {
             namespace.residency.add_slab(plan.pool, slab);
@@ -252,8 +264,7 @@ impl HostTier {
 
     /// Gives up a plan: nobody will make its slab.
     pub fn drop_plan(&self, plan: SlabPlan) {
-        let mut state = self.state.lock();
-        state.promised = state.promised.saturating_sub(plan.bytes());
+        self.state.lock().end_plan(&plan);
     }
 
     /// What may change while it runs.

@@ -17,6 +17,9 @@ use crate::pool::PoolId;
 /// A slab moves only to a pool whose slabs are used this many times as much: moving one back and forth
 /// costs the blocks in it.
 const DEMAND_RATIO: f64 = 2.0;
+/// A slab is made ahead once less than one part in this many of a slab is free: time to make it while the
+/// rest is filled.
+const LOW_PARTS: usize = 2;
 /// No slab smaller than this part of a full one is made to use up the last of the bound.
 const SMALLEST_PART: u64 = 8;
 
@@ -90,6 +93,15 @@ impl HostTier {
         if evicted.is_some() { Room::Evicted } else { Room::Busy }
     }
 
+    /// A slab for a pool whose free slots run low, while the bound allows one and none is being made.
+    pub(super) fn plan_ahead(&self, state: &mut State, namespace: NamespaceId, pool: PoolId) -> Option<SlabPlan> {
+        let residency = &state.namespace(namespace)?.residency;
+        let (_, slots, used) = residency.pool_occupancy(pool);
+        let per_slab = slots / residency.slab_numbers(pool).len().max(1);
+        let low = (slots - used) * LOW_PARTS < per_slab;
+        if !low || state.making.contains(&(namespace, pool)) { None } else { self.plan(state, namespace, pool) }
+    }
+
     fn plan(&self, state: &mut State, namespace: NamespaceId, pool: PoolId) -> Option<SlabPlan> {
         let taken = self.mapped.load(Ordering::Acquire) + state.promised;
         let room = state.limits.bytes.saturating_sub(taken);
@@ -98,6 +110,7 @@ impl HostTier {
         let geometry = slab_geometry(state.slab_bytes, slot_bytes, room)?;
         let plan = SlabPlan { namespace, pool, namespace_digest: namespace_state.digest, geometry };
         state.promised += plan.bytes();
+        state.making.push((namespace, pool));
         Some(plan)
     }
 }
