@@ -1,5 +1,5 @@
 //! Ghosts: what a policy remembers of blocks that it evicted. A set-associative table of four-byte
-//! records; a full set forgets its oldest. Fingerprints may collide (one look-up of a new block in a thousand):
+//! records; a full set forgets its oldest. Fingerprints may collide (one look-up of a new block in four thousand):
 //! a ghost informs a guess, it never names bytes.
 
 #![expect(
@@ -11,20 +11,20 @@ use super::lifetimes::Lifetime;
 
 /// Records in a set: one cache line.
 const WAYS: usize = 16;
-const FINGERPRINT_BITS: u32 = 14;
-const TIME_BITS: u32 = 11;
+const FINGERPRINT_BITS: u32 = 16;
+const TIME_BITS: u32 = 9;
 
-/// Fingerprint (14 bits), present (1), kind (2), tail (1), touches (3), time of the last touch (11).
+/// Fingerprint (16 bits), present (1), kind (2), tail (1), touches (3), time of the last touch (9).
 #[derive(Clone, Copy, Default)]
 struct Record(u32);
 
 impl Record {
     fn present(self) -> bool {
-        self.0 >> 17 & 1 == 1
+        self.0 >> 15 & 1 == 1
     }
 
     fn fingerprint(self) -> u32 {
-        self.0 >> 18
+        self.0 >> 16
     }
 
     fn time(self) -> u32 {
@@ -36,7 +36,7 @@ impl Record {
 #[derive(Default)]
 pub(super) struct Ghosts {
     sets: Vec<[Record; WAYS]>,
-    /// A record's unit of time is `1 << time_shift` ticks: 11 bits of it reach past any ghost's age.
+    /// A record's unit of time is `1 << time_shift` ticks: 9 bits of it, 32 capacities, reach past any ghost's age.
     time_shift: u32,
 }
 
@@ -52,7 +52,7 @@ impl Ghosts {
         let records = self.sets.iter().flatten().filter(|record| record.present());
         let forgotten = records.map(|record| self.life(*record, now_tick)).collect();
         self.sets = vec![[Record::default(); WAYS]; sets];
-        self.time_shift = (capacity_ticks / 64).max(1).ilog2();
+        self.time_shift = (capacity_ticks / 16).max(1).ilog2();
         forgotten
     }
 
@@ -69,7 +69,7 @@ impl Ghosts {
         let kind = u32::from(life.class / 8);
         let tail = u32::from(life.class.is_multiple_of(8));
         let touches = u32::from(life.touches.min(7));
-        let record = Record(fingerprint << 18 | 1 << 17 | kind << 15 | tail << 14 | touches << 11 | time);
+        let record = Record(fingerprint << 16 | 1 << 15 | kind << 13 | tail << 12 | touches << 9 | time);
         let now = now_tick >> self.time_shift;
         let ways = &mut self.sets[set];
         let at = ways.iter().position(|record| !record.present()).unwrap_or_else(|| {
@@ -89,9 +89,9 @@ impl Ghosts {
     }
 
     fn life(&self, record: Record, now_tick: u32) -> Lifetime {
-        let touches = (record.0 >> 11 & 7) as u8;
-        let tail = record.0 >> 14 & 1 == 1;
-        let class = (record.0 >> 15 & 3) as u8 * 8 + if tail { 0 } else { touches.max(1) };
+        let touches = (record.0 >> 9 & 7) as u8;
+        let tail = record.0 >> 12 & 1 == 1;
+        let class = (record.0 >> 13 & 3) as u8 * 8 + if tail { 0 } else { touches.max(1) };
         let age = (now_tick >> self.time_shift).wrapping_sub(record.time()) & ((1 << TIME_BITS) - 1);
         let last_tick = (now_tick >> self.time_shift).wrapping_sub(age) << self.time_shift;
         Lifetime { class, touches, last_tick }
