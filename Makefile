@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` and `make test`.
-.PHONY: demo test lint bench audit setup clean help
+.PHONY: demo test lint bench audit help
 
 # Figures to measure: grpc, index, eviction, or several with commas.
 FIGURES ?= grpc,index,eviction
@@ -29,7 +29,7 @@ test:
 	cargo nextest run --locked --workspace
 
 lint:
-	@scripts/setup.sh build deny
+	@scripts/setup.sh build lint deny
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- --deny warnings
 	cargo deny --log-level error check bans licenses sources

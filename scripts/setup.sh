@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing of the named tools, and nothing else: build, nextest, deny, redis.
+# Installs what is missing of the named tools, and nothing else: build, lint, nextest, deny, redis.
 set -euo pipefail
 
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -19,6 +19,9 @@ for tool in "$@"; do
       have cargo || { echo "Rust is missing: install it with rustup, then try again" >&2; exit 1; }
       have cc || debian gcc
       [ -e /usr/include/stdlib.h ] || [ -e /usr/lib/libc.so ] || debian libc6-dev
+      ;;
+    lint)
+      cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 || rustup component add rustfmt clippy
       ;;
     nextest) have cargo-nextest || { echo "Installing cargo-nextest (once, some minutes) ..."; cargo install --locked --quiet cargo-nextest; } ;;
     deny) have cargo-deny || { echo "Installing cargo-deny (once, some minutes) ..."; cargo install --locked --quiet cargo-deny; } ;;

@@ -1,6 +1,7 @@
 //! Logs and metrics. Counters are plain atomics that the data path adds to; the Prometheus registry reads
 //! them, and the Host tier's state, when it is asked. `docs/metrics.md` lists every metric.
 
+use std::io::IsTerminal;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -65,7 +66,10 @@ pub fn start_logging(level: &str, format: LogFormat) -> LogControl {
     let (filter, handle) = reload::Layer::new(filter);
     let registry = tracing_subscriber::registry().with(filter);
     let started = match format {
-        LogFormat::Human => registry.with(fmt::layer().with_writer(std::io::stderr).with_target(false)).try_init(),
+        LogFormat::Human => {
+            let colours = std::io::stderr().is_terminal();
+            registry.with(fmt::layer().with_writer(std::io::stderr).with_target(false).with_ansi(colours)).try_init()
+        }
         LogFormat::Json => registry.with(fmt::layer().json().with_writer(std::io::stderr)).try_init(),
     };
     LogControl(started.is_ok().then_some(handle))

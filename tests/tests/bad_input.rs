@@ -20,13 +20,16 @@ use tonic::transport::{Channel, Endpoint};
 
 /// A client as any other language's generator would make it, without our framing.
 async fn plain_client(daemon: &TestDaemon) -> BlockDataClient<Channel> {
+    BlockDataClient::new(channel(daemon).await).max_decoding_message_size(16 << 20)
+}
+
+async fn channel(daemon: &TestDaemon) -> Channel {
     let path = daemon.address.strip_prefix("unix:").unwrap().to_owned();
     let connect = tower::service_fn(move |_| {
         let path = path.clone();
         async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
     });
-    let channel = Endpoint::from_static("http://kvstore").connect_with_connector(connect).await.unwrap();
-    BlockDataClient::new(channel).max_decoding_message_size(16 << 20)
+    Endpoint::from_static("http://kvstore").connect_with_connector(connect).await.unwrap()
 }
 
 fn open(group: &GroupRef) -> PutRequest {
@@ -295,4 +298,40 @@ async fn memory_stays_flat_whatever_clients_send() {
 fn resident_bytes() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * rustix::param::page_size() as u64
+}
+
+/// What load balancers and people with grpcurl look at first.
+#[tokio::test]
+async fn health_and_reflection_answer() {
+    use tonic_health::pb::health_check_response::ServingStatus;
+    use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+    let daemon = TestDaemon::start(&[]).await;
+    let channel = channel(&daemon).await;
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel.clone());
+    let mut status = async |service: &str| {
+        let request = tonic_health::pb::HealthCheckRequest { service: service.to_owned() };
+        health.check(request).await.map(|response| response.into_inner().status())
+    };
+    for service in ["", "kvstore.v1.Blocks", "kvstore.v1.BlockData", "kvstore.v1.Admin"] {
+        assert_eq!(status(service).await.unwrap(), ServingStatus::Serving, "{service:?}");
+    }
+    let mut reflection = tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient::new(channel);
+    let request = tonic_reflection::pb::v1::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut answers = reflection.server_reflection_info(stream::iter([request])).await.unwrap().into_inner();
+    let Some(MessageResponse::ListServicesResponse(list)) = answers.message().await.unwrap().unwrap().message_response
+    else {
+        panic!("no list of services");
+    };
+    let names: Vec<String> = list.service.into_iter().map(|service| service.name).collect();
+    for name in ["kvstore.v1.Blocks", "kvstore.v1.BlockData", "kvstore.v1.Admin", "grpc.health.v1.Health"] {
+        assert!(names.iter().any(|found| found == name), "{name} is not among {names:?}");
+    }
+    daemon.client().await.drain(100).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(status("kvstore.v1.Blocks").await.unwrap(), ServingStatus::NotServing);
+    assert_eq!(status("kvstore.v1.BlockData").await.unwrap(), ServingStatus::NotServing);
 }

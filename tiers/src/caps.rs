@@ -24,6 +24,8 @@ pub const SLABS_PER_TIER: u64 = 32;
 pub const HOST_BYTES_MIN: u64 = SLAB_BYTES_MIN;
 /// Blocks being filled at once, of one namespace.
 pub const FILLS_MAX: usize = 4096;
+/// Blocks being filled, or parked while leased, for which room is set aside at the start.
+pub const FILLS_USUAL: usize = 256;
 /// A writer that brought nothing for this long may be replaced by one that waits.
 pub const FILL_STALL_MS: u64 = 1000;
 /// Pins and tickets at once, of one namespace.

@@ -208,8 +208,9 @@ impl<S: SlabMemory> Residency<S> {
             table: KeyTable::new(),
             slabs: Vec::new(),
             pools: Vec::new(),
-            fills: HashMap::new(),
-            parked: HashSet::new(),
+            // Room for what is usually in flight, so that no fill allocates.
+            fills: HashMap::with_capacity(caps::FILLS_USUAL),
+            parked: HashSet::with_capacity(caps::FILLS_USUAL),
             counts: ResidencyCounts::default(),
             pinned_bytes: 0,
         }

@@ -12,7 +12,7 @@ use kvstore_client::v1::{BlockKind, GetStatus, Level, LookupRequest, PrefetchSta
 use kvstore_client::{Client, GetOutcome, GroupRef, PutBlock, PutOptions};
 use serde_json::json;
 
-use super::output::{hex, parse_hex, print_json, print_table};
+use super::output::{hex, parse_hex, parse_name, print_json, print_table};
 use super::{Target, parse_block_bytes};
 use crate::replay;
 
@@ -47,7 +47,7 @@ impl Layout {
 #[group(required = true, multiple = false)]
 pub struct Name {
     /// The block's name: 1 to 32 bytes of text.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_parser = parse_name, value_name = "TEXT")]
     key: Option<String>,
     /// The block's sequence hash: 2 to 64 hexadecimal digits.
     #[arg(long, value_parser = parse_hex, value_name = "HEX")]
@@ -66,7 +66,7 @@ impl Name {
 #[group(required = true, multiple = false)]
 pub struct Names {
     /// The blocks' names, in prefix order: 1 to 32 bytes of text each.
-    #[arg(long = "key", value_name = "TEXT")]
+    #[arg(long = "key", value_parser = parse_name, value_name = "TEXT")]
     keys: Vec<String>,
     /// The blocks' sequence hashes, in prefix order: hexadecimal digits.
     #[arg(long = "hash", value_parser = parse_hex, value_name = "HEX")]

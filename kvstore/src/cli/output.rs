@@ -9,7 +9,7 @@ pub(super) fn print_pairs(pairs: &[(&str, String)]) {
     for (name, value) in pairs {
         table.add_row([*name, value.as_str()]);
     }
-    println!("{table}");
+    println!("{}", table.trim_fmt());
 }
 
 /// Prints a table with a head.
@@ -44,4 +44,13 @@ pub(super) fn parse_hex(text: &str) -> Result<bytes::Bytes, String> {
     let digits = digits.filter(|digits| digits.len().is_multiple_of(2) && !digits.is_empty());
     let digits = digits.ok_or_else(|| format!("{text:?} is not an even number of hexadecimal digits"))?;
     Ok(digits.chunks(2).map(|pair| pair.iter().fold(0, |byte, digit| byte << 4 | digit)).collect::<Vec<u8>>().into())
+}
+
+/// A block's name as text: what a sequence hash may be.
+pub(super) fn parse_name(text: &str) -> Result<String, String> {
+    let most = kvstore_tiers::SEQUENCE_HASH_BYTES_MAX;
+    match text.len() {
+        length if (1..=most).contains(&length) => Ok(text.to_owned()),
+        length => Err(format!("a name has 1 to {most} bytes, not {length}: hash longer ones and use --hash")),
+    }
 }
