@@ -212,3 +212,28 @@ impl KeyTable {
         false
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A count that only grew would make every look-up of an absent key walk through the shard in the end.
+    #[test]
+    fn removals_take_back_what_overflowed() {
+        let mut table = KeyTable::new();
+        let hash = |id: u32| u64::from(id % 11).wrapping_mul(0x0001_2345_6789_ABCD);
+        let slot = |id: u32| SlotRef { slab: 0, slot: id };
+        for id in 0..2000 {
+            table.insert(hash(id), slot(id), |slot| hash(slot.slot));
+        }
+        let overflowed = |table: &KeyTable| -> u64 {
+            let buckets = table.shards.iter().flat_map(|shard| shard.buckets.iter());
+            buckets.map(|bucket| bucket.overflowed.load(Ordering::Relaxed)).sum()
+        };
+        assert!(overflowed(&table) > 0);
+        for id in (0..2000).rev() {
+            assert!(table.remove(hash(id), slot(id)));
+        }
+        assert_eq!((overflowed(&table), table.len()), (0, 0));
+    }
+}

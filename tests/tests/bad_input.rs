@@ -139,6 +139,23 @@ async fn every_mistake_has_its_code_and_its_name() {
     assert!(matches!(client.register_layout(huge).await, Err(Error::Invalid(m)) if m.contains("host.bytes")));
 }
 
+/// The daemon refuses a put at its first message, while the client still sends megabytes: the client learns
+/// why, not that "the stream was reset".
+#[tokio::test]
+async fn a_refusal_reaches_a_client_that_is_still_sending() {
+    let daemon = TestDaemon::start(&[]).await;
+    let (client, group) = daemon.group(1 << 20).await;
+    let unknown = GroupRef { layout_digest: vec![9; 32].into(), group: 0 };
+    for round in 0..30 {
+        let error = client.put(&unknown, chain(0..24, 1 << 20)).await.unwrap_err();
+        assert!(matches!(&error, Error::NotFound(m) if m.contains("RegisterLayout")), "round {round}: {error}");
+    }
+    let options = PutOptions { level: v1::Level::Durable, ..PutOptions::default() };
+    let error = client.put_with(&group, chain(0..24, 1 << 20), options).await.unwrap_err();
+    assert!(matches!(error, Error::Unsupported(_)), "{error}");
+    assert_eq!(client.put(&group, chain(0..4, 1 << 20)).await.unwrap().len(), 4, "the connection still works");
+}
+
 /// A client that announces a block and then says nothing, or dies, leaves nothing behind.
 #[tokio::test]
 async fn a_client_gone_in_the_middle_of_a_put_leaves_nothing() {
