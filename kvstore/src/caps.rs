@@ -42,10 +42,14 @@ pub const JOIN_POLL: Duration = Duration::from_millis(20);
 pub const SLABS_PER_FILL_MAX: usize = 8;
 /// Prefetches at once, ended ones included until they are forgotten.
 pub const PREFETCHES_MAX: usize = 4096;
+/// Hashes of all of them together: 40 MiB.
+pub const PREFETCH_HASHES_MAX: usize = 1 << 20;
 /// How long an ended prefetch can still be watched.
 pub const PREFETCH_KEPT: Duration = Duration::from_secs(60);
 /// Background work of the Host tier happens this often.
 pub const TICK: Duration = Duration::from_millis(100);
+/// Verifications at once: each reads all memory.
+pub const VERIFICATIONS_MAX: usize = 1;
 /// Blocks that a verification reads before it lets others run.
 pub const VERIFY_BATCH: usize = 64;
 /// Lines of a trace of a replay at most, and blocks of one of its requests.

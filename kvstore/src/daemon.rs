@@ -30,6 +30,8 @@ pub struct Daemon {
     pub data_calls: Arc<Semaphore>,
     /// Blocks that gets may still lease.
     pub leasable: Arc<Semaphore>,
+    /// Verifications that may still start.
+    pub verifications: Arc<Semaphore>,
     /// When this process started.
     pub started: Instant,
     /// Grows with every start.
@@ -91,6 +93,7 @@ impl Daemon {
             prefetches: Prefetches::default(),
             data_calls: Arc::new(Semaphore::new(caps::DATA_CALLS_MAX)),
             leasable: Arc::new(Semaphore::new(caps::LEASED_BLOCKS_MAX)),
+            verifications: Arc::new(Semaphore::new(caps::VERIFICATIONS_MAX)),
             started: Instant::now(),
             epoch,
             config: ArcSwap::from_pointee(config),

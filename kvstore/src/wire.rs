@@ -66,7 +66,7 @@ fn layer_group(wire: &v1::LayerGroup) -> Result<LayerGroup, Status> {
 /// Why a layout was refused.
 pub fn register_error(error: RegisterError) -> Status {
     match error {
-        RegisterError::TooMany => Status::resource_exhausted(error.to_string()),
+        RegisterError::TooMany | RegisterError::TooManySizes => Status::resource_exhausted(error.to_string()),
         _ => Status::invalid_argument(error.to_string()),
     }
 }

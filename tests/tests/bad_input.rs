@@ -352,3 +352,37 @@ async fn health_and_reflection_answer() {
     assert_eq!(status("kvstore.v1.Blocks").await.unwrap(), ServingStatus::NotServing);
     assert_eq!(status("kvstore.v1.BlockData").await.unwrap(), ServingStatus::NotServing);
 }
+
+/// What a client may leave behind is bounded too: pins of the same blocks over and over, prefetches that
+/// nobody watches, layouts of every size.
+#[tokio::test]
+async fn what_clients_leave_behind_is_bounded() {
+    let daemon = TestDaemon::start(&[]).await;
+    let (client, group) = daemon.group(64).await;
+    let names = hashes(0..4000);
+    client.put(&group, chain(0..4000, 64)).await.unwrap();
+    let mut pins = 0;
+    let error = loop {
+        match client.pin(&group, &names, 60_000).await {
+            Ok(_) => pins += 1,
+            Err(error) => break error,
+        }
+        assert!(pins < 1000, "pins without end");
+    };
+    assert!(matches!(&error, Error::Busy(m) if m.contains("1048576")), "{error}");
+    let mut prefetches = 0;
+    while client.prefetch(&group, &names, 0).await.is_ok() {
+        prefetches += 1;
+        assert!(prefetches < 1000, "prefetches without end");
+    }
+    let mut sizes = 0u32;
+    let error = loop {
+        let layout = replay::layout("sizes", 4096 * (sizes + 1), v1::BlockKind::Attention);
+        match client.register_layout(layout).await {
+            Ok(_) => sizes += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(&error, Error::Busy(m) if m.contains("sizes")), "{error}");
+    assert!(sizes >= 250);
+}

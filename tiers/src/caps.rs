@@ -4,6 +4,8 @@
 pub const BLOCK_BYTES_MAX: u64 = 1 << 30;
 /// Layouts of one namespace at most. A layout is a model, a weights version and a rank: a node serves tens.
 pub const LAYOUTS_MAX: usize = 1024;
+/// Slot sizes of one namespace at most: each has a pool, whose eviction policy learns in 100 KiB of its own.
+pub const POOLS_MAX: usize = 256;
 /// Namespaces at most; each is configured by hand.
 pub const NAMESPACES_MAX: usize = 64;
 /// Layer groups of a layout at most: hybrid models have two to four.
@@ -30,6 +32,8 @@ pub const FILLS_USUAL: usize = 256;
 pub const FILL_STALL_MS: u64 = 1000;
 /// Pins and tickets at once, of one namespace.
 pub const HOLDS_MAX: usize = 65_536;
+/// Blocks that all pins and tickets of one namespace name, each as often as it is named: 48 MiB of keys.
+pub const HELD_KEYS_MAX: usize = 1 << 20;
 /// At most this part of the Host tier may be pinned or held by tickets, in percent: the rest must be able
 /// to turn over.
 pub const HELD_PERCENT_MAX: u64 = 50;

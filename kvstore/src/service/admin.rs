@@ -59,8 +59,15 @@ impl Admin for Context {
     type VerifyStream = Pin<Box<dyn Stream<Item = Result<VerifyProgress, Status>> + Send>>;
 
     async fn verify(&self, _: Request<VerifyRequest>) -> Answer<Self::VerifyStream> {
+        let permit = Arc::clone(&self.daemon.verifications)
+            .try_acquire_owned()
+            .map_err(|_| Status::resource_exhausted("busy: a verification is under way"))?;
         let (sender, receiver) = mpsc::channel(1);
-        tokio::spawn(verify::verify(Arc::clone(&self.daemon), sender));
+        let daemon = Arc::clone(&self.daemon);
+        tokio::spawn(async move {
+            verify::verify(daemon, sender).await;
+            drop(permit);
+        });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver).map(Ok))))
     }
 }

@@ -82,8 +82,11 @@ pub fn prefetch(
     let deadline = clock::now().plus_ms(deadline_ms);
     let prefetch = Prefetch { namespace, layout_digest: layout.digest, group, hashes, deadline, ended: None };
     let mut prefetches = daemon.prefetches.0.lock();
-    if prefetches.len() >= caps::PREFETCHES_MAX {
-        return Err(Status::resource_exhausted(format!("{} prefetches are kept already", caps::PREFETCHES_MAX)));
+    let kept: usize = prefetches.values().map(|prefetch| prefetch.hashes.len()).sum();
+    if prefetches.len() >= caps::PREFETCHES_MAX || kept + prefetch.hashes.len() > caps::PREFETCH_HASHES_MAX {
+        let (most, hashes) = (caps::PREFETCHES_MAX, caps::PREFETCH_HASHES_MAX);
+        let problem = format!("busy: prefetches would be more than {most}, or name more than {hashes} blocks");
+        return Err(Status::resource_exhausted(problem));
     }
     prefetches.insert(id, prefetch);
     Ok(PrefetchResponse { ticket: wire::hold_bytes(id) })

@@ -41,7 +41,11 @@ pub enum HoldError {
         bytes_max: u64,
     },
     /// Too many holds.
-    #[error("the namespace has {} pins and tickets already, the most it may have", caps::HOLDS_MAX)]
+    #[error(
+        "the namespace's pins and tickets would be more than {}, or name more than {} blocks: unpin, or wait for a TTL",
+        caps::HOLDS_MAX,
+        caps::HELD_KEYS_MAX
+    )]
     TooMany,
 }
 
@@ -65,6 +69,8 @@ struct Hold {
 pub(super) struct Holds {
     by_id: HashMap<HoldId, Hold>,
     by_expiry: BTreeSet<(BootTime, HoldId)>,
+    /// Keys of all holds together.
+    keys: usize,
 }
 
 type HostResidency = Residency<Arc<Slab>>;
@@ -81,12 +87,14 @@ impl Holds {
     fn release(&mut self, residency: &mut HostResidency, id: HoldId) -> Option<HoldKind> {
         let hold = self.by_id.remove(&id)?;
         self.by_expiry.remove(&(hold.expires, id));
+        self.keys -= hold.keys.len();
         hold.keys.iter().for_each(|key| residency.unpin(key));
         Some(hold.kind)
     }
 
     fn insert(&mut self, id: HoldId, hold: Hold) {
         self.by_expiry.insert((hold.expires, id));
+        self.keys += hold.keys.len();
         self.by_id.insert(id, hold);
     }
 }
@@ -105,7 +113,8 @@ impl HostTier {
         let mut state = self.state.lock();
         let bytes_max = state.limits.bytes / 100 * caps::HELD_PERCENT_MAX;
         let Some(namespace) = state.namespace_mut(namespace) else { return Err(HoldError::TooMany) };
-        if namespace.holds.by_id.len() >= caps::HOLDS_MAX {
+        let more: usize = runs.iter().map(|(_, _, hashes)| hashes.len()).sum();
+        if namespace.holds.by_id.len() >= caps::HOLDS_MAX || namespace.holds.keys + more > caps::HELD_KEYS_MAX {
             return Err(HoldError::TooMany);
         }
         let mut keys = Vec::new();

@@ -76,6 +76,9 @@ pub enum RegisterError {
     /// The namespace has as many layouts as it may.
     #[error("the namespace has {} layouts already, the most it may have", caps::LAYOUTS_MAX)]
     TooMany,
+    /// The namespace has blocks of as many sizes as it may.
+    #[error("the namespace has blocks of {} sizes already, the most it may have", caps::POOLS_MAX)]
+    TooManySizes,
 }
 
 /// The tier's state at one moment.

@@ -1,7 +1,7 @@
 //! One namespace's part of the Host tier: its layouts, its residency, its holds, and how much each of
 //! its pools is used.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use kvstore_plane::SlotKey;
@@ -113,6 +113,11 @@ impl Namespace {
         }
         if self.layouts.len() >= caps::LAYOUTS_MAX {
             return Err(RegisterError::TooMany);
+        }
+        let sizes = layout.groups.iter().map(|group| room::slot_bytes(group.block_bytes(layout.block_tokens)));
+        let known = self.residency.pools().map(|pool| self.residency.pool_occupancy(pool).0);
+        if known.chain(sizes).collect::<BTreeSet<u64>>().len() > caps::POOLS_MAX {
+            return Err(RegisterError::TooManySizes);
         }
         let ordinal = self.layouts.len() as u32;
         let groups =

@@ -1,0 +1,115 @@
+//! Filling: one flight a block, which others join or take over.
+
+use kvstore_plane::{SlotKey, SlotRef, SlotState};
+
+use super::{Fill, FillTicket, FlightSource, Incoming, Publish, Reserve, Residency, SlabMemory, Urgency};
+use crate::caps;
+use crate::clock::BootTime;
+use crate::eviction::NewBlock;
+
+impl<S: SlabMemory> Residency<S> {
+    /// Reserves a slot for a block that its caller will bring.
+    pub fn reserve(&mut self, incoming: &Incoming, urgency: Urgency, now: BootTime) -> Reserve {
+        match self.find(&incoming.key).map(|(slot, entry)| (slot, entry.state())) {
+            Some((_, SlotState::Resident)) => return Reserve::Resident,
+            Some((slot, _)) => {
+                if !self.join(slot, urgency, now) {
+                    return Reserve::InFlight;
+                }
+                self.supersede(slot);
+                self.counts.taken_over += 1;
+            }
+            None => {}
+        }
+        if self.fills.len() >= caps::FILLS_MAX {
+            return Reserve::Busy;
+        }
+        let Some(slot) = self.take_free(incoming.pool) else { return Reserve::NoSlot };
+        let Some(entry) = self.entry(slot) else { return Reserve::NoSlot };
+        let generation = entry.reserve(&incoming.key, incoming.kind.number());
+        let fill = Fill { generation, incoming: *incoming, urgency, progress: now, superseded: false };
+        self.fills.insert(slot, fill);
+        self.file(slot, &incoming.key);
+        Reserve::Reserved(FillTicket { slot, generation })
+    }
+
+    /// Adds a waiter to a flight. True when the waiter, a writer, may replace the one that fills: that one
+    /// stalled.
+    pub(super) fn join(&mut self, slot: SlotRef, urgency: Urgency, now: BootTime) -> bool {
+        let Some(fill) = self.fills.get_mut(&slot) else { return false };
+        fill.urgency.priority = fill.urgency.priority.max(urgency.priority);
+        fill.urgency.deadline = fill.urgency.deadline.max(urgency.deadline);
+        urgency.source == FlightSource::Writer && now.ms_since(fill.progress) >= caps::FILL_STALL_MS
+    }
+
+    /// The urgency that a flight has by now.
+    pub fn flight(&self, key: &SlotKey) -> Option<Urgency> {
+        let (slot, _) = self.find(key)?;
+        self.fills.get(&slot).map(|fill| fill.urgency)
+    }
+
+    /// The slot of a live flight is no longer found by its key, and its ticket publishes nothing.
+    pub(super) fn supersede(&mut self, slot: SlotRef) {
+        if let Some(fill) = self.fills.get_mut(&slot) {
+            fill.superseded = true;
+            let key = fill.incoming.key;
+            self.unfile(slot, &key);
+            if let Some(entry) = self.entry(slot) {
+                entry.withdraw(SlotState::Doomed);
+            }
+        }
+    }
+
+    /// The bearer of `ticket` brought something just now.
+    pub fn progress(&mut self, ticket: &FillTicket, now: BootTime) {
+        if let Some(fill) = self.fill_of(ticket) {
+            fill.progress = now;
+        }
+    }
+
+    pub(super) fn fill_of(&mut self, ticket: &FillTicket) -> Option<&mut Fill> {
+        self.fills.get_mut(&ticket.slot).filter(|fill| fill.generation == ticket.generation)
+    }
+
+    /// The slot is filled: makes the block readable. The ticket is spent either way. `tail`: it is the last
+    /// block of its request.
+    pub fn publish(&mut self, ticket: FillTicket, length: u32, crc32: u32, tail: bool) -> Publish {
+        if self.fill_of(&ticket).is_none_or(|fill| fill.superseded) {
+            self.abort(ticket);
+            return Publish::Superseded;
+        }
+        let Some(fill) = self.fills.remove(&ticket.slot) else { return Publish::Superseded };
+        let incoming = fill.incoming;
+        if let Some(entry) = self.entry(ticket.slot) {
+            entry.publish(length, crc32);
+        }
+        let parent = incoming.parent.and_then(|hash| {
+            let (slot, entry) = self.find(&SlotKey { hash, ..incoming.key })?;
+            let (pool, block) = self.place(slot)?;
+            (entry.state() == SlotState::Resident && pool == incoming.pool).then_some(block)
+        });
+        let key_hash = incoming.key.table_hash(self.seed);
+        let new = NewBlock { parent, key_hash, kind: incoming.kind.eviction(), tail };
+        if let Some((pool, block)) = self.place(ticket.slot)
+            && let Some(pool) = self.pools.get_mut(pool.0)
+        {
+            pool.policy.insert(block, new);
+        }
+        self.counts.published += 1;
+        Publish::Published
+    }
+
+    /// The bearer of `ticket` gives up, or was superseded: frees its slot.
+    pub fn abort(&mut self, ticket: FillTicket) {
+        if self.fill_of(&ticket).is_none() {
+            return;
+        }
+        if let Some(fill) = self.fills.remove(&ticket.slot) {
+            if !fill.superseded {
+                self.unfile(ticket.slot, &fill.incoming.key);
+            }
+            self.counts.aborted += 1;
+            self.free(ticket.slot);
+        }
+    }
+}

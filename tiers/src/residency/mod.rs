@@ -1,0 +1,178 @@
+//! Residency: decides who holds a block in memory, and who may fill, read or replace it. Touches no
+//! block's bytes, does no I/O, awaits nothing and reads no clock: a million random steps run in a test.
+//!
+//! One residency serves one namespace. A block's life in it:
+//!
+//! ```text
+//!            reserve                publish              evict, delete
+//!   absent ----------> Filling ----------------> Resident -------------> absent
+//!      ^                  | abort, superseded       |  with a lease: Doomed until the last release
+//!      +------------------+                         +-- demote: readable throughout; leaves a copy below
+//! ```
+//!
+//! A slot's state lives in its directory entry, in memory that other processes may map; what few blocks
+//! need (writers, waiters, parked victims) lives in side tables that are bounded by what is in flight.
+//! Filling is single-flight: a second writer or promotion of a key joins the first, adds its priority and
+//! deadline, and may replace a writer that stalled. The replaced writer keeps its slot, which nobody else
+//! uses until it has gone, so that late bytes go nowhere.
+
+mod demote;
+mod fill;
+mod leave;
+mod look;
+mod read;
+mod slabs;
+mod types;
+
+use std::collections::{HashMap, HashSet};
+
+use kvstore_plane::{KeyTable, SlotEntry, SlotKey, SlotRef, SlotState};
+
+use crate::caps;
+use crate::clock::BootTime;
+use crate::eviction::PolicyKind;
+use crate::pool::{Pool, PoolId};
+
+pub use types::{Delete, Evicted, FillTicket, FlightSource, Incoming, Presence, Priority, Publish, Reserve, Urgency};
+
+/// Memory that carries a slot directory.
+pub trait SlabMemory {
+    /// One entry per slot.
+    fn directory(&self) -> &[SlotEntry];
+}
+
+impl SlabMemory for kvstore_transfer::Slab {
+    fn directory(&self) -> &[SlotEntry] {
+        kvstore_transfer::Slab::directory(self)
+    }
+}
+
+impl<T: SlabMemory> SlabMemory for std::sync::Arc<T> {
+    fn directory(&self) -> &[SlotEntry] {
+        (**self).directory()
+    }
+}
+
+struct Fill {
+    generation: u64,
+    incoming: Incoming,
+    urgency: Urgency,
+    progress: BootTime,
+    superseded: bool,
+}
+
+struct SlabPlace<S> {
+    memory: S,
+    pool: PoolId,
+    ordinal: u32,
+    /// Slots that hold something.
+    used: usize,
+}
+
+/// Counts since the start; all of blocks.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub struct ResidencyCounts {
+    /// Published.
+    pub published: u64,
+    /// Evicted for lack of room.
+    pub evicted: u64,
+    /// Deleted on request.
+    pub deleted: u64,
+    /// Fills that ended without a block.
+    pub aborted: u64,
+    /// Writers replaced after they stalled.
+    pub taken_over: u64,
+}
+
+/// See the head of this file.
+pub struct Residency<S> {
+    seed: u64,
+    policy: PolicyKind,
+    table: KeyTable,
+    slabs: Vec<Option<SlabPlace<S>>>,
+    pools: Vec<Pool>,
+    fills: HashMap<SlotRef, Fill>,
+    /// Victims that were leased when they were named: candidates again once they are released.
+    parked: HashSet<SlotRef>,
+    counts: ResidencyCounts,
+    pinned_bytes: u64,
+}
+
+impl<S: SlabMemory> Residency<S> {
+    /// An empty residency. `seed` should be secret: sequence hashes come from clients, and a client that
+    /// knew it could fill one bucket of the key table.
+    pub fn new(seed: u64, policy: PolicyKind) -> Self {
+        Self {
+            seed,
+            policy,
+            table: KeyTable::new(),
+            slabs: Vec::new(),
+            pools: Vec::new(),
+            // Room for what is usually in flight, so that no fill allocates.
+            fills: HashMap::with_capacity(caps::FILLS_USUAL),
+            parked: HashSet::with_capacity(caps::FILLS_USUAL),
+            counts: ResidencyCounts::default(),
+            pinned_bytes: 0,
+        }
+    }
+
+    fn take_free(&mut self, pool: PoolId) -> Option<SlotRef> {
+        let state = self.pools.get(pool.0)?;
+        let slot = state.slot_ref(state.first_free()?)?;
+        let place = self.slabs.get_mut(slot.slab as usize)?.as_mut()?;
+        let entry = place.memory.directory().get(slot.slot as usize)?;
+        self.pools.get_mut(pool.0)?.pop_free(entry);
+        place.used += 1;
+        Some(slot)
+    }
+
+    fn free(&mut self, slot: SlotRef) {
+        let Some((pool, block)) = self.place(slot) else { return };
+        let Some(place) = self.slabs.get_mut(slot.slab as usize).and_then(Option::as_mut) else { return };
+        let Some(entry) = place.memory.directory().get(slot.slot as usize) else { return };
+        entry.withdraw(SlotState::Free);
+        place.used = place.used.saturating_sub(1);
+        if let Some(pool) = self.pools.get_mut(pool.0) {
+            pool.push_free(block, entry);
+        }
+    }
+
+    fn file(&mut self, slot: SlotRef, key: &SlotKey) {
+        let Self { table, slabs, seed, .. } = self;
+        table.insert(key.table_hash(*seed), slot, |filed| {
+            let place = slabs.get(filed.slab as usize).and_then(Option::as_ref);
+            let entry = place.and_then(|place| place.memory.directory().get(filed.slot as usize));
+            entry.map_or(0, |entry| entry.key().table_hash(*seed))
+        });
+    }
+
+    fn unfile(&mut self, slot: SlotRef, key: &SlotKey) {
+        self.table.remove(key.table_hash(self.seed), slot);
+    }
+
+    /// Counts since the start.
+    pub fn counts(&self) -> ResidencyCounts {
+        self.counts
+    }
+
+    /// Keys that are readable or on their way.
+    pub fn len(&self) -> usize {
+        self.table.len()
+    }
+
+    /// True when nothing is readable or on its way.
+    pub fn is_empty(&self) -> bool {
+        self.table.is_empty()
+    }
+
+    /// Flights.
+    pub fn flights(&self) -> usize {
+        self.fills.len()
+    }
+
+    /// Keys of the readable blocks of slab `number`: for verification.
+    pub fn keys_of_slab(&self, number: u32) -> Vec<SlotKey> {
+        let entries = self.slab(number).map(SlabMemory::directory).unwrap_or_default();
+        entries.iter().filter_map(SlotEntry::read).map(|record| record.key).collect()
+    }
+}
