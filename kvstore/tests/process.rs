@@ -287,3 +287,38 @@ fn running_out_of_file_descriptors_is_survived() {
     drop(crowd);
     wait_for("an answer", || daemon.run(&["status", "--timeout", "2s"]).status.success());
 }
+
+/// A client outlives its daemon: once another one serves, calls get through again; the layouts that the
+/// dead daemon knew are asked for by name.
+#[test]
+fn a_client_finds_the_next_daemon() {
+    use kvstore::replay;
+    use kvstore_client::v1::BlockKind;
+    use kvstore_client::{Client, Error, PutBlock};
+    let mut daemon = Daemon::start(SMALL);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let layout = || replay::layout("restart", 1000, BlockKind::Attention);
+    let address = format!("unix:{}", daemon.socket().display());
+    let put = async |client: &Client, group| {
+        let block = PutBlock::new(replay::sequence_hash(1), replay::content(1, 1000));
+        client.put(&group, vec![block]).await
+    };
+    let (client, group) = runtime.block_on(async {
+        let client = Client::connect(&address).await.unwrap();
+        let group = client.register_layout(layout()).await.unwrap().group(0);
+        put(&client, group.clone()).await.unwrap();
+        (client, group)
+    });
+    daemon.signal(rustix::process::Signal::KILL);
+    daemon.child.wait().unwrap();
+    let gone = runtime.block_on(put(&client, group.clone())).unwrap_err();
+    assert!(matches!(gone, Error::Unavailable(_)), "{gone}");
+    daemon.child = Daemon::spawn(daemon.folder.path(), Stdio::null());
+    wait_for("the new daemon", || std::os::unix::net::UnixStream::connect(daemon.socket()).is_ok());
+    let unknown = runtime.block_on(put(&client, group.clone())).unwrap_err();
+    assert!(matches!(&unknown, Error::NotFound(message) if message.contains("RegisterLayout")), "{unknown}");
+    runtime.block_on(async {
+        assert_eq!(client.register_layout(layout()).await.unwrap().group(0), group);
+        put(&client, group.clone()).await.unwrap();
+    });
+}
