@@ -87,11 +87,20 @@ fn lookup_ns(residency: &Residency<Directory>, blocks: usize, rounds: usize) -> 
     Ok(median(nanoseconds))
 }
 
+/// Lets the allocator give back what growing left behind: jemalloc does so in ten seconds, while it is used.
+fn settle() {
+    for _ in 0..120 {
+        std::hint::black_box(vec![1u8; 1 << 20]);
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+}
+
 /// Measures the group.
 pub fn measure(rounds: usize) -> anyhow::Result<Vec<Figure>> {
     // The large one first: before it, this process has used hardly any memory.
     let before = resident_bytes();
     let large = filled(1_000_000)?;
+    settle();
     let after = resident_bytes();
     let bytes = after.saturating_sub(before) as f64;
     let large_ns = lookup_ns(&large, 1_000_000, rounds)?;

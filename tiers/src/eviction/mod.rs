@@ -152,11 +152,11 @@ impl std::str::FromStr for PolicyKind {
     }
 }
 
-/// Grows `items` to `len`, by an eighth more than it has at least: amortised O(1), with an eighth of
+/// Grows `items` to `len`, by a sixteenth more than it has at least: amortised O(1), with a sixteenth of
 /// slack at most where doubling would waste half.
 fn grow<T: Clone>(items: &mut Vec<T>, len: usize, vacant: T) {
     if items.capacity() < len {
-        let target = len.max(items.len() + items.len() / 8);
+        let target = len.max(items.len() + items.len() / 16);
         items.reserve_exact(target - items.len());
     }
     items.resize(len, vacant);
