@@ -25,7 +25,7 @@ use super::{ANCESTORS_MAX, BlockIndex, EvictionKind, EvictionPolicy, NewBlock, R
 
 const NONE: u32 = u32::MAX;
 /// Ghosts remembered for each block that fits: four bytes each; they reach pauses several times as long as LRU's.
-const GHOSTS_PER_BLOCK: usize = 4;
+const GHOSTS_PER_BLOCK: usize = 3;
 /// The order of cells is worked out anew after this fraction of the pool was evicted.
 const REORDERS_PER_CAPACITY: usize = 64;
 
