@@ -120,11 +120,6 @@ impl KeyTable {
         self.len == 0
     }
 
-    /// Bytes of its buckets.
-    pub fn bytes(&self) -> usize {
-        self.shards.iter().map(|shard| shard.buckets.len() * size_of::<Bucket>()).sum()
-    }
-
     /// Asks the processor to load the bucket that [`Self::find`] starts from.
     pub fn prefetch(&self, hash: u64) {
         let shard = &self.shards[shard_of(hash)];

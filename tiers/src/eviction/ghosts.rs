@@ -97,11 +97,6 @@ impl Ghosts {
         Lifetime { class, touches, last_tick }
     }
 
-    /// Bytes that the table takes.
-    pub(super) fn bytes(&self) -> usize {
-        self.sets.capacity() * size_of::<[Record; WAYS]>()
-    }
-
     fn place(&self, key_hash: u64) -> Option<(usize, u32)> {
         let sets = self.sets.len() as u64;
         let set = ((u128::from(key_hash) * u128::from(sets)) >> 64) as usize;

@@ -130,11 +130,6 @@ impl Hazard {
         policy
     }
 
-    /// Bytes of memory that ghosts take, for accounting.
-    pub fn ghost_bytes(&self) -> usize {
-        self.ghosts.bytes()
-    }
-
     /// The class among those of the kind whose ordinal is `kind`.
     fn class_of(kind: usize, touches: u8, tail: bool) -> u8 {
         let within = if tail { 0 } else { usize::from(touches).clamp(1, CLASSES_PER_KIND - 1) };
