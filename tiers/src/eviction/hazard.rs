@@ -8,7 +8,8 @@
 //! - **Prefixes.** An attention block with resident children stays: only leaves are candidates, so a
 //!   chain shrinks from its end and what is left of it can still be read.
 //!
-//! Nothing here is tuned to a trace: ages are relative to the pool's capacity, all else is learnt.
+//! Ages are relative to the pool's capacity, and what a class is worth is learnt while running. The few
+//! constants were chosen with one production trace and some synthetic ones in view: `docs/design/eviction.md`.
 
 #![expect(
     clippy::indexing_slicing,
