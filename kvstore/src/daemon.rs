@@ -191,7 +191,9 @@ impl Daemon {
             ticks.tick().await;
             let daemon = Arc::clone(&self);
             // Shrinking unmaps slabs, which takes milliseconds each.
-            let _ = tokio::task::spawn_blocking(move || daemon.host.tick(clock::now())).await;
+            if let Err(error) = tokio::task::spawn_blocking(move || daemon.host.tick(clock::now())).await {
+                tracing::error!(%error, "background work of the Host tier failed; trying again");
+            }
             self.prefetches.forget_old(clock::now());
         }
     }

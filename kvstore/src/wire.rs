@@ -1,4 +1,5 @@
-//! Where domain types meet wire types: the only file of the daemon that turns one into the other.
+//! Where wire types become domain types: every field of a request is checked here. Verbs fill in their own
+//! replies.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -322,3 +322,23 @@ fn a_client_finds_the_next_daemon() {
         put(&client, group.clone()).await.unwrap();
     });
 }
+
+/// With KVSTORE_ADDRESS exported for the other commands, `replay --simulate` was refused for a flag that
+/// nobody typed, and a plain replay drove that daemon instead of one of its own. A replay writes thousands
+/// of blocks: it drives a daemon only when it is told to.
+#[test]
+fn a_replay_drives_no_daemon_that_the_environment_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("trace.jsonl");
+    std::fs::write(&path, "{\"timestamp\": 0, \"hash_ids\": [1, 2]}\n").unwrap();
+    for arguments in [
+        &["--simulate", "--capacity-blocks", "2"][..],
+        &["--block-bytes", "1000", "--host-bytes", "16MiB", "--policy", "lru"],
+        &["--block-bytes", "1000"],
+    ] {
+        let mut command = binary();
+        command.env("KVSTORE_ADDRESS", "unix:/nonexistent/kvstore.sock").arg("replay").arg(&path).args(arguments);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    }
+}

@@ -88,3 +88,15 @@ pub fn sharded_layout(index: u32, count: u32) -> Layout {
         ..Layout::default()
     }
 }
+
+/// The identity in the stored sample of a frame.
+pub fn sample_identity() -> kvstore_transfer::frame::FrameIdentity {
+    kvstore_transfer::frame::FrameIdentity {
+        namespace_digest: [1; 32],
+        layout_digest: [2; 32],
+        group: 3,
+        kind: 1,
+        hash: ([4; 32], 32),
+        parent: ([5; 32], 20),
+    }
+}

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
 
 use kvstore_plane::{SequenceHash, SlabGeometry, SlabHeader, SlotEntry, SlotKey};
-use kvstore_transfer::frame::{FrameHeader, FrameIdentity};
+use kvstore_transfer::frame::FrameHeader;
 use std::path::{Path, PathBuf};
 
 fn sample(name: &str) -> PathBuf {
@@ -35,15 +35,7 @@ fn slab_header_version_1() {
 #[test]
 fn frame_version_1() {
     let payload: Vec<u8> = (0..5000u32).map(|at| (at * 31 % 256) as u8).collect();
-    let identity = FrameIdentity {
-        namespace_digest: [1; 32],
-        layout_digest: [2; 32],
-        group: 3,
-        kind: 1,
-        hash: ([4; 32], 32),
-        parent: ([5; 32], 20),
-    };
-    let header = FrameHeader::plain(identity, 77, &payload, 2048).unwrap();
+    let header = FrameHeader::plain(kvstore_tests::sample_identity(), 77, &payload, 2048).unwrap();
     let mut frame = header.encode();
     frame.extend_from_slice(&payload);
     frame.resize(header.frame_bytes() as usize, 0);

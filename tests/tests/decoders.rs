@@ -7,7 +7,7 @@ use bytes::Bytes;
 use kvstore_plane::SlabHeader;
 use kvstore_proto::data_stream::PartDecoder;
 use kvstore_proto::v1::{GetResponse, PutRequest};
-use kvstore_transfer::frame::{FrameHeader, FrameIdentity};
+use kvstore_transfer::frame::FrameHeader;
 use proptest::prelude::*;
 
 /// Random bytes, or a valid encoding with a few bytes changed: what random bytes alone never reach.
@@ -26,15 +26,7 @@ fn damaged(valid: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn frame() -> Vec<u8> {
-    let identity = FrameIdentity {
-        namespace_digest: [1; 32],
-        layout_digest: [2; 32],
-        group: 3,
-        kind: 1,
-        hash: ([4; 32], 32),
-        parent: ([5; 32], 20),
-    };
-    FrameHeader::plain(identity, 77, &[9; 3000], 1000).unwrap().encode()
+    FrameHeader::plain(kvstore_tests::sample_identity(), 77, &[9; 3000], 1000).unwrap().encode()
 }
 
 fn put_stream() -> Vec<u8> {

@@ -37,8 +37,8 @@ pub struct Replay {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    /// Drive this daemon.
-    #[arg(long, env = "KVSTORE_ADDRESS", conflicts_with = "simulate", value_name = "ADDRESS")]
+    /// Drive this daemon. KVSTORE_ADDRESS does not count here: a replay writes thousands of blocks.
+    #[arg(long, conflicts_with = "simulate", value_name = "ADDRESS")]
     address: Option<String>,
     /// Memory of the daemon that is started otherwise.
     #[arg(long, conflicts_with_all = ["address", "simulate"], value_name = "SIZE")]
