@@ -53,7 +53,8 @@ unsafe impl Sync for Slab {}
 
 impl Slab {
     /// Makes, maps, faults in and seals a slab. Takes milliseconds: call it where blocking is allowed.
-    /// Its bytes are added to `accounted` until it is unmapped.
+    /// Its bytes are in `accounted` already, and are taken out when it is unmapped or could not be made: so
+    /// that at no moment they count twice, or not at all.
     pub fn create(header: SlabHeader, huge: HugePages, accounted: Arc<AtomicU64>) -> Result<Self, SlabError> {
         let bytes = header.geometry.slab_bytes;
         let failed =
@@ -64,8 +65,10 @@ impl Slab {
             }
             _ => map(bytes, MemfdFlags::empty()),
         }
-        .map_err(failed("map"))?;
-        accounted.fetch_add(bytes, Ordering::AcqRel);
+        .map_err(|errno| {
+            accounted.fetch_sub(bytes, Ordering::AcqRel);
+            failed("map")(errno)
+        })?;
         let slab = Self { fd, base, header, accounted };
         slab.populate(huge).map_err(failed("fault in"))?;
         slab.write_header();

@@ -130,6 +130,7 @@ mod tests {
     fn slab(accounted: &Arc<AtomicU64>) -> Arc<Slab> {
         let geometry = SlabGeometry::new(8192, 1 << 20);
         let header = SlabHeader { epoch: 1, slab: 0, namespace_digest: [0; 32], geometry };
+        accounted.fetch_add(geometry.slab_bytes, Ordering::AcqRel);
         Arc::new(Slab::create(header, HugePages::Auto, Arc::clone(accounted)).unwrap())
     }
 

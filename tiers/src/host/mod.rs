@@ -86,7 +86,7 @@ pub enum RegisterError {
 pub struct HostStatus {
     /// The bound.
     pub bytes_max: u64,
-    /// Bytes of slabs, those included that only a reader keeps.
+    /// Bytes of slabs, those included that only a reader keeps, and those that are being made.
     pub bytes_mapped: u64,
     /// Each pool.
     pub pools: Vec<PoolStatus>,
@@ -120,7 +120,7 @@ pub struct PoolStatus {
 /// See the head of this file. Shared by `Arc`.
 pub struct HostTier {
     state: Mutex<State>,
-    /// Bytes of all slabs that are mapped, readers' included.
+    /// Bytes of all slabs that are mapped, readers' included, or planned.
     mapped: Arc<AtomicU64>,
     huge_pages: HugePages,
     epoch: u64,
@@ -131,9 +131,7 @@ struct State {
     /// Bytes of a full slab: fixed at the start, so that a pool's slots can be numbered.
     slab_bytes: u64,
     namespaces: Vec<Namespace>,
-    /// Bytes of slabs that are being made.
-    promised: u64,
-    /// The pools that they are for.
+    /// The pools for which slabs are being made.
     making: Vec<(NamespaceId, PoolId)>,
     slabs_moved: u64,
 }
@@ -149,7 +147,6 @@ impl State {
 
     /// The slab of `plan` is made, or will not be.
     fn end_plan(&mut self, plan: &SlabPlan) {
-        self.promised = self.promised.saturating_sub(plan.bytes());
         if let Some(at) = self.making.iter().position(|pool| *pool == (plan.namespace, plan.pool)) {
             self.making.swap_remove(at);
         }
@@ -170,7 +167,6 @@ impl HostTier {
                 limits: options.limits,
                 slab_bytes: room::slab_bytes_of(options.limits.bytes),
                 namespaces,
-                promised: 0,
                 making: Vec::new(),
                 slabs_moved: 0,
             }),
@@ -267,6 +263,7 @@ impl HostTier {
 
     /// Gives up a plan: nobody will make its slab.
     pub fn drop_plan(&self, plan: SlabPlan) {
+        self.mapped.fetch_sub(plan.bytes(), Ordering::AcqRel);
         self.state.lock().end_plan(&plan);
     }
 

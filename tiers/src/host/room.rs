@@ -103,13 +103,12 @@ impl HostTier {
     }
 
     fn plan(&self, state: &mut State, namespace: NamespaceId, pool: PoolId) -> Option<SlabPlan> {
-        let taken = self.mapped.load(Ordering::Acquire) + state.promised;
-        let room = state.limits.bytes.saturating_sub(taken);
+        let room = state.limits.bytes.saturating_sub(self.mapped.load(Ordering::Acquire));
         let namespace_state = state.namespace(namespace)?;
         let (slot_bytes, _, _) = namespace_state.residency.pool_occupancy(pool);
         let geometry = slab_geometry(state.slab_bytes, slot_bytes, room)?;
         let plan = SlabPlan { namespace, pool, namespace_digest: namespace_state.digest, geometry };
-        state.promised += plan.bytes();
+        self.mapped.fetch_add(plan.bytes(), Ordering::AcqRel);
         state.making.push((namespace, pool));
         Some(plan)
     }
@@ -156,7 +155,7 @@ impl State {
     /// Withdraws slabs until the tier is within its bound, as far as leases allow, the emptiest first.
     pub(super) fn shrink(&mut self, mapped: u64) -> Vec<Arc<Slab>> {
         let mut retired = Vec::new();
-        let mut over = (mapped + self.promised).saturating_sub(self.limits.bytes);
+        let mut over = mapped.saturating_sub(self.limits.bytes);
         while over > 0 {
             let mut pools: Vec<(usize, PoolId, usize)> = Vec::new();
             for (at, namespace) in self.namespaces.iter().enumerate() {
@@ -177,9 +176,13 @@ impl State {
     /// Where the tier can't grow, evicts from each pool that is fuller than the high watermark.
     pub(super) fn evict_to_watermark(&mut self, mapped: u64) {
         let (limits, slab_bytes) = (self.limits, self.slab_bytes);
-        let room = limits.bytes.saturating_sub(mapped + self.promised);
-        for namespace in &mut self.namespaces {
+        let room = limits.bytes.saturating_sub(mapped);
+        for (at, namespace) in self.namespaces.iter_mut().enumerate() {
             for pool in namespace.residency.pools() {
+                // A slab on its way makes room without an eviction.
+                if self.making.contains(&(NamespaceId(at), pool)) {
+                    continue;
+                }
                 let (slot_bytes, slots, used) = namespace.residency.pool_occupancy(pool);
                 let part = |percent: u32| slots as u64 * u64::from(percent) / 100;
                 let can_grow = slab_geometry(slab_bytes, slot_bytes, room).is_some();
