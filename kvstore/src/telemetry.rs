@@ -158,7 +158,7 @@ pub const METRICS: [(&str, &str, &str); 28] = [
     ("kvstore_host_taken_over_fills_total", "counter", "Writers replaced after they stalled"),
     ("kvstore_host_moved_slabs_total", "counter", "Slabs that moved between pools"),
     ("kvstore_host_max_bytes", "gauge", "Bound of the Host tier, bytes"),
-    ("kvstore_host_mapped_bytes", "gauge", "Slabs mapped, bytes"),
+    ("kvstore_host_mapped_bytes", "gauge", "Slabs mapped or being made, bytes"),
     ("kvstore_host_pinned_bytes", "gauge", "Blocks pinned or held by tickets, bytes"),
     ("kvstore_host_blocks", "gauge", "Blocks readable or on their way"),
     ("kvstore_host_flights", "gauge", "Blocks on their way"),
