@@ -43,3 +43,29 @@ pub const PIN_TTL_MS_MAX: u64 = 24 * 3600 * 1000;
 pub const TICKET_TTL_MS_MAX: u64 = 30_000;
 /// Keys that are looked at under the lock in one go: about 50 us.
 pub const KEYS_PER_LOCK: usize = 1024;
+/// Volumes of the Nvme tier at most: disks of a node. Each costs four threads.
+pub const NVME_PATHS_MAX: usize = 16;
+/// The least volume: its index, and eight small segments.
+pub const NVME_BYTES_MIN: u64 = 64 << 20;
+/// Segments into which a volume is cut, where that gives a size between the two below: reclaim then frees one
+/// or two percent at a time.
+pub const NVME_SEGMENTS_PER_VOLUME: u64 = 64;
+/// Bytes of a segment on a small volume.
+pub const NVME_SEGMENT_BYTES_MIN: u64 = 4 << 20;
+/// Bytes of a segment on a large one. No block larger than this goes to disk.
+pub const NVME_SEGMENT_BYTES_MAX: u64 = 256 << 20;
+/// One part in this many of a volume is the index's, unless configured.
+pub const NVME_INDEX_PARTS: u64 = 64;
+/// ... and at least this much: two write buffers with their log, and levels that can be merged.
+pub const NVME_INDEX_BYTES_MIN: u64 = 16 << 20;
+/// Bytes of the index's reservation for each block: 53 of key and value with RocksDB's own, three times over,
+/// because a merge writes a level anew before it drops the old one, and rounded up.
+pub const NVME_INDEX_BYTES_PER_BLOCK: u64 = 192;
+/// Memory for the blocks of RocksDB's files. It is read at the start and in merges only.
+pub const NVME_INDEX_CACHE_BYTES: usize = 8 << 20;
+/// Files that RocksDB keeps open for one volume.
+pub const NVME_INDEX_FILES_MAX: i32 = 64;
+/// At most this part of a segment moves on when it is emptied, in percent: bounds write amplification.
+pub const NVME_REINSERT_PERCENT: u64 = 15;
+/// Transfers that fail in a row before a volume counts as gone.
+pub const NVME_ERRORS_IN_A_ROW_MAX: u32 = 16;

@@ -147,6 +147,11 @@ impl LayerGroup {
         u64::from(self.layers) * self.layer_bytes(block_tokens)
     }
 
+    /// True where a block is one layer after another, so that a run of layers is a run of bytes.
+    pub fn has_layers(&self) -> bool {
+        self.order != DimensionOrder::Opaque && !self.kind.varies_in_length()
+    }
+
     fn tokens(&self, block_tokens: u32) -> u32 {
         if self.kind.varies_in_length() { 1 } else { block_tokens }
     }

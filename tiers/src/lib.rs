@@ -1,6 +1,6 @@
 //! Placement: which blocks are where, which stay and which go.
 //!
-//! Owns layouts, residency, eviction and the Host tier. Knows nothing of the network, of configuration
+//! Owns layouts, residency, eviction, the Host tier and the Nvme tier. Knows nothing of the network, of configuration
 //! files, or of who asks.
 
 pub mod caps;
@@ -8,6 +8,7 @@ mod clock;
 pub mod eviction;
 pub mod host;
 mod layout;
+pub mod nvme;
 mod pool;
 mod readable;
 pub mod residency;

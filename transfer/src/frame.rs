@@ -7,6 +7,8 @@
 
 use crc32fast::Hasher;
 
+use crate::sums::behind;
+
 /// The version that this build writes, and the only one that it reads.
 pub const FRAME_VERSION: u16 = 1;
 /// Sections of a frame at most: a checksum for each of 128 runs of layers keeps the header in a page.
@@ -99,6 +101,9 @@ pub enum FrameError {
 }
 
 impl FrameHeader {
+    /// From this payload on, the payload starts on a boundary of its own, behind one page of header.
+    pub const APART_FROM_BYTES: u64 = ALIGNED_PAYLOAD_BYTES;
+
     /// The header of a plain frame of `payload`, cut into sections of `section_bytes`; the last may be
     /// shorter. `None` for an empty payload, or one that would need more than [`SECTIONS_MAX`] sections.
     pub fn plain(identity: FrameIdentity, generation: u64, payload: &[u8], section_bytes: u32) -> Option<Self> {
@@ -111,6 +116,73 @@ impl FrameHeader {
         header.sections =
             sections.map(|bytes| Section { bytes: bytes.len() as u32, crc32: header.section_crc32(bytes) }).collect();
         Some(header)
+    }
+
+    /// The header of a plain frame of a block of `block_bytes`, whose sections of `section_bytes` have these
+    /// CRC-32s. `None` where they cannot be those of such a block.
+    pub fn of_sums(
+        identity: FrameIdentity,
+        generation: u64,
+        block_bytes: u64,
+        section_bytes: u32,
+        sums: &[u32],
+    ) -> Option<Self> {
+        let count = block_bytes.div_ceil(u64::from(section_bytes.max(1)));
+        if count == 0 || count > SECTIONS_MAX as u64 || count != sums.len() as u64 {
+            return None;
+        }
+        let mut header = Self { identity, generation, codec: Codec::Plain, block_bytes, sections: Vec::new() };
+        let front = header.front();
+        let mut left = block_bytes;
+        header.sections = sums
+            .iter()
+            .map(|sum| {
+                let bytes = left.min(u64::from(section_bytes));
+                left -= bytes;
+                Section { bytes: bytes as u32, crc32: behind(&front, *sum, bytes) }
+            })
+            .collect();
+        Some(header)
+    }
+
+    /// The header of the same block under another generation: from the checksums alone.
+    pub fn rebind(&self, generation: u64) -> Self {
+        let (old, new) = (self.front(), Self { generation, ..self.clone() }.front());
+        let sections = self
+            .sections
+            .iter()
+            .map(|section| {
+                // CRC-32 is linear: what the front contributes can be taken out and put in.
+                let bytes = u64::from(section.bytes);
+                Section { crc32: section.crc32 ^ behind(&old, 0, bytes) ^ behind(&new, 0, bytes), ..*section }
+            })
+            .collect();
+        Self { generation, sections, ..self.clone() }
+    }
+
+    fn front(&self) -> Hasher {
+        let mut front = Hasher::new();
+        front.update(&self.identity_bytes());
+        front.update(&self.block_bytes.to_le_bytes());
+        front
+    }
+
+    /// Checks every section of `payload`; the CRC-32 of the block, taken in the same pass.
+    pub fn check(&self, payload: &[u8]) -> Result<u32, FrameError> {
+        let front = self.front();
+        let mut whole = Hasher::new();
+        let mut rest = payload;
+        for (at, section) in self.sections.iter().enumerate() {
+            let (bytes, after) = rest.split_at_checked(section.bytes as usize).ok_or(FrameError::Lengths)?;
+            let mut plain = Hasher::new();
+            plain.update(bytes);
+            whole.combine(&plain);
+            if behind(&front, plain.finalize(), bytes.len() as u64) != section.crc32 {
+                return Err(FrameError::SectionChecksum(at));
+            }
+            rest = after;
+        }
+        if rest.is_empty() { Ok(whole.finalize()) } else { Err(FrameError::Lengths) }
     }
 
     /// CRC-32 over the identity fields and the generation as the header stores them, then `stored`: bytes
@@ -159,6 +231,13 @@ impl FrameHeader {
         out.extend_from_slice(&crc.to_le_bytes());
         out.resize(self.payload_offset(), 0);
         out
+    }
+
+    /// The header's own checksum, as it stands in an encoded header.
+    pub fn header_crc32(encoded: &[u8]) -> u32 {
+        let count = encoded.get(10..12).and_then(|bytes| bytes.try_into().ok()).map_or(0, u16::from_le_bytes);
+        let at = FIXED_BYTES + usize::from(count) * 8;
+        encoded.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_le_bytes)
     }
 
     /// Reads and checks the header at the start of `bytes`.
@@ -287,6 +366,12 @@ mod tests {
         assert_eq!(bytes.len(), header.payload_offset());
         assert_eq!(FrameHeader::decode(&bytes), Ok(header.clone()));
         header.verify(&payload).unwrap();
+        assert_eq!(header.check(&payload), Ok(crate::crc32(&payload)));
+        let sums: Vec<u32> = payload.chunks(4096).map(crate::crc32).collect();
+        assert_eq!(FrameHeader::of_sums(identity(), 42, 10_000, 4096, &sums), Some(header.clone()));
+        assert_eq!(FrameHeader::of_sums(identity(), 42, 10_000, 4096, &sums[1..]), None);
+        let later = FrameHeader::plain(identity(), 43, &payload, 4096).unwrap();
+        assert_eq!(header.rebind(43), later);
         for bit in 0..(FIXED_BYTES + 3 * 8 + 4) * 8 {
             let mut bad = bytes.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
@@ -295,6 +380,7 @@ mod tests {
         let mut bad = payload.clone();
         bad[5000] ^= 1;
         assert_eq!(header.verify(&bad), Err(FrameError::SectionChecksum(1)));
+        assert_eq!(header.check(&bad), Err(FrameError::SectionChecksum(1)));
         for cut in 0..bytes.len().min(FIXED_BYTES + 28) {
             assert!(FrameHeader::decode(&bytes[..cut]).is_err());
         }

@@ -106,6 +106,11 @@ impl Slab {
         Some(unsafe { self.base.add(range.start as usize) })
     }
 
+    /// The whole mapping, for registration with the kernel.
+    pub(crate) fn mapping(&self) -> (NonNull<u8>, usize) {
+        (self.base, self.header.geometry.slab_bytes as usize)
+    }
+
     fn populate(&self, huge: HugePages) -> rustix::io::Result<()> {
         let len = self.header.geometry.slab_bytes as usize;
         if huge == HugePages::Auto {

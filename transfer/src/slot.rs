@@ -4,7 +4,9 @@ use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use crate::frame::FRAME_ALIGN;
 use crate::slab::Slab;
+use crate::sums::SectionSums;
 
 /// Copied and checksummed in steps of this many bytes: small enough that the checksum reads the copy from
 /// the cache.
@@ -26,7 +28,7 @@ pub struct SlotFill {
     start: NonNull<u8>,
     filled: usize,
     length: usize,
-    crc: crc32fast::Hasher,
+    sums: SectionSums,
 }
 
 // SAFETY: the slot belongs to this value alone (SlotFill::new), wherever it moves.
@@ -43,7 +45,13 @@ impl SlotFill {
     pub unsafe fn new(slab: Arc<Slab>, slot: u32, length: usize) -> Option<Self> {
         let start = slab.slot_start(slot)?;
         let fits = length as u64 <= slab.geometry().slot_bytes;
-        fits.then(|| Self { slab, start, filled: 0, length, crc: crc32fast::Hasher::new() })
+        fits.then(|| Self { slab, start, filled: 0, length, sums: SectionSums::new(usize::MAX) })
+    }
+
+    /// Takes the checksums of sections of this many bytes too. Before the first byte.
+    pub fn with_sections(mut self, section_bytes: u32) -> Self {
+        self.sums = SectionSums::new(section_bytes as usize);
+        self
     }
 
     /// Copies `bytes` behind what is there; checksums the copy, never the source.
@@ -59,7 +67,7 @@ impl SlotFill {
             unsafe { std::ptr::copy_nonoverlapping(step.as_ptr(), to.as_ptr(), step.len()) };
             // SAFETY: just written, and nobody else writes here.
             let copied = unsafe { std::slice::from_raw_parts(to.as_ptr(), step.len()) };
-            self.crc.update(copied);
+            self.sums.update(copied);
             self.filled += step.len();
         }
         Ok(())
@@ -77,7 +85,30 @@ impl SlotFill {
 
     /// The checksum of what was filled.
     pub fn crc32(&self) -> u32 {
-        self.crc.clone().finalize()
+        self.sums.crc32()
+    }
+
+    /// The checksums of the sections filled so far.
+    pub fn section_sums(&self) -> Vec<u32> {
+        self.sums.clone().sections()
+    }
+
+    /// The block turned out shorter than it might have been.
+    pub fn shorten(&mut self, length: usize) {
+        self.length = self.length.min(length);
+    }
+
+    /// The slot's pages that a transfer may fill: enough for the block.
+    pub(crate) fn pages(&self) -> (NonNull<u8>, usize) {
+        (self.start, self.length.next_multiple_of(FRAME_ALIGN))
+    }
+
+    /// The block's bytes, after a transfer filled the slot's pages and nobody does any more.
+    pub fn transferred(&mut self) -> &[u8] {
+        self.filled = self.length;
+        // SAFETY: length bytes of the slot are mapped (new); the slot is ours alone, and a transfer owns
+        // its SlotFill until the kernel is done, so that nothing writes while &mut self is borrowed.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
     }
 
     /// The slab that the slot is in.
@@ -88,7 +119,7 @@ impl SlotFill {
 
 /// The right to read one published block where it lies.
 pub struct SlotBytes {
-    _slab: Arc<Slab>,
+    slab: Arc<Slab>,
     start: NonNull<u8>,
     length: usize,
 }
@@ -106,7 +137,17 @@ impl SlotBytes {
     pub unsafe fn new(slab: Arc<Slab>, slot: u32, length: usize) -> Option<Self> {
         let start = slab.slot_start(slot)?;
         let fits = length as u64 <= slab.geometry().slot_bytes;
-        fits.then_some(Self { _slab: slab, start, length })
+        fits.then_some(Self { slab, start, length })
+    }
+
+    /// The slab that the slot is in.
+    pub fn slab(&self) -> &Arc<Slab> {
+        &self.slab
+    }
+
+    /// The slot's pages that hold the block; behind its end, whatever earlier blocks left.
+    pub(crate) fn pages(&self) -> (NonNull<u8>, usize) {
+        (self.start, self.length.next_multiple_of(FRAME_ALIGN))
     }
 }
 

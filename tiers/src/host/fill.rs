@@ -6,10 +6,12 @@ use kvstore_plane::SequenceHash;
 use kvstore_transfer::{FillError, SlotFill};
 
 use super::HostTier;
+use super::lease::{LeasedBlock, Leasing};
 use super::namespace::{NamespaceId, RegisteredLayout};
 use super::room::{Room, SlabPlan};
 use crate::clock::BootTime;
-use crate::residency::{FillTicket, FlightSource, Incoming, Priority, Publish, Reserve, Urgency};
+use crate::layout::LayerGroup;
+use crate::residency::{FillTicket, Incoming, Publish, Reserve, Urgency};
 
 /// A writer that is slower than this between two notes counts as having stalled in between; a quarter of
 /// the stall after which another may take over.
@@ -28,8 +30,8 @@ pub struct FillRequest<'a> {
     pub parent: Option<SequenceHash>,
     /// Its bytes: what the layout says, or less for kinds that vary.
     pub length: u32,
-    /// When the writer gives up.
-    pub deadline: BootTime,
+    /// Who brings it, how urgently, and until when.
+    pub urgency: Urgency,
 }
 
 /// What came of [`HostTier::begin_fill`].
@@ -54,14 +56,15 @@ impl HostTier {
         let Some(group) = request.layout.group(u32::from(request.group)) else { return BeginFill::Busy };
         let key = Self::key(request.layout, request.group, request.hash);
         let incoming = Incoming { key, kind: group.group.kind, parent: request.parent, pool: group.pool };
-        let urgency = Urgency { source: FlightSource::Writer, priority: Priority::Demand, deadline: request.deadline };
+        let urgency = request.urgency;
         let mut state = self.state.lock();
         loop {
             let Some(at) = state.namespace_mut(namespace) else { return BeginFill::Busy };
             match at.residency.reserve(&incoming, urgency, now) {
                 Reserve::Reserved(ticket) => {
                     at.note_demand(group.pool, 1, now);
-                    let fill = self.fill(namespace, ticket, request.length, &mut at.residency, now);
+                    let sections = section_bytes(&group.group, group.block_bytes);
+                    let fill = self.fill(namespace, ticket, (request.length, sections), &mut at.residency, now);
                     let Some(fill) = fill else { return BeginFill::Busy };
                     return BeginFill::Fill(fill, self.plan_ahead(&mut state, namespace, group.pool));
                 }
@@ -86,7 +89,7 @@ impl HostTier {
         self: &Arc<Self>,
         namespace: NamespaceId,
         ticket: FillTicket,
-        length: u32,
+        (length, section_bytes): (u32, u32),
         residency: &mut crate::residency::Residency<Arc<kvstore_transfer::Slab>>,
         now: BootTime,
     ) -> Option<BlockFill> {
@@ -98,7 +101,53 @@ impl HostTier {
             // A length that is no block's of this layout; callers check it first.
             residency.abort(ticket);
         }
-        Some(BlockFill { tier: Arc::clone(self), namespace, fill: Some((ticket, fill?)), noted: now })
+        let fill = fill?.with_sections(section_bytes);
+        Some(BlockFill { tier: Arc::clone(self), namespace, fill: Some((ticket, fill)), noted: now })
+    }
+}
+
+/// Bytes of a frame's section: whole layers, at least 64 KiB of them, at most 16 sections; or the whole
+/// block, where layers cannot be told apart. A part of a block can then be checked before the rest has come.
+pub fn section_bytes(group: &LayerGroup, block_bytes: u64) -> u32 {
+    const SECTIONS: u64 = 16;
+    const LEAST: u64 = 64 << 10;
+    let layer = block_bytes / u64::from(group.layers.max(1));
+    if !group.has_layers() || layer == 0 {
+        return block_bytes.max(1) as u32;
+    }
+    let layers = u64::from(group.layers).div_ceil(SECTIONS).max(LEAST.div_ceil(layer));
+    (layers * layer).min(block_bytes) as u32
+}
+
+/// A slot that a transfer fills. Given up by [`Self::end`] alone: dropped without it, the slot stays
+/// reserved for ever, which is a leak, but never one that the kernel writes into for somebody else.
+#[must_use]
+pub struct TransferFill {
+    tier: Arc<HostTier>,
+    namespace: NamespaceId,
+    ticket: FillTicket,
+}
+
+impl TransferFill {
+    /// The transfer is over and `fill` its memory: with `crc32` the block is whole and checked, and is
+    /// published, and leased for whoever waits for it; without, the slot is free again.
+    pub fn end(self, fill: SlotFill, crc32: Option<u32>) -> Option<LeasedBlock> {
+        let (length, ticket) = (fill.length() as u32, self.ticket);
+        drop(fill);
+        let mut state = self.tier.state.lock();
+        let namespace = state.namespace_mut(self.namespace)?;
+        let Some(crc32) = crc32 else {
+            namespace.residency.abort(ticket);
+            return None;
+        };
+        let key = namespace.residency.key_of(&ticket)?;
+        match namespace.residency.publish(ticket, length, crc32, false) {
+            Publish::Published => match self.tier.lease_in(namespace, self.namespace, &key) {
+                Leasing::Leased(block) => Some(block),
+                _ => None,
+            },
+            Publish::Superseded => None,
+        }
     }
 }
 
@@ -132,6 +181,17 @@ impl BlockFill {
     /// CRC-32 of what was copied so far.
     pub fn crc32(&self) -> u32 {
         self.fill.as_ref().map_or(0, |(_, fill)| fill.crc32())
+    }
+
+    /// Splits the right into what a transfer takes along and what ends it.
+    pub fn into_transfer(mut self) -> Option<(TransferFill, SlotFill)> {
+        let (ticket, fill) = self.fill.take()?;
+        Some((TransferFill { tier: Arc::clone(&self.tier), namespace: self.namespace, ticket }, fill))
+    }
+
+    /// CRC-32 of each section of what was copied: see [`section_bytes`].
+    pub fn section_sums(&self) -> Vec<u32> {
+        self.fill.as_ref().map(|(_, fill)| fill.section_sums()).unwrap_or_default()
     }
 
     /// Makes the block readable; `tail` for the last of its request. It must be complete: with bytes missing

@@ -100,7 +100,7 @@ impl HostTier {
         }
     }
 
-    fn lease_in(self: &Arc<Self>, namespace: &mut Namespace, id: NamespaceId, key: &SlotKey) -> Leasing {
+    pub(super) fn lease_in(self: &Arc<Self>, namespace: &mut Namespace, id: NamespaceId, key: &SlotKey) -> Leasing {
         let Some((slot, record)) = namespace.residency.lease(key) else {
             let on_its_way = namespace.residency.presence(key) == Presence::InFlight;
             return if on_its_way { Leasing::InFlight } else { Leasing::Miss };

@@ -4,6 +4,7 @@
 //! Copies happen outside the lock; a slab is made outside it too. Never waits for anything: a caller that
 //! needs a slab is told so, and makes it where blocking is allowed.
 
+mod demote;
 mod fill;
 mod holds;
 mod lease;
@@ -24,7 +25,8 @@ use crate::layout::{InvalidLayout, Layout};
 use crate::pool::PoolId;
 use crate::residency::{Delete, Presence, ResidencyCounts};
 
-pub use fill::{BeginFill, BlockFill, FillRequest};
+pub use demote::DemotingBlock;
+pub use fill::{BeginFill, BlockFill, FillRequest, TransferFill, section_bytes};
 pub use holds::{Held, HoldError, HoldId, HoldKind};
 pub use lease::{LeasedBlock, Leasing};
 pub use namespace::{LayoutGroup, NamespaceId, RegisteredLayout};

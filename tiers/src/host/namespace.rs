@@ -30,6 +30,8 @@ pub struct RegisteredLayout {
     pub layout: Layout,
     /// Names the layout.
     pub digest: [u8; 32],
+    /// Digest of the namespace's name.
+    pub namespace_digest: [u8; 32],
     /// Its groups, with where their blocks go.
     pub groups: Vec<LayoutGroup>,
     family: [u8; 32],
@@ -123,7 +125,15 @@ impl Namespace {
         let groups =
             layout.groups.iter().map(|group| self.place_group(group, layout.block_tokens, slab_bytes)).collect();
         let family = layout.family_digest();
-        let registered = Arc::new(RegisteredLayout { namespace, ordinal, layout, digest, groups, family });
+        let registered = Arc::new(RegisteredLayout {
+            namespace,
+            ordinal,
+            layout,
+            digest,
+            namespace_digest: self.digest,
+            groups,
+            family,
+        });
         self.by_digest.insert(digest, ordinal);
         self.families.entry(family).or_default().push(ordinal);
         self.layouts.push(Arc::clone(&registered));

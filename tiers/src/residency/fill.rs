@@ -67,6 +67,11 @@ impl<S: SlabMemory> Residency<S> {
         }
     }
 
+    /// The key that `ticket` was given for.
+    pub fn key_of(&mut self, ticket: &FillTicket) -> Option<SlotKey> {
+        self.fill_of(ticket).map(|fill| fill.incoming.key)
+    }
+
     pub(super) fn fill_of(&mut self, ticket: &FillTicket) -> Option<&mut Fill> {
         self.fills.get_mut(&ticket.slot).filter(|fill| fill.generation == ticket.generation)
     }

@@ -1,0 +1,354 @@
+//! The extent map: where each block of a volume lies, in memory. Pure; sixty bytes a block or so.
+//!
+//! Entries live in chunks, so that growth copies nothing; a hash table of their numbers finds them by
+//! digest; each segment's entries form a list, so that reclaim needs neither a scan nor the index.
+
+#![expect(clippy::indexing_slicing, reason = "numbers of entries and segments come from this module alone")]
+
+use hashbrown::HashTable;
+
+use super::format::{Digest, Extent};
+
+const NONE: u32 = u32::MAX;
+const CHUNK: usize = 4096;
+
+/// What the map knows of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name.
+    pub digest: Digest,
+    /// Its parent's; 0 for a root.
+    pub parent_tag: u64,
+    /// Where it lies.
+    pub extent: Extent,
+    /// Reads since it was written.
+    pub hits: u8,
+    /// Not to be dropped.
+    pub pinned: bool,
+}
+
+/// 48 bytes.
+#[derive(Clone, Copy)]
+struct Stored {
+    digest: u128,
+    parent_tag: u64,
+    segment: u32,
+    page: u32,
+    pages: u32,
+    next: u32,
+    previous: u32,
+    hits: u8,
+    apart: bool,
+    pinned: bool,
+    used: bool,
+}
+
+const _: () = assert!(size_of::<Stored>() == 48);
+const EMPTY: Stored = Stored {
+    digest: 0,
+    parent_tag: 0,
+    segment: 0,
+    page: 0,
+    pages: 0,
+    next: NONE,
+    previous: NONE,
+    hits: 0,
+    apart: false,
+    pinned: false,
+    used: false,
+};
+
+impl Stored {
+    fn entry(&self) -> Entry {
+        Entry {
+            digest: Digest(self.digest),
+            parent_tag: self.parent_tag,
+            extent: Extent { segment: self.segment, page: self.page, pages: self.pages, apart: self.apart },
+            hits: self.hits,
+            pinned: self.pinned,
+        }
+    }
+}
+
+/// What of a segment is live.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SegmentUse {
+    /// Blocks.
+    pub blocks: u32,
+    /// Their pages.
+    pub pages: u32,
+    /// Pages of those that are pinned.
+    pub pinned_pages: u32,
+}
+
+#[derive(Clone, Copy)]
+struct Lists {
+    first: u32,
+    in_use: SegmentUse,
+}
+
+/// See the head of this file.
+pub struct Extents {
+    table: HashTable<u32>,
+    chunks: Vec<Box<[Stored; CHUNK]>>,
+    free: u32,
+    segments: Vec<Lists>,
+    blocks: usize,
+    live_pages: u64,
+    pinned_pages: u64,
+}
+
+impl Default for Extents {
+    fn default() -> Self {
+        Self {
+            table: HashTable::new(),
+            chunks: Vec::new(),
+            free: NONE,
+            segments: Vec::new(),
+            blocks: 0,
+            live_pages: 0,
+            pinned_pages: 0,
+        }
+    }
+}
+
+impl Extents {
+    fn at(&self, number: u32) -> &Stored {
+        &self.chunks[number as usize / CHUNK][number as usize % CHUNK]
+    }
+
+    fn at_mut(&mut self, number: u32) -> &mut Stored {
+        &mut self.chunks[number as usize / CHUNK][number as usize % CHUNK]
+    }
+
+    fn find(&self, digest: Digest) -> Option<u32> {
+        self.table.find(digest.tag(), |number| self.at(*number).digest == digest.0).copied()
+    }
+
+    /// What is known of a block.
+    pub fn get(&self, digest: Digest) -> Option<Entry> {
+        self.find(digest).map(|number| self.at(number).entry())
+    }
+
+    /// True where some block has this tag.
+    pub fn has_tag(&self, tag: u64) -> bool {
+        self.table.find(tag, |number| Digest(self.at(*number).digest).tag() == tag).is_some()
+    }
+
+    /// Puts a block where `entry` says; an earlier place of it is forgotten, and returned.
+    pub fn insert(&mut self, entry: Entry) -> Option<Extent> {
+        let before = self.remove(entry.digest);
+        let number = self.take();
+        let segment = entry.extent.segment as usize;
+        if self.segments.len() <= segment {
+            self.segments.resize(segment + 1, Lists { first: NONE, in_use: SegmentUse::default() });
+        }
+        let next = self.segments[segment].first;
+        *self.at_mut(number) = Stored {
+            digest: entry.digest.0,
+            parent_tag: entry.parent_tag,
+            segment: entry.extent.segment,
+            page: entry.extent.page,
+            pages: entry.extent.pages,
+            next,
+            previous: NONE,
+            hits: entry.hits,
+            apart: entry.extent.apart,
+            pinned: entry.pinned,
+            used: true,
+        };
+        if next != NONE {
+            self.at_mut(next).previous = number;
+        }
+        let lists = &mut self.segments[segment];
+        lists.first = number;
+        lists.in_use.blocks += 1;
+        lists.in_use.pages += entry.extent.pages;
+        self.blocks += 1;
+        self.live_pages += u64::from(entry.extent.pages);
+        if entry.pinned {
+            self.count_pinned(&entry.extent, true);
+        }
+        let Self { table, chunks, .. } = self;
+        table.insert_unique(entry.digest.tag(), number, |number| {
+            Digest(chunks[*number as usize / CHUNK][*number as usize % CHUNK].digest).tag()
+        });
+        before.map(|entry| entry.extent)
+    }
+
+    fn take(&mut self) -> u32 {
+        if self.free == NONE {
+            let first = (self.chunks.len() * CHUNK) as u32;
+            let mut chunk = Box::new([EMPTY; CHUNK]);
+            for (at, stored) in chunk.iter_mut().enumerate() {
+                stored.next = if at + 1 < CHUNK { first + at as u32 + 1 } else { NONE };
+            }
+            self.chunks.push(chunk);
+            self.free = first;
+        }
+        let number = self.free;
+        self.free = self.at(number).next;
+        number
+    }
+
+    fn count_pinned(&mut self, extent: &Extent, more: bool) {
+        let pages = &mut self.segments[extent.segment as usize].in_use.pinned_pages;
+        if more {
+            *pages += extent.pages;
+            self.pinned_pages += u64::from(extent.pages);
+        } else {
+            *pages -= extent.pages;
+            self.pinned_pages -= u64::from(extent.pages);
+        }
+    }
+
+    /// Forgets a block.
+    pub fn remove(&mut self, digest: Digest) -> Option<Entry> {
+        let number = self.find(digest)?;
+        let Self { table, chunks, .. } = self;
+        let stored_at = |number: u32| &chunks[number as usize / CHUNK][number as usize % CHUNK];
+        if let Ok(found) = table.find_entry(digest.tag(), |number| stored_at(*number).digest == digest.0) {
+            found.remove();
+        }
+        let stored = *self.at(number);
+        let entry = stored.entry();
+        if stored.pinned {
+            self.count_pinned(&entry.extent, false);
+        }
+        if stored.previous == NONE {
+            self.segments[stored.segment as usize].first = stored.next;
+        } else {
+            self.at_mut(stored.previous).next = stored.next;
+        }
+        if stored.next != NONE {
+            self.at_mut(stored.next).previous = stored.previous;
+        }
+        let in_use = &mut self.segments[stored.segment as usize].in_use;
+        in_use.blocks -= 1;
+        in_use.pages -= stored.pages;
+        self.blocks -= 1;
+        self.live_pages -= u64::from(stored.pages);
+        let free = self.free;
+        *self.at_mut(number) = Stored { next: free, ..EMPTY };
+        self.free = number;
+        Some(entry)
+    }
+
+    /// A block was read.
+    pub fn touch(&mut self, digest: Digest) {
+        if let Some(number) = self.find(digest) {
+            let stored = self.at_mut(number);
+            stored.hits = stored.hits.saturating_add(1);
+        }
+    }
+
+    /// A promise not to drop a block begins or ends; false where the block is not here.
+    pub fn set_pinned(&mut self, digest: Digest, pinned: bool) -> bool {
+        let Some(number) = self.find(digest) else { return false };
+        let stored = self.at_mut(number);
+        if stored.pinned != pinned {
+            stored.pinned = pinned;
+            let extent = stored.entry().extent;
+            self.count_pinned(&extent, pinned);
+        }
+        true
+    }
+
+    /// The blocks of a segment.
+    pub fn of_segment(&self, segment: u32) -> Vec<Entry> {
+        let mut entries = Vec::new();
+        let mut number = self.segments.get(segment as usize).map_or(NONE, |lists| lists.first);
+        while number != NONE {
+            let stored = self.at(number);
+            entries.push(stored.entry());
+            number = stored.next;
+        }
+        entries
+    }
+
+    /// What of a segment is live.
+    pub fn segment_use(&self, segment: u32) -> SegmentUse {
+        self.segments.get(segment as usize).map(|lists| lists.in_use).unwrap_or_default()
+    }
+
+    /// Blocks.
+    pub fn len(&self) -> usize {
+        self.blocks
+    }
+
+    /// Pages of all blocks, and of the pinned ones.
+    pub fn pages(&self) -> (u64, u64) {
+        (self.live_pages, self.pinned_pages)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    /// Against a map, over many random steps: what is where, what is live, what is pinned.
+    #[test]
+    fn it_is_a_map() {
+        let mut extents = Extents::default();
+        let mut model: HashMap<u128, Entry> = HashMap::new();
+        let mut random = 12345u64;
+        let mut next = |below: u64| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (random >> 33) % below
+        };
+        for step in 0..200_000u64 {
+            let name = u128::from(next(9000)) * 0x9E37_79B9_7F4A_7C15_F39C_0C6A_1234_5677;
+            let digest = Digest(name);
+            match next(8) {
+                0..4 => {
+                    let extent = Extent {
+                        segment: next(40) as u32,
+                        page: step as u32,
+                        pages: 1 + next(9) as u32,
+                        apart: step % 2 == 0,
+                    };
+                    let entry = Entry { digest, parent_tag: step, extent, hits: 0, pinned: next(10) == 0 };
+                    let before = extents.insert(entry);
+                    assert_eq!(before, model.insert(name, entry).map(|entry| entry.extent));
+                }
+                4..6 => assert_eq!(extents.remove(digest), model.remove(&name)),
+                6 => {
+                    extents.touch(digest);
+                    if let Some(entry) = model.get_mut(&name) {
+                        entry.hits = entry.hits.saturating_add(1);
+                    }
+                }
+                _ => {
+                    assert_eq!(extents.set_pinned(digest, step % 3 == 0), model.contains_key(&name));
+                    if let Some(entry) = model.get_mut(&name) {
+                        entry.pinned = step % 3 == 0;
+                    }
+                }
+            }
+            assert_eq!(extents.get(digest), model.get(&name).copied());
+            assert_eq!(extents.has_tag(digest.tag()), model.contains_key(&name));
+        }
+        assert_eq!(extents.len(), model.len());
+        let sum = |of: &dyn Fn(&Entry) -> bool| -> u64 {
+            model.values().filter(|entry| of(entry)).map(|entry| u64::from(entry.extent.pages)).sum()
+        };
+        assert_eq!(extents.pages(), (sum(&|_| true), sum(&|entry| entry.pinned)));
+        for segment in 0..40 {
+            let mut listed = extents.of_segment(segment);
+            let mut expected: Vec<Entry> =
+                model.values().filter(|entry| entry.extent.segment == segment).copied().collect();
+            listed.sort_by_key(|entry| entry.digest);
+            expected.sort_by_key(|entry| entry.digest);
+            assert_eq!(listed, expected);
+            let pages = |pinned: bool| {
+                let chosen = expected.iter().filter(|entry| entry.pinned || !pinned);
+                chosen.map(|entry| entry.extent.pages).sum()
+            };
+            let in_use =
+                SegmentUse { blocks: expected.len() as u32, pages: pages(false), pinned_pages: pages(true) };
+            assert_eq!(extents.segment_use(segment), in_use);
+        }
+    }
+}

@@ -1,0 +1,553 @@
+//! The Nvme tier: blocks on this node's disks, written behind, found again after any kind of death.
+//!
+//! Owns the volumes, one a configured path, each with an index of its own: losing a disk loses its blocks
+//! alone. Knows the Host tier, from which blocks come and into which they are read; never the wire.
+//! What a caller gets here it gets at once, or through a channel: nothing in here waits for a disk on the
+//! caller's thread. `docs/design/volume.md` draws what is on the disk.
+
+mod extents;
+mod format;
+mod index;
+mod pins;
+mod read;
+mod rebuild;
+mod reclaim;
+mod segments;
+mod status;
+mod store;
+mod verify;
+mod write;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak, mpsc};
+use std::thread::JoinHandle;
+
+use kvstore_plane::SequenceHash;
+use kvstore_transfer::Lane;
+use kvstore_transfer::frame::FrameIdentity;
+use kvstore_transfer::volume::{Faults, IoEngine};
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::{Notify, oneshot};
+
+use crate::clock::BootTime;
+use crate::host::{BeginFill, FillRequest, HostTier, LeasedBlock, NamespaceId, RegisteredLayout, SlabPlan, section_bytes};
+use crate::layout::BlockKind;
+use crate::residency::{FlightSource, Priority, Urgency};
+
+use format::{Digest, padded};
+use read::Wanted;
+use store::Store;
+use write::{Commit, Dirty, DirtyBytes, Pending};
+
+pub use format::{Extent, FormatError, IndexValue, SegmentClass, SegmentHeader, VolumeHeader};
+pub use kvstore_transfer::volume::{Fault, IoEngine as NvmeEngine};
+pub use status::{NvmeStatus, VolumeStatus};
+pub use store::{Health, OpenError, engine_of, index_bytes_of, usable_bytes};
+pub use verify::{VerifyOptions, VerifyReport, verify_folder};
+
+/// What the tier is made with.
+#[derive(Clone)]
+pub struct NvmeOptions {
+    /// One folder a disk.
+    pub paths: Vec<PathBuf>,
+    /// Bytes that each of them may take, the index included.
+    pub bytes: u64,
+    /// Bytes of that for the index; `None`: a part.
+    pub index_bytes: Option<u64>,
+    /// Bytes of blocks that wait to be written, of all volumes together, before puts have to wait.
+    pub dirty_bytes: u64,
+    /// How the disks are driven.
+    pub engine: IoEngine,
+    /// Names this boot of the machine: clocks of another one mean nothing.
+    pub boot_id: [u8; 16],
+    /// Now.
+    pub now: BootTime,
+    /// Faults, for tests.
+    pub faults: Option<Arc<Faults>>,
+}
+
+/// What the volumes know of each other.
+pub(crate) struct Peers {
+    stores: RwLock<Vec<Weak<Store>>>,
+    dirty: Arc<AtomicU64>,
+    /// Dirty bytes became fewer.
+    cleaned: Notify,
+}
+
+impl Peers {
+    /// True where some volume has a block with this tag, or one is on its way there.
+    fn has_tag(&self, tag: u64) -> bool {
+        self.stores.read().iter().filter_map(Weak::upgrade).any(|store| {
+            let state = store.state.lock();
+            state.extents.has_tag(tag) || state.pending.keys().any(|digest| digest.tag() == tag)
+        })
+    }
+}
+
+/// See the head of this file.
+pub struct NvmeTier {
+    stores: Vec<Arc<Store>>,
+    host: Arc<HostTier>,
+    peers: Arc<Peers>,
+    dirty_max: AtomicU64,
+    index_bytes: Option<u64>,
+    boot_id: [u8; 16],
+    promoted: Notify,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// What came of asking for a block to be written.
+pub enum WriteBack {
+    /// It is on its way; where LOCAL was asked for, the channel tells true once it is there.
+    Queued(Option<oneshot::Receiver<bool>>),
+    /// It will not be written: no volume takes writes, or it is too large, or not in memory any more.
+    Refused,
+}
+
+/// What came of [`NvmeTier::promote`].
+pub enum Promote {
+    /// On its way into memory: the channel brings the block, leased, or nothing where it could not be read.
+    Started(oneshot::Receiver<Option<LeasedBlock>>),
+    /// Readable in memory already.
+    Resident,
+    /// Somebody brings it already: see [`NvmeTier::promoted`].
+    InFlight,
+    /// Make this slab, then ask again.
+    NeedsSlab(SlabPlan),
+    /// No room in memory, or the lane is full.
+    Busy,
+    /// Not on disk.
+    Absent,
+}
+
+/// The blocks of a request: what all of them have in common.
+#[derive(Clone, Copy)]
+pub struct BlockRef<'a> {
+    /// The layout.
+    pub layout: &'a RegisteredLayout,
+    /// The layer group.
+    pub group: u16,
+    /// The block's name.
+    pub hash: SequenceHash,
+}
+
+impl NvmeTier {
+    /// Opens every volume. Ready when it returns: what has to be found again is found in the background.
+    pub fn open(options: &NvmeOptions, host: &Arc<HostTier>) -> Result<Arc<Self>, OpenError> {
+        let dirty = Arc::new(AtomicU64::new(0));
+        let peers = Arc::new(Peers { stores: RwLock::new(Vec::new()), dirty, cleaned: Notify::new() });
+        let mut stores = Vec::new();
+        let mut commits = Vec::new();
+        for path in &options.paths {
+            let (store, commits_of) = Store::open(path, options, Arc::clone(&peers))?;
+            peers.stores.write().push(Arc::downgrade(&store));
+            stores.push(store);
+            commits.push(commits_of);
+        }
+        let mut threads = Vec::new();
+        for (store, commits) in stores.iter().zip(commits) {
+            threads.extend(start(store, commits, options).map_err(|source| OpenError::Io {
+                step: "start threads for",
+                path: store.path.clone(),
+                source,
+            })?);
+        }
+        Ok(Arc::new(Self {
+            stores,
+            host: Arc::clone(host),
+            peers,
+            dirty_max: AtomicU64::new(options.dirty_bytes),
+            index_bytes: options.index_bytes,
+            boot_id: options.boot_id,
+            promoted: Notify::new(),
+            threads: Mutex::new(threads),
+        }))
+    }
+
+    fn digest(&self, store: &Store, block: &BlockRef<'_>) -> Digest {
+        let namespace = &block.layout.namespace_digest;
+        Digest::of(store.header.seed, namespace, &block.layout.digest, block.group, &block.hash)
+    }
+
+    /// Which blocks of a prefix are on disk.
+    pub fn presence(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> Vec<bool> {
+        let mut found = vec![false; hashes.len()];
+        for store in &self.stores {
+            let digest = |hash: &SequenceHash| self.digest(store, &BlockRef { layout, group, hash: *hash });
+            let digests: Vec<Digest> = hashes.iter().map(digest).collect();
+            let state = store.state.lock();
+            if !state.health.left {
+                let here = digests.iter().map(|digest| state.extents.get(*digest).is_some());
+                found.iter_mut().zip(here).for_each(|(found, here)| *found |= here);
+            }
+        }
+        found
+    }
+
+    /// A request read these blocks: they are worth keeping.
+    pub fn touch(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) {
+        for store in &self.stores {
+            let digest = |hash: &SequenceHash| self.digest(store, &BlockRef { layout, group, hash: *hash });
+            let digests: Vec<Digest> = hashes.iter().map(digest).collect();
+            let mut state = store.state.lock();
+            digests.into_iter().for_each(|digest| state.extents.touch(digest));
+        }
+    }
+
+    // ------------------------------------------------------------------------------- writing
+
+    /// True where more blocks may be put: fewer bytes wait to be written than the limit.
+    pub fn has_dirty_room(&self) -> bool {
+        self.peers.dirty.load(Ordering::Acquire) < self.dirty_max.load(Ordering::Acquire) || !self.takes_writes()
+    }
+
+    /// Resolves when dirty bytes became fewer.
+    pub fn cleaned(&self) -> tokio::sync::futures::Notified<'_> {
+        self.peers.cleaned.notified()
+    }
+
+    fn takes_writes(&self) -> bool {
+        self.stores.iter().any(|store| store.state.lock().health.takes_writes())
+    }
+
+    /// Writes a block that is readable in memory, in the background. `sums`: the checksums of its sections,
+    /// where they were taken. A block that is on disk already is not written again; with `local`, it is
+    /// synced.
+    pub fn write_back(
+        &self,
+        block: &BlockRef<'_>,
+        parent: Option<SequenceHash>,
+        sums: Vec<u32>,
+        local: bool,
+    ) -> WriteBack {
+        let (waiter, waiting) = oneshot::channel();
+        if let Some(store) = self.holder(block) {
+            let waits = local && store.commits.send(Commit::Sync(waiter)).is_ok();
+            return WriteBack::Queued(waits.then_some(waiting));
+        }
+        let Some((store, digest)) = self.place_for(block) else { return WriteBack::Refused };
+        {
+            let mut state = store.state.lock();
+            if let Some(pending) = state.pending.get_mut(&digest).filter(|pending| !pending.cancelled) {
+                if local {
+                    pending.waiters.push(waiter);
+                }
+                return WriteBack::Queued(local.then_some(waiting));
+            }
+            if state.pending.contains_key(&digest) || !state.health.takes_writes() {
+                return WriteBack::Refused;
+            }
+            let waiters = if local { vec![waiter] } else { Vec::new() };
+            state.pending.insert(digest, Pending { cancelled: false, waiters });
+        }
+        let dirty = self.dirty(store, digest, block, parent, sums);
+        let Some(dirty) = dirty else {
+            store.state.lock().pending.remove(&digest);
+            return WriteBack::Refused;
+        };
+        store.queue.lock().items.push_back(dirty);
+        store.queue_changed.notify_one();
+        WriteBack::Queued(local.then_some(waiting))
+    }
+
+    fn dirty(
+        &self,
+        store: &Store,
+        digest: Digest,
+        block: &BlockRef<'_>,
+        parent: Option<SequenceHash>,
+        sums: Vec<u32>,
+    ) -> Option<Dirty> {
+        let group = block.layout.group(u32::from(block.group))?;
+        let identity = FrameIdentity {
+            namespace_digest: block.layout.namespace_digest,
+            layout_digest: block.layout.digest,
+            group: block.group,
+            kind: group.group.kind.number(),
+            hash: padded(&block.hash),
+            parent: parent.map_or(([0; 32], 0), |parent| padded(&parent)),
+        };
+        let demoting = self.host.begin_demote(block.layout, block.group, block.hash)?;
+        let bytes = DirtyBytes::new(&self.peers.dirty, u64::from(demoting.length()));
+        let section_bytes = section_bytes(&group.group, group.block_bytes);
+        let parent_tag = parent_tag(store.header.seed, &identity);
+        Some(Dirty { digest, parent_tag, identity, section_bytes, sums, block: demoting, bytes })
+    }
+
+    fn holder(&self, block: &BlockRef<'_>) -> Option<&Arc<Store>> {
+        self.stores.iter().find(|store| {
+            let digest = self.digest(store, block);
+            let state = store.state.lock();
+            !state.health.left && state.extents.get(digest).is_some()
+        })
+    }
+
+    /// The volume on which a new block goes: by its name, among those that take writes, so that a prefix is read
+    /// from all disks at once.
+    fn place_for(&self, block: &BlockRef<'_>) -> Option<(&Arc<Store>, Digest)> {
+        let weighed = self.stores.iter().map(|store| (store, self.digest(store, block)));
+        weighed
+            .filter(|(store, _)| store.state.lock().health.takes_writes())
+            .max_by_key(|(store, digest)| digest.0 ^ u128::from(store.header.seed))
+    }
+
+    // ------------------------------------------------------------------------------- reading
+
+    /// Starts to bring a block into memory. Never waits.
+    pub fn promote(&self, block: &BlockRef<'_>, priority: Priority, deadline: BootTime, now: BootTime) -> Promote {
+        let Some(group) = block.layout.group(u32::from(block.group)) else { return Promote::Absent };
+        let lane = match priority {
+            Priority::Demand => Lane::Demand,
+            Priority::Prefetch => Lane::Prefetch,
+            Priority::Writeback => Lane::Writeback,
+        };
+        let found = self.stores.iter().find_map(|store| {
+            let digest = self.digest(store, block);
+            store.begin_read(digest).map(|entry| (store, entry))
+        });
+        let Some((store, entry)) = found else { return Promote::Absent };
+        let request = FillRequest {
+            layout: block.layout,
+            group: block.group,
+            hash: block.hash,
+            parent: None,
+            length: group.block_bytes as u32,
+            urgency: Urgency { source: FlightSource::Promotion, priority, deadline },
+        };
+        let outcome = match self.host.begin_fill(&request, now) {
+            BeginFill::Fill(fill, ahead) => {
+                if let Some(plan) = ahead {
+                    self.host.drop_plan(plan);
+                }
+                let Some(fill) = fill.into_transfer() else {
+                    store.end_read(&entry);
+                    return Promote::Busy;
+                };
+                let wanted = Wanted {
+                    namespace_digest: block.layout.namespace_digest,
+                    layout_digest: block.layout.digest,
+                    group: block.group,
+                    kind: group.group.kind.number(),
+                    hash: padded(&block.hash),
+                    block_bytes: group.block_bytes,
+                    varies: group.group.kind.varies_in_length(),
+                };
+                let (send, receive) = oneshot::channel();
+                let done = Box::new(move |block| drop(send.send(block)));
+                let queued = store.read(entry, wanted, fill, lane, done);
+                return if queued { Promote::Started(receive) } else { Promote::Busy };
+            }
+            BeginFill::Resident => Promote::Resident,
+            BeginFill::InFlight => {
+                store.volume.raise(entry.digest.tag(), lane);
+                Promote::InFlight
+            }
+            BeginFill::NeedsSlab(plan) => Promote::NeedsSlab(plan),
+            BeginFill::Busy => Promote::Busy,
+        };
+        store.end_read(&entry);
+        outcome
+    }
+
+    /// Resolves after the next promotion ended: for those that wait for somebody else's.
+    pub fn promoted(&self) -> tokio::sync::futures::Notified<'_> {
+        self.promoted.notified()
+    }
+
+    /// Whoever got a promoted block says so.
+    pub fn note_promoted(&self) {
+        self.promoted.notify_waiters();
+    }
+
+    // ------------------------------------------------------------------------------- leaving
+
+    /// Deletes blocks; how many were there, and how many of those are pinned and stay.
+    pub fn delete(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> Vec<Deleted> {
+        let mut outcome = vec![Deleted::Absent; hashes.len()];
+        for store in &self.stores {
+            let mut gone = Vec::new();
+            let mut state = store.state.lock();
+            for (hash, outcome) in hashes.iter().zip(&mut outcome) {
+                let digest = self.digest(store, &BlockRef { layout, group, hash: *hash });
+                if state.pins.holds(digest) {
+                    *outcome = Deleted::Pinned;
+                    continue;
+                }
+                if let Some(pending) = state.pending.get_mut(&digest) {
+                    pending.cancelled = true;
+                    *outcome = Deleted::Deleted;
+                }
+                if let Some(entry) = state.extents.remove(digest) {
+                    gone.push(entry);
+                    *outcome = Deleted::Deleted;
+                }
+            }
+            drop(state);
+            if !gone.is_empty() {
+                gone.iter().for_each(|entry| store.bury(entry.extent));
+                let _ = store.commits.send(Commit::Deleted(gone.iter().map(|entry| entry.digest).collect()));
+            }
+        }
+        outcome
+    }
+
+    // ------------------------------------------------------------------------------- pins
+
+    /// Promises not to drop blocks until `expires`: those that are on disk, and those on their way there or
+    /// still to come. With `lasting`, the promise survives a restart. Refused where more than half of a volume
+    /// would be pinned; the bytes that are.
+    pub fn pin(
+        &self,
+        id: u128,
+        blocks: &[BlockRef<'_>],
+        expires: BootTime,
+        lasting: bool,
+        now: BootTime,
+    ) -> Result<(), PinRefused> {
+        for (done, store) in self.stores.iter().enumerate() {
+            let digests: Vec<Digest> = blocks
+                .iter()
+                .filter(|block| self.stores.len() == 1 || self.is_for(store, block))
+                .map(|block| self.digest(store, block))
+                .collect();
+            if digests.is_empty() {
+                continue;
+            }
+            let record = lasting.then(|| pins::record(&digests, expires, &self.boot_id, now));
+            let mut state = store.state.lock();
+            let fresh = state.pins.add(id, digests, expires, lasting);
+            for digest in &fresh {
+                state.extents.set_pinned(*digest, true);
+            }
+            let pinned_bytes = state.extents.pages().1 * format::PAGE;
+            let bytes_max = store.bytes_max.load(Ordering::Acquire) / 100 * crate::caps::HELD_PERCENT_MAX;
+            drop(state);
+            if pinned_bytes > bytes_max {
+                self.stores.iter().take(done + 1).for_each(|store| drop(store.unpin(id)));
+                return Err(PinRefused { pinned_bytes, bytes_max });
+            }
+            if let Some(record) = record {
+                let _ = store.commits.send(Commit::Pinned(id, record));
+            }
+        }
+        Ok(())
+    }
+
+    /// True where this volume has the block, or would get it.
+    fn is_for(&self, store: &Arc<Store>, block: &BlockRef<'_>) -> bool {
+        match self.holder(block) {
+            Some(holder) => Arc::ptr_eq(holder, store),
+            None => self.place_for(block).is_some_and(|(place, _)| Arc::ptr_eq(place, store)),
+        }
+    }
+
+    /// Ends a pin before its time; false where there is none (any more).
+    pub fn unpin(&self, id: u128) -> bool {
+        self.stores.iter().map(|store| store.unpin(id)).fold(false, |any, ended| any | ended)
+    }
+
+    /// True while a pin names the block: where it is nowhere, that is a loss.
+    pub fn is_pinned(&self, block: &BlockRef<'_>) -> bool {
+        self.stores.iter().any(|store| store.state.lock().pins.holds(self.digest(store, block)))
+    }
+
+    /// Ends the pins whose time is over.
+    pub fn tick(&self, now: BootTime) {
+        for store in &self.stores {
+            loop {
+                let expired = store.state.lock().pins.next_expired(now);
+                let Some(id) = expired else { break };
+                store.unpin(id);
+            }
+        }
+    }
+
+    // ------------------------------------------------------------------------------- the whole
+
+    /// Changes what may change while it runs. A smaller bound is reached in the background.
+    pub fn set_limits(&self, bytes: u64, dirty_bytes: u64) {
+        self.dirty_max.store(dirty_bytes, Ordering::Release);
+        for store in &self.stores {
+            store.bytes_max.store(bytes, Ordering::Release);
+            let index_bytes = self.index_bytes.unwrap_or_else(|| store.index.bytes_max());
+            let allowed = Store::segments_allowed(bytes, index_bytes, store.header.segment_bytes);
+            store.state.lock().segments.set_allowed(allowed);
+            store.queue_changed.notify_one();
+        }
+    }
+
+    /// Writes what waits to be written, syncs, and lets go of the folders.
+    pub fn close(&self) {
+        for store in &self.stores {
+            store.stopping.store(true, Ordering::Release);
+            store.queue_changed.notify_all();
+        }
+        for thread in self.threads.lock().drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What came of deleting one block.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Deleted {
+    /// Was not there.
+    Absent,
+    /// Gone.
+    Deleted,
+    /// Pinned: it stays.
+    Pinned,
+}
+
+/// Too much would be pinned.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{pinned_bytes} bytes of a volume would be pinned, and at most {bytes_max} (half of it) may be")]
+pub struct PinRefused {
+    /// With the refused pin.
+    pub pinned_bytes: u64,
+    /// The most.
+    pub bytes_max: u64,
+}
+
+impl Store {
+    fn unpin(&self, id: u128) -> bool {
+        let mut state = self.state.lock();
+        let Some((freed, lasting)) = state.pins.end(id) else { return false };
+        for digest in freed {
+            state.extents.set_pinned(digest, false);
+        }
+        drop(state);
+        if lasting {
+            let _ = self.commits.send(Commit::Unpinned(id));
+        }
+        true
+    }
+}
+
+/// The tag of a frame's parent. Only blocks of full attention are lost with their parents: the others can
+/// be read without.
+fn parent_tag(seed: u64, identity: &FrameIdentity) -> u64 {
+    if identity.kind == BlockKind::Attention.number() { Digest::parent_tag(seed, identity) } else { 0 }
+}
+
+fn start(
+    store: &Arc<Store>,
+    commits: mpsc::Receiver<Commit>,
+    options: &NvmeOptions,
+) -> std::io::Result<Vec<JoinHandle<()>>> {
+    let named = |name: &str| std::thread::Builder::new().name(name.into());
+    let mut threads = Vec::new();
+    let own = Arc::clone(store);
+    threads.push(named("kvstore-flush").spawn(move || own.flush_forever())?);
+    let own = Arc::clone(store);
+    threads.push(named("kvstore-commit").spawn(move || own.commit_forever(&commits))?);
+    if store.state.lock().health.rebuilding > 0 {
+        let (own, options) = (Arc::clone(store), options.clone());
+        threads.push(named("kvstore-rebuild").spawn(move || own.rebuild(&options))?);
+    }
+    Ok(threads)
+}
+
+/// Namespaces as the Host tier numbers them; for callers that name both tiers.
+pub type Namespace = NamespaceId;

@@ -1,0 +1,139 @@
+//! Pins of one volume: which blocks may not be dropped, until when, and the record that survives a restart.
+
+use std::collections::{BTreeSet, HashMap};
+
+use super::format::{Digest, VOLUME_VERSION};
+use crate::clock::BootTime;
+
+/// One pin or ticket.
+struct Pin {
+    digests: Vec<Digest>,
+    expires: BootTime,
+    /// Written to the index.
+    lasting: bool,
+}
+
+/// See the head of this file.
+#[derive(Default)]
+pub(super) struct Pins {
+    by_id: HashMap<u128, Pin>,
+    by_expiry: BTreeSet<(BootTime, u128)>,
+    counts: HashMap<Digest, u32>,
+}
+
+impl Pins {
+    /// True while a pin names the block, be it here or not.
+    pub fn holds(&self, digest: Digest) -> bool {
+        self.counts.contains_key(&digest)
+    }
+
+    /// Starts a pin; the blocks that no other pin named before.
+    pub fn add(&mut self, id: u128, digests: Vec<Digest>, expires: BootTime, lasting: bool) -> Vec<Digest> {
+        let mut fresh = Vec::new();
+        for digest in &digests {
+            let count = self.counts.entry(*digest).or_insert(0);
+            if *count == 0 {
+                fresh.push(*digest);
+            }
+            *count += 1;
+        }
+        self.by_expiry.insert((expires, id));
+        self.by_id.insert(id, Pin { digests, expires, lasting });
+        fresh
+    }
+
+    /// Ends one: the blocks that no pin names any more, and whether a record has to go. `None`: no such pin.
+    pub fn end(&mut self, id: u128) -> Option<(Vec<Digest>, bool)> {
+        let pin = self.by_id.remove(&id)?;
+        self.by_expiry.remove(&(pin.expires, id));
+        let mut freed = Vec::new();
+        for digest in pin.digests {
+            if let Some(count) = self.counts.get_mut(&digest) {
+                *count -= 1;
+                if *count == 0 {
+                    self.counts.remove(&digest);
+                    freed.push(digest);
+                }
+            }
+        }
+        Some((freed, pin.lasting))
+    }
+
+    /// The next pin whose time is over.
+    pub fn next_expired(&self, now: BootTime) -> Option<u128> {
+        self.by_expiry.first().filter(|(expires, _)| *expires <= now).map(|(_, id)| *id)
+    }
+
+    /// Pins that are in the index.
+    pub fn lasting(&self) -> usize {
+        self.by_id.values().filter(|pin| pin.lasting).count()
+    }
+
+    /// Every lasting pin, as its record: for an index that is made anew.
+    pub fn records(&self, boot_id: &[u8; 16], now: BootTime) -> Vec<(u128, Vec<u8>)> {
+        let lasting = self.by_id.iter().filter(|(_, pin)| pin.lasting);
+        lasting.map(|(id, pin)| (*id, record(&pin.digests, pin.expires, boot_id, now))).collect()
+    }
+
+    /// Reads a pin back. In another boot its clock has begun anew: it gets the time again that it had left.
+    pub fn restore(&mut self, id: u128, record: &[u8], boot_id: &[u8; 16], now: BootTime) {
+        let Some((head, digests)) = record.split_at_checked(HEAD_BYTES) else { return };
+        let u64_at = |at: usize| head.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
+        if head.first() != Some(&(VOLUME_VERSION as u8)) {
+            return;
+        }
+        let same_boot = head.get(1..17) == Some(boot_id.as_slice());
+        let expires = if same_boot { BootTime(u64_at(17)) } else { now.plus_ms(u64_at(25)) };
+        let digests = digests.as_chunks::<16>().0.iter().map(|bytes| Digest(u128::from_le_bytes(*bytes))).collect();
+        self.add(id, digests, expires, true);
+    }
+}
+
+/// Version, boot id, time of expiry in that boot, and time left when it was written, in milliseconds.
+const HEAD_BYTES: usize = 1 + 16 + 8 + 8;
+
+/// A pin as the index keeps it.
+pub(super) fn record(digests: &[Digest], expires: BootTime, boot_id: &[u8; 16], now: BootTime) -> Vec<u8> {
+    let mut out = vec![VOLUME_VERSION as u8];
+    out.extend_from_slice(boot_id);
+    out.extend_from_slice(&expires.0.to_le_bytes());
+    out.extend_from_slice(&expires.ms_since(now).to_le_bytes());
+    digests.iter().for_each(|digest| out.extend_from_slice(&digest.0.to_le_bytes()));
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_is_held_until_its_last_pin_ends() {
+        let mut pins = Pins::default();
+        let [a, b] = [Digest(1), Digest(2)];
+        assert_eq!(pins.add(10, vec![a, b], BootTime(100), true), [a, b]);
+        assert_eq!(pins.add(11, vec![b], BootTime(50), false), []);
+        assert_eq!(pins.next_expired(BootTime(49)), None);
+        assert_eq!(pins.next_expired(BootTime(50)), Some(11));
+        assert_eq!(pins.end(11), Some((vec![], false)));
+        assert!(pins.holds(b));
+        assert_eq!(pins.end(10), Some((vec![a, b], true)));
+        assert!(!pins.holds(a));
+        assert_eq!(pins.end(10), None);
+    }
+
+    /// Boot clocks start anew: a pin must neither last for ever nor end at once after a reboot.
+    #[test]
+    fn a_pin_keeps_its_time_over_a_restart_and_a_reboot() {
+        let bytes = record(&[Digest(7)], BootTime(5000), &[1; 16], BootTime(4000));
+        let mut same = Pins::default();
+        same.restore(1, &bytes, &[1; 16], BootTime(4500));
+        assert!(same.holds(Digest(7)));
+        assert_eq!((same.next_expired(BootTime(4999)), same.next_expired(BootTime(5000))), (None, Some(1)));
+        let mut rebooted = Pins::default();
+        rebooted.restore(1, &bytes, &[2; 16], BootTime(10));
+        assert_eq!((rebooted.next_expired(BootTime(1009)), rebooted.next_expired(BootTime(1010))), (None, Some(1)));
+        assert_eq!(rebooted.records(&[2; 16], BootTime(10)).len(), 1);
+        rebooted.restore(2, &bytes[..20], &[2; 16], BootTime(10));
+        assert_eq!(rebooted.lasting(), 1, "half a record is no pin");
+    }
+}

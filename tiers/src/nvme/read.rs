@@ -1,0 +1,218 @@
+//! Reading: a frame from the volume into a slot of memory, checked before anyone sees it.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use kvstore_transfer::frame::{FrameHeader, FrameIdentity};
+use kvstore_transfer::volume::{Direction, IoMemories, IoMemory, Transfer};
+use kvstore_transfer::{AlignedBytes, Lane, SlotFill};
+
+use super::extents::Entry;
+use super::format::{Digest, PAGE, life_of};
+use super::store::{Store, add};
+use super::write::Commit;
+use crate::host::{LeasedBlock, TransferFill};
+
+/// What a reader asks for: what its frame must say.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted {
+    pub namespace_digest: [u8; 32],
+    pub layout_digest: [u8; 32],
+    pub group: u16,
+    pub kind: u8,
+    pub hash: ([u8; 32], u8),
+    /// Bytes of a block, or the most where they vary.
+    pub block_bytes: u64,
+    pub varies: bool,
+}
+
+impl Wanted {
+    fn is(&self, identity: &FrameIdentity, block_bytes: u64) -> bool {
+        let length = if self.varies { block_bytes <= self.block_bytes } else { block_bytes == self.block_bytes };
+        length
+            && self.namespace_digest == identity.namespace_digest
+            && self.layout_digest == identity.layout_digest
+            && (self.group, self.kind, self.hash) == (identity.group, identity.kind, identity.hash)
+    }
+}
+
+/// Told the block, leased; or nothing, where it could not be read or is damaged.
+pub(super) type ReadDone = Box<dyn FnOnce(Option<LeasedBlock>) + Send>;
+
+impl Store {
+    /// Where a block lies, with its segment kept as it is until [`Self::end_read`].
+    pub fn begin_read(&self, digest: Digest) -> Option<Entry> {
+        let mut state = self.state.lock();
+        if state.health.left {
+            return None;
+        }
+        let entry = state.extents.get(digest)?;
+        state.segments.begin_read(entry.extent.segment);
+        Some(entry)
+    }
+
+    /// See [`Self::begin_read`].
+    pub fn end_read(&self, entry: &Entry) {
+        self.state.lock().segments.end_read(entry.extent.segment);
+    }
+
+    /// Reads a block into the slot of `fill`, checks it, publishes it. After [`Self::begin_read`], whose end
+    /// it sees to. False where the lane is full: then nothing happens, and the slot is free again.
+    pub fn read(
+        self: &Arc<Self>,
+        entry: Entry,
+        wanted: Wanted,
+        fill: (TransferFill, SlotFill),
+        lane: Lane,
+        done: ReadDone,
+    ) -> bool {
+        let (ticket, mut slot) = fill;
+        let offset = self.offset_of(&entry.extent);
+        // The payload's pages, and no more, go into the slot; a frame of another size is not this block's.
+        let payload_bytes = (u64::from(entry.extent.pages) - 1) * PAGE;
+        let fits = wanted.block_bytes.next_multiple_of(PAGE) == payload_bytes
+            || wanted.varies && payload_bytes <= wanted.block_bytes.next_multiple_of(PAGE);
+        let store = Arc::clone(self);
+        let transfer = if entry.extent.apart && fits {
+            slot.shorten(payload_bytes as usize);
+            let memories = IoMemories {
+                head: IoMemory::Pages(AlignedBytes::zeroed(PAGE as usize)),
+                body: Some(IoMemory::Fill(slot)),
+            };
+            let finish = move |result: io::Result<()>, memories: IoMemories| {
+                let (IoMemory::Pages(head), Some(IoMemory::Fill(slot))) = (memories.head, memories.body) else { return };
+                store.finish(entry, &wanted, result, Payload::Slot(head), ticket, slot, done);
+            };
+            Transfer { direction: Direction::Read, offset, memories, tag: entry.digest.tag(), done: Box::new(finish) }
+        } else {
+            let pages = AlignedBytes::zeroed(entry.extent.bytes() as usize);
+            let finish = move |result: io::Result<()>, memories: IoMemories| {
+                let Some(pages) = memories.into_pages() else { return };
+                store.finish(entry, &wanted, result, Payload::Pages(pages), ticket, slot, done);
+            };
+            let memories = IoMemories::pages(pages);
+            Transfer { direction: Direction::Read, offset, memories, tag: entry.digest.tag(), done: Box::new(finish) }
+        };
+        match self.volume.submit(lane, transfer) {
+            Ok(()) => true,
+            Err(transfer) => {
+                // The completion cleans up like after a failed read, but the device is not to blame.
+                let busy = io::Error::from(io::ErrorKind::WouldBlock);
+                (transfer.done)(Err(busy), transfer.memories);
+                false
+            }
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the pieces of one transfer, each of another owner")]
+    fn finish(
+        self: &Arc<Self>,
+        entry: Entry,
+        wanted: &Wanted,
+        result: io::Result<()>,
+        payload: Payload,
+        ticket: TransferFill,
+        mut slot: SlotFill,
+        done: ReadDone,
+    ) {
+        let life = self.state.lock().segments.life(entry.extent.segment);
+        let checked = match result {
+            Ok(()) => {
+                self.read_errors.store(0, Ordering::Release);
+                check(&payload, wanted, life, &mut slot).ok_or(ReadProblem::Damaged)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ReadProblem::Busy),
+            Err(error) => Err(ReadProblem::Device(error)),
+        };
+        drop(payload);
+        let block = ticket.end(slot, checked.as_ref().ok().copied());
+        self.end_read(&entry);
+        match checked {
+            Ok(_) => {
+                add(&self.counters.read_blocks, 1);
+                add(&self.counters.read_bytes, entry.extent.bytes());
+            }
+            Err(ReadProblem::Busy) => {}
+            Err(ReadProblem::Damaged) => self.quarantine(&entry),
+            Err(ReadProblem::Device(error)) => {
+                add(&self.counters.io_errors, 1);
+                tracing::warn!(%error, path = %self.path.display(), "a block cannot be read: it is a miss");
+                self.note_device_error(&error);
+                self.forget(&entry);
+            }
+        }
+        done(block);
+    }
+
+    /// A frame is not what its place should hold: it is not found any more.
+    pub fn quarantine(&self, entry: &Entry) {
+        add(&self.counters.corrupt_blocks, 1);
+        tracing::error!(
+            path = %self.path.display(), segment = entry.extent.segment, page = entry.extent.page,
+            "a block on disk does not match its checksum: it is forgotten"
+        );
+        self.forget(entry);
+    }
+
+    /// Drops a block that is still where `entry` says.
+    pub fn forget(&self, entry: &Entry) {
+        let mut state = self.state.lock();
+        let same = state.extents.get(entry.digest).is_some_and(|now| now.extent == entry.extent);
+        if same {
+            state.extents.remove(entry.digest);
+            drop(state);
+            let _ = self.commits.send(Commit::Deleted(vec![entry.digest]));
+        }
+    }
+}
+
+enum ReadProblem {
+    Busy,
+    Damaged,
+    Device(io::Error),
+}
+
+enum Payload {
+    /// The header's page; the payload is in the slot.
+    Slot(AlignedBytes),
+    /// The whole frame.
+    Pages(AlignedBytes),
+}
+
+/// The block's CRC-32, where header and payload are those of the wanted block in this life of its segment;
+/// its bytes are in the slot then.
+fn check(payload: &Payload, wanted: &Wanted, life: Option<u64>, slot: &mut SlotFill) -> Option<u32> {
+    let (Payload::Slot(head) | Payload::Pages(head)) = payload;
+    let header = FrameHeader::decode(head).ok()?;
+    let current = life == Some(life_of(header.generation));
+    if !current || !wanted.is(&header.identity, header.block_bytes) {
+        return None;
+    }
+    slot.shorten(header.block_bytes as usize);
+    match payload {
+        Payload::Slot(_) if header.payload_offset() as u64 == PAGE => header.check(slot.transferred()).ok(),
+        Payload::Slot(_) => None,
+        Payload::Pages(pages) => {
+            let start = header.payload_offset();
+            let bytes = pages.get(start..start + header.block_bytes as usize)?;
+            let crc32 = header.check(bytes).ok()?;
+            slot.append(bytes).ok()?;
+            Some(crc32)
+        }
+    }
+}
+
+/// Reads and checks one whole frame, without a slot: for reinsertion and verification. Blocks.
+pub(super) fn read_frame(store: &Store, entry: &Entry, lane: Lane) -> io::Result<Option<(FrameHeader, AlignedBytes)>> {
+    let bytes = entry.extent.bytes() as usize;
+    let pages = kvstore_transfer::volume::read_now(&*store.volume, lane, store.offset_of(&entry.extent), bytes)?;
+    let life = store.state.lock().segments.life(entry.extent.segment);
+    let Ok(header) = FrameHeader::decode(&pages) else { return Ok(None) };
+    let ours = Digest::of_frame(store.header.seed, &header.identity) == entry.digest;
+    let start = header.payload_offset();
+    let payload = pages.get(start..start + header.payload_bytes() as usize);
+    let sound = payload.is_some_and(|payload| header.check(payload).is_ok());
+    let current = life == Some(life_of(header.generation));
+    Ok((ours && sound && current).then_some((header, pages)))
+}

@@ -1,0 +1,225 @@
+//! Reclaim: empties the sealed segment that is worth least, so that it can be written anew.
+//!
+//! Of the oldest segments the one with the least live value goes. Blocks that were read since they were
+//! written move on, as far as a budget allows; pinned ones move into segments of their own, once. The rest
+//! is forgotten: it is a cache. A block whose parent is nowhere any more leads nowhere: it counts nothing.
+//! The budget bounds write amplification: with 15% of each segment moved, 1 / 0.85 = 1.18 bytes are written
+//! for each that is admitted, however hot the blocks are.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use kvstore_transfer::frame::FrameHeader;
+use kvstore_transfer::{AlignedBytes, Lane, volume};
+
+use super::extents::Entry;
+use super::format::{Digest, IndexValue, PAGE, SegmentClass};
+use super::index::IndexBatch;
+use super::read::read_frame;
+use super::store::{State, Store, add};
+use crate::caps;
+
+/// Free segments that are kept ready: one to go on in, one for what moves while the next is emptied.
+const FREE_SEGMENTS: usize = 2;
+
+impl Store {
+    /// Empties segments until a few are free, or nothing more can be emptied.
+    pub fn make_room(self: &Arc<Self>) {
+        loop {
+            let (free, blocks) = {
+                let state = self.state.lock();
+                (state.segments.counts().free, state.extents.len() as u64)
+            };
+            if free >= FREE_SEGMENTS && blocks < self.blocks_max() {
+                return;
+            }
+            // At the very least one segment must stay free for what moves.
+            if free == 0 || !self.reclaim() {
+                return;
+            }
+        }
+    }
+
+    /// Blocks that the index has room for.
+    fn blocks_max(&self) -> u64 {
+        self.index.bytes_max() / caps::NVME_INDEX_BYTES_PER_BLOCK
+    }
+
+    fn reclaim(self: &Arc<Self>) -> bool {
+        let candidates = {
+            let state = self.state.lock();
+            state.segments.candidates(|segment| state.extents.segment_use(segment).pinned_pages == 0)
+        };
+        let worth = |segment: &u32| self.worth(*segment);
+        let Some(victim) = candidates.into_iter().min_by_key(worth) else { return false };
+        self.empty(victim)
+    }
+
+    /// Live pages of a segment: twice those that would move, none of those that lead nowhere.
+    fn worth(&self, segment: u32) -> u64 {
+        let (entries, orphans) = self.entries_and_orphans(segment);
+        let weight = |entry: &Entry| match entry {
+            _ if orphans.contains(&entry.digest) => 0,
+            Entry { pinned: true, .. } => 4,
+            Entry { hits: 1.., .. } => 2,
+            _ => 1,
+        };
+        entries.iter().map(|entry| weight(entry) * u64::from(entry.extent.pages)).sum()
+    }
+
+    /// The blocks of a segment, and those of them whose parents are on no volume and on their way to none.
+    fn entries_and_orphans(&self, segment: u32) -> (Vec<Entry>, HashSet<Digest>) {
+        let entries = self.state.lock().extents.of_segment(segment);
+        let mut orphans = HashSet::new();
+        for entry in entries.iter().filter(|entry| entry.parent_tag != 0 && !entry.pinned) {
+            if !self.peers.has_tag(entry.parent_tag) {
+                orphans.insert(entry.digest);
+            }
+        }
+        (entries, orphans)
+    }
+
+    /// Moves what must or should stay out of a sealed segment, and forgets the rest.
+    pub fn empty(self: &Arc<Self>, victim: u32) -> bool {
+        let (entries, orphans) = self.entries_and_orphans(victim);
+        let budget = self.header.segment_bytes / 100 * caps::NVME_REINSERT_PERCENT / PAGE;
+        let mut hot: Vec<&Entry> =
+            entries.iter().filter(|entry| !entry.pinned && entry.hits > 0 && !orphans.contains(&entry.digest)).collect();
+        hot.sort_by_key(|entry| std::cmp::Reverse(entry.hits));
+        let mut pages = 0;
+        hot.retain(|entry| {
+            pages += u64::from(entry.extent.pages);
+            pages <= budget
+        });
+        let mut batch = IndexBatch::default();
+        let mut moved: Vec<(Entry, Entry)> = Vec::new();
+        for (entry, class) in entries
+            .iter()
+            .filter(|entry| entry.pinned)
+            .map(|entry| (entry, SegmentClass::Pinned))
+            .chain(hot.into_iter().map(|entry| (entry, SegmentClass::Ordinary)))
+        {
+            match self.move_on(entry, class) {
+                Moved::To(value) => {
+                    batch.put_block(entry.digest, &value);
+                    moved.push((*entry, Entry { extent: value.extent, hits: entry.hits / 2, ..*entry }));
+                }
+                Moved::Damaged => self.quarantine(entry),
+                // What is pinned stays where it is, and the segment with it.
+                Moved::NoRoom if class == SegmentClass::Pinned => return self.abandon(moved),
+                Moved::NoRoom => break,
+            }
+        }
+        self.leave_segment(victim, &entries, moved, batch)
+    }
+
+    /// The segment could not be emptied: what has moved so far may stay in both places.
+    fn abandon(&self, moved: Vec<(Entry, Entry)>) -> bool {
+        let mut state = self.state.lock();
+        for (_, to) in moved {
+            state.segments.end_write(to.extent.segment);
+        }
+        false
+    }
+
+    fn leave_segment(
+        self: &Arc<Self>,
+        victim: u32,
+        entries: &[Entry],
+        moved: Vec<(Entry, Entry)>,
+        mut batch: IndexBatch,
+    ) -> bool {
+        let moved_digests: HashSet<Digest> = moved.iter().map(|(from, _)| from.digest).collect();
+        let dropped: Vec<&Entry> = entries.iter().filter(|entry| !moved_digests.contains(&entry.digest)).collect();
+        dropped.iter().for_each(|entry| batch.delete_block(entry.digest));
+        {
+            let mut state = self.state.lock();
+            let still = |entry: &&Entry| state.extents.get(entry.digest).filter(|now| now.extent == entry.extent);
+            // Pinned while the segment was being emptied: it stays, and the segment with it.
+            if dropped.iter().filter_map(still).any(|now| now.pinned) {
+                drop(state);
+                return self.abandon(moved);
+            }
+            let gone: Vec<Digest> = dropped.iter().filter_map(still).map(|now| now.digest).collect();
+            for digest in gone {
+                state.extents.remove(digest);
+                add(&self.counters.dropped_blocks, 1);
+            }
+        }
+        if let Err(error) = self.index.write(batch, false) {
+            tracing::error!(%error, "the index takes no writes");
+            self.close_index();
+            return self.abandon(moved);
+        }
+        let mut late = Vec::new();
+        let mut state = self.state.lock();
+        let State { extents, segments, pins, .. } = &mut *state;
+        for (from, to) in moved {
+            segments.end_write(to.extent.segment);
+            // Deleted, or put anew, meanwhile: the copy is dead.
+            match extents.get(from.digest) {
+                Some(now) if now.extent == from.extent => {
+                    extents.insert(Entry { pinned: pins.holds(from.digest), ..to });
+                    add(&self.counters.reinserted_blocks, 1);
+                    add(&self.counters.reinserted_bytes, to.extent.bytes());
+                }
+                Some(_) => {}
+                None => late.push(from.digest),
+            }
+        }
+        segments.emptied(victim);
+        add(&self.counters.reclaimed_segments, 1);
+        drop(state);
+        if !late.is_empty() {
+            let _ = self.commits.send(super::write::Commit::Deleted(late));
+        }
+        true
+    }
+
+    /// Copies a frame to a new place. The write is over when this returns, and counts until the caller says so.
+    fn move_on(self: &Arc<Self>, entry: &Entry, class: SegmentClass) -> Moved {
+        let Ok(frame) = read_frame(self, entry, Lane::Writeback) else { return Moved::Damaged };
+        let Some((header, mut pages)) = frame else { return Moved::Damaged };
+        // Only segments that are ready: opening one may lead back here.
+        let place = {
+            let mut state = self.state.lock();
+            if !state.health.takes_writes() {
+                return Moved::NoRoom;
+            }
+            state.segments.place(class, entry.extent.pages, entry.extent.apart)
+        };
+        let place = match place.map_or_else(|| self.place_in_reserve(class, entry), Some) {
+            Some(place) => place,
+            None => return Moved::NoRoom,
+        };
+        let head = header.rebind(place.generation).encode();
+        pages.iter_mut().zip(&head).for_each(|(to, from)| *to = *from);
+        if self.write_frame(place.extent, pages).is_err() {
+            self.state.lock().segments.end_write(place.extent.segment);
+            return Moved::NoRoom;
+        }
+        Moved::To(IndexValue {
+            extent: place.extent,
+            generation: place.generation,
+            header_crc32: FrameHeader::header_crc32(&head),
+            parent_tag: entry.parent_tag,
+        })
+    }
+
+    fn write_frame(&self, extent: super::format::Extent, pages: AlignedBytes) -> std::io::Result<()> {
+        self.state.lock().unsynced.insert(extent.segment);
+        add(&self.counters.device_written_bytes, pages.len() as u64);
+        volume::write_now(&*self.volume, self.offset_of(&extent), pages)
+    }
+
+    fn place_in_reserve(self: &Arc<Self>, class: SegmentClass, entry: &Entry) -> Option<super::segments::Place> {
+        self.open_reserve(class).ok()?;
+        self.state.lock().segments.place(class, entry.extent.pages, entry.extent.apart)
+    }
+}
+
+enum Moved {
+    To(IndexValue),
+    Damaged,
+    NoRoom,
+}

@@ -1,0 +1,414 @@
+//! One volume of the tier: its folder, what is known of it in memory, and how it is opened.
+//!
+//! A folder holds `lock`, `blocks` (the volume's file) and `index` (RocksDB). Whoever holds the lock file's
+//! lock owns all three. What the index says is read once, at the start; from then on memory is asked, and
+//! the index is only written.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+
+use kvstore_transfer::volume::{self, Faults, FaultyVolume, IoEngine, Volume, VolumeFile};
+use kvstore_transfer::{AlignedBytes, Lane};
+use parking_lot::{Condvar, Mutex};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+
+use super::extents::{Entry, Extents};
+use super::format::{Digest, FormatError, PAGE, SEGMENTS_AT, SegmentHeader, VolumeHeader, life_of};
+use super::index::{Index, IndexBatch, IndexError, IndexItem};
+use super::pins::Pins;
+use super::segments::Segments;
+use super::write::{Commit, Pending, WriteQueue};
+use super::{NvmeOptions, Peers};
+use crate::caps;
+
+/// A volume cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The system says no.
+    #[error("cannot {step} {path}: {source}")]
+    Io {
+        /// What was tried.
+        step: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Another process owns it.
+    #[error("{path} is in use by another kvstore (process {pid}): stop it, or choose another nvme.paths")]
+    Locked {
+        /// The folder.
+        path: PathBuf,
+        /// The owner.
+        pid: String,
+    },
+    /// Not a volume, or one of another version.
+    #[error("{path}: {source}; nothing was changed. Move the folder away to start with an empty one")]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: FormatError,
+    },
+    /// The index is of another version.
+    #[error("{0}; nothing was changed. Move the folder away to start with an empty one")]
+    Index(IndexError),
+}
+
+/// Whether a volume serves, and if not fully, why.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Health {
+    /// The disk has gone: nothing on it can be read.
+    pub left: bool,
+    /// Nothing more is written until a restart.
+    pub read_only: bool,
+    /// The file system is full: nothing is written until there is room.
+    pub no_space: bool,
+    /// The index does not take writes; it is being opened again.
+    pub index_closed: bool,
+    /// What was written since the last sync is being checked, after a sync failed.
+    pub checking: bool,
+    /// Blocks are being found again: segments still to be scanned.
+    pub rebuilding: usize,
+    /// Why.
+    pub reason: Option<String>,
+}
+
+impl Health {
+    /// True where blocks can be written.
+    pub fn takes_writes(&self) -> bool {
+        !(self.left || self.read_only || self.no_space || self.index_closed || self.checking)
+    }
+
+    /// One word.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self { left: true, .. } => "LEFT",
+            Self { read_only: true, .. } => "READ_ONLY",
+            Self { no_space: true, .. } => "NO_SPACE",
+            Self { index_closed: true, .. } => "INDEX_CLOSED",
+            Self { checking: true, .. } => "CHECKING",
+            Self { rebuilding: 1.., .. } => "REBUILDING",
+            _ => "SERVING",
+        }
+    }
+}
+
+/// What happened since the start.
+#[derive(Default)]
+pub(super) struct Counters {
+    pub admitted_blocks: AtomicU64,
+    pub admitted_bytes: AtomicU64,
+    pub device_written_bytes: AtomicU64,
+    pub index_written_bytes: AtomicU64,
+    pub read_blocks: AtomicU64,
+    pub read_bytes: AtomicU64,
+    pub reinserted_blocks: AtomicU64,
+    pub reinserted_bytes: AtomicU64,
+    pub dropped_blocks: AtomicU64,
+    pub reclaimed_segments: AtomicU64,
+    pub corrupt_blocks: AtomicU64,
+    pub stale_blocks: AtomicU64,
+    pub refused_blocks: AtomicU64,
+    pub syncs: AtomicU64,
+    pub sync_failures: AtomicU64,
+    pub io_errors: AtomicU64,
+}
+
+pub(super) fn add(counter: &AtomicU64, amount: u64) {
+    counter.fetch_add(amount, Ordering::Relaxed);
+}
+
+/// What memory knows of the volume.
+pub(super) struct State {
+    pub extents: Extents,
+    pub segments: Segments,
+    pub pins: Pins,
+    /// Blocks on their way to the volume.
+    pub pending: HashMap<Digest, Pending>,
+    pub health: Health,
+    /// Segments that were written since the last sync.
+    pub unsynced: HashSet<u32>,
+}
+
+/// See the head of this file.
+pub(super) struct Store {
+    pub path: PathBuf,
+    pub header: VolumeHeader,
+    pub volume: Arc<dyn Volume>,
+    pub index: Index,
+    pub state: Mutex<State>,
+    pub queue: Mutex<WriteQueue>,
+    pub queue_changed: Condvar,
+    pub commits: mpsc::Sender<Commit>,
+    pub counters: Counters,
+    pub stopping: AtomicBool,
+    /// Reads that failed in a row.
+    pub read_errors: AtomicU32,
+    pub peers: Arc<Peers>,
+    pub bytes_max: AtomicU64,
+    _lock: File,
+}
+
+/// Bytes of a segment, on a volume of `bytes`: 64 to a volume, within bounds.
+pub(super) fn segment_bytes_of(bytes: u64) -> u64 {
+    let part = (bytes / caps::NVME_SEGMENTS_PER_VOLUME).next_power_of_two() / 2;
+    part.clamp(caps::NVME_SEGMENT_BYTES_MIN, caps::NVME_SEGMENT_BYTES_MAX)
+}
+
+/// Bytes that the index may take, on a volume of `bytes`.
+pub fn index_bytes_of(bytes: u64) -> u64 {
+    (bytes / caps::NVME_INDEX_PARTS).max(caps::NVME_INDEX_BYTES_MIN)
+}
+
+impl Store {
+    /// Takes the folder, reads the index, and is ready; what has to be found again is found later.
+    pub fn open(
+        path: &Path,
+        options: &NvmeOptions,
+        peers: Arc<Peers>,
+    ) -> Result<(Arc<Self>, mpsc::Receiver<Commit>), OpenError> {
+        let lock = take_lock(path)?;
+        let file_path = path.join("blocks");
+        let io = |step: &'static str, path: &Path| {
+            let path = path.to_owned();
+            move |source| OpenError::Io { step, path, source }
+        };
+        let file = VolumeFile::open(&file_path).map_err(io("open", &file_path))?;
+        let length = file.len().map_err(io("read the length of", &file_path))?;
+        let volume = volume::open(file, options.engine).map_err(io("drive", &file_path))?;
+        let header = match length {
+            0 => make_header(&*volume, options.bytes).map_err(io("write", &file_path))?,
+            _ => read_header(&*volume).map_err(|source| OpenError::Format { path: file_path.clone(), source })?,
+        };
+        let volume = match &options.faults {
+            Some(faults) => Arc::new(FaultyVolume::new(volume, Arc::clone(faults))) as Arc<dyn Volume>,
+            None => volume,
+        };
+        let index_path = path.join("index");
+        let index_bytes = options.index_bytes.unwrap_or_else(|| index_bytes_of(options.bytes));
+        let present = (length.saturating_sub(SEGMENTS_AT) / header.segment_bytes) as usize;
+        let (index, lost) = open_index(&index_path, index_bytes, options.faults.clone(), present > 0)?;
+        let allowed = Self::segments_allowed(options.bytes, index_bytes, header.segment_bytes);
+        let state = State {
+            extents: Extents::default(),
+            segments: Segments::new(header.segment_bytes, 0, allowed.max(present)),
+            pins: Pins::default(),
+            pending: HashMap::new(),
+            health: Health::default(),
+            unsynced: HashSet::new(),
+        };
+        let (commits, commits_to) = mpsc::channel();
+        let store = Arc::new(Self {
+            path: path.to_owned(),
+            header,
+            volume,
+            index,
+            state: Mutex::new(state),
+            queue: Mutex::new(WriteQueue::default()),
+            queue_changed: Condvar::new(),
+            commits,
+            counters: Counters::default(),
+            stopping: AtomicBool::new(false),
+            read_errors: AtomicU32::new(0),
+            peers,
+            bytes_max: AtomicU64::new(options.bytes),
+            _lock: lock,
+        });
+        store.state.lock().segments.set_allowed(allowed);
+        let lost = lost || !store.load(options);
+        if lost && present > 0 {
+            store.prepare_rebuild(present);
+        }
+        Ok((store, commits_to))
+    }
+
+    /// Segments that fit a bound beside the index.
+    pub fn segments_allowed(bytes: u64, index_bytes: u64, segment_bytes: u64) -> usize {
+        (bytes.saturating_sub(index_bytes + SEGMENTS_AT) / segment_bytes) as usize
+    }
+
+    /// Where a segment starts in the file.
+    pub fn segment_at(&self, segment: u32) -> u64 {
+        SEGMENTS_AT + u64::from(segment) * self.header.segment_bytes
+    }
+
+    /// Where an extent starts in the file.
+    pub fn offset_of(&self, extent: &super::format::Extent) -> u64 {
+        self.segment_at(extent.segment) + u64::from(extent.page) * PAGE
+    }
+
+    /// Reads the index; false where it turned out damaged. What could be read before is kept.
+    fn load(&self, options: &NvmeOptions) -> bool {
+        let mut state = self.state.lock();
+        let mut stale = IndexBatch::default();
+        let mut stale_blocks = 0;
+        let State { extents, segments, pins, .. } = &mut *state;
+        let mut result = self.index.load(b's', |item| {
+            if let IndexItem::Segment(segment, life, class) = item {
+                segments.restore(segment, life, class, true);
+            }
+        });
+        result = result.and(self.index.load(b'p', |item| {
+            if let IndexItem::Pin(id, record) = item {
+                pins.restore(id, record, &options.boot_id, options.now);
+            }
+        }));
+        result = result.and(self.index.load(b'b', |item| {
+            let IndexItem::Block(digest, value) = item else { return };
+            // Fenced off: the segment has begun another life since.
+            let current = segments.life(value.extent.segment) == Some(life_of(value.generation));
+            if !current || !segments.holds(&value.extent) {
+                stale.delete_block(digest);
+                stale_blocks += 1;
+                return;
+            }
+            let pinned = pins.holds(digest);
+            let entry = Entry { digest, parent_tag: value.parent_tag, extent: value.extent, hits: 0, pinned };
+            extents.insert(entry);
+        }));
+        drop(state);
+        add(&self.counters.stale_blocks, stale_blocks);
+        if let Err(error) = result {
+            tracing::error!(%error, "the index is damaged: what could be read is served, the rest is found again");
+            return false;
+        }
+        if !stale.is_empty()
+            && let Err(error) = self.index.write(stale, false)
+        {
+            tracing::warn!(%error, "stale entries stay in the index");
+        }
+        true
+    }
+
+    /// The index is lost: starts it anew and marks what has to be scanned.
+    fn prepare_rebuild(&self, present: usize) {
+        if let Err(error) = self.index.recreate() {
+            self.state.lock().health.index_closed = true;
+            tracing::error!(%error, "the index cannot be made anew yet");
+        }
+        for segment in 0..present as u32 {
+            let page = volume::read_now(&*self.volume, Lane::Prefetch, self.segment_at(segment), PAGE as usize);
+            let header = page.ok().and_then(|page| SegmentHeader::decode(&page).ok());
+            let mut state = self.state.lock();
+            match header.filter(|header| header.volume_id == self.header.volume_id && header.number == segment) {
+                Some(header) => state.segments.restore(segment, header.life, header.class, false),
+                None => {
+                    // Its life is unknown: the frames in it say, see rebuild::scan.
+                    state.segments.restore(segment, 0, super::format::SegmentClass::Ordinary, false);
+                }
+            }
+        }
+        let mut state = self.state.lock();
+        state.health.rebuilding = state.segments.unknown().len();
+        state.health.reason = Some("the index was lost or damaged: blocks are being found again".into());
+    }
+
+    /// The device failed for good, as far as this process can tell.
+    pub fn leave(&self, reason: String) {
+        let mut state = self.state.lock();
+        if !state.health.left {
+            tracing::error!(path = %self.path.display(), reason, "the volume left: its blocks are misses until a restart");
+            state.health.left = true;
+            state.health.reason = Some(reason);
+        }
+    }
+
+    /// True while the daemon goes down.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Bytes of disk that the folder takes.
+    pub fn disk_bytes(&self) -> u64 {
+        self.volume.file().allocated().unwrap_or(0) + self.index.disk_bytes()
+    }
+}
+
+fn take_lock(path: &Path) -> Result<File, OpenError> {
+    let io = |step: &'static str, path: &Path| {
+        let path = path.to_owned();
+        move |source: std::io::Error| OpenError::Io { step, path, source }
+    };
+    std::fs::create_dir_all(path).map_err(io("make the folder", path))?;
+    let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    std::fs::set_permissions(path, private).map_err(io("make private", path))?;
+    let lock_path = path.join("lock");
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let lock = rustix::fs::open(&lock_path, flags, Mode::RUSR | Mode::WUSR)
+        .map_err(|error| io("open", &lock_path)(error.into()))?;
+    if rustix::fs::flock(lock.as_fd(), FlockOperation::NonBlockingLockExclusive).is_err() {
+        let pid = std::fs::read_to_string(&lock_path).unwrap_or_default().trim().to_owned();
+        return Err(OpenError::Locked { path: path.to_owned(), pid });
+    }
+    let mut lock = File::from(lock);
+    let named = lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id()));
+    named.map_err(io("write", &lock_path))?;
+    Ok(lock)
+}
+
+fn make_header(volume: &dyn Volume, bytes: u64) -> std::io::Result<VolumeHeader> {
+    let mut random = [0u8; 24];
+    rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
+    let [volume_id @ .., a, b, c, d, e, f, g, h] = random;
+    let header = VolumeHeader {
+        volume_id,
+        segment_bytes: segment_bytes_of(bytes),
+        seed: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
+    };
+    volume.file().allocate(0, SEGMENTS_AT)?;
+    let page = header.encode();
+    volume::write_now(volume, 0, AlignedBytes::of(&[&page, &page]))?;
+    volume::sync_now(volume)?;
+    Ok(header)
+}
+
+fn read_header(volume: &dyn Volume) -> Result<VolumeHeader, FormatError> {
+    // Two copies: one torn or flipped page must not cost a volume.
+    let copy = |at: u64| {
+        let page = volume::read_now(volume, Lane::Demand, at, PAGE as usize);
+        page.map_err(|_| FormatError::Checksum("the volume header")).and_then(|page| VolumeHeader::decode(&page))
+    };
+    copy(0).or_else(|error| copy(PAGE).map_err(|_| error))
+}
+
+/// Opens the index; a damaged one is removed. True: what it knew is lost.
+fn open_index(
+    path: &Path,
+    bytes: u64,
+    faults: Option<Arc<Faults>>,
+    expected: bool,
+) -> Result<(Index, bool), OpenError> {
+    let missing = expected && !path.exists();
+    match Index::open(path, bytes, faults.clone()) {
+        Ok(index) => Ok((index, missing)),
+        Err(error @ IndexError::Version { .. }) => Err(OpenError::Index(error)),
+        Err(error) => {
+            tracing::error!(%error, "the index cannot be opened: it is made anew from the frames");
+            Index::destroy(path).map_err(|source| OpenError::Io { step: "remove", path: path.to_owned(), source })?;
+            Ok((Index::open(path, bytes, faults).map_err(OpenError::Index)?, true))
+        }
+    }
+}
+
+/// What the segments of a volume may take, for a test or a message: see [`Store::segments_allowed`].
+pub fn usable_bytes(bytes: u64, index_bytes: Option<u64>) -> u64 {
+    let index_bytes = index_bytes.unwrap_or_else(|| index_bytes_of(bytes));
+    let segment_bytes = segment_bytes_of(bytes);
+    Store::segments_allowed(bytes, index_bytes, segment_bytes) as u64 * segment_bytes
+}
+
+/// The engine of a volume, by its name in the configuration.
+pub fn engine_of(name: &str) -> Option<IoEngine> {
+    match name {
+        "auto" => Some(IoEngine::Auto),
+        "io_uring" => Some(IoEngine::Uring),
+        "pread" => Some(IoEngine::Syscalls),
+        _ => None,
+    }
+}

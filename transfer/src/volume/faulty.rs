@@ -1,0 +1,168 @@
+//! A volume that fails on purpose: for tests of everything above it.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU64, Ordering};
+
+use super::{Direction, IoMemory, SyncDone, Transfer, Volume, VolumeFile};
+use crate::lanes::Lane;
+
+/// What goes wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Fault {
+    /// The device answers EIO.
+    Eio = 1,
+    /// The file system is full.
+    NoSpace = 2,
+    /// A write is reported as done and only half of its pages were written.
+    Torn = 3,
+    /// A write is reported as done and nothing was written.
+    Lost = 4,
+    /// A read comes back with one bit flipped.
+    Flipped = 5,
+    /// From here on everything fails: the disk was pulled.
+    Gone = 6,
+}
+
+/// When it goes wrong. Counts every read, write and sync, of all who share it, and every write to an index.
+#[derive(Debug, Default)]
+pub struct Faults {
+    /// Operations until the fault; negative: none is armed.
+    left: AtomicI64,
+    fault: AtomicU8,
+    operations: AtomicU64,
+    hit: AtomicU64,
+}
+
+impl Faults {
+    /// No fault yet.
+    pub fn none() -> Arc<Self> {
+        Arc::new(Self { left: AtomicI64::new(-1), ..Self::default() })
+    }
+
+    /// The `nth` operation from now (1: the next) suffers `fault`.
+    pub fn arm(&self, fault: Fault, nth: u64) {
+        self.fault.store(fault as u8, Ordering::Release);
+        self.left.store(nth as i64, Ordering::Release);
+    }
+
+    /// Nothing fails any more.
+    pub fn disarm(&self) {
+        self.left.store(-1, Ordering::Release);
+    }
+
+    /// Operations so far.
+    pub fn operations(&self) -> u64 {
+        self.operations.load(Ordering::Acquire)
+    }
+
+    /// Faults that happened.
+    pub fn hit(&self) -> u64 {
+        self.hit.load(Ordering::Acquire)
+    }
+
+    /// Counts an operation; the fault that it suffers.
+    pub fn next(&self) -> Option<Fault> {
+        self.operations.fetch_add(1, Ordering::AcqRel);
+        let fault = match self.fault.load(Ordering::Acquire) {
+            1 => Fault::Eio,
+            2 => Fault::NoSpace,
+            3 => Fault::Torn,
+            4 => Fault::Lost,
+            5 => Fault::Flipped,
+            6 => Fault::Gone,
+            _ => return None,
+        };
+        let before = self.left.load(Ordering::Acquire);
+        let due = if fault == Fault::Gone && before == 0 {
+            true
+        } else {
+            before > 0 && self.left.fetch_sub(1, Ordering::AcqRel) == 1
+        };
+        self.hit.fetch_add(u64::from(due), Ordering::AcqRel);
+        due.then_some(fault)
+    }
+}
+
+fn error_of(fault: Fault) -> io::Error {
+    io::Error::from_raw_os_error(if fault == Fault::NoSpace { 28 } else { 5 })
+}
+
+/// A volume with faults in front of it.
+pub struct FaultyVolume {
+    inner: Arc<dyn Volume>,
+    faults: Arc<Faults>,
+}
+
+impl FaultyVolume {
+    /// `inner`, with `faults` in front.
+    pub fn new(inner: Arc<dyn Volume>, faults: Arc<Faults>) -> Self {
+        Self { inner, faults }
+    }
+}
+
+impl Volume for FaultyVolume {
+    fn submit(&self, lane: Lane, mut transfer: Transfer) -> Result<(), Transfer> {
+        match (self.faults.next(), transfer.direction) {
+            (None, _) => self.inner.submit(lane, transfer),
+            (Some(Fault::Lost), Direction::Write) => {
+                (transfer.done)(Ok(()), transfer.memories);
+                Ok(())
+            }
+            (Some(Fault::Torn), Direction::Write) if transfer.memories.body.is_some() => {
+                // The header arrives, the payload does not.
+                let body = transfer.memories.body.take();
+                let done = transfer.done;
+                transfer.done = Box::new(move |result, mut memories| {
+                    memories.body = body;
+                    done(result, memories);
+                });
+                self.inner.submit(lane, transfer)
+            }
+            (Some(Fault::Flipped), Direction::Read) => {
+                let done = transfer.done;
+                transfer.done = Box::new(move |result, mut memories| {
+                    flip(memories.body.as_mut().unwrap_or(&mut memories.head));
+                    done(result, memories);
+                });
+                self.inner.submit(lane, transfer)
+            }
+            // The other faults, and these where the transfer has no payload of its own or goes the other way.
+            (Some(fault), _) => {
+                transfer.fail(error_of(fault));
+                Ok(())
+            }
+        }
+    }
+
+    fn sync(&self, done: SyncDone) {
+        match self.faults.next() {
+            None => self.inner.sync(done),
+            Some(fault) => done(Err(error_of(fault))),
+        }
+    }
+
+    fn raise(&self, tag: u64, to: Lane) {
+        self.inner.raise(tag, to);
+    }
+
+    fn capacity(&self) -> u64 {
+        self.inner.capacity()
+    }
+
+    fn queued(&self) -> ([usize; 3], usize) {
+        self.inner.queued()
+    }
+
+    fn file(&self) -> &VolumeFile {
+        self.inner.file()
+    }
+}
+
+fn flip(memory: &mut IoMemory) {
+    let (start, _) = memory.span();
+    // SAFETY: the transfer is done and its memory in our hands: nobody else reads or writes it.
+    let first = unsafe { &mut *start.as_ptr() };
+    *first ^= 0x10;
+}
