@@ -48,7 +48,7 @@ impl Ours {
     fn start(daemon: &Path, folder: &Path) -> anyhow::Result<Self> {
         let socket = folder.join("kvstore.sock");
         let mut command = Command::new(daemon);
-        command.args(["serve", "--host-bytes", "1GiB", "--set", "http.address=off"]);
+        command.args(["serve", "--host-bytes", "1GiB", "--set", "http.address=off", "--set", "nvme.paths=off"]);
         command.arg("--listen").arg(format!("unix:{}", socket.display()));
         let server = Process::start(command, &socket)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -33,6 +33,8 @@ pub enum GetOutcome {
     InFlight,
     /// Not there.
     Miss,
+    /// Pinned, and not to be read from any tier any more.
+    DataLoss,
 }
 
 impl GetOutcome {
@@ -240,8 +242,11 @@ impl Sink for Collect {
 
     fn other(&mut self, _: usize, status: v1::GetStatus) {
         self.finish();
-        let in_flight = status == v1::GetStatus::InFlight;
-        self.outcomes.push(if in_flight { GetOutcome::InFlight } else { GetOutcome::Miss });
+        self.outcomes.push(match status {
+            v1::GetStatus::InFlight => GetOutcome::InFlight,
+            v1::GetStatus::DataLoss => GetOutcome::DataLoss,
+            _ => GetOutcome::Miss,
+        });
     }
 }
 

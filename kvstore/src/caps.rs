@@ -38,6 +38,13 @@ pub const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 pub const DEADLINE_MAX: Duration = Duration::from_secs(600);
 /// How often a put that waits for another writer looks again.
 pub const JOIN_POLL: Duration = Duration::from_millis(20);
+/// How often a promotion that waits for room, or for another's flight, looks again.
+pub const PROMOTE_POLL: Duration = Duration::from_millis(5);
+/// Promotions that one get or prefetch has under way: what the device does at once, so that its blocks come
+/// in order and a call leases no more of the memory than it is about to send.
+pub const PROMOTIONS_PER_CALL: usize = 32;
+/// How long a put waits for dirty blocks to be written before it is answered Busy.
+pub const DIRTY_WAIT: Duration = Duration::from_secs(5);
 /// Slabs that one put may have made before its block: others may take the first ones' slots.
 pub const SLABS_PER_FILL_MAX: usize = 8;
 /// Prefetches at once, ended ones included until they are forgotten.
@@ -52,6 +59,9 @@ pub const TICK: Duration = Duration::from_millis(100);
 pub const VERIFICATIONS_MAX: usize = 1;
 /// Blocks that a verification reads before it lets others run.
 pub const VERIFY_BATCH: usize = 64;
+/// Bytes that a volume takes at most where none are configured: hours of a busy GPU's KV, and no laptop's whole
+/// disk.
+pub const NVME_BYTES_AUTO_MAX: u64 = 64 << 30;
 /// Lines of a trace of a replay at most, and blocks of one of its requests.
 pub const TRACE_REQUESTS_MAX: usize = 10_000_000;
 /// See [`TRACE_REQUESTS_MAX`].

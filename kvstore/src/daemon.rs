@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use kvstore_tiers::host::{HoldId, HostOptions, HostTier, NamespaceId};
+use kvstore_tiers::nvme::{NvmeOptions, NvmeTier, OpenError};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
 
 use crate::caps;
 use crate::clock;
-use crate::config::{self, Change, Config, ConfigError, RawConfig};
+use crate::config::{self, Change, Config, ConfigError, NvmeConfig, RawConfig};
 use crate::telemetry::{LogControl, Traffic};
 use crate::verbs::prefetch::Prefetches;
 
@@ -22,6 +23,8 @@ use crate::verbs::prefetch::Prefetches;
 pub struct Daemon {
     /// Blocks in memory.
     pub host: Arc<HostTier>,
+    /// Blocks on disk, where there is such a tier.
+    pub nvme: Option<Arc<NvmeTier>>,
     /// What happened since the start.
     pub traffic: Traffic,
     /// Prefetches under way.
@@ -80,15 +83,21 @@ impl Drop for InFlight {
 }
 
 impl Daemon {
-    /// A daemon that serves nobody yet.
-    pub fn new(config: Config, sources: Sources, log: LogControl) -> Arc<Self> {
+    /// A daemon that serves nobody yet. Reads the indexes of its disks: takes a second or so a million blocks.
+    pub fn new(config: Config, sources: Sources, log: LogControl) -> Result<Arc<Self>, OpenError> {
         let namespaces = config.namespaces();
         let epoch = clock::now().0;
         let seed = random_u128() as u64;
         let options =
             HostOptions { limits: config.host, huge_pages: config.huge_pages, policy: config.eviction, seed, epoch };
-        Arc::new(Self {
-            host: HostTier::new(options, &namespaces),
+        let host = HostTier::new(options, &namespaces);
+        let nvme = match &config.nvme {
+            Some(nvme) => Some(NvmeTier::open(&nvme_options(nvme), &host)?),
+            None => None,
+        };
+        Ok(Arc::new(Self {
+            host,
+            nvme,
             traffic: Traffic::default(),
             prefetches: Prefetches::default(),
             data_calls: Arc::new(Semaphore::new(caps::DATA_CALLS_MAX)),
@@ -103,7 +112,7 @@ impl Daemon {
             in_flight: AtomicU64::new(0),
             idle: Notify::new(),
             log,
-        })
+        }))
     }
 
     /// The configuration in force.
@@ -142,6 +151,9 @@ impl Daemon {
         let new = raw.check()?;
         let changes = config::changes(&self.config.load(), &new)?;
         self.host.set_limits(new.host);
+        if let (Some(tier), Some(nvme)) = (&self.nvme, &new.nvme) {
+            tier.set_limits(nvme.bytes, nvme.dirty_bytes);
+        }
         self.log.set_level(&new.log_level);
         self.config.store(Arc::new(new));
         sources.raw = raw;
@@ -191,11 +203,29 @@ impl Daemon {
             ticks.tick().await;
             let daemon = Arc::clone(&self);
             // Shrinking unmaps slabs, which takes milliseconds each.
-            if let Err(error) = tokio::task::spawn_blocking(move || daemon.host.tick(clock::now())).await {
-                tracing::error!(%error, "background work of the Host tier failed; trying again");
+            let tick = move || {
+                daemon.host.tick(clock::now());
+                daemon.nvme.iter().for_each(|nvme| nvme.tick(clock::now()));
+            };
+            if let Err(error) = tokio::task::spawn_blocking(tick).await {
+                tracing::error!(%error, "background work of the tiers failed; trying again");
             }
             self.prefetches.forget_old(clock::now());
         }
+    }
+}
+
+/// What the Nvme tier is made with.
+pub fn nvme_options(config: &NvmeConfig) -> NvmeOptions {
+    NvmeOptions {
+        paths: config.paths.clone(),
+        bytes: config.bytes,
+        index_bytes: config.index_bytes,
+        dirty_bytes: config.dirty_bytes,
+        engine: config.engine,
+        boot_id: config::boot_id(),
+        now: clock::now(),
+        faults: None,
     }
 }
 

@@ -10,6 +10,8 @@ use axum::{Router, response::Response};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
+use kvstore_tiers::nvme::VolumeStatus;
+
 use crate::daemon::Daemon;
 use crate::telemetry;
 use crate::verbs::status;
@@ -48,7 +50,15 @@ async fn readyz(State(daemon): State<Arc<Daemon>>) -> Response {
                 "bytes_mapped": host.bytes_mapped,
                 "bytes_max": host.bytes_max,
                 "quarantined": telemetry::get(&daemon.traffic.quarantined),
-            }
+            },
+            "nvme": daemon.nvme.as_ref().map(|nvme| {
+                let volumes = nvme.status().volumes;
+                let volume = |volume: &VolumeStatus| serde_json::json!({
+                    "path": volume.path, "ready": volume.state == "SERVING", "state": volume.state,
+                    "reason": volume.reason,
+                });
+                volumes.iter().map(volume).collect::<Vec<_>>()
+            }),
         }
     });
     let code = if daemon.is_draining() { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };

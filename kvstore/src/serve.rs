@@ -48,7 +48,14 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
     let config = sources.raw.check()?;
     let log = telemetry::start_logging(&config.log_level, config.log_format);
     telemetry::start_metrics();
-    let daemon = Daemon::new(config.clone(), sources, log);
+    let opening = config.clone();
+    let daemon = tokio::task::spawn_blocking(move || Daemon::new(opening, sources, log)).await??;
+    if let Some(nvme) = &daemon.nvme {
+        for volume in nvme.status().volumes {
+            let path = volume.path.display();
+            tracing::info!(%path, state = volume.state, blocks = volume.blocks, bytes_max = volume.bytes_max, "volume");
+        }
+    }
     let (stop, stopping) = watch::channel(false);
     let mut tasks = JoinSet::new();
     let mut addresses = Vec::new();
@@ -83,6 +90,9 @@ impl Running {
             self.tasks.abort_all();
             while self.tasks.join_next().await.is_some() {}
         }
+        let daemon = Arc::clone(&self.daemon);
+        // Writes what waits to be written, and lets go of the folders.
+        let _ = tokio::task::spawn_blocking(move || daemon.nvme.iter().for_each(|nvme| nvme.close())).await;
         left == 0
     }
 

@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use kvstore_tiers::nvme::NvmeStatus;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -138,11 +139,64 @@ pub fn render(daemon: &Daemon) -> String {
         metrics::gauge!("kvstore_host_pool_slots", &labels).set(pool.slots as f64);
         metrics::gauge!("kvstore_host_pool_used_slots", &labels).set(pool.used as f64);
     }
+    if let Some(nvme) = &daemon.nvme {
+        render_nvme(&nvme.status());
+    }
     registry.render()
 }
 
+fn render_nvme(status: &NvmeStatus) {
+    metrics::gauge!("kvstore_nvme_dirty_bytes").set(status.dirty_bytes as f64);
+    metrics::gauge!("kvstore_nvme_dirty_max_bytes").set(status.dirty_bytes_max as f64);
+    for volume in &status.volumes {
+        let path = volume.path.display().to_string();
+        let label = [("volume", path.clone())];
+        let gauges = [
+            ("kvstore_nvme_max_bytes", volume.bytes_max),
+            ("kvstore_nvme_disk_bytes", volume.disk_bytes),
+            ("kvstore_nvme_index_bytes", volume.index_bytes),
+            ("kvstore_nvme_blocks", volume.blocks),
+            ("kvstore_nvme_live_bytes", volume.live_bytes),
+            ("kvstore_nvme_pinned_bytes", volume.pinned_bytes),
+            ("kvstore_nvme_free_segments", volume.segments_free),
+            ("kvstore_nvme_unknown_segments", volume.segments_unknown),
+            ("kvstore_nvme_flying_transfers", volume.flying as u64),
+            ("kvstore_nvme_dirty_blocks", volume.dirty_blocks),
+        ];
+        for (name, value) in gauges {
+            metrics::gauge!(name, &label).set(value as f64);
+        }
+        let counters = [
+            ("kvstore_nvme_admitted_blocks_total", volume.admitted_blocks),
+            ("kvstore_nvme_admitted_bytes_total", volume.admitted_bytes),
+            ("kvstore_nvme_device_written_bytes_total", volume.device_written_bytes),
+            ("kvstore_nvme_index_written_bytes_total", volume.index_written_bytes),
+            ("kvstore_nvme_read_blocks_total", volume.read_blocks),
+            ("kvstore_nvme_read_bytes_total", volume.read_bytes),
+            ("kvstore_nvme_reinserted_blocks_total", volume.reinserted_blocks),
+            ("kvstore_nvme_reinserted_bytes_total", volume.reinserted_bytes),
+            ("kvstore_nvme_dropped_blocks_total", volume.dropped_blocks),
+            ("kvstore_nvme_reclaimed_segments_total", volume.reclaimed_segments),
+            ("kvstore_nvme_corrupt_blocks_total", volume.corrupt_blocks),
+            ("kvstore_nvme_stale_blocks_total", volume.stale_blocks),
+            ("kvstore_nvme_refused_blocks_total", volume.refused_blocks),
+            ("kvstore_nvme_syncs_total", volume.syncs),
+            ("kvstore_nvme_sync_failures_total", volume.sync_failures),
+            ("kvstore_nvme_io_errors_total", volume.io_errors),
+        ];
+        for (name, value) in counters {
+            metrics::counter!(name, &label).absolute(value);
+        }
+        metrics::gauge!("kvstore_nvme_serving", &label).set(if volume.state == "SERVING" { 1.0 } else { 0.0 });
+        for (lane, queued) in ["demand", "prefetch", "writeback"].iter().zip(volume.queued) {
+            let labels = [("volume", path.clone()), ("lane", lane.to_string())];
+            metrics::gauge!("kvstore_nvme_queued_transfers", &labels).set(queued as f64);
+        }
+    }
+}
+
 /// Every metric, with its help text: `docs/metrics.md` is checked against this list.
-pub const METRICS: [(&str, &str, &str); 28] = [
+pub const METRICS: [(&str, &str, &str); 58] = [
     ("kvstore_put_blocks_total", "counter", "Blocks stored by puts"),
     ("kvstore_put_bytes_total", "counter", "Bytes stored by puts"),
     ("kvstore_get_hits_total", "counter", "Blocks that gets found"),
@@ -171,6 +225,36 @@ pub const METRICS: [(&str, &str, &str); 28] = [
     ("kvstore_get_seconds", "histogram", "Duration of get calls until the last byte was handed over, seconds"),
     ("kvstore_lookup_seconds", "histogram", "Duration of look-ups, seconds"),
     ("kvstore_connections", "gauge", "Connections open"),
+    ("kvstore_nvme_max_bytes", "gauge", "Bound of a volume, its index included, bytes"),
+    ("kvstore_nvme_disk_bytes", "gauge", "Disk that a volume takes, its index included, bytes"),
+    ("kvstore_nvme_index_bytes", "gauge", "Disk that a volume's index takes, bytes"),
+    ("kvstore_nvme_blocks", "gauge", "Blocks on a volume"),
+    ("kvstore_nvme_live_bytes", "gauge", "Frames of those blocks, bytes"),
+    ("kvstore_nvme_pinned_bytes", "gauge", "Frames of pinned blocks, bytes"),
+    ("kvstore_nvme_free_segments", "gauge", "Segments of a volume that may be written next"),
+    ("kvstore_nvme_unknown_segments", "gauge", "Segments whose blocks are still to be found again"),
+    ("kvstore_nvme_flying_transfers", "gauge", "Transfers that the device has"),
+    ("kvstore_nvme_dirty_blocks", "gauge", "Blocks that wait to be written to a volume"),
+    ("kvstore_nvme_admitted_blocks_total", "counter", "Blocks written to a volume for the first time"),
+    ("kvstore_nvme_admitted_bytes_total", "counter", "Bytes of those blocks"),
+    ("kvstore_nvme_device_written_bytes_total", "counter", "Bytes written to a volume for frames and segments"),
+    ("kvstore_nvme_index_written_bytes_total", "counter", "Bytes handed to a volume's index"),
+    ("kvstore_nvme_read_blocks_total", "counter", "Blocks read from a volume into memory"),
+    ("kvstore_nvme_read_bytes_total", "counter", "Bytes of their frames"),
+    ("kvstore_nvme_reinserted_blocks_total", "counter", "Blocks that moved on when their segment was emptied"),
+    ("kvstore_nvme_reinserted_bytes_total", "counter", "Bytes of their frames"),
+    ("kvstore_nvme_dropped_blocks_total", "counter", "Blocks dropped from a volume for lack of room"),
+    ("kvstore_nvme_reclaimed_segments_total", "counter", "Segments emptied to be written anew"),
+    ("kvstore_nvme_corrupt_blocks_total", "counter", "Blocks on a volume that did not match their checksums"),
+    ("kvstore_nvme_stale_blocks_total", "counter", "Index entries fenced off at the start"),
+    ("kvstore_nvme_refused_blocks_total", "counter", "Blocks that were not written: no room, or the volume takes no writes"),
+    ("kvstore_nvme_syncs_total", "counter", "Syncs of a volume"),
+    ("kvstore_nvme_sync_failures_total", "counter", "Syncs of a volume that failed"),
+    ("kvstore_nvme_io_errors_total", "counter", "Reads and writes of a volume that failed"),
+    ("kvstore_nvme_dirty_bytes", "gauge", "Blocks that wait to be written to disk, bytes"),
+    ("kvstore_nvme_dirty_max_bytes", "gauge", "Puts wait above this, bytes"),
+    ("kvstore_nvme_serving", "gauge", "1 while a volume fully serves"),
+    ("kvstore_nvme_queued_transfers", "gauge", "Transfers that wait, by volume and lane"),
 ];
 
 fn describe() {

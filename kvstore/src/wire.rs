@@ -17,6 +17,7 @@ use crate::daemon::Daemon;
 
 /// The bits of `LookupResponse.residency`.
 const RESIDENT_IN_HOST: u32 = 2;
+const RESIDENT_ON_NVME: u32 = 4;
 const ON_ITS_WAY: u32 = 256;
 
 /// INVALID_ARGUMENT that names the field.
@@ -127,13 +128,25 @@ pub fn range(wire: Option<v1::Range>) -> Option<Range<u32>> {
     wire.map(|range| range.start..range.end)
 }
 
-/// A block's residency, from its presence in each asked group and shard.
-pub fn residency(presences: impl Iterator<Item = Presence>) -> u32 {
-    presences.fold(RESIDENT_IN_HOST, |all, presence| match presence {
-        Presence::Resident => all,
-        Presence::InFlight if all != 0 => ON_ITS_WAY,
-        Presence::InFlight | Presence::Absent => 0,
-    })
+/// A block's residency, from its presence in memory and on disk of each asked group and shard. Where some
+/// parts are in memory and others on disk, the tier is the slower one.
+pub fn residency(parts: impl Iterator<Item = (Presence, bool)>) -> u32 {
+    let (mut common, mut on_its_way, mut missing) = (RESIDENT_IN_HOST | RESIDENT_ON_NVME, false, false);
+    for (presence, on_disk) in parts {
+        let disk = if on_disk { RESIDENT_ON_NVME } else { 0 };
+        match presence {
+            Presence::Resident => common &= RESIDENT_IN_HOST | disk,
+            _ if on_disk => common &= RESIDENT_ON_NVME,
+            Presence::InFlight => on_its_way = true,
+            Presence::Absent => missing = true,
+        }
+    }
+    match (missing, on_its_way, common) {
+        (true, _, _) => 0,
+        (_, true, _) => ON_ITS_WAY,
+        (_, _, 0) => RESIDENT_ON_NVME,
+        (_, _, common) => common,
+    }
 }
 
 /// The deadline that a call brings in its headers ("grpc-timeout": up to 8 digits and a unit), if any.
@@ -175,10 +188,14 @@ mod tests {
     #[test]
     fn a_block_is_resident_where_every_part_is() {
         use Presence::{Absent, InFlight, Resident};
-        let of = |presences: &[Presence]| residency(presences.iter().copied());
-        assert_eq!(of(&[Resident, Resident]), RESIDENT_IN_HOST);
-        assert_eq!(of(&[Resident, InFlight]), ON_ITS_WAY);
-        assert_eq!(of(&[InFlight, Absent]), 0);
-        assert_eq!(of(&[Absent, InFlight]), 0);
+        let of = |parts: &[(Presence, bool)]| residency(parts.iter().copied());
+        assert_eq!(of(&[(Resident, false), (Resident, false)]), RESIDENT_IN_HOST);
+        assert_eq!(of(&[(Resident, true), (Resident, true)]), RESIDENT_IN_HOST | RESIDENT_ON_NVME);
+        assert_eq!(of(&[(Resident, true), (Absent, true)]), RESIDENT_ON_NVME);
+        assert_eq!(of(&[(Resident, false), (Absent, true)]), RESIDENT_ON_NVME, "the slower of both");
+        assert_eq!(of(&[(Resident, true), (InFlight, false)]), ON_ITS_WAY);
+        assert_eq!(of(&[(InFlight, true)]), RESIDENT_ON_NVME);
+        assert_eq!(of(&[(InFlight, false), (Absent, false)]), 0);
+        assert_eq!(of(&[(Absent, false), (InFlight, false)]), 0);
     }
 }

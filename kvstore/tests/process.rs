@@ -41,7 +41,7 @@ impl Daemon {
 
     fn spawn(folder: &Path, stderr: Stdio) -> Child {
         binary()
-            .args(["serve", "--set", "http.address=off", "--config"])
+            .args(["serve", "--set", "http.address=off", "--set", "nvme.paths=off", "--config"])
             .arg(folder.join("kvstore.toml"))
             .arg("--listen")
             .arg(format!("unix:{}", folder.join("private/kvstore.sock").display()))
@@ -200,7 +200,7 @@ fn health_and_metrics_tell_the_truth() {
     let socket = folder.path().join("s/kvstore.sock");
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let child = binary()
-        .args(["serve", "--host-bytes", "32MiB", "--set", &format!("http.address=127.0.0.1:{port}")])
+        .args(["serve", "--host-bytes", "32MiB", "--set", &format!("http.address=127.0.0.1:{port}"), "--set", "nvme.paths=off"])
         .args(["--listen", &format!("unix:{}", socket.display())])
         .stderr(Stdio::null())
         .spawn()
@@ -274,7 +274,7 @@ fn running_out_of_file_descriptors_is_survived() {
     let socket = folder.path().join("private/kvstore.sock");
     let child = Command::new("sh")
         .args(["-c", "ulimit -n 64; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_kvstore")])
-        .args(["serve", "--host-bytes", "32MiB", "--set", "http.address=off"])
+        .args(["serve", "--host-bytes", "32MiB", "--set", "http.address=off", "--set", "nvme.paths=off"])
         .args(["--listen", &format!("unix:{}", socket.display())])
         .stderr(Stdio::null())
         .spawn()

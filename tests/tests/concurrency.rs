@@ -14,6 +14,7 @@ use kvstore_plane::SequenceHash;
 use kvstore_tests::{BLOCK_BYTES, TestDaemon, chain, hashes};
 use kvstore_tiers::BootTime;
 use kvstore_tiers::host::{BeginFill, BlockFill, FillRequest, NamespaceId};
+use kvstore_tiers::residency::{FlightSource, Priority, Urgency};
 
 /// Conversations that come back, as a trace.
 fn conversations(sessions: u64, turns: u64) -> Vec<TraceRequest> {
@@ -203,7 +204,11 @@ fn begin(daemon: &TestDaemon, id: u64, now: u64) -> BeginFill {
         hash,
         parent: None,
         length: BLOCK_BYTES,
-        deadline: BootTime(u64::MAX),
+        urgency: Urgency {
+            source: FlightSource::Writer,
+            priority: Priority::Demand,
+            deadline: BootTime(u64::MAX),
+        },
     };
     loop {
         match host.begin_fill(&request, BootTime(now)) {

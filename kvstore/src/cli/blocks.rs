@@ -173,6 +173,7 @@ impl Get {
             GetOutcome::Hit(_) => GetStatus::Hit,
             GetOutcome::InFlight => GetStatus::InFlight,
             GetOutcome::Miss => GetStatus::Miss,
+            GetOutcome::DataLoss => GetStatus::DataLoss,
         };
         let bytes = outcome.bytes().cloned().unwrap_or_default();
         if let (Some(path), GetStatus::Hit) = (&self.output, status) {
@@ -181,7 +182,12 @@ impl Get {
         if self.layout.target.json {
             print_json(&json!({ "status": status.as_str_name(), "bytes": bytes.len() }))?;
         } else if status != GetStatus::Hit {
-            eprintln!("kvstore: {}", if status == GetStatus::Miss { "not there" } else { "on its way: ask again" });
+            let problem = match status {
+                GetStatus::InFlight => "on its way: ask again",
+                GetStatus::DataLoss => "data loss: the block is pinned, and cannot be read from any tier any more",
+                _ => "not there",
+            };
+            eprintln!("kvstore: {problem}");
         } else if self.output.is_none() {
             std::io::stdout().write_all(&bytes)?;
         }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -18,8 +19,11 @@ use crate::trace;
 #[command(after_help = "The trace has one JSON object a line, with `timestamp` (ms) and `hash_ids` (one id per block).
 Without --address, a daemon of its own is started in this process. Exit status 1 when a byte was wrong.
 
+With --crash the daemon is a process of its own, which is ended with kill -9 halfway and started again.
+
 Examples:
   kvstore replay examples/conversation_slice.jsonl --block-bytes 64KiB --host-bytes 256MiB --verify
+  kvstore replay examples/conversation_slice.jsonl --block-bytes 64KiB --host-bytes 128MiB --nvme-bytes 2GiB --crash --verify
   kvstore replay trace.jsonl --block-bytes 1MiB --address unix:/run/kvstore/default.sock --speed 10
   kvstore replay trace.jsonl --simulate --capacity-blocks 5000")]
 pub struct Replay {
@@ -43,6 +47,15 @@ pub struct Replay {
     /// Memory of the daemon that is started otherwise.
     #[arg(long, conflicts_with_all = ["address", "simulate"], value_name = "SIZE")]
     host_bytes: Option<String>,
+    /// Disk of the daemon that is started otherwise; without it, memory is its only tier.
+    #[arg(long, conflicts_with_all = ["address", "simulate"], value_name = "SIZE")]
+    nvme_bytes: Option<String>,
+    /// Where that disk's folder is; a temporary one otherwise.
+    #[arg(long, requires = "nvme_bytes", value_name = "FOLDER")]
+    nvme_path: Option<PathBuf>,
+    /// End the daemon with kill -9 halfway through the trace, start it again, and go on.
+    #[arg(long, requires = "nvme_bytes")]
+    crash: bool,
     /// Run the policy on metadata alone, beside LRU and Belady's optimum.
     #[arg(long, requires = "capacity_blocks")]
     simulate: bool,
@@ -90,6 +103,9 @@ impl Replay {
         let Some(block_bytes) = self.block_bytes else { bail!("--block-bytes is missing") };
         let speed = if let Speed::Times(times) = self.speed { Some(times) } else { None };
         let options = Drive { block_bytes, speed, verify: self.verify };
+        if self.crash {
+            return self.drive_with_crash(&trace, options).await;
+        }
         let report = match &self.address {
             Some(address) => self.drive(address, &trace, options).await?,
             None => self.drive_embedded(&trace, options).await?,
@@ -105,9 +121,7 @@ impl Replay {
     async fn drive_embedded(&self, trace: &[trace::TraceRequest], options: Drive) -> anyhow::Result<Report> {
         let folder = tempfile::tempdir()?;
         let socket = format!("unix:{}", folder.path().join("replay.sock").display());
-        let mut settings = vec!["http.address=off".to_owned(), "log.level=warn".to_owned()];
-        settings.extend(self.host_bytes.iter().map(|bytes| format!("host.bytes={bytes}")));
-        settings.extend(self.policy.map(|policy| format!("host.eviction={}", policy.name())));
+        let settings = self.settings(folder.path());
         let running = start(StartOptions { file: None, settings, listen: vec![socket.clone()] }).await?;
         if !self.json {
             let config = running.daemon.config();
@@ -122,6 +136,51 @@ impl Replay {
         report
     }
 
+    /// Of a daemon that this replay starts; `folder` goes with it.
+    fn settings(&self, folder: &std::path::Path) -> Vec<String> {
+        let mut settings = vec!["http.address=off".to_owned(), "log.level=warn".to_owned()];
+        settings.extend(self.host_bytes.iter().map(|bytes| format!("host.bytes={bytes}")));
+        settings.extend(self.policy.map(|policy| format!("host.eviction={}", policy.name())));
+        match &self.nvme_bytes {
+            None => settings.push("nvme.paths=off".to_owned()),
+            Some(bytes) => {
+                let path = self.nvme_path.clone().unwrap_or_else(|| folder.join("nvme"));
+                let path = std::path::absolute(&path).unwrap_or(path);
+                settings.push(format!("nvme.paths={}", path.display()));
+                settings.push(format!("nvme.bytes={bytes}"));
+            }
+        }
+        settings
+    }
+
+    /// Half of the trace, `kill -9`, the other half. The daemon is this program again, as `serve`.
+    async fn drive_with_crash(&self, trace: &[trace::TraceRequest], options: Drive) -> anyhow::Result<ExitCode> {
+        let folder = tempfile::tempdir()?;
+        let socket = format!("unix:{}", folder.path().join("replay.sock").display());
+        let settings = self.settings(folder.path());
+        let (before, after) = trace.split_at(trace.len() / 2);
+        let (daemon, _) = Served::start(&socket, &settings).await?;
+        let before = self.drive(&socket, before, options).await?;
+        daemon.kill()?;
+        if !self.json {
+            eprintln!("kill -9, in the middle of the trace; the daemon starts again");
+        }
+        let (daemon, ready) = Served::start(&socket, &settings).await?;
+        let after = self.drive(&socket, after, options).await?;
+        daemon.kill()?;
+        let ready_ms = ready.as_secs_f64() * 1e3;
+        if self.json {
+            print_json(&serde_json::json!({ "before": before, "after": after, "ready_ms": ready_ms }))?;
+        } else {
+            println!("before kill -9:");
+            print_report(&before);
+            println!("\nafter it, ready in {ready_ms:.0} ms with an empty memory and what was on disk:");
+            print_report(&after);
+        }
+        let sound = before.wrong_bytes + after.wrong_bytes == 0;
+        Ok(if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
     async fn drive(&self, address: &str, trace: &[trace::TraceRequest], options: Drive) -> anyhow::Result<Report> {
         let client = kvstore_client::Client::connect(address).await?;
         let bar = ProgressBar::new(trace.len() as u64);
@@ -129,13 +188,55 @@ impl Replay {
         let report = drive(&client, trace, options, |report| {
             bar.set_position(report.requests as u64);
             if report.requests % 64 == 0 {
-                let ratio = 100.0 * report.hits.host as f64 / report.blocks.max(1) as f64;
+                let ratio = 100.0 * (report.hits.host + report.hits.nvme) as f64 / report.blocks.max(1) as f64;
                 bar.set_message(format!("{ratio:.1}% hits, {} wrong bytes", report.wrong_bytes));
             }
         })
         .await?;
         bar.finish_and_clear();
         Ok(report)
+    }
+}
+
+/// A daemon in a process of its own, killed at the latest when this value goes.
+struct Served(std::process::Child);
+
+impl Served {
+    /// Starts it; how long it took until it answered.
+    async fn start(socket: &str, settings: &[String]) -> anyhow::Result<(Self, Duration)> {
+        let started = Instant::now();
+        let mut command = std::process::Command::new(std::env::current_exe()?);
+        command.args(["serve", "--listen", socket]).stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
+        settings.iter().for_each(|setting| _ = command.args(["--set", setting]));
+        let mut daemon = Self(command.spawn()?);
+        loop {
+            if let Ok(client) = kvstore_client::Client::connect(socket).await
+                && client.status().await.is_ok()
+            {
+                return Ok((daemon, started.elapsed()));
+            }
+            if let Some(status) = daemon.0.try_wait()? {
+                bail!("the daemon ended at once: {status}");
+            }
+            if started.elapsed() > Duration::from_secs(60) {
+                bail!("the daemon did not answer within a minute");
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// SIGKILL, and waits for the end.
+    fn kill(mut self) -> anyhow::Result<()> {
+        self.0.kill()?;
+        self.0.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -52,6 +52,7 @@ fn to_json(status: &v1::StatusResponse) -> serde_json::Value {
             "quarantined": host.quarantined, "slabs_moved": host.slabs_moved,
             "eviction_policy": host.eviction_policy, "pools": pools,
         },
+        "nvme": status.nvme.as_ref().map(nvme_to_json),
         "traffic": {
             "put_blocks": traffic.put_blocks, "put_bytes": traffic.put_bytes, "get_hits": traffic.get_hits,
             "get_misses": traffic.get_misses, "get_bytes": traffic.get_bytes, "lookups": traffic.lookups,
@@ -85,6 +86,7 @@ fn print_human(status: &v1::StatusResponse) {
         ("busy", traffic.busy.to_string()),
         ("pins, tickets", format!("{}, {}", status.pins, status.tickets)),
     ]);
+    status.nvme.iter().for_each(print_nvme);
     if !host.pools.is_empty() {
         let rows = host.pools.iter().map(|pool| {
             vec![
@@ -95,5 +97,99 @@ fn print_human(status: &v1::StatusResponse) {
             ]
         });
         print_table(&["namespace", "slot", "slabs", "slots used"], rows.collect());
+    }
+}
+
+fn nvme_to_json(nvme: &v1::NvmeTierStatus) -> serde_json::Value {
+    let volumes: Vec<_> = nvme.volumes.iter().map(volume_to_json).collect();
+    json!({ "dirty_bytes": nvme.dirty_bytes, "dirty_bytes_max": nvme.dirty_bytes_max, "volumes": volumes })
+}
+
+fn volume_to_json(volume: &v1::VolumeStatus) -> serde_json::Value {
+    json!({
+        "path": volume.path, "state": volume.state, "reason": volume.reason,
+        "bytes_max": volume.bytes_max, "disk_bytes": volume.disk_bytes,
+        "index_bytes": volume.index_bytes, "index_bytes_max": volume.index_bytes_max,
+        "blocks": volume.blocks, "live_bytes": volume.live_bytes, "pinned_bytes": volume.pinned_bytes,
+        "segments": {
+            "bytes": volume.segment_bytes, "free": volume.segments_free, "unknown": volume.segments_unknown,
+            "reclaimed": volume.reclaimed_segments,
+        },
+        "queues": {
+            "demand": volume.queued_demand, "prefetch": volume.queued_prefetch,
+            "writeback": volume.queued_writeback, "flying": volume.flying, "dirty_blocks": volume.dirty_blocks,
+        },
+        "written": {
+            "admitted_blocks": volume.admitted_blocks, "admitted_bytes": volume.admitted_bytes,
+            "device_bytes": volume.device_written_bytes, "index_bytes": volume.index_written_bytes,
+            "amplification": volume.write_amplification, "reinserted_blocks": volume.reinserted_blocks,
+            "reinserted_bytes": volume.reinserted_bytes, "refused_blocks": volume.refused_blocks,
+            "syncs": volume.syncs,
+        },
+        "read": { "blocks": volume.read_blocks, "bytes": volume.read_bytes },
+        "dropped_blocks": volume.dropped_blocks, "corrupt_blocks": volume.corrupt_blocks,
+        "stale_blocks": volume.stale_blocks, "sync_failures": volume.sync_failures, "io_errors": volume.io_errors,
+    })
+}
+
+fn print_nvme(nvme: &v1::NvmeTierStatus) {
+    println!();
+    print_pairs(&[("nvme", format!("{} wait to be written, at most {}", bytes(nvme.dirty_bytes), bytes(nvme.dirty_bytes_max)))]);
+    for volume in &nvme.volumes {
+        let state = match volume.reason.as_str() {
+            "" => volume.state.clone(),
+            reason => format!("{}: {reason}", volume.state),
+        };
+        print_pairs(&[
+            ("volume", format!("{} {state}", volume.path)),
+            (
+                "  disk",
+                format!(
+                    "{} of {}, {} of that the index",
+                    bytes(volume.disk_bytes),
+                    bytes(volume.bytes_max),
+                    bytes(volume.index_bytes)
+                ),
+            ),
+            (
+                "  blocks",
+                format!("{}, {} live, {} pinned", volume.blocks, bytes(volume.live_bytes), bytes(volume.pinned_bytes)),
+            ),
+            (
+                "  queues",
+                format!(
+                    "{} demand, {} prefetch, {} write-back, {} at the device",
+                    volume.queued_demand, volume.queued_prefetch, volume.queued_writeback, volume.flying
+                ),
+            ),
+            (
+                "  written",
+                format!(
+                    "{} blocks, {}; {:.2} bytes to the device for each",
+                    volume.admitted_blocks,
+                    bytes(volume.admitted_bytes),
+                    volume.write_amplification
+                ),
+            ),
+            ("  read", format!("{} blocks, {}", volume.read_blocks, bytes(volume.read_bytes))),
+            (
+                "  reclaimed",
+                format!(
+                    "{} segments: {} blocks dropped, {} moved on",
+                    volume.reclaimed_segments, volume.dropped_blocks, volume.reinserted_blocks
+                ),
+            ),
+            (
+                "  trouble",
+                format!(
+                    "{} corrupt, {} stale, {} not written, {} sync failures, {} I/O errors",
+                    volume.corrupt_blocks,
+                    volume.stale_blocks,
+                    volume.refused_blocks,
+                    volume.sync_failures,
+                    volume.io_errors
+                ),
+            ),
+        ]);
     }
 }

@@ -1,6 +1,6 @@
 //! What may change while the daemon runs.
 
-use super::{Config, ConfigError, invalid};
+use super::{Config, ConfigError, NvmeConfig, invalid};
 
 /// One change, for the log and the caller.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -24,6 +24,9 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
     let fixed = [
         ("host.huge_pages", old.huge_pages == new.huge_pages),
         ("host.eviction", old.eviction == new.eviction),
+        ("nvme.paths", nvme(old, |nvme| nvme.paths.clone()) == nvme(new, |nvme| nvme.paths.clone())),
+        ("nvme.index_bytes", nvme(old, |nvme| nvme.index_bytes) == nvme(new, |nvme| nvme.index_bytes)),
+        ("nvme.io", nvme(old, |nvme| nvme.engine) == nvme(new, |nvme| nvme.engine)),
         ("listen", old.listeners == new.listeners),
         ("http.address", old.http == new.http),
         ("log.format", old.log_format == new.log_format),
@@ -32,6 +35,7 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
         return Err(invalid(key, "changes only with a restart; nothing was changed"));
     }
     let bytes = |bytes: u64| bytesize::ByteSize(bytes).to_string();
+    let size = |size: Option<u64>| size.map_or_else(|| "off".to_owned(), bytes);
     let time = |time| humantime::format_duration(time).to_string();
     let live = [
         ("host.bytes", bytes(old.host.bytes), bytes(new.host.bytes)),
@@ -45,10 +49,16 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
             old.host.low_watermark_percent.to_string(),
             new.host.low_watermark_percent.to_string(),
         ),
+        ("nvme.bytes", size(nvme(old, |nvme| nvme.bytes)), size(nvme(new, |nvme| nvme.bytes))),
+        ("nvme.dirty_bytes", size(nvme(old, |nvme| nvme.dirty_bytes)), size(nvme(new, |nvme| nvme.dirty_bytes))),
         ("calls.deadline", time(old.call_deadline), time(new.call_deadline)),
         ("calls.drain_deadline", time(old.drain_deadline), time(new.drain_deadline)),
         ("log.level", old.log_level.clone(), new.log_level.clone()),
     ];
     let changed = live.into_iter().filter(|(_, from, to)| from != to);
     Ok(changed.map(|(key, from, to)| Change { key, from, to }).collect())
+}
+
+fn nvme<T>(config: &Config, of: impl Fn(&NvmeConfig) -> T) -> Option<T> {
+    config.nvme.as_ref().map(of)
 }

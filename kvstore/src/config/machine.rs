@@ -1,6 +1,6 @@
 //! What the machine tells: memory, and where a user's sockets belong.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Bytes of memory that this process may use: the machine's, or its control group's where that is less.
 pub fn memory_bytes() -> u64 {
@@ -18,4 +18,28 @@ pub fn default_socket() -> PathBuf {
         None => PathBuf::from(format!("/tmp/kvstore-{}", rustix::process::getuid().as_raw())),
     };
     folder.join("default.sock")
+}
+
+/// Where blocks go on disk where no path is configured: the user's data folder, or the system's for root.
+pub fn default_data_folder() -> PathBuf {
+    if rustix::process::getuid().is_root() {
+        return PathBuf::from("/var/lib/kvstore");
+    }
+    let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/tmp".into())).join(".local/share");
+    let data = std::env::var_os("XDG_DATA_HOME").filter(|dir| !dir.is_empty()).map_or_else(home, PathBuf::from);
+    data.join("kvstore")
+}
+
+/// Bytes of the file system that `path` is on, or would be: all of it, and those that are free.
+pub fn disk_bytes(path: &Path) -> Option<(u64, u64)> {
+    let there = path.ancestors().find(|ancestor| ancestor.exists())?;
+    let stat = rustix::fs::statvfs(there).ok()?;
+    Some((stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize))
+}
+
+/// Names this boot of the machine; zeros where the kernel does not say.
+pub fn boot_id() -> [u8; 16] {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    u128::from_str_radix(&digits, 16).map(u128::to_be_bytes).unwrap_or_default()
 }

@@ -15,9 +15,10 @@ use std::time::Duration;
 use kvstore_tiers::HugePages;
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::HostLimits;
+use kvstore_tiers::nvme::NvmeEngine;
 
 pub use live::{Change, changes};
-pub use machine::{default_socket, memory_bytes};
+pub use machine::{boot_id, default_socket, memory_bytes};
 pub use raw::RawConfig;
 
 /// The commented sample, which a test keeps true.
@@ -92,6 +93,21 @@ pub enum LogFormat {
     Json,
 }
 
+/// The Nvme tier.
+#[derive(Clone, PartialEq, Debug)]
+pub struct NvmeConfig {
+    /// One folder a disk.
+    pub paths: Vec<PathBuf>,
+    /// Bytes of each, the index included.
+    pub bytes: u64,
+    /// Bytes of that for the index; `None`: a part.
+    pub index_bytes: Option<u64>,
+    /// Bytes that may wait to be written.
+    pub dirty_bytes: u64,
+    /// How the disks are driven.
+    pub engine: NvmeEngine,
+}
+
 /// A checked configuration.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Config {
@@ -101,6 +117,8 @@ pub struct Config {
     pub huge_pages: HugePages,
     /// Which block goes first.
     pub eviction: PolicyKind,
+    /// The Nvme tier, where there is one.
+    pub nvme: Option<NvmeConfig>,
     /// The ways in.
     pub listeners: Vec<Listener>,
     /// Metrics and health over HTTP.
@@ -208,7 +226,7 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        let cases: [(&str, &[&str], &str); 12] = [
+        let cases: [(&str, &[&str], &str); 19] = [
             ("[host]\nbites = 1", &[], "bites"),
             ("[hosts]\nbytes = \"1GiB\"", &[], "hosts"),
             ("[host]\nbytes = \"12 parsecs\"", &[], "host.bytes"),
@@ -219,6 +237,13 @@ mod tests {
             ("[host]\neviction = \"random\"", &[], "hazard"),
             ("[[listen]]\naddress = \"0.0.0.0:7540\"", &[], "loopback"),
             ("[[listen]]\naddress = \"unix:relative.sock\"", &[], "absolute"),
+            ("[nvme]\npaths = [\"relative\"]", &[], "absolute"),
+            ("[nvme]\npaths = [\"/tmp/a\", \"off\"]", &[], "alone"),
+            ("[nvme]\npaths = [\"/tmp/a\", \"/tmp/a\"]", &[], "twice"),
+            ("[nvme]\npaths = [\"/tmp/a\"]\nbytes = \"1MiB\"", &[], "nvme.bytes"),
+            ("[nvme]\npaths = [\"/tmp/a\"]\nbytes = \"64MiB\"\nindex_bytes = \"60MiB\"", &[], "nvme.index_bytes"),
+            ("[nvme]\npaths = [\"/tmp/a\"]\ndirty_bytes = \"9999TiB\"", &[], "nvme.dirty_bytes"),
+            ("[nvme]\nio = \"aio\"", &[], "nvme.io"),
             ("", &["host.bytes"], "KEY=VALUE"),
             ("", &["host.bites=1"], "host.bites"),
         ];

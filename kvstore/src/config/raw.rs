@@ -7,19 +7,21 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use kvstore_tiers::HugePages;
-use kvstore_tiers::caps::{HOST_BYTES_MIN, NAMESPACES_MAX};
+use kvstore_tiers::caps::{HOST_BYTES_MIN, NAMESPACES_MAX, NVME_BYTES_MIN, NVME_INDEX_BYTES_MIN, NVME_PATHS_MAX};
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::HostLimits;
+use kvstore_tiers::nvme;
 use serde::{Deserialize, Serialize};
 
-use super::{Address, Config, ConfigError, Listener, LogFormat, invalid, machine};
-use crate::caps;
+use super::{Address, Config, ConfigError, Listener, LogFormat, NvmeConfig, invalid, machine};
+use crate::caps::{self, NVME_BYTES_AUTO_MAX};
 
 /// Every key, as text that has yet to be checked.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RawConfig {
     host: RawHost,
+    nvme: RawNvme,
     calls: RawCalls,
     http: RawHttp,
     log: RawLog,
@@ -45,6 +47,28 @@ impl Default for RawHost {
             low_watermark_percent: 98,
             huge_pages: "auto".into(),
             eviction: "hazard".into(),
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawNvme {
+    paths: Vec<String>,
+    bytes: String,
+    index_bytes: String,
+    dirty_bytes: String,
+    io: String,
+}
+
+impl Default for RawNvme {
+    fn default() -> Self {
+        Self {
+            paths: vec!["auto".into()],
+            bytes: "auto".into(),
+            index_bytes: "auto".into(),
+            dirty_bytes: "auto".into(),
+            io: "auto".into(),
         }
     }
 }
@@ -130,6 +154,10 @@ impl RawConfig {
             toml::Value::Integer(_) => toml::Value::Integer(
                 value.parse().map_err(|_| invalid(key, format!("{value:?} is not a whole number")))?,
             ),
+            toml::Value::Array(_) => {
+                let parts = value.split(',').map(|part| toml::Value::String(part.trim().to_owned()));
+                toml::Value::Array(parts.collect())
+            }
             _ => toml::Value::String(value.to_owned()),
         };
         *self = whole.try_into().map_err(|error: toml::de::Error| invalid(key, error.to_string()))?;
@@ -152,6 +180,7 @@ impl RawConfig {
     /// Checks every value.
     pub fn check(&self) -> Result<Config, ConfigError> {
         let host = self.host.check()?;
+        let nvme = self.nvme.check(&host)?;
         let listeners = self.check_listeners()?;
         let huge_pages = match self.host.huge_pages.as_str() {
             "auto" => HugePages::Auto,
@@ -171,6 +200,7 @@ impl RawConfig {
         };
         Ok(Config {
             host,
+            nvme,
             huge_pages,
             eviction: PolicyKind::from_str(&self.host.eviction).map_err(|problem| invalid("host.eviction", problem))?,
             listeners,
@@ -231,6 +261,84 @@ impl RawHost {
             return Err(invalid("host.low_watermark_percent", problem));
         }
         Ok(HostLimits { bytes, high_watermark_percent: high, low_watermark_percent: low })
+    }
+}
+
+/// Bytes as text, where "auto" leaves the choice to the caller.
+fn size_or_auto(key: &str, text: &str) -> Result<Option<u64>, ConfigError> {
+    if text == "auto" {
+        return Ok(None);
+    }
+    let size = ByteSize::from_str(text)
+        .map_err(|_| invalid(key, format!("{text:?} is neither \"auto\" nor a size such as \"8GiB\"")))?;
+    Ok(Some(size.as_u64()))
+}
+
+impl RawNvme {
+    fn check(&self, host: &HostLimits) -> Result<Option<NvmeConfig>, ConfigError> {
+        let engine = nvme::engine_of(&self.io)
+            .ok_or_else(|| invalid("nvme.io", format!("{:?} is not \"auto\", \"io_uring\" or \"pread\"", self.io)))?;
+        let Some(paths) = self.check_paths()? else { return Ok(None) };
+        let bytes = self.check_bytes(&paths)?;
+        let index_bytes = size_or_auto("nvme.index_bytes", &self.index_bytes)?;
+        let index = index_bytes.unwrap_or_else(|| nvme::index_bytes_of(bytes));
+        if index < NVME_INDEX_BYTES_MIN || index > bytes / 2 {
+            let (least, most) = (ByteSize(NVME_INDEX_BYTES_MIN), ByteSize(bytes / 2));
+            let problem = format!("{} is not within {least} and half of nvme.bytes, {most}", ByteSize(index));
+            return Err(invalid("nvme.index_bytes", problem));
+        }
+        let dirty_bytes = size_or_auto("nvme.dirty_bytes", &self.dirty_bytes)?.unwrap_or(host.bytes / 4);
+        if dirty_bytes == 0 || dirty_bytes > host.bytes / 2 {
+            let problem = format!(
+                "{} is not within 1 byte and half of host.bytes, {}: dirty blocks stay in memory",
+                ByteSize(dirty_bytes),
+                ByteSize(host.bytes / 2)
+            );
+            return Err(invalid("nvme.dirty_bytes", problem));
+        }
+        Ok(Some(NvmeConfig { paths, bytes, index_bytes, dirty_bytes, engine }))
+    }
+
+    fn check_paths(&self) -> Result<Option<Vec<PathBuf>>, ConfigError> {
+        let key = "nvme.paths";
+        match self.paths.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+            [] | ["off"] => return Ok(None),
+            ["auto"] => return Ok(Some(vec![machine::default_data_folder()])),
+            many if many.iter().any(|path| matches!(*path, "auto" | "off")) => {
+                return Err(invalid(key, "\"auto\" and \"off\" stand alone"));
+            }
+            many if many.len() > NVME_PATHS_MAX => {
+                return Err(invalid(key, format!("at most {NVME_PATHS_MAX} paths, not {}", many.len())));
+            }
+            _ => {}
+        }
+        let paths: Vec<PathBuf> = self.paths.iter().map(PathBuf::from).collect();
+        for (at, path) in paths.iter().enumerate() {
+            if !path.is_absolute() {
+                return Err(invalid(key, format!("{} is not an absolute path", path.display())));
+            }
+            if paths.iter().take(at).any(|earlier| earlier == path) {
+                return Err(invalid(key, format!("{} is listed twice", path.display())));
+            }
+        }
+        Ok(Some(paths))
+    }
+
+    fn check_bytes(&self, paths: &[PathBuf]) -> Result<u64, ConfigError> {
+        let sizes: Vec<(u64, u64)> = paths.iter().filter_map(|path| machine::disk_bytes(path)).collect();
+        let smallest = sizes.iter().map(|(all, _)| *all).min().unwrap_or(u64::MAX);
+        // Fixed by the file system's size, not by what is free: a restart must not find another bound.
+        let auto = (smallest / 10).clamp(NVME_BYTES_MIN, NVME_BYTES_AUTO_MAX);
+        let bytes = size_or_auto("nvme.bytes", &self.bytes)?.unwrap_or(auto);
+        if bytes < NVME_BYTES_MIN {
+            let problem = format!("{} is less than the least, {}", ByteSize(bytes), ByteSize(NVME_BYTES_MIN));
+            return Err(invalid("nvme.bytes", problem));
+        }
+        if bytes > smallest {
+            let problem = format!("{} is more than the file system of a path has, {}", ByteSize(bytes), ByteSize(smallest));
+            return Err(invalid("nvme.bytes", problem));
+        }
+        Ok(bytes)
     }
 }
 

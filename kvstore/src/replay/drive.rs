@@ -3,13 +3,15 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kvstore_client::v1::{BlockKind, PutStatus};
+use kvstore_client::v1::{BlockKind, LookupRequest, PutStatus};
 use kvstore_client::{Client, GroupRef, PutBlock, PutOptions};
 use serde::Serialize;
 
 use super::content::{content, layout, sequence_hash, wrong_bytes};
 use crate::trace::TraceRequest;
 
+/// The bit of a block's residency that stands for memory.
+const HOST_BIT: u32 = 2;
 /// Bytes of blocks in one get or put: bounds the driver's memory.
 const BATCH_BYTES: usize = 32 << 20;
 
@@ -62,9 +64,9 @@ pub struct Report {
 /// Hits by tier.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Hits {
-    /// In memory.
+    /// Looked up in memory.
     pub host: u64,
-    /// On disk.
+    /// Looked up on disk alone.
     pub nvme: u64,
 }
 
@@ -161,9 +163,17 @@ impl Driver<'_> {
             return Ok(());
         }
         let hashes: Vec<Bytes> = blocks.iter().map(|id| sequence_hash(*id)).collect();
-        let readable = self.client.readable_blocks(&self.group, &hashes).await?;
-        let hits = self.get(blocks, &hashes, readable).await?;
-        self.report.hits.host += hits as u64;
+        let request = LookupRequest {
+            layout_digest: self.group.layout_digest.clone(),
+            groups: vec![self.group.group],
+            sequence_hashes: hashes.clone(),
+            ..LookupRequest::default()
+        };
+        let found = self.client.lookup(request).await?;
+        let hits = self.get(blocks, &hashes, found.readable_blocks as usize).await?;
+        let in_memory = found.residency.iter().take(hits).filter(|tiers| **tiers & HOST_BIT != 0).count();
+        self.report.hits.host += in_memory as u64;
+        self.report.hits.nvme += (hits - in_memory) as u64;
         self.put(blocks, &hashes, hits).await
     }
 

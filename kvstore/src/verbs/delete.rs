@@ -1,17 +1,34 @@
-//! Delete: makes blocks unreadable at once.
+//! Delete: makes blocks unreadable at once, in every tier.
 
 use kvstore_proto::v1::{DeleteRequest, DeleteResponse};
 use kvstore_tiers::host::NamespaceId;
+use kvstore_tiers::residency::Delete;
 use tonic::Status;
 
 use crate::daemon::Daemon;
 use crate::{caps, wire};
 
-/// Deletes blocks; pinned ones stay and are counted.
+/// Deletes blocks; pinned ones stay and are counted. The lower tier first: a promotion that began before is
+/// then superseded in memory, and none can begin after.
 pub fn delete(daemon: &Daemon, namespace: NamespaceId, request: &DeleteRequest) -> Result<DeleteResponse, Status> {
     let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
     let (group, _) = wire::known_group(&layout, request.group)?;
     let hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
-    let (deleted, pinned) = daemon.host.delete(&layout, group, &hashes);
+    let mut outcomes = vec![Delete::Absent; hashes.len()];
+    if let Some(nvme) = &daemon.nvme {
+        outcomes = nvme.delete(&layout, group, &hashes);
+    }
+    let (mut deleted, mut pinned) = (0, 0);
+    for (hash, below) in hashes.iter().zip(outcomes) {
+        let above = match below {
+            Delete::Pinned => vec![],
+            _ => daemon.host.delete(&layout, group, &[*hash]),
+        };
+        match (below, above.first()) {
+            (Delete::Pinned, _) | (_, Some(Delete::Pinned)) => pinned += 1,
+            (Delete::Deleted, _) | (_, Some(Delete::Deleted)) => deleted += 1,
+            _ => {}
+        }
+    }
     Ok(DeleteResponse { deleted, pinned })
 }

@@ -4,26 +4,30 @@
 //! the connection. Nothing is copied here: the connection's writes read the slots. What a call leases is
 //! bounded for all calls together, and given back at the call's deadline, whether or not the client reads; but
 //! for the block that the connection is sending just then, which is given back when it is sent or the
-//! connection ends.
+//! connection ends. Blocks that are on disk are brought in ahead of the one that is being sent, some at a
+//! time, by a task of the call; memory that is smaller than the request is enough.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
 use http_body::Frame;
 use kvstore_proto::data_stream::{self, DATA_BYTES_MAX};
 use kvstore_proto::v1::get_response::Part;
 use kvstore_proto::v1::{GetBlock, GetRequest, GetResponse, GetStatus};
-use kvstore_tiers::host::{LeasedBlock, Leasing, NamespaceId};
+use kvstore_tiers::SequenceHash;
+use kvstore_tiers::host::{LeasedBlock, Leasing, NamespaceId, RegisteredLayout};
+use kvstore_tiers::residency::Priority;
 use parking_lot::Mutex;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tonic::Status;
 
+use super::promote::{Coming, Promoter};
 use super::put::too_many_calls;
 use crate::daemon::{Daemon, InFlight};
 use crate::{caps, clock, telemetry, wire};
@@ -57,8 +61,9 @@ pub fn get(
         Status::resource_exhausted(format!("busy: gets hold {} blocks, the most at once", caps::LEASED_BLOCKS_MAX))
     })?;
     let leasings = daemon.host.lease_run(&layout, group, &hashes, clock::now());
+    let source = source(daemon, &layout, group, hashes, leasings, deadline);
     let sending = Sending {
-        blocks: leasings.into_iter().enumerate().collect(),
+        source,
         permits,
         ranges: (!whole).then_some(ranges),
         leading_run: request.leading_run,
@@ -68,8 +73,110 @@ pub fn get(
         _call: call,
         _in_flight: in_flight,
     };
-    sending.count();
     Ok(GetBody::new(sending, deadline))
+}
+
+/// Where a call's blocks come from, in order.
+enum Source {
+    /// All that is there is leased already.
+    Ready(VecDeque<(usize, Asked)>),
+    /// A task brings them.
+    Coming(mpsc::Receiver<(usize, Asked)>),
+}
+
+/// One asked block.
+enum Asked {
+    Leasing(Leasing),
+    /// Pinned, and not to be had.
+    Lost,
+}
+
+impl Asked {
+    fn is_hit(&self) -> bool {
+        matches!(self, Self::Leasing(Leasing::Leased(_)))
+    }
+}
+
+fn source(
+    daemon: &Arc<Daemon>,
+    layout: &Arc<RegisteredLayout>,
+    group: u16,
+    hashes: Vec<SequenceHash>,
+    leasings: Vec<Leasing>,
+    deadline: Instant,
+) -> Source {
+    let hits = |leasing: &Leasing| matches!(leasing, Leasing::Leased(_));
+    let Some(nvme) = &daemon.nvme else {
+        return Source::Ready(leasings.into_iter().map(Asked::Leasing).enumerate().collect());
+    };
+    // What is read from memory is worth keeping on disk too.
+    let read: Vec<_> = hashes.iter().zip(&leasings).filter(|(_, leasing)| hits(leasing)).map(|(hash, _)| *hash).collect();
+    nvme.touch(layout, group, &read);
+    if leasings.iter().all(hits) {
+        return Source::Ready(leasings.into_iter().map(Asked::Leasing).enumerate().collect());
+    }
+    let (send, receive) = mpsc::channel(1);
+    let promoter = Promoter {
+        daemon: Arc::clone(daemon),
+        nvme: Arc::clone(nvme),
+        layout: Arc::clone(layout),
+        group,
+        priority: Priority::Demand,
+        deadline,
+    };
+    tokio::spawn(bring(promoter, hashes, leasings, send));
+    Source::Coming(receive)
+}
+
+/// Brings what is on disk, some blocks ahead of the one that is sent. Ends when nobody listens any more.
+async fn bring(
+    promoter: Promoter,
+    hashes: Vec<SequenceHash>,
+    leasings: Vec<Leasing>,
+    send: mpsc::Sender<(usize, Asked)>,
+) {
+    let on_disk = promoter.nvme.presence(&promoter.layout, promoter.group, &hashes);
+    let leasings = leasings.into_iter().zip(on_disk).map(|(leasing, on_disk)| match leasing {
+        Leasing::Miss | Leasing::InFlight if on_disk => None,
+        leasing => Some(leasing),
+    });
+    // What is left: each block with its answer, where that is known already.
+    let mut left: VecDeque<_> = hashes.iter().copied().zip(leasings).enumerate().collect();
+    let mut window: VecDeque<(usize, SequenceHash, Coming)> = VecDeque::new();
+    loop {
+        while window.len() < caps::PROMOTIONS_PER_CALL
+            && let Some((index, (hash, leasing))) = left.pop_front()
+        {
+            let coming = match leasing {
+                Some(leasing) => Coming::Now(leasing),
+                None => promoter.start(hash).await,
+            };
+            window.push_back((index, hash, coming));
+        }
+        let Some((index, hash, coming)) = window.pop_front() else { return };
+        if matches!(coming, Coming::Later) {
+            // It may be this very call whose leases leave no room: those of blocks further on are given back,
+            // and taken again in their turn.
+            let held = |leasing: &Leasing| matches!(leasing, Leasing::Leased(_));
+            for (_, _, coming) in &mut window {
+                if matches!(coming, Coming::Now(leasing) if held(leasing)) {
+                    *coming = Coming::Later;
+                }
+            }
+            for (_, (_, leasing)) in &mut left {
+                *leasing = leasing.take().filter(|leasing| !held(leasing));
+            }
+        }
+        let leasing = tokio::select! {
+            leasing = promoter.finish(hash, coming) => leasing,
+            () = send.closed() => return,
+        };
+        let lost = matches!(leasing, Leasing::Miss) && promoter.nvme.is_pinned(&promoter.block(hash));
+        let answer = if lost { Asked::Lost } else { Asked::Leasing(leasing) };
+        if send.send((index, answer)).await.is_err() {
+            return;
+        }
+    }
 }
 
 fn check_ticket(daemon: &Daemon, namespace: NamespaceId, ticket: &[u8]) -> Result<(), Status> {
@@ -97,7 +204,7 @@ impl AsRef<[u8]> for Outgoing {
 
 /// What is left of a call.
 struct Sending {
-    blocks: VecDeque<(usize, Leasing)>,
+    source: Source,
     permits: OwnedSemaphorePermit,
     /// `None` for whole blocks.
     ranges: Option<Vec<Range<u64>>>,
@@ -111,36 +218,37 @@ struct Sending {
 }
 
 impl Sending {
-    fn count(&self) {
-        let hits = self.blocks.iter().filter(|(_, leasing)| matches!(leasing, Leasing::Leased(_))).count() as u64;
-        telemetry::add(&self.daemon.traffic.get_hits, hits);
-        telemetry::add(&self.daemon.traffic.get_misses, self.blocks.len() as u64 - hits);
-    }
-
-    fn next_frame(&mut self) -> Option<Bytes> {
+    fn poll_frame(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
         loop {
             if let Some(bytes) = self.ready.pop_front() {
-                return Some(bytes);
+                return Poll::Ready(Some(bytes));
             }
-            let (index, leasing) = self.blocks.pop_front()?;
-            let hit = matches!(leasing, Leasing::Leased(_));
-            self.prepare(index, leasing);
+            let next = match &mut self.source {
+                Source::Ready(blocks) => blocks.pop_front(),
+                Source::Coming(blocks) => std::task::ready!(blocks.poll_recv(context)),
+            };
+            let Some((index, asked)) = next else { return Poll::Ready(None) };
+            let hit = asked.is_hit();
+            let counter = if hit { &self.daemon.traffic.get_hits } else { &self.daemon.traffic.get_misses };
+            telemetry::add(counter, 1);
+            self.prepare(index, asked);
             if self.leading_run && !hit {
-                self.blocks.clear();
+                self.source = Source::Ready(VecDeque::new());
             }
         }
     }
 
     /// Lines up the frames of one block.
-    fn prepare(&mut self, index: usize, leasing: Leasing) {
+    fn prepare(&mut self, index: usize, asked: Asked) {
         let answer = |status: GetStatus, length: usize, crc32| {
             let block = GetBlock { index: index as u32, status: status.into(), length: length as u64, crc32 };
             data_stream::message(&GetResponse { part: Some(Part::Block(block)) })
         };
-        let block = match leasing {
-            Leasing::Miss => return self.ready.push_back(answer(GetStatus::Miss, 0, None)),
-            Leasing::InFlight => return self.ready.push_back(answer(GetStatus::InFlight, 0, None)),
-            Leasing::Leased(block) => block,
+        let block = match asked {
+            Asked::Leasing(Leasing::Miss) => return self.ready.push_back(answer(GetStatus::Miss, 0, None)),
+            Asked::Leasing(Leasing::InFlight) => return self.ready.push_back(answer(GetStatus::InFlight, 0, None)),
+            Asked::Lost => return self.ready.push_back(answer(GetStatus::DataLoss, 0, None)),
+            Asked::Leasing(Leasing::Leased(block)) => block,
         };
         let crc32 = block.crc32();
         let bytes = Bytes::from_owner(Outgoing { block, _permit: self.permits.split(1) });
@@ -179,22 +287,34 @@ fn cut(bytes: &Bytes, ranges: &[Range<u64>]) -> Vec<Bytes> {
 
 /// The body of a get's response.
 pub struct GetBody {
-    /// Emptied at the deadline, so that a client that does not read keeps no lease.
-    sending: Arc<Mutex<Option<Sending>>>,
+    shared: Arc<Mutex<Shared>>,
     deadline: AbortHandle,
     ended: bool,
 }
 
+/// What the body and its deadline share.
+struct Shared {
+    /// Emptied at the deadline, so that a client that does not read keeps no lease.
+    sending: Option<Sending>,
+    /// Who waits for the next block, and has to hear of the deadline.
+    waiting: Option<Waker>,
+}
+
 impl GetBody {
     fn new(sending: Sending, deadline: Instant) -> Self {
-        let sending = Arc::new(Mutex::new(Some(sending)));
-        let late = Arc::clone(&sending);
+        let shared = Arc::new(Mutex::new(Shared { sending: Some(sending), waiting: None }));
+        let late = Arc::clone(&shared);
         let watchdog = tokio::spawn(async move {
             tokio::time::sleep_until(deadline).await;
-            let dropped = late.lock().take();
+            let mut shared = late.lock();
+            let (dropped, waiting) = (shared.sending.take(), shared.waiting.take());
+            drop(shared);
             drop(dropped);
+            if let Some(waiting) = waiting {
+                waiting.wake();
+            }
         });
-        Self { sending, deadline: watchdog.abort_handle(), ended: false }
+        Self { shared, deadline: watchdog.abort_handle(), ended: false }
     }
 }
 
@@ -208,13 +328,14 @@ impl http_body::Body for GetBody {
     type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         if self.ended {
             return Poll::Ready(None);
         }
-        let mut sending = self.sending.lock();
-        let status = match sending.as_mut() {
-            Some(call) => match call.next_frame() {
+        let mut shared = self.shared.lock();
+        shared.waiting = Some(context.waker().clone());
+        let status = match shared.sending.as_mut() {
+            Some(call) => match std::task::ready!(call.poll_frame(context)) {
                 Some(bytes) => return Poll::Ready(Some(Ok(Frame::data(bytes)))),
                 None => {
                     metrics::histogram!("kvstore_get_seconds").record(call.started.elapsed().as_secs_f64());
@@ -223,8 +344,8 @@ impl http_body::Body for GetBody {
             },
             None => Status::deadline_exceeded("the call's deadline passed before all of it was read"),
         };
-        *sending = None;
-        drop(sending);
+        shared.sending = None;
+        drop(shared);
         self.ended = true;
         let mut trailers = http::HeaderMap::new();
         let added = status.add_header(&mut trailers);

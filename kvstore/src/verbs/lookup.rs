@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use kvstore_proto::v1::{LookupRequest, LookupResponse, ReleaseTicketRequest, ReleaseTicketResponse};
 use kvstore_tiers::caps::TICKET_TTL_MS_MAX;
-use kvstore_tiers::host::{HoldKind, NamespaceId, RegisteredLayout};
+use kvstore_tiers::host::{HoldId, HoldKind, NamespaceId, RegisteredLayout};
+use kvstore_tiers::nvme::BlockRef;
 use kvstore_tiers::residency::Presence;
-use kvstore_tiers::{GroupPresence, SequenceHash, readable_prefix};
+use kvstore_tiers::{BootTime, GroupPresence, SequenceHash, readable_prefix};
 use tonic::Status;
 
 use crate::daemon::{Daemon, random_hold_id};
@@ -17,6 +18,14 @@ struct Part {
     layout: Arc<RegisteredLayout>,
     group: u16,
     presences: Vec<Presence>,
+    /// Which blocks are on disk.
+    on_disk: Vec<bool>,
+}
+
+impl Part {
+    fn at(&self, block: usize) -> Option<(Presence, bool)> {
+        Some((*self.presences.get(block)?, self.on_disk.get(block).copied().unwrap_or(false)))
+    }
 }
 
 /// Answers a look-up.
@@ -36,7 +45,7 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
     };
     let readable = readable_blocks(&layout, &parts);
     let residency = (0..hashes.len())
-        .map(|block| wire::residency(parts.iter().filter_map(|part| part.presences.get(block).copied())))
+        .map(|block| wire::residency(parts.iter().filter_map(|part| part.at(block))))
         .collect();
     let mut response = LookupResponse { readable_blocks: readable as u32, residency, ..LookupResponse::default() };
     if request.ticket_ttl_ms > 0 && readable > 0 {
@@ -67,7 +76,8 @@ fn parts_of(
         for group in &groups {
             let (group, _) = wire::known_group(layout, *group)?;
             let presences = daemon.host.presence(&shard, group, hashes);
-            parts.push(Part { layout: Arc::clone(&shard), group, presences });
+            let on_disk = daemon.nvme.as_ref().map(|nvme| nvme.presence(&shard, group, hashes)).unwrap_or_default();
+            parts.push(Part { layout: Arc::clone(&shard), group, presences, on_disk });
         }
     }
     Ok(Some(parts))
@@ -76,7 +86,10 @@ fn parts_of(
 fn readable_blocks(layout: &RegisteredLayout, parts: &[Part]) -> usize {
     let present: Vec<Vec<bool>> = parts
         .iter()
-        .map(|part| part.presences.iter().map(|presence| *presence == Presence::Resident).collect())
+        .map(|part| {
+            let readable = |(presence, on_disk)| presence == Presence::Resident || on_disk;
+            (0..part.presences.len()).map(|block| part.at(block).is_some_and(readable)).collect()
+        })
         .collect();
     let groups: Vec<_> = parts
         .iter()
@@ -111,13 +124,48 @@ fn hold_for_ticket(
     let expires = clock::now().plus_ms(u64::from(ttl_ms));
     let id = random_hold_id();
     let got = daemon.host.hold(namespace, id, HoldKind::Ticket, &runs, expires).map_err(wire::hold_error)?;
-    if got.blocks < held.iter().map(Vec::len).sum() {
+    let on_disk = if got.blocks < held.iter().map(Vec::len).sum() {
+        None
+    } else {
+        hold_on_disk(daemon, parts, hashes, readable, id, expires)?
+    };
+    if on_disk.is_none() {
         daemon.host.release_hold(namespace, id, HoldKind::Ticket);
         response.readable_blocks = 0;
         return Ok(());
     }
     response.ticket = wire::hold_bytes(id);
     Ok(())
+}
+
+/// Holds the blocks that are on disk alone. `None` where one of them left meanwhile.
+fn hold_on_disk(
+    daemon: &Daemon,
+    parts: &[Part],
+    hashes: &[SequenceHash],
+    readable: usize,
+    id: HoldId,
+    expires: BootTime,
+) -> Result<Option<()>, Status> {
+    let Some(nvme) = &daemon.nvme else { return Ok(Some(())) };
+    let below = |part: &&Part, block: usize| part.at(block).is_some_and(|(p, d)| p != Presence::Resident && d);
+    let blocks: Vec<BlockRef<'_>> = parts
+        .iter()
+        .flat_map(|part| {
+            let chosen = hashes.iter().take(readable).enumerate().filter(move |(block, _)| below(&part, *block));
+            chosen.map(move |(_, hash)| BlockRef { layout: &part.layout, group: part.group, hash: *hash })
+        })
+        .collect();
+    if blocks.is_empty() {
+        return Ok(Some(()));
+    }
+    nvme.pin(id.0, &blocks, expires, false, clock::now())
+        .map_err(|refused| Status::resource_exhausted(refused.to_string()))?;
+    let there = blocks.iter().all(|block| nvme.presence(block.layout, block.group, &[block.hash]) == [true]);
+    if !there {
+        nvme.unpin(id.0);
+    }
+    Ok(there.then_some(()))
 }
 
 /// Ends a ticket before its time.
@@ -127,5 +175,9 @@ pub fn release_ticket(
     request: &ReleaseTicketRequest,
 ) -> Result<ReleaseTicketResponse, Status> {
     let id = wire::hold_id("ticket", &request.ticket)?;
-    Ok(ReleaseTicketResponse { released: daemon.host.release_hold(namespace, id, HoldKind::Ticket) })
+    let released = daemon.host.release_hold(namespace, id, HoldKind::Ticket);
+    if released && let Some(nvme) = &daemon.nvme {
+        nvme.unpin(id.0);
+    }
+    Ok(ReleaseTicketResponse { released })
 }

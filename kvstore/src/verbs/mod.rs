@@ -5,6 +5,7 @@ pub mod get;
 pub mod lookup;
 pub mod pin;
 pub mod prefetch;
+pub mod promote;
 pub mod put;
 pub mod register_layout;
 pub mod status;

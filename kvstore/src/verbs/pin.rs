@@ -1,13 +1,21 @@
 //! Pin and Unpin: a promise not to evict a prefix for a while.
+//!
+//! With an Nvme tier the promise is kept there, and survives a restart: what is in memory alone is written,
+//! and stays in memory too. Without one, it is kept in memory.
 
 use bytes::Bytes;
 use kvstore_proto::v1::{PinRequest, PinResponse, UnpinRequest, UnpinResponse};
 use kvstore_tiers::caps::PIN_TTL_MS_MAX;
 use kvstore_tiers::host::{HoldKind, NamespaceId};
+use kvstore_tiers::nvme::BlockRef;
+use kvstore_tiers::residency::Presence;
 use tonic::Status;
 
 use crate::daemon::{Daemon, random_hold_id};
 use crate::{caps, clock, wire};
+
+/// Times that a pin looks again, where blocks leave between the look and the hold.
+const ATTEMPTS: usize = 3;
 
 /// Pins the leading readable run of a prefix.
 pub fn pin(daemon: &Daemon, namespace: NamespaceId, request: &PinRequest) -> Result<PinResponse, Status> {
@@ -17,19 +25,57 @@ pub fn pin(daemon: &Daemon, namespace: NamespaceId, request: &PinRequest) -> Res
     if !(1..=PIN_TTL_MS_MAX).contains(&request.ttl_ms) {
         return Err(wire::invalid("ttl_ms", format!("{} is not within 1 to {PIN_TTL_MS_MAX}", request.ttl_ms)));
     }
-    let expires = clock::now().plus_ms(request.ttl_ms);
-    let runs = [(&*layout, group, hashes.as_slice())];
-    let id = random_hold_id();
-    let held = daemon.host.hold(namespace, id, HoldKind::Pin, &runs, expires).map_err(wire::hold_error)?;
-    if held.blocks == 0 {
-        daemon.host.release_hold(namespace, id, HoldKind::Pin);
-        return Ok(PinResponse { pin: Bytes::new(), pinned_blocks: 0 });
+    let now = clock::now();
+    let expires = now.plus_ms(request.ttl_ms);
+    for _ in 0..ATTEMPTS {
+        let presences = daemon.host.presence(&layout, group, &hashes);
+        let on_disk = match &daemon.nvme {
+            Some(nvme) => nvme.presence(&layout, group, &hashes),
+            None => vec![false; hashes.len()],
+        };
+        let readable = |(presence, on_disk): &(&Presence, &bool)| **presence == Presence::Resident || **on_disk;
+        let run = presences.iter().zip(&on_disk).take_while(readable).count();
+        let above: Vec<_> =
+            hashes.iter().zip(&on_disk).take(run).filter(|(_, on_disk)| !**on_disk).map(|(hash, _)| *hash).collect();
+        let id = random_hold_id();
+        let runs = [(&*layout, group, above.as_slice())];
+        let held = daemon.host.hold(namespace, id, HoldKind::Pin, &runs, expires).map_err(wire::hold_error)?;
+        let release = || daemon.host.release_hold(namespace, id, HoldKind::Pin);
+        if run == 0 {
+            release();
+            return Ok(PinResponse { pin: Bytes::new(), pinned_blocks: 0 });
+        }
+        if held.blocks < above.len() {
+            release();
+            continue;
+        }
+        if let Some(nvme) = &daemon.nvme {
+            let block = |hash: &_| BlockRef { layout: &layout, group, hash: *hash };
+            let blocks: Vec<BlockRef<'_>> = hashes.iter().take(run).map(block).collect();
+            if let Err(refused) = nvme.pin(id.0, &blocks, expires, true, now) {
+                release();
+                return Err(Status::resource_exhausted(format!("{refused}: unpin, or wait for a TTL")));
+            }
+            // A pin that is to survive needs the bytes on disk.
+            for (at, hash) in hashes.iter().enumerate().take(run).filter(|(at, _)| on_disk.get(*at) == Some(&false)) {
+                let parent = at.checked_sub(1).and_then(|before| hashes.get(before)).copied();
+                nvme.write_back(&block(hash), parent, Vec::new(), false);
+            }
+        }
+        return Ok(PinResponse { pin: wire::hold_bytes(id), pinned_blocks: run as u32 });
     }
-    Ok(PinResponse { pin: wire::hold_bytes(id), pinned_blocks: held.blocks as u32 })
+    Err(Status::resource_exhausted("busy: the blocks leave as fast as they are pinned; try again"))
 }
 
 /// Ends a pin before its time.
 pub fn unpin(daemon: &Daemon, namespace: NamespaceId, request: &UnpinRequest) -> Result<UnpinResponse, Status> {
     let id = wire::hold_id("pin", &request.pin)?;
-    Ok(UnpinResponse { unpinned: daemon.host.release_hold(namespace, id, HoldKind::Pin) })
+    let mut unpinned = daemon.host.release_hold(namespace, id, HoldKind::Pin);
+    // After a restart only the disk knows the pin; a ticket's name must not end here as a pin.
+    if !daemon.host.has_hold(namespace, id)
+        && let Some(nvme) = &daemon.nvme
+    {
+        unpinned |= nvme.unpin(id.0);
+    }
+    Ok(UnpinResponse { unpinned })
 }

@@ -1,7 +1,9 @@
-//! Prefetch: brings a prefix into memory ahead of need. While memory is the only tier, whatever is not in
-//! memory is in no tier: a prefetch finds its blocks ready or missing, and marks the ready ones as recent.
+//! Prefetch: brings a prefix into memory ahead of need, in order, some blocks at a time, behind whoever
+//! waits. Ends when all blocks are there or nowhere, at its deadline, or when it is cancelled; a transfer that is
+//! under way then still ends.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use kvstore_proto::v1::{
@@ -9,11 +11,12 @@ use kvstore_proto::v1::{
     WatchPrefetchRequest,
 };
 use kvstore_tiers::host::{HoldId, NamespaceId};
-use kvstore_tiers::residency::Presence;
+use kvstore_tiers::residency::{Presence, Priority};
 use kvstore_tiers::{BootTime, SequenceHash};
 use parking_lot::Mutex;
 use tonic::Status;
 
+use super::promote::Promoter;
 use crate::daemon::{Daemon, random_hold_id};
 use crate::{caps, clock, wire};
 
@@ -32,6 +35,8 @@ struct Prefetch {
     group: u16,
     hashes: Vec<SequenceHash>,
     deadline: BootTime,
+    /// Blocks are being brought.
+    running: bool,
     ended: Option<(PrefetchState, BootTime)>,
 }
 
@@ -50,6 +55,17 @@ impl Prefetches {
         found.ok_or_else(|| Status::not_found("ticket: no such prefetch, or it ended a while ago"))
     }
 
+    /// The bringing is over.
+    fn stop_running(&self, id: HoldId) {
+        if let Some(prefetch) = self.0.lock().get_mut(&id) {
+            prefetch.running = false;
+        }
+    }
+
+    fn has_ended(&self, id: HoldId) -> bool {
+        self.0.lock().get(&id).is_none_or(|prefetch| prefetch.ended.is_some())
+    }
+
     /// Ends a prefetch, if it has not ended; the state in which it ended.
     fn end(&self, id: HoldId, state: PrefetchState, now: BootTime) -> Option<PrefetchState> {
         let mut prefetches = self.0.lock();
@@ -60,7 +76,7 @@ impl Prefetches {
 
 /// Starts a prefetch.
 pub fn prefetch(
-    daemon: &Daemon,
+    daemon: &Arc<Daemon>,
     namespace: NamespaceId,
     request: &PrefetchRequest,
 ) -> Result<PrefetchResponse, Status> {
@@ -80,7 +96,17 @@ pub fn prefetch(
     }
     let id = random_hold_id();
     let deadline = clock::now().plus_ms(deadline_ms);
-    let prefetch = Prefetch { namespace, layout_digest: layout.digest, group, hashes, deadline, ended: None };
+    let promoter = daemon.nvme.as_ref().map(|nvme| Promoter {
+        daemon: Arc::clone(daemon),
+        nvme: Arc::clone(nvme),
+        layout: Arc::clone(&layout),
+        group,
+        priority: Priority::Prefetch,
+        deadline: tokio::time::Instant::now() + Duration::from_millis(deadline_ms),
+    });
+    let running = promoter.is_some();
+    let layout_digest = layout.digest;
+    let prefetch = Prefetch { namespace, layout_digest, group, hashes: hashes.clone(), deadline, running, ended: None };
     let mut prefetches = daemon.prefetches.0.lock();
     let kept: usize = prefetches.values().map(|prefetch| prefetch.hashes.len()).sum();
     if prefetches.len() >= caps::PREFETCHES_MAX || kept + prefetch.hashes.len() > caps::PREFETCH_HASHES_MAX {
@@ -89,7 +115,32 @@ pub fn prefetch(
         return Err(Status::resource_exhausted(problem));
     }
     prefetches.insert(id, prefetch);
+    drop(prefetches);
+    if let Some(promoter) = promoter {
+        tokio::spawn(bring(promoter, id, hashes));
+    }
     Ok(PrefetchResponse { ticket: wire::hold_bytes(id) })
+}
+
+/// Brings the blocks in, in order, until all are there or nowhere or the prefetch has ended.
+async fn bring(promoter: Promoter, id: HoldId, hashes: Vec<SequenceHash>) {
+    let on_disk = promoter.nvme.presence(&promoter.layout, promoter.group, &hashes);
+    let presences = promoter.daemon.host.presence(&promoter.layout, promoter.group, &hashes);
+    let wanted = hashes.into_iter().zip(on_disk).zip(presences);
+    let mut wanted =
+        wanted.filter(|((_, on_disk), presence)| *on_disk && *presence != Presence::Resident).map(|((hash, _), _)| hash);
+    let mut window = VecDeque::new();
+    while !promoter.daemon.prefetches.has_ended(id) && tokio::time::Instant::now() < promoter.deadline {
+        while window.len() < caps::PROMOTIONS_PER_CALL
+            && let Some(hash) = wanted.next()
+        {
+            window.push_back((hash, promoter.start(hash).await));
+        }
+        let Some((hash, coming)) = window.pop_front() else { break };
+        // The lease ends at once: the block is there for whoever comes.
+        drop(promoter.finish(hash, coming).await);
+    }
+    promoter.daemon.prefetches.stop_running(id);
 }
 
 /// The next report of a prefetch, and whether it is the last.
@@ -97,11 +148,17 @@ pub fn progress(daemon: &Daemon, namespace: NamespaceId, id: HoldId) -> Result<(
     let prefetch = daemon.prefetches.get(namespace, id)?;
     let layout = wire::known_layout(daemon, namespace, &prefetch.layout_digest)?;
     let presences = daemon.host.presence(&layout, prefetch.group, &prefetch.hashes);
+    let on_disk = match &daemon.nvme {
+        Some(nvme) => nvme.presence(&layout, prefetch.group, &prefetch.hashes),
+        None => vec![false; presences.len()],
+    };
     let count = |wanted| presences.iter().filter(|presence| **presence == wanted).count() as u32;
+    let nowhere = |(presence, on_disk): &(&Presence, &bool)| **presence == Presence::Absent && !**on_disk;
+    let missing = presences.iter().zip(&on_disk).filter(nowhere).count() as u32;
     let now = clock::now();
     let state = match prefetch.ended {
         Some((state, _)) => Some(state),
-        None if count(Presence::InFlight) == 0 => daemon.prefetches.end(id, PrefetchState::Done, now),
+        None if !prefetch.running && count(Presence::InFlight) == 0 => daemon.prefetches.end(id, PrefetchState::Done, now),
         None if now >= prefetch.deadline => daemon.prefetches.end(id, PrefetchState::Deadline, now),
         None => None,
     };
@@ -109,7 +166,7 @@ pub fn progress(daemon: &Daemon, namespace: NamespaceId, id: HoldId) -> Result<(
         state: state.unwrap_or(PrefetchState::Running).into(),
         blocks: prefetch.hashes.len() as u32,
         ready: count(Presence::Resident),
-        missing: count(Presence::Absent),
+        missing,
     };
     Ok((progress, state.is_some()))
 }

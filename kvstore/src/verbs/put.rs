@@ -14,7 +14,9 @@ use kvstore_proto::v1::put_request::Part as Wire;
 use kvstore_proto::v1::{Level, PutBlock, PutOpen, PutRequest, PutResponse, PutResult, PutStatus};
 use kvstore_tiers::SequenceHash;
 use kvstore_tiers::host::{BeginFill, BlockFill, FillRequest, NamespaceId, RegisteredLayout};
-use kvstore_tiers::residency::Publish;
+use kvstore_tiers::nvme::{BlockRef, WriteBack};
+use kvstore_tiers::residency::{FlightSource, Priority, Publish, Urgency};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tonic::Status;
 use tonic::body::Body;
@@ -31,8 +33,14 @@ pub async fn put(
 ) -> Result<PutResponse, Status> {
     let _permit = daemon.data_calls.try_acquire().map_err(|_| too_many_calls(daemon))?;
     let mut call =
-        PutCall { daemon, namespace, deadline, target: None, current: None, last: None, results: Vec::new() };
-    tokio::time::timeout_at(deadline, call.run(body)).await.map_err(|_| late())??;
+        PutCall { daemon, namespace, deadline, target: None, current: None, last: None, results: Vec::new(), local: Vec::new() };
+    tokio::time::timeout_at(deadline, async {
+        call.run(body).await?;
+        call.until_local().await;
+        Ok::<_, Status>(())
+    })
+    .await
+    .map_err(|_| late())??;
     Ok(PutResponse { results: call.results })
 }
 
@@ -62,11 +70,13 @@ struct Target {
     layout: Arc<RegisteredLayout>,
     group: u16,
     more_follows: bool,
+    local: bool,
 }
 
 /// The block whose bytes are coming.
 struct Current {
     hash: SequenceHash,
+    parent: Option<SequenceHash>,
     expected: u64,
     received: u64,
     crc32: Option<u32>,
@@ -89,6 +99,8 @@ struct PutCall<'a> {
     /// The last block that is there now.
     last: Option<SequenceHash>,
     results: Vec<PutResult>,
+    /// Results that wait to become LOCAL.
+    local: Vec<(usize, oneshot::Receiver<bool>)>,
 }
 
 impl PutCall<'_> {
@@ -134,13 +146,15 @@ impl PutCall<'_> {
         }
         match Level::try_from(open.level) {
             Ok(Level::Unspecified | Level::Memory) => {}
+            Ok(Level::Local) if self.daemon.nvme.is_some() => {}
             Ok(Level::Local) => return Err(no_tier("LOCAL", "an Nvme tier")),
             Ok(Level::Durable) => return Err(no_tier("DURABLE", "an object store")),
             Err(_) => return Err(wire::invalid("open.level", format!("{} is unknown", open.level))),
         }
         let layout = wire::known_layout(self.daemon, self.namespace, &open.layout_digest)?;
         let (group, _) = wire::known_group(&layout, open.group)?;
-        self.target = Some(Target { layout, group, more_follows: open.more_follows });
+        let local = open.level() == Level::Local;
+        self.target = Some(Target { layout, group, more_follows: open.more_follows, local });
         Ok(())
     }
 
@@ -162,10 +176,15 @@ impl PutCall<'_> {
             hash,
             parent,
             length,
-            deadline: clock::now().plus_ms(self.deadline.duration_since(Instant::now()).as_millis() as u64),
+            urgency: Urgency {
+                source: FlightSource::Writer,
+                priority: Priority::Demand,
+                deadline: clock::now().plus_ms(self.deadline.duration_since(Instant::now()).as_millis() as u64),
+            },
         };
-        let into = begin(self.daemon, &request).await?;
-        self.current = Some(Current { hash, expected: block.length, received: 0, crc32: block.crc32, into });
+        let into =
+            if wait_for_dirty_room(self.daemon).await { begin(self.daemon, &request).await? } else { busy(self.daemon) };
+        self.current = Some(Current { hash, parent, expected: block.length, received: 0, crc32: block.crc32, into });
         Ok(())
     }
 
@@ -193,6 +212,7 @@ impl PutCall<'_> {
                 format!("block {at} ({hash}) announced {} bytes and brought {}", current.expected, current.received);
             return Err(wire::invalid("data", problem));
         }
+        let mut sums = Vec::new();
         let status = match current.into {
             Into::Past(status) => status,
             Into::Slot(fill) => {
@@ -202,6 +222,9 @@ impl PutCall<'_> {
                         "block {at} ({hash}) has {crc32:08x}, its bytes should have {expected:08x}: not stored"
                     );
                     return Err(wire::invalid("block.crc32", problem));
+                }
+                if self.daemon.nvme.is_some() {
+                    sums = fill.section_sums();
                 }
                 match fill.commit(tail) {
                     Publish::Published => {
@@ -216,12 +239,52 @@ impl PutCall<'_> {
         let level = match status {
             PutStatus::Stored | PutStatus::Present | PutStatus::Joined => {
                 self.last = Some(hash);
+                self.write_back(hash, current.parent, sums);
                 Level::Memory
             }
             _ => Level::Unspecified,
         };
         self.results.push(PutResult { status: status.into(), level: level.into() });
         Ok(())
+    }
+}
+
+impl PutCall<'_> {
+    /// The block is readable: it goes to disk in the background, or, where LOCAL was asked for, before the answer.
+    fn write_back(&mut self, hash: SequenceHash, parent: Option<SequenceHash>, sums: Vec<u32>) {
+        let (Some(nvme), Some(target)) = (&self.daemon.nvme, &self.target) else { return };
+        let block = BlockRef { layout: &target.layout, group: target.group, hash };
+        if let WriteBack::Queued(Some(local)) = nvme.write_back(&block, parent, sums, target.local) {
+            self.local.push((self.results.len(), local));
+        }
+    }
+
+    /// Waits for the blocks that are to be LOCAL. One that cannot be stays MEMORY, and its result says so.
+    async fn until_local(&mut self) {
+        for (at, local) in std::mem::take(&mut self.local) {
+            if local.await == Ok(true)
+                && let Some(result) = self.results.get_mut(at)
+            {
+                result.level = Level::Local.into();
+            }
+        }
+    }
+}
+
+/// Puts wait while too many blocks have yet to be written; false where that takes too long.
+async fn wait_for_dirty_room(daemon: &Daemon) -> bool {
+    let Some(nvme) = &daemon.nvme else { return true };
+    let until = Instant::now() + caps::DIRTY_WAIT;
+    loop {
+        let cleaned = nvme.cleaned();
+        tokio::pin!(cleaned);
+        cleaned.as_mut().enable();
+        if nvme.has_dirty_room() {
+            return true;
+        }
+        if tokio::time::timeout_at(until, cleaned).await.is_err() {
+            return nvme.has_dirty_room();
+        }
     }
 }
 

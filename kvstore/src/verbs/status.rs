@@ -1,6 +1,7 @@
 //! Status: the daemon at this moment.
 
 use kvstore_proto::v1;
+use kvstore_tiers::nvme::{NvmeStatus, VolumeStatus};
 
 use crate::daemon::Daemon;
 use crate::telemetry::get;
@@ -55,6 +56,7 @@ pub fn status(daemon: &Daemon) -> v1::StatusResponse {
             lookups: get(&traffic.lookups),
             busy: get(&traffic.busy),
         }),
+        nvme: daemon.nvme.as_ref().map(|nvme| nvme_status(nvme.status())),
         pins: pins as u64,
         tickets: tickets as u64,
         listeners: config
@@ -62,5 +64,55 @@ pub fn status(daemon: &Daemon) -> v1::StatusResponse {
             .iter()
             .map(|listener| format!("{} ({})", listener.address, listener.namespace))
             .collect(),
+    }
+}
+
+fn nvme_status(status: NvmeStatus) -> v1::NvmeTierStatus {
+    v1::NvmeTierStatus {
+        dirty_bytes: status.dirty_bytes,
+        dirty_bytes_max: status.dirty_bytes_max,
+        volumes: status.volumes.into_iter().map(volume_status).collect(),
+    }
+}
+
+fn volume_status(volume: VolumeStatus) -> v1::VolumeStatus {
+    let write_amplification = volume.write_amplification();
+    let [queued_demand, queued_prefetch, queued_writeback] = volume.queued.map(|queued| queued as u64);
+    v1::VolumeStatus {
+        path: volume.path.display().to_string(),
+        state: volume.state.into(),
+        reason: volume.reason.unwrap_or_default(),
+        bytes_max: volume.bytes_max,
+        disk_bytes: volume.disk_bytes,
+        index_bytes: volume.index_bytes,
+        index_bytes_max: volume.index_bytes_max,
+        blocks: volume.blocks,
+        live_bytes: volume.live_bytes,
+        pinned_bytes: volume.pinned_bytes,
+        segment_bytes: volume.segment_bytes,
+        segments_free: volume.segments_free,
+        segments_unknown: volume.segments_unknown,
+        queued_demand,
+        queued_prefetch,
+        queued_writeback,
+        flying: volume.flying as u64,
+        dirty_blocks: volume.dirty_blocks,
+        admitted_blocks: volume.admitted_blocks,
+        admitted_bytes: volume.admitted_bytes,
+        device_written_bytes: volume.device_written_bytes,
+        index_written_bytes: volume.index_written_bytes,
+        write_amplification,
+        read_blocks: volume.read_blocks,
+        read_bytes: volume.read_bytes,
+        reinserted_blocks: volume.reinserted_blocks,
+        reinserted_bytes: volume.reinserted_bytes,
+        dropped_blocks: volume.dropped_blocks,
+        reclaimed_segments: volume.reclaimed_segments,
+        corrupt_blocks: volume.corrupt_blocks,
+        stale_blocks: volume.stale_blocks,
+        refused_blocks: volume.refused_blocks,
+        syncs: volume.syncs,
+        sync_failures: volume.sync_failures,
+        io_errors: volume.io_errors,
     }
 }

@@ -1,10 +1,11 @@
-//! Verify: reads every block and compares it with its checksum.
+//! Verify: reads every block, in memory and on disk, and compares it with its checksums.
 
 use std::sync::Arc;
 
 use kvstore_proto::v1::VerifyProgress;
 use kvstore_tiers::SlotKey;
 use kvstore_tiers::host::NamespaceId;
+use kvstore_tiers::nvme::VerifyReport;
 use tokio::sync::mpsc;
 
 use crate::caps;
@@ -14,7 +15,8 @@ use crate::telemetry;
 /// Verifies what is in memory now; a report after each batch, the last with `done`. Ends early when
 /// nobody listens any more.
 pub async fn verify(daemon: Arc<Daemon>, reports: mpsc::Sender<VerifyProgress>) {
-    let mut progress = VerifyProgress { blocks: daemon.host.status().blocks, ..VerifyProgress::default() };
+    let on_disk = daemon.nvme.as_ref().map_or(0, |nvme| nvme.blocks());
+    let mut progress = VerifyProgress { blocks: daemon.host.status().blocks + on_disk, ..VerifyProgress::default() };
     for (namespace, slab) in daemon.host.slabs() {
         for batch in daemon.host.keys_of_slab(namespace, slab).chunks(caps::VERIFY_BATCH) {
             for key in batch {
@@ -24,6 +26,23 @@ pub async fn verify(daemon: Arc<Daemon>, reports: mpsc::Sender<VerifyProgress>) 
                 return;
             }
             tokio::task::yield_now().await;
+        }
+    }
+    if let Some(nvme) = &daemon.nvme {
+        for (volume, segment) in nvme.blocks_to_verify() {
+            let nvme = std::sync::Arc::clone(nvme);
+            let checked = tokio::task::spawn_blocking(move || {
+                let mut report = VerifyReport::default();
+                nvme.verify_segment(volume, segment, &mut report);
+                report
+            });
+            let Ok(report) = checked.await else { return };
+            progress.verified += report.verified;
+            progress.verified_bytes += report.verified_bytes;
+            progress.corrupt += report.corrupt;
+            if report.verified > 0 && reports.send(progress).await.is_err() {
+                return;
+            }
         }
     }
     progress.done = true;

@@ -143,6 +143,12 @@ impl HostTier {
         namespace.holds.release(&mut namespace.residency, id).is_some()
     }
 
+    /// True while there is such a hold, of either kind.
+    pub fn has_hold(&self, namespace: NamespaceId, id: HoldId) -> bool {
+        let state = self.state.lock();
+        state.namespace(namespace).is_some_and(|namespace| namespace.holds.by_id.contains_key(&id))
+    }
+
     /// True while the ticket holds its blocks.
     pub fn has_ticket(&self, namespace: NamespaceId, id: HoldId, now: BootTime) -> bool {
         let state = self.state.lock();

@@ -219,21 +219,15 @@ impl HostTier {
         out
     }
 
-    /// Deletes blocks; how many were there, and how many of those are pinned and stay.
-    pub fn delete(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> (u64, u64) {
-        let (mut deleted, mut pinned) = (0, 0);
+    /// Deletes blocks; what became of each.
+    pub fn delete(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> Vec<Delete> {
+        let mut outcomes = Vec::with_capacity(hashes.len());
         for run in hashes.chunks(caps::KEYS_PER_LOCK) {
             let mut state = self.state.lock();
             let Some(namespace) = state.namespace_mut(layout.namespace) else { break };
-            for hash in run {
-                match namespace.residency.delete(&Self::key(layout, group, *hash)) {
-                    Delete::Deleted => deleted += 1,
-                    Delete::Pinned => pinned += 1,
-                    Delete::Absent => {}
-                }
-            }
+            outcomes.extend(run.iter().map(|hash| namespace.residency.delete(&Self::key(layout, group, *hash))));
         }
-        (deleted, pinned)
+        outcomes
     }
 
     /// Drops a block that turned out damaged, pinned or not.

@@ -40,7 +40,6 @@ struct Stored {
     hits: u8,
     apart: bool,
     pinned: bool,
-    used: bool,
 }
 
 const _: () = assert!(size_of::<Stored>() == 48);
@@ -55,7 +54,6 @@ const EMPTY: Stored = Stored {
     hits: 0,
     apart: false,
     pinned: false,
-    used: false,
 };
 
 impl Stored {
@@ -155,7 +153,6 @@ impl Extents {
             hits: entry.hits,
             apart: entry.extent.apart,
             pinned: entry.pinned,
-            used: true,
         };
         if next != NONE {
             self.at_mut(next).previous = number;
@@ -299,7 +296,7 @@ mod tests {
             (random >> 33) % below
         };
         for step in 0..200_000u64 {
-            let name = u128::from(next(9000)) * 0x9E37_79B9_7F4A_7C15_F39C_0C6A_1234_5677;
+            let name = u128::from(next(9000)).wrapping_mul(0x9E37_79B9_7F4A_7C15_F39C_0C6A_1234_5677);
             let digest = Digest(name);
             match next(8) {
                 0..4 => {

@@ -31,9 +31,9 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, oneshot};
 
 use crate::clock::BootTime;
-use crate::host::{BeginFill, FillRequest, HostTier, LeasedBlock, NamespaceId, RegisteredLayout, SlabPlan, section_bytes};
+use crate::host::{BeginFill, FillRequest, HostTier, LeasedBlock, RegisteredLayout, SlabPlan, section_bytes};
 use crate::layout::BlockKind;
-use crate::residency::{FlightSource, Priority, Urgency};
+use crate::residency::{Delete, FlightSource, Priority, Urgency};
 
 use format::{Digest, padded};
 use read::Wanted;
@@ -73,6 +73,8 @@ pub(crate) struct Peers {
     dirty: Arc<AtomicU64>,
     /// Dirty bytes became fewer.
     cleaned: Notify,
+    /// A promotion ended.
+    promoted: Notify,
 }
 
 impl Peers {
@@ -93,7 +95,6 @@ pub struct NvmeTier {
     dirty_max: AtomicU64,
     index_bytes: Option<u64>,
     boot_id: [u8; 16],
-    promoted: Notify,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -136,7 +137,7 @@ impl NvmeTier {
     /// Opens every volume. Ready when it returns: what has to be found again is found in the background.
     pub fn open(options: &NvmeOptions, host: &Arc<HostTier>) -> Result<Arc<Self>, OpenError> {
         let dirty = Arc::new(AtomicU64::new(0));
-        let peers = Arc::new(Peers { stores: RwLock::new(Vec::new()), dirty, cleaned: Notify::new() });
+        let peers = Arc::new(Peers { stores: RwLock::new(Vec::new()), dirty, cleaned: Notify::new(), promoted: Notify::new() });
         let mut stores = Vec::new();
         let mut commits = Vec::new();
         for path in &options.paths {
@@ -160,7 +161,6 @@ impl NvmeTier {
             dirty_max: AtomicU64::new(options.dirty_bytes),
             index_bytes: options.index_bytes,
             boot_id: options.boot_id,
-            promoted: Notify::new(),
             threads: Mutex::new(threads),
         }))
     }
@@ -272,7 +272,7 @@ impl NvmeTier {
         let bytes = DirtyBytes::new(&self.peers.dirty, u64::from(demoting.length()));
         let section_bytes = section_bytes(&group.group, group.block_bytes);
         let parent_tag = parent_tag(store.header.seed, &identity);
-        Some(Dirty { digest, parent_tag, identity, section_bytes, sums, block: demoting, bytes })
+        Some(Dirty { digest, parent_tag, identity, section_bytes, sums, block: demoting, _bytes: bytes })
     }
 
     fn holder(&self, block: &BlockRef<'_>) -> Option<&Arc<Store>> {
@@ -334,7 +334,11 @@ impl NvmeTier {
                     varies: group.group.kind.varies_in_length(),
                 };
                 let (send, receive) = oneshot::channel();
-                let done = Box::new(move |block| drop(send.send(block)));
+                let peers = Arc::clone(&self.peers);
+                let done = Box::new(move |block| {
+                    let _ = send.send(block);
+                    peers.promoted.notify_waiters();
+                });
                 let queued = store.read(entry, wanted, fill, lane, done);
                 return if queued { Promote::Started(receive) } else { Promote::Busy };
             }
@@ -352,35 +356,30 @@ impl NvmeTier {
 
     /// Resolves after the next promotion ended: for those that wait for somebody else's.
     pub fn promoted(&self) -> tokio::sync::futures::Notified<'_> {
-        self.promoted.notified()
-    }
-
-    /// Whoever got a promoted block says so.
-    pub fn note_promoted(&self) {
-        self.promoted.notify_waiters();
+        self.peers.promoted.notified()
     }
 
     // ------------------------------------------------------------------------------- leaving
 
-    /// Deletes blocks; how many were there, and how many of those are pinned and stay.
-    pub fn delete(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> Vec<Deleted> {
-        let mut outcome = vec![Deleted::Absent; hashes.len()];
+    /// Deletes blocks; what became of each.
+    pub fn delete(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> Vec<Delete> {
+        let mut outcome = vec![Delete::Absent; hashes.len()];
         for store in &self.stores {
             let mut gone = Vec::new();
             let mut state = store.state.lock();
             for (hash, outcome) in hashes.iter().zip(&mut outcome) {
                 let digest = self.digest(store, &BlockRef { layout, group, hash: *hash });
                 if state.pins.holds(digest) {
-                    *outcome = Deleted::Pinned;
+                    *outcome = Delete::Pinned;
                     continue;
                 }
                 if let Some(pending) = state.pending.get_mut(&digest) {
                     pending.cancelled = true;
-                    *outcome = Deleted::Deleted;
+                    *outcome = Delete::Deleted;
                 }
                 if let Some(entry) = state.extents.remove(digest) {
                     gone.push(entry);
-                    *outcome = Deleted::Deleted;
+                    *outcome = Delete::Deleted;
                 }
             }
             drop(state);
@@ -424,7 +423,7 @@ impl NvmeTier {
             let bytes_max = store.bytes_max.load(Ordering::Acquire) / 100 * crate::caps::HELD_PERCENT_MAX;
             drop(state);
             if pinned_bytes > bytes_max {
-                self.stores.iter().take(done + 1).for_each(|store| drop(store.unpin(id)));
+                self.stores.iter().take(done + 1).for_each(|store| _ = store.unpin(id));
                 return Err(PinRefused { pinned_bytes, bytes_max });
             }
             if let Some(record) = record {
@@ -489,17 +488,6 @@ impl NvmeTier {
     }
 }
 
-/// What came of deleting one block.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Deleted {
-    /// Was not there.
-    Absent,
-    /// Gone.
-    Deleted,
-    /// Pinned: it stays.
-    Pinned,
-}
-
 /// Too much would be pinned.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{pinned_bytes} bytes of a volume would be pinned, and at most {bytes_max} (half of it) may be")]
@@ -548,6 +536,3 @@ fn start(
     }
     Ok(threads)
 }
-
-/// Namespaces as the Host tier numbers them; for callers that name both tiers.
-pub type Namespace = NamespaceId;

@@ -25,6 +25,10 @@ const FREE_SEGMENTS: usize = 2;
 impl Store {
     /// Empties segments until a few are free, or nothing more can be emptied.
     pub fn make_room(self: &Arc<Self>) {
+        if self.index.disk_bytes() > self.index.bytes_max() / 8 * 7 {
+            // Dead entries of dropped blocks: merging sheds them.
+            self.index.compact();
+        }
         loop {
             let (free, blocks) = {
                 let state = self.state.lock();

@@ -112,11 +112,6 @@ impl Segments {
         }
     }
 
-    /// No life at or below this one is given again.
-    pub fn start_lives_after(&mut self, life: u64) {
-        self.last_life = self.last_life.max(life);
-    }
-
     /// A segment that was unknown is known now.
     pub fn scanned(&mut self, segment: u32, class: SegmentClass) {
         if let Some(known) = self.all.get_mut(segment as usize)

@@ -88,7 +88,7 @@ pub fn verify_folder(
     mut progress: impl FnMut(&VerifyReport),
 ) -> Result<VerifyReport, OpenError> {
     let dirty = Arc::new(AtomicU64::new(0));
-    let peers = Arc::new(Peers { stores: RwLock::new(Vec::new()), dirty, cleaned: Notify::new() });
+    let peers = Arc::new(Peers { stores: RwLock::new(Vec::new()), dirty, cleaned: Notify::new(), promoted: Notify::new() });
     if !path.join("blocks").exists() {
         let source = std::io::Error::from(std::io::ErrorKind::NotFound);
         return Err(OpenError::Io { step: "find a volume in", path: path.to_owned(), source });

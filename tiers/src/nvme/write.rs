@@ -66,7 +66,7 @@ pub(super) struct Dirty {
     /// The sections' checksums, where the put took them; else they are taken here.
     pub sums: Vec<u32>,
     pub block: DemotingBlock,
-    pub bytes: DirtyBytes,
+    pub _bytes: DirtyBytes,
 }
 
 /// Who waits for a block on its way.
@@ -492,7 +492,7 @@ impl Store {
             Ok(local) => {
                 owed.clear();
                 self.publish(written, local && wanted);
-                sync_waiters.into_iter().for_each(|waiter| drop(waiter.send(local)));
+                sync_waiters.into_iter().for_each(|waiter| _ = waiter.send(local));
             }
             Err(problem) => {
                 if let NoPlace::Index(error) = &problem {
@@ -500,7 +500,7 @@ impl Store {
                     self.close_index();
                 }
                 self.fail(written);
-                sync_waiters.into_iter().for_each(|waiter| drop(waiter.send(false)));
+                sync_waiters.into_iter().for_each(|waiter| _ = waiter.send(false));
             }
         }
         self.peers.cleaned.notify_waiters();

@@ -1,0 +1,218 @@
+//! Memory and disk without a daemon around them: what tests of faults need to see and to break.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvstore::replay;
+use kvstore_tiers::eviction::PolicyKind;
+use kvstore_tiers::host::{
+    BeginFill, FillRequest, HostLimits, HostOptions, HostTier, Leasing, NamespaceId, RegisteredLayout,
+};
+use kvstore_tiers::nvme::{BlockRef, NvmeEngine, NvmeOptions, NvmeTier, OpenError, Promote, WriteBack};
+use kvstore_tiers::residency::{FlightSource, Priority, Publish, Urgency};
+use kvstore_tiers::{BlockKind, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, SequenceHash, Shard};
+use kvstore_transfer::volume::Faults;
+
+/// Both tiers, and one layout.
+pub struct Tiers {
+    /// Memory.
+    pub host: Arc<HostTier>,
+    /// Disk.
+    pub nvme: Arc<NvmeTier>,
+    /// Of all blocks.
+    pub layout: Arc<RegisteredLayout>,
+    block_bytes: u32,
+}
+
+/// How they are made.
+#[derive(Clone)]
+pub struct TierOptions {
+    /// Bytes of a block.
+    pub block_bytes: u32,
+    /// Bytes of memory.
+    pub host_bytes: u64,
+    /// Bytes of disk.
+    pub nvme_bytes: u64,
+    /// Faults of the disk.
+    pub faults: Option<Arc<Faults>>,
+    /// How the disk is driven.
+    pub engine: NvmeEngine,
+    /// Layers of a block.
+    pub layers: u32,
+}
+
+impl Default for TierOptions {
+    fn default() -> Self {
+        let block_bytes = 100_000;
+        let (host_bytes, nvme_bytes) = (32 << 20, 64 << 20);
+        Self { block_bytes, host_bytes, nvme_bytes, faults: None, engine: NvmeEngine::Auto, layers: 1 }
+    }
+}
+
+/// What a read came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Got {
+    /// The block, from memory.
+    Memory(Vec<u8>),
+    /// The block, from disk.
+    Disk(Vec<u8>),
+    /// Nowhere.
+    Miss,
+}
+
+impl Got {
+    /// The block, wherever it was.
+    pub fn bytes(&self) -> Option<&[u8]> {
+        match self {
+            Self::Memory(bytes) | Self::Disk(bytes) => Some(bytes),
+            Self::Miss => None,
+        }
+    }
+}
+
+fn now() -> BootTime {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    BootTime(time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000)
+}
+
+/// The name of block `id`.
+pub fn hash(id: u64) -> SequenceHash {
+    SequenceHash::new(&replay::sequence_hash(id)).unwrap()
+}
+
+impl Tiers {
+    /// Opens the disk's folder, with an empty memory.
+    pub fn open(folder: &Path, options: &TierOptions) -> Result<Self, OpenError> {
+        let limits =
+            HostLimits { bytes: options.host_bytes, high_watermark_percent: 99, low_watermark_percent: 98 };
+        let host = HostOptions { limits, huge_pages: HugePages::Off, policy: PolicyKind::Lru, seed: 1, epoch: 1 };
+        let host = HostTier::new(host, &["default".into()]);
+        let nvme = NvmeOptions {
+            paths: vec![folder.to_owned()],
+            bytes: options.nvme_bytes,
+            index_bytes: None,
+            dirty_bytes: options.host_bytes / 4,
+            engine: options.engine,
+            boot_id: [7; 16],
+            now: now(),
+            faults: options.faults.clone(),
+        };
+        let nvme = NvmeTier::open(&nvme, &host)?;
+        let order = if options.layers > 1 { DimensionOrder::LayerOpaque } else { DimensionOrder::Opaque };
+        let group = LayerGroup {
+            kind: BlockKind::Attention,
+            layers: options.layers,
+            planes: 1,
+            heads: 1,
+            head_bytes: options.block_bytes / options.layers,
+            order,
+        };
+        let layout = Layout {
+            model: b"tiers".to_vec(),
+            weights_digest: Vec::new(),
+            dtype: "bytes".into(),
+            block_tokens: 1,
+            groups: vec![group],
+            shard: Shard { index: 0, count: 1 },
+            extra: Vec::new(),
+        };
+        let layout = host.register_layout(NamespaceId(0), layout).unwrap();
+        Ok(Self { host, nvme, layout, block_bytes: options.block_bytes })
+    }
+
+    /// Block `id`, as both tiers name it.
+    pub fn block(&self, id: u64) -> BlockRef<'_> {
+        BlockRef { layout: &self.layout, group: 0, hash: hash(id) }
+    }
+
+    /// Puts block `id` into memory; false where there is no room.
+    pub fn put_in_memory(&self, id: u64) -> bool {
+        let urgency =
+            Urgency { source: FlightSource::Writer, priority: Priority::Demand, deadline: BootTime(u64::MAX) };
+        let request = FillRequest {
+            layout: &self.layout,
+            group: 0,
+            hash: hash(id),
+            parent: None,
+            length: self.block_bytes,
+            urgency,
+        };
+        loop {
+            match self.host.begin_fill(&request, now()) {
+                BeginFill::Fill(mut fill, ahead) => {
+                    ahead.into_iter().for_each(|plan| self.host.drop_plan(plan));
+                    fill.append(&replay::content(id, self.block_bytes as usize), now()).unwrap();
+                    return fill.commit(true) == Publish::Published;
+                }
+                BeginFill::NeedsSlab(plan) => self.host.make_slab(plan).unwrap(),
+                BeginFill::Resident => return true,
+                BeginFill::InFlight | BeginFill::Busy => return false,
+            }
+        }
+    }
+
+    /// Puts block `id`; true once it is LOCAL, where that was asked for, else once it is on its way.
+    pub fn put(&self, id: u64, local: bool) -> bool {
+        while !self.nvme.has_dirty_room() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if !self.put_in_memory(id) {
+            return false;
+        }
+        match self.nvme.write_back(&self.block(id), None, Vec::new(), local) {
+            WriteBack::Queued(Some(waiting)) => waiting.blocking_recv().unwrap_or(false),
+            WriteBack::Queued(None) => true,
+            WriteBack::Refused => false,
+        }
+    }
+
+    /// Reads block `id`; every byte that comes is checked to be the right one.
+    pub fn get(&self, id: u64) -> Got {
+        let check = |bytes: &[u8]| {
+            assert_eq!(bytes.len(), self.block_bytes as usize, "block {id}");
+            assert_eq!(replay::wrong_bytes(id, bytes), 0, "WRONG BYTES in block {id}");
+            bytes.to_vec()
+        };
+        let until = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < until {
+            let mut leased = self.host.lease_run(&self.layout, 0, &[hash(id)], now());
+            if let Some(Leasing::Leased(block)) = leased.pop() {
+                return Got::Memory(check(&block));
+            }
+            match self.nvme.promote(&self.block(id), Priority::Demand, BootTime(u64::MAX), now()) {
+                Promote::Started(block) => match block.blocking_recv().unwrap() {
+                    Some(block) => return Got::Disk(check(&block)),
+                    None => return Got::Miss,
+                },
+                Promote::Absent => return Got::Miss,
+                Promote::NeedsSlab(plan) => self.host.make_slab(plan).unwrap(),
+                Promote::Resident | Promote::InFlight | Promote::Busy => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+        panic!("block {id} neither came nor missed within 10 s");
+    }
+
+    /// Waits until nothing is dirty.
+    pub fn settle(&self) {
+        let until = Instant::now() + Duration::from_secs(20);
+        while self.nvme.status().dirty_bytes > 0 {
+            assert!(Instant::now() < until, "dirty blocks are never written: {:?}", self.nvme.status());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until the (only) volume is in this state.
+    pub fn until_state(&self, state: &str) {
+        let until = Instant::now() + Duration::from_secs(20);
+        while self.nvme.status().volumes[0].state != state {
+            assert!(Instant::now() < until, "never {state}: {:?}", self.nvme.status());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Writes what waits, and lets go of the folder.
+    pub fn close(self) {
+        self.nvme.close();
+    }
+}
