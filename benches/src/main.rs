@@ -7,7 +7,9 @@ mod eviction;
 mod figure;
 mod grpc;
 mod index;
+mod nvme;
 mod process;
+mod restart;
 
 use clap::Parser;
 
@@ -17,8 +19,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Measure figures.
 #[derive(Parser)]
 struct Arguments {
-    /// Groups, separated by commas: grpc, index, eviction.
-    #[arg(long, default_value = "grpc,index,eviction", value_delimiter = ',')]
+    /// Groups, separated by commas: grpc, index, eviction, nvme, restart.
+    #[arg(long, default_value = "grpc,index,eviction,nvme,restart", value_delimiter = ',')]
     figures: Vec<String>,
     /// Rounds of each paired measurement.
     #[arg(long, default_value_t = 15)]
@@ -26,6 +28,9 @@ struct Arguments {
     /// The trace for the eviction figures: the whole conversation trace of the Mooncake project.
     #[arg(long, default_value = "benches/traces/conversation_trace.jsonl")]
     trace: std::path::PathBuf,
+    /// A folder on the disk that is measured.
+    #[arg(long, default_value = ".")]
+    disk: std::path::PathBuf,
     /// The daemon's binary.
     #[arg(long, default_value = "kvstore")]
     daemon: std::path::PathBuf,
@@ -44,7 +49,9 @@ fn main() -> anyhow::Result<()> {
             "grpc" => grpc::measure(&arguments.daemon, arguments.rounds)?,
             "index" => index::measure(arguments.rounds)?,
             "eviction" => eviction::measure(&arguments.trace)?,
-            other => anyhow::bail!("unknown group {other:?}: valid are grpc, index, eviction"),
+            "nvme" => nvme::measure(&arguments.disk, arguments.rounds)?,
+            "restart" => restart::measure(&arguments.daemon, &arguments.disk, &arguments.trace)?,
+            other => anyhow::bail!("unknown group {other:?}: valid are grpc, index, eviction, nvme, restart"),
         };
         if let Some(path) = &arguments.write {
             figure::write(path, group, &figures)?;

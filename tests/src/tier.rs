@@ -34,6 +34,8 @@ pub struct TierOptions {
     pub host_bytes: u64,
     /// Bytes of disk.
     pub nvme_bytes: u64,
+    /// Bytes of that for the index; `None`: as configured by default.
+    pub index_bytes: Option<u64>,
     /// Faults of the disk.
     pub faults: Option<Arc<Faults>>,
     /// How the disk is driven.
@@ -46,7 +48,7 @@ impl Default for TierOptions {
     fn default() -> Self {
         let block_bytes = 100_000;
         let (host_bytes, nvme_bytes) = (32 << 20, 64 << 20);
-        Self { block_bytes, host_bytes, nvme_bytes, faults: None, engine: NvmeEngine::Auto, layers: 1 }
+        Self { block_bytes, host_bytes, nvme_bytes, index_bytes: None, faults: None, engine: NvmeEngine::Auto, layers: 1 }
     }
 }
 
@@ -91,7 +93,7 @@ impl Tiers {
         let nvme = NvmeOptions {
             paths: vec![folder.to_owned()],
             bytes: options.nvme_bytes,
-            index_bytes: None,
+            index_bytes: options.index_bytes,
             dirty_bytes: options.host_bytes / 4,
             engine: options.engine,
             boot_id: [7; 16],
@@ -128,6 +130,10 @@ impl Tiers {
 
     /// Puts block `id` into memory; false where there is no room.
     pub fn put_in_memory(&self, id: u64) -> bool {
+        self.put_content_in_memory(id, &replay::content(id, self.block_bytes as usize))
+    }
+
+    fn put_content_in_memory(&self, id: u64, content: &[u8]) -> bool {
         let urgency =
             Urgency { source: FlightSource::Writer, priority: Priority::Demand, deadline: BootTime(u64::MAX) };
         let request = FillRequest {
@@ -142,7 +148,7 @@ impl Tiers {
             match self.host.begin_fill(&request, now()) {
                 BeginFill::Fill(mut fill, ahead) => {
                     ahead.into_iter().for_each(|plan| self.host.drop_plan(plan));
-                    fill.append(&replay::content(id, self.block_bytes as usize), now()).unwrap();
+                    fill.append(content, now()).unwrap();
                     return fill.commit(true) == Publish::Published;
                 }
                 BeginFill::NeedsSlab(plan) => self.host.make_slab(plan).unwrap(),
@@ -152,19 +158,25 @@ impl Tiers {
         }
     }
 
-    /// Puts block `id`; true once it is LOCAL, where that was asked for, else once it is on its way.
-    pub fn put(&self, id: u64, local: bool) -> bool {
-        while !self.nvme.has_dirty_room() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        if !self.put_in_memory(id) {
-            return false;
-        }
+    /// Puts `content` as block `id`, like [`Self::put`].
+    pub fn put_bytes(&self, id: u64, content: &[u8], local: bool) -> bool {
+        self.put_content_in_memory(id, content) && self.write_back(id, local)
+    }
+
+    fn write_back(&self, id: u64, local: bool) -> bool {
         match self.nvme.write_back(&self.block(id), None, Vec::new(), local) {
             WriteBack::Queued(Some(waiting)) => waiting.blocking_recv().unwrap_or(false),
             WriteBack::Queued(None) => true,
             WriteBack::Refused => false,
         }
+    }
+
+    /// Puts block `id`; true once it is LOCAL, where that was asked for, else once it is on its way.
+    pub fn put(&self, id: u64, local: bool) -> bool {
+        while !self.nvme.has_dirty_room() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.put_in_memory(id) && self.write_back(id, local)
     }
 
     /// Reads block `id`; every byte that comes is checked to be the right one.

@@ -78,12 +78,10 @@ fn the_nth_operation_fails_for_every_n() {
 /// The same while the folder is being opened and read after a restart.
 #[test]
 fn the_nth_operation_fails_while_recovering() {
-    let disk = tempfile::tempdir().unwrap();
-    let first = Tiers::open(disk.path(), &TierOptions::default()).unwrap();
-    (0..30).for_each(|id| assert!(first.put(id, true)));
-    first.close();
     for lose_index in [false, true] {
         for n in 1..40 {
+            let disk = tempfile::tempdir().unwrap();
+            fill(disk.path(), 0..30);
             if lose_index {
                 std::fs::remove_dir_all(disk.path().join("index")).unwrap();
             }
@@ -136,18 +134,10 @@ fn a_failed_sync_takes_the_volume_out_and_brings_it_back() {
     let faults = Faults::none();
     let tiers = Tiers::open(disk.path(), &faulty(&faults)).unwrap();
     (0..10).for_each(|id| assert!(tiers.put(id, true)));
-    // Data write, then (side by side) sync and index: one of the next two operations is the sync.
-    let before = tiers.nvme.status().volumes[0].sync_failures;
-    for id in 10..20 {
-        faults.arm(Fault::Eio, 2);
-        let local = tiers.put(id, true);
-        faults.disarm();
-        if tiers.nvme.status().volumes[0].sync_failures > before {
-            assert!(!local, "acknowledged by a sync that failed");
-            break;
-        }
-    }
-    assert!(tiers.nvme.status().volumes[0].sync_failures > before, "no sync was hit");
+    faults.arm(Fault::SyncFails, 1);
+    assert!(!tiers.put(10, true), "acknowledged by a sync that failed");
+    faults.disarm();
+    assert_eq!(tiers.nvme.status().volumes[0].sync_failures, 1);
     tiers.until_state("SERVING");
     (0..10).for_each(|id| assert!(tiers.get(id).bytes().is_some()));
     assert!(tiers.put(100, true));
@@ -165,7 +155,7 @@ fn a_disk_that_keeps_failing_to_sync_becomes_read_only() {
     let mut id = 100;
     while tiers.nvme.status().volumes[0].state != "READ_ONLY" {
         assert!(Instant::now() < until, "{:?}", tiers.nvme.status());
-        faults.arm(Fault::Eio, 2);
+        faults.arm(Fault::SyncFails, 1);
         tiers.put(id, true);
         faults.disarm();
         std::thread::sleep(Duration::from_millis(20));

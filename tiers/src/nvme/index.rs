@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kvstore_transfer::volume::{Fault, Faults};
+use kvstore_transfer::volume::{Faults, Operation};
 use parking_lot::{Mutex, RwLock};
 use rocksdb::{BlockBasedOptions, Cache, DB, DBCompressionType, Direction, IteratorMode, LogLevel, Options, ReadOptions, WriteBatch, WriteOptions};
 
@@ -186,6 +186,12 @@ impl Index {
         Ok(())
     }
 
+    /// Closes the database for good.
+    pub fn close(&self) {
+        let _writing = self.writing.lock();
+        *self.db.write() = None;
+    }
+
     /// Removes the index of `path` altogether.
     pub fn destroy(path: &Path) -> std::io::Result<()> {
         match std::fs::remove_dir_all(path) {
@@ -247,9 +253,7 @@ impl Index {
     /// Makes changes; with `sync`, they and all before them are safe from a loss of power.
     pub fn write(&self, batch: IndexBatch, sync: bool) -> Result<(), IndexError> {
         let _writing = self.writing.lock();
-        if let Some(fault) = self.faults.as_ref().and_then(|faults| faults.next())
-            && !matches!(fault, Fault::Flipped)
-        {
+        if self.faults.as_ref().is_some_and(|faults| faults.next(Operation::Index).is_some()) {
             return Err(IndexError::Injected);
         }
         let db = self.db.read();

@@ -485,6 +485,7 @@ impl NvmeTier {
         for thread in self.threads.lock().drain(..) {
             let _ = thread.join();
         }
+        self.stores.iter().for_each(|store| store.let_go());
     }
 }
 

@@ -123,6 +123,8 @@ impl Store {
                 check(&payload, wanted, life, &mut slot).ok_or(ReadProblem::Damaged)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ReadProblem::Busy),
+            // A file that was cut off is damaged; the device under it works.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(ReadProblem::Damaged),
             Err(error) => Err(ReadProblem::Device(error)),
         };
         drop(payload);

@@ -152,7 +152,7 @@ pub(super) struct Store {
     pub read_errors: AtomicU32,
     pub peers: Arc<Peers>,
     pub bytes_max: AtomicU64,
-    _lock: File,
+    lock: File,
 }
 
 /// Bytes of a segment, on a volume of `bytes`: 64 to a volume, within bounds.
@@ -218,7 +218,7 @@ impl Store {
             read_errors: AtomicU32::new(0),
             peers,
             bytes_max: AtomicU64::new(options.bytes),
-            _lock: lock,
+            lock,
         });
         store.state.lock().segments.set_allowed(allowed);
         let lost = lost || !store.load(options);
@@ -316,6 +316,19 @@ impl Store {
             tracing::error!(path = %self.path.display(), reason, "the volume left: its blocks are misses until a restart");
             state.health.left = true;
             state.health.reason = Some(reason);
+        }
+    }
+
+    /// Lets go of the folder: somebody else may open it now, whoever still holds this value.
+    pub fn let_go(&self) {
+        {
+            let mut state = self.state.lock();
+            state.health.left = true;
+            state.health.reason = Some("closed".into());
+        }
+        self.index.close();
+        if let Err(error) = rustix::fs::flock(self.lock.as_fd(), FlockOperation::Unlock) {
+            tracing::warn!(%error, path = %self.path.display(), "the folder cannot be unlocked");
         }
     }
 

@@ -112,5 +112,6 @@ pub fn verify_folder(
     }
     let _ = store.commits.send(Commit::Stop);
     store.commit_forever(&commits);
+    store.let_go();
     Ok(report)
 }

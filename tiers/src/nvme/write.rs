@@ -33,8 +33,10 @@ const RUN_BYTES_MAX: usize = 1 << 20;
 const SYNC_EVERY: Duration = Duration::from_secs(1);
 /// Commits that one round takes at most.
 const COMMITS_PER_ROUND: usize = 4096;
-/// Between two attempts to use a full file system, or to open a failed index.
+/// Between two attempts to use a full file system.
 const RETRY_EVERY: Duration = Duration::from_millis(500);
+/// Between two attempts to open a failed index.
+const RETRY_INDEX_EVERY: Duration = Duration::from_millis(50);
 /// Times that a volume may fail to sync and be checked again before it stays read-only.
 const SYNC_FAILURES_MAX: u64 = 3;
 
@@ -431,7 +433,8 @@ impl Store {
         // Deletions that the index has yet to take: a block must not come back after a restart.
         let mut owed: Vec<Digest> = Vec::new();
         loop {
-            let first = commits.recv_timeout(SYNC_EVERY);
+            let closed = self.state.lock().health.index_closed;
+            let first = commits.recv_timeout(if closed { RETRY_INDEX_EVERY } else { SYNC_EVERY });
             let mut round: Vec<Commit> = match first {
                 Ok(commit) => vec![commit],
                 Err(mpsc::RecvTimeoutError::Timeout) => Vec::new(),
@@ -440,7 +443,7 @@ impl Store {
             round.extend(commits.try_iter().take(COMMITS_PER_ROUND));
             let stop = round.iter().any(|commit| matches!(commit, Commit::Stop));
             let due = stop || last_sync.elapsed() >= SYNC_EVERY;
-            if last_retry.elapsed() >= RETRY_EVERY {
+            if last_retry.elapsed() >= RETRY_INDEX_EVERY {
                 last_retry = Instant::now();
                 self.retry_index();
             }

@@ -15,14 +15,29 @@ pub enum Fault {
     Eio = 1,
     /// The file system is full.
     NoSpace = 2,
-    /// A write is reported as done and only half of its pages were written.
+    /// A write is reported as done and its payload was not written; only writes are counted for it.
     Torn = 3,
-    /// A write is reported as done and nothing was written.
+    /// A write is reported as done and nothing was written; only writes are counted for it.
     Lost = 4,
-    /// A read comes back with one bit flipped.
+    /// A read comes back with one bit flipped; only reads are counted for it.
     Flipped = 5,
     /// From here on everything fails: the disk was pulled.
     Gone = 6,
+    /// A sync answers EIO; only syncs are counted for it.
+    SyncFails = 7,
+}
+
+/// What is about to be done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Operation {
+    /// A read of a volume.
+    Read,
+    /// A write to one.
+    Write,
+    /// A sync of one.
+    Sync,
+    /// A write to an index.
+    Index,
 }
 
 /// When it goes wrong. Counts every read, write and sync, of all who share it, and every write to an index.
@@ -63,15 +78,16 @@ impl Faults {
     }
 
     /// Counts an operation; the fault that it suffers.
-    pub fn next(&self) -> Option<Fault> {
+    pub fn next(&self, operation: Operation) -> Option<Fault> {
         self.operations.fetch_add(1, Ordering::AcqRel);
         let fault = match self.fault.load(Ordering::Acquire) {
             1 => Fault::Eio,
             2 => Fault::NoSpace,
-            3 => Fault::Torn,
-            4 => Fault::Lost,
-            5 => Fault::Flipped,
+            3 if operation == Operation::Write => Fault::Torn,
+            4 if operation == Operation::Write => Fault::Lost,
+            5 if operation == Operation::Read => Fault::Flipped,
             6 => Fault::Gone,
+            7 if operation == Operation::Sync => Fault::SyncFails,
             _ => return None,
         };
         let before = self.left.load(Ordering::Acquire);
@@ -104,7 +120,11 @@ impl FaultyVolume {
 
 impl Volume for FaultyVolume {
     fn submit(&self, lane: Lane, mut transfer: Transfer) -> Result<(), Transfer> {
-        match (self.faults.next(), transfer.direction) {
+        let operation = match transfer.direction {
+            Direction::Read => Operation::Read,
+            Direction::Write => Operation::Write,
+        };
+        match (self.faults.next(operation), transfer.direction) {
             (None, _) => self.inner.submit(lane, transfer),
             (Some(Fault::Lost), Direction::Write) => {
                 (transfer.done)(Ok(()), transfer.memories);
@@ -137,7 +157,7 @@ impl Volume for FaultyVolume {
     }
 
     fn sync(&self, done: SyncDone) {
-        match self.faults.next() {
+        match self.faults.next(Operation::Sync) {
             None => self.inner.sync(done),
             Some(fault) => done(Err(error_of(fault))),
         }

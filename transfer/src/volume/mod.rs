@@ -19,7 +19,7 @@ use crate::lanes::{Lane, LaneCaps};
 use crate::slab::Slab;
 use crate::slot::{SlotBytes, SlotFill};
 
-pub use faulty::{Fault, Faults, FaultyVolume};
+pub use faulty::{Fault, Faults, FaultyVolume, Operation};
 pub use file::VolumeFile;
 pub use syscall::SyscallVolume;
 pub use uring::UringVolume;

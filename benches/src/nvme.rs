@@ -1,0 +1,213 @@
+//! The Nvme tier beside fio on the same file system, interleaved.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use kvstore::replay;
+use kvstore_tests::tier::{TierOptions, Tiers, hash};
+use kvstore_tiers::BootTime;
+use kvstore_tiers::nvme::{Promote, WriteBack};
+use kvstore_tiers::residency::Priority;
+
+use crate::figure::{Figure, median};
+use crate::process::own_cpu_seconds;
+
+/// Transfers at once.
+const DEPTH: usize = 32;
+/// Bytes of a round.
+const ROUND_BYTES: u64 = 1 << 30;
+
+/// One measured run.
+#[derive(Clone, Copy)]
+struct Run {
+    gbps: f64,
+    cpu_seconds_per_gb: f64,
+}
+
+/// Measures the group; `folder` is on the file system to be measured.
+pub fn measure(folder: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
+    let folder = tempfile::tempdir_in(folder)?;
+    let mut figures = Vec::new();
+    for (name, block_bytes) in [("256KiB", 256u32 << 10), ("1MiB", 1 << 20), ("2MiB", 2 << 20)] {
+        let (mut write, mut read) = (Vec::new(), Vec::new());
+        for round in 0..rounds {
+            let disk = folder.path().join(format!("tier-{name}-{round}"));
+            // Who goes first takes turns.
+            let (ours, fio_write) = alternate(
+                round,
+                || write_round(&disk, block_bytes),
+                || fio(folder.path(), "write", block_bytes, &[]),
+            )?;
+            write.push((ours, fio_write));
+            let (ours, fio_read) =
+                alternate(round, || read_round(&disk, block_bytes), || fio(folder.path(), "read", block_bytes, &[]))?;
+            read.push((ours, fio_read));
+            std::fs::remove_dir_all(&disk)?;
+        }
+        for (what, runs) in [("write", &write), ("read", &read)] {
+            let of = |value: &dyn Fn(&(Run, Run)) -> f64| median(runs.iter().map(value).collect());
+            let name = |suffix: &str| format!("{what}_{name}_{suffix}");
+            figures.push(Figure::new("nvme", &name("of_fio"), of(&|(a, b)| a.gbps / b.gbps), ">= 0.90"));
+            let cpu = of(&|(a, b)| a.cpu_seconds_per_gb / b.cpu_seconds_per_gb);
+            figures.push(Figure::new("nvme", &name("cpu_of_fio"), cpu, "<= 1.5"));
+            figures.push(Figure::note("nvme", &name("gbps"), of(&|(a, _)| a.gbps)));
+            figures.push(Figure::note("nvme", &name("cpu_seconds_per_gb"), of(&|(a, _)| a.cpu_seconds_per_gb)));
+        }
+    }
+    let mut local = Vec::new();
+    for round in 0..rounds {
+        let disk = folder.path().join(format!("local-{round}"));
+        let synced = ["--fdatasync=32"];
+        let (ours, peer) =
+            alternate(round, || local_round(&disk), || fio(folder.path(), "write", 1 << 20, &synced))?;
+        local.push((ours, peer));
+        std::fs::remove_dir_all(&disk)?;
+    }
+    let ratio = median(local.iter().map(|(a, b)| a.gbps / b.gbps).collect());
+    figures.push(Figure::new("nvme", "local_put_1MiB_of_fio_fdatasync", ratio, ">= 0.7"));
+    figures.push(Figure::note("nvme", "local_put_1MiB_gbps", median(local.iter().map(|(a, _)| a.gbps).collect())));
+    Ok(figures)
+}
+
+fn alternate<A>(
+    round: usize,
+    mut ours: impl FnMut() -> anyhow::Result<A>,
+    mut peer: impl FnMut() -> anyhow::Result<A>,
+) -> anyhow::Result<(A, A)> {
+    if round.is_multiple_of(2) {
+        let ours = ours()?;
+        return Ok((ours, peer()?));
+    }
+    let peer = peer()?;
+    Ok((ours()?, peer))
+}
+
+fn options(block_bytes: u32) -> TierOptions {
+    // All blocks of a round in memory, so that the disk is what is measured.
+    let host_bytes = ROUND_BYTES + (512 << 20);
+    TierOptions { block_bytes, host_bytes, nvme_bytes: 4 << 30, ..TierOptions::default() }
+}
+
+/// Blocks of a round in memory, then all of them written behind and synced: from the first to the sync's end.
+fn write_round(disk: &Path, block_bytes: u32) -> anyhow::Result<Run> {
+    let tiers = Tiers::open(disk, &options(block_bytes))?;
+    let blocks = ROUND_BYTES / u64::from(block_bytes);
+    for id in 0..blocks {
+        anyhow::ensure!(tiers.put_in_memory(id), "no room in memory");
+    }
+    let (started, cpu) = (Instant::now(), own_cpu_seconds());
+    for id in 0..blocks {
+        let queued = tiers.nvme.write_back(&tiers.block(id), None, Vec::new(), false);
+        anyhow::ensure!(matches!(queued, WriteBack::Queued(_)), "refused");
+    }
+    while tiers.nvme.status().dirty_bytes > 0 {
+        std::thread::sleep(Duration::from_micros(500));
+    }
+    let run = run_of(started, cpu);
+    tiers.close();
+    Ok(run)
+}
+
+/// The same blocks from disk into an empty memory, checked: 32 at a time.
+fn read_round(disk: &Path, block_bytes: u32) -> anyhow::Result<Run> {
+    let tiers = Tiers::open(disk, &options(block_bytes))?;
+    let blocks = ROUND_BYTES / u64::from(block_bytes);
+    // Memory is made beforehand, as a daemon that runs has it.
+    for id in 0..blocks {
+        anyhow::ensure!(tiers.put_in_memory(1_000_000 + id), "no room in memory");
+    }
+    let (started, cpu) = (Instant::now(), own_cpu_seconds());
+    let mut window = std::collections::VecDeque::new();
+    let mut next = 0;
+    let mut bytes = 0;
+    while bytes < ROUND_BYTES {
+        while window.len() < DEPTH && next < blocks {
+            match tiers.nvme.promote(&tiers.block(next), Priority::Demand, BootTime(u64::MAX), BootTime(0)) {
+                Promote::Started(block) => window.push_back(block),
+                Promote::NeedsSlab(plan) => {
+                    tiers.host.make_slab(plan)?;
+                    continue;
+                }
+                _ => anyhow::bail!("block {next} does not start"),
+            }
+            next += 1;
+        }
+        let block = window.pop_front().context("nothing under way")?.blocking_recv()?;
+        bytes += block.context("a block was not read")?.len() as u64;
+    }
+    let run = run_of(started, cpu);
+    tiers.close();
+    Ok(run)
+}
+
+/// LOCAL puts, 32 at once, from empty memory: copied, checksummed, written, synced, indexed.
+fn local_round(disk: &Path) -> anyhow::Result<Run> {
+    let tiers = Arc::new(Tiers::open(disk, &options(1 << 20))?);
+    let blocks = ROUND_BYTES >> 20;
+    // The bytes to be put, made beforehand.
+    let content = replay::content(1, 1 << 20);
+    for id in 0..blocks {
+        anyhow::ensure!(tiers.put_in_memory(1_000_000 + id), "no room in memory");
+    }
+    for id in 0..blocks {
+        tiers.host.delete(&tiers.layout, 0, &[hash(1_000_000 + id)]);
+    }
+    let (started, cpu) = (Instant::now(), own_cpu_seconds());
+    let next = Arc::new(AtomicU64::new(0));
+    let mut threads = Vec::new();
+    for _ in 0..DEPTH {
+        let (tiers, next, content) = (Arc::clone(&tiers), Arc::clone(&next), content.clone());
+        threads.push(std::thread::spawn(move || {
+            let mut failed = 0;
+            loop {
+                let id = next.fetch_add(1, Ordering::AcqRel);
+                if id >= blocks {
+                    return failed;
+                }
+                failed += u64::from(!tiers.put_bytes(id, &content, true));
+            }
+        }));
+    }
+    let failed: u64 = threads.into_iter().map(|thread| thread.join().unwrap_or(1)).sum();
+    anyhow::ensure!(failed == 0, "{failed} puts did not become LOCAL");
+    let run = run_of(started, cpu);
+    tiers.nvme.close();
+    Ok(run)
+}
+
+fn run_of(started: Instant, cpu: f64) -> Run {
+    let gb = ROUND_BYTES as f64 / 1e9;
+    Run { gbps: gb / started.elapsed().as_secs_f64(), cpu_seconds_per_gb: (own_cpu_seconds() - cpu) / gb }
+}
+
+/// The same bytes by fio, without checksums.
+fn fio(folder: &Path, direction: &str, block_bytes: u32, more: &[&str]) -> anyhow::Result<Run> {
+    let file = folder.join(format!("fio-{block_bytes}"));
+    if direction == "write" {
+        // Like a fresh volume: no extent of the file is written yet.
+        let _ = std::fs::remove_file(&file);
+    }
+    let output = Command::new("fio")
+        .args(["--name=peer", "--ioengine=io_uring", "--direct=1", "--iodepth=32", "--output-format=json"])
+        .arg(format!("--filename={}", file.display()))
+        .arg(format!("--rw={direction}"))
+        .arg(format!("--bs={block_bytes}"))
+        .arg(format!("--size={ROUND_BYTES}"))
+        .args(more)
+        .output()
+        .context("fio does not start: install it (Debian and Ubuntu: fio)")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let start = text.find('{').context("fio printed no JSON")?;
+    let report: serde_json::Value = serde_json::from_str(text.get(start..).unwrap_or_default())?;
+    let job = &report["jobs"][0];
+    let number = |value: &serde_json::Value| value.as_f64().context("fio's report lacks a number");
+    let seconds = number(&job[direction]["runtime"])? / 1e3;
+    let gb = number(&job[direction]["io_bytes"])? / 1e9;
+    let cpu = (number(&job["usr_cpu"])? + number(&job["sys_cpu"])?) / 100.0 * number(&job["job_runtime"])? / 1e3;
+    anyhow::ensure!(seconds > 0.0 && gb > 0.0, "fio moved nothing");
+    Ok(Run { gbps: gb / seconds, cpu_seconds_per_gb: cpu / gb })
+}
