@@ -247,7 +247,11 @@ pub const METRICS: [(&str, &str, &str); 58] = [
     ("kvstore_nvme_reclaimed_segments_total", "counter", "Segments emptied to be written anew"),
     ("kvstore_nvme_corrupt_blocks_total", "counter", "Blocks on a volume that did not match their checksums"),
     ("kvstore_nvme_stale_blocks_total", "counter", "Index entries fenced off at the start"),
-    ("kvstore_nvme_refused_blocks_total", "counter", "Blocks that were not written: no room, or the volume takes no writes"),
+    (
+        "kvstore_nvme_refused_blocks_total",
+        "counter",
+        "Blocks that were not written: no room, or the volume takes no writes",
+    ),
     ("kvstore_nvme_syncs_total", "counter", "Syncs of a volume"),
     ("kvstore_nvme_sync_failures_total", "counter", "Syncs of a volume that failed"),
     ("kvstore_nvme_io_errors_total", "counter", "Reads and writes of a volume that failed"),

@@ -200,7 +200,15 @@ fn health_and_metrics_tell_the_truth() {
     let socket = folder.path().join("s/kvstore.sock");
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let child = binary()
-        .args(["serve", "--host-bytes", "32MiB", "--set", &format!("http.address=127.0.0.1:{port}"), "--set", "nvme.paths=off"])
+        .args([
+            "serve",
+            "--host-bytes",
+            "32MiB",
+            "--set",
+            &format!("http.address=127.0.0.1:{port}"),
+            "--set",
+            "nvme.paths=off",
+        ])
         .args(["--listen", &format!("unix:{}", socket.display())])
         .stderr(Stdio::null())
         .spawn()

@@ -28,7 +28,12 @@ impl TestDaemon {
     pub async fn start(settings: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let address = format!("unix:{}", folder.path().join("test.sock").display());
-        let mut all = vec!["host.bytes=64MiB".to_owned(), "http.address=off".into(), "log.level=error".into(), "nvme.paths=off".into()];
+        let mut all = vec![
+            "host.bytes=64MiB".to_owned(),
+            "http.address=off".into(),
+            "log.level=error".into(),
+            "nvme.paths=off".into(),
+        ];
         all.extend(settings.iter().map(|setting| setting.to_string()));
         let options = StartOptions { file: None, settings: all, listen: vec![address.clone()] };
         Self { running: start(options).await.unwrap(), address, folder }

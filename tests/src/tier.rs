@@ -48,7 +48,15 @@ impl Default for TierOptions {
     fn default() -> Self {
         let block_bytes = 100_000;
         let (host_bytes, nvme_bytes) = (32 << 20, 64 << 20);
-        Self { block_bytes, host_bytes, nvme_bytes, index_bytes: None, faults: None, engine: NvmeEngine::Auto, layers: 1 }
+        Self {
+            block_bytes,
+            host_bytes,
+            nvme_bytes,
+            index_bytes: None,
+            faults: None,
+            engine: NvmeEngine::Auto,
+            layers: 1,
+        }
     }
 }
 
@@ -86,8 +94,7 @@ pub fn hash(id: u64) -> SequenceHash {
 impl Tiers {
     /// Opens the disk's folder, with an empty memory.
     pub fn open(folder: &Path, options: &TierOptions) -> Result<Self, OpenError> {
-        let limits =
-            HostLimits { bytes: options.host_bytes, high_watermark_percent: 99, low_watermark_percent: 98 };
+        let limits = HostLimits { bytes: options.host_bytes, high_watermark_percent: 99, low_watermark_percent: 98 };
         let host = HostOptions { limits, huge_pages: HugePages::Off, policy: PolicyKind::Lru, seed: 1, epoch: 1 };
         let host = HostTier::new(host, &["default".into()]);
         let nvme = NvmeOptions {
@@ -208,7 +215,7 @@ impl Tiers {
     /// Waits until nothing is dirty.
     pub fn settle(&self) {
         let until = Instant::now() + Duration::from_secs(20);
-        while self.nvme.status().dirty_bytes > 0 {
+        while self.nvme.dirty_bytes() > 0 {
             assert!(Instant::now() < until, "dirty blocks are never written: {:?}", self.nvme.status());
             std::thread::sleep(Duration::from_millis(2));
         }

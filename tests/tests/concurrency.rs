@@ -204,11 +204,7 @@ fn begin(daemon: &TestDaemon, id: u64, now: u64) -> BeginFill {
         hash,
         parent: None,
         length: BLOCK_BYTES,
-        urgency: Urgency {
-            source: FlightSource::Writer,
-            priority: Priority::Demand,
-            deadline: BootTime(u64::MAX),
-        },
+        urgency: Urgency { source: FlightSource::Writer, priority: Priority::Demand, deadline: BootTime(u64::MAX) },
     };
     loop {
         match host.begin_fill(&request, BootTime(now)) {

@@ -146,7 +146,8 @@ async fn a_pin_survives_and_a_loss_is_told() {
     let mut bytes = std::fs::read(&blocks).unwrap();
     for id in 0..20 {
         let content = replay::content(id, BLOCK as usize);
-        let places: Vec<usize> = (0..bytes.len() - 64).step_by(4096).filter(|at| bytes[*at..*at + 64] == content[..64]).collect();
+        let places: Vec<usize> =
+            (0..bytes.len() - 64).step_by(4096).filter(|at| bytes[*at..*at + 64] == content[..64]).collect();
         assert!(!places.is_empty());
         places.into_iter().for_each(|at| bytes[at + 5] ^= 1);
     }
@@ -299,7 +300,8 @@ fn volumes_of_unknown_versions_are_refused_by_name_and_left_alone() {
 #[test]
 fn blocks_of_many_sizes_come_back_from_disk() {
     for engine in [NvmeEngine::Auto, NvmeEngine::Syscalls] {
-        for (block_bytes, layers) in [(1, 1), (300, 3), (4096, 1), (65_535, 1), (65_536, 1), (70_001, 1), (1 << 20, 16)] {
+        for (block_bytes, layers) in [(1, 1), (300, 3), (4096, 1), (65_535, 1), (65_536, 1), (70_001, 1), (1 << 20, 16)]
+        {
             let disk = tempfile::tempdir().unwrap();
             let options = TierOptions { engine, block_bytes, layers, ..TierOptions::default() };
             let tiers = Tiers::open(disk.path(), &options).unwrap();

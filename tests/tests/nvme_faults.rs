@@ -57,7 +57,12 @@ fn the_nth_operation_fails_for_every_n() {
             faults.disarm();
             // A second life on the same folder; what was LOCAL is there.
             tiers.until_state("SERVING");
-            let retried = (0..200).any(|_| tiers.put(1000, true) || { std::thread::sleep(Duration::from_millis(10)); false });
+            let retried = (0..200).any(|_| {
+                tiers.put(1000, true) || {
+                    std::thread::sleep(Duration::from_millis(10));
+                    false
+                }
+            });
             assert!(retried, "{story}: takes blocks again: {:?}", tiers.nvme.status());
             tiers.close();
             let tiers = Tiers::open(disk.path(), &options).unwrap();
@@ -197,8 +202,10 @@ fn fill(disk: &Path, ids: std::ops::Range<u64>) {
 
 fn files_in(folder: &Path, part: &str) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).unwrap().flatten();
-    let mut paths: Vec<PathBuf> =
-        entries.map(|entry| entry.path()).filter(|path| path.file_name().unwrap().to_string_lossy().contains(part)).collect();
+    let mut paths: Vec<PathBuf> = entries
+        .map(|entry| entry.path())
+        .filter(|path| path.file_name().unwrap().to_string_lossy().contains(part))
+        .collect();
     paths.sort();
     paths
 }
@@ -238,7 +245,10 @@ fn damaged_data_files_cost_blocks_and_never_bytes() {
             let volume = tiers.nvme.status().volumes.remove(0);
             assert!(there < 30, "{name}: the damage hit nothing");
             assert!(there > 0 || lose_index, "{name}: and not all");
-            assert!(lose_index || volume.corrupt_blocks + volume.io_errors + volume.stale_blocks > 0, "{name}: counted");
+            assert!(
+                lose_index || volume.corrupt_blocks + volume.io_errors + volume.stale_blocks > 0,
+                "{name}: counted"
+            );
             // Put again what is missing: the tier goes on.
             (0..30).for_each(|id| assert!(tiers.put(id, true), "{name}"));
             tiers.close();
@@ -297,7 +307,9 @@ fn earlier_lives_of_a_segment_do_not_come_back() {
     (0..1500).for_each(|id| assert!(tiers.put(id, false)));
     tiers.settle();
     let on_disk = |tiers: &Tiers| -> BTreeSet<u64> {
-        (0..1500).filter(|id| tiers.nvme.presence(&tiers.layout, 0, &[kvstore_tests::tier::hash(*id)]) == [true]).collect()
+        (0..1500)
+            .filter(|id| tiers.nvme.presence(&tiers.layout, 0, &[kvstore_tests::tier::hash(*id)]) == [true])
+            .collect()
     };
     let before = on_disk(&tiers);
     assert!(before.len() < 600, "most have left");
@@ -334,7 +346,12 @@ fn a_full_file_system_refuses_writes_and_ends_by_itself() {
     drop(more);
     std::fs::remove_file(&ballast).unwrap();
     tiers.until_state("SERVING");
-    let taken = (0..300).any(|_| tiers.put(1000, true) || { std::thread::sleep(Duration::from_millis(20)); false });
+    let taken = (0..300).any(|_| {
+        tiers.put(1000, true) || {
+            std::thread::sleep(Duration::from_millis(20));
+            false
+        }
+    });
     assert!(taken, "{:?}", tiers.nvme.status());
     tiers.close();
     let tiers = Tiers::open(&disk, &TierOptions::default()).unwrap();

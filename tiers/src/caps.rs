@@ -67,5 +67,7 @@ pub const NVME_INDEX_CACHE_BYTES: usize = 8 << 20;
 pub const NVME_INDEX_FILES_MAX: i32 = 64;
 /// At most this part of a segment moves on when it is emptied, in percent: bounds write amplification.
 pub const NVME_REINSERT_PERCENT: u64 = 15;
+/// Blocks that wait to be written at most, whatever their size: some 400 bytes each beside the block.
+pub const NVME_DIRTY_BLOCKS_MAX: u64 = 65_536;
 /// Transfers that fail in a row before a volume counts as gone.
 pub const NVME_ERRORS_IN_A_ROW_MAX: u32 = 16;

@@ -121,7 +121,8 @@ mod tests {
     #[test]
     fn the_most_urgent_goes_first_and_full_lanes_refuse() {
         let mut lanes = Lanes::new(CAPS);
-        for (lane, name) in [(Lane::Writeback, "w"), (Lane::Prefetch, "p1"), (Lane::Demand, "d"), (Lane::Prefetch, "p2")]
+        for (lane, name) in
+            [(Lane::Writeback, "w"), (Lane::Prefetch, "p1"), (Lane::Demand, "d"), (Lane::Prefetch, "p2")]
         {
             lanes.push(lane, name).unwrap();
         }

@@ -206,7 +206,10 @@ impl Served {
     async fn start(socket: &str, settings: &[String]) -> anyhow::Result<(Self, Duration)> {
         let started = Instant::now();
         let mut command = std::process::Command::new(std::env::current_exe()?);
-        command.args(["serve", "--listen", socket]).stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
+        command
+            .args(["serve", "--listen", socket])
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null());
         settings.iter().for_each(|setting| _ = command.args(["--set", setting]));
         let mut daemon = Self(command.spawn()?);
         loop {

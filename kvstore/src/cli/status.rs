@@ -134,7 +134,10 @@ fn volume_to_json(volume: &v1::VolumeStatus) -> serde_json::Value {
 
 fn print_nvme(nvme: &v1::NvmeTierStatus) {
     println!();
-    print_pairs(&[("nvme", format!("{} wait to be written, at most {}", bytes(nvme.dirty_bytes), bytes(nvme.dirty_bytes_max)))]);
+    print_pairs(&[(
+        "nvme",
+        format!("{} wait to be written, at most {}", bytes(nvme.dirty_bytes), bytes(nvme.dirty_bytes_max)),
+    )]);
     for volume in &nvme.volumes {
         let state = match volume.reason.as_str() {
             "" => volume.state.clone(),

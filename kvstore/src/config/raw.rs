@@ -335,7 +335,8 @@ impl RawNvme {
             return Err(invalid("nvme.bytes", problem));
         }
         if bytes > smallest {
-            let problem = format!("{} is more than the file system of a path has, {}", ByteSize(bytes), ByteSize(smallest));
+            let problem =
+                format!("{} is more than the file system of a path has, {}", ByteSize(bytes), ByteSize(smallest));
             return Err(invalid("nvme.bytes", problem));
         }
         Ok(bytes)

@@ -81,7 +81,7 @@ impl Blocks for Context {
 
     async fn pin(&self, request: Request<PinRequest>) -> Answer<PinResponse> {
         let _call = self.enter()?;
-        pin::pin(&self.daemon, self.namespace, request.get_ref()).map(Response::new)
+        pin::pin(&self.daemon, self.namespace, request.get_ref()).await.map(Response::new)
     }
 
     async fn unpin(&self, request: Request<UnpinRequest>) -> Answer<UnpinResponse> {
@@ -91,6 +91,6 @@ impl Blocks for Context {
 
     async fn delete(&self, request: Request<DeleteRequest>) -> Answer<DeleteResponse> {
         let _call = self.enter()?;
-        delete::delete(&self.daemon, self.namespace, request.get_ref()).map(Response::new)
+        delete::delete(&self.daemon, self.namespace, request.get_ref()).await.map(Response::new)
     }
 }

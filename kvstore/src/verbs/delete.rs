@@ -5,12 +5,17 @@ use kvstore_tiers::host::NamespaceId;
 use kvstore_tiers::residency::Delete;
 use tonic::Status;
 
+use super::until_synced;
 use crate::daemon::Daemon;
 use crate::{caps, wire};
 
 /// Deletes blocks; pinned ones stay and are counted. The lower tier first: a promotion that began before is
 /// then superseded in memory, and none can begin after.
-pub fn delete(daemon: &Daemon, namespace: NamespaceId, request: &DeleteRequest) -> Result<DeleteResponse, Status> {
+pub async fn delete(
+    daemon: &Daemon,
+    namespace: NamespaceId,
+    request: &DeleteRequest,
+) -> Result<DeleteResponse, Status> {
     let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
     let (group, _) = wire::known_group(&layout, request.group)?;
     let hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
@@ -29,6 +34,10 @@ pub fn delete(daemon: &Daemon, namespace: NamespaceId, request: &DeleteRequest) 
             (Delete::Deleted, _) | (_, Some(Delete::Deleted)) => deleted += 1,
             _ => {}
         }
+    }
+    if deleted > 0 {
+        // What was deleted does not come back, whatever happens next.
+        until_synced(daemon).await?;
     }
     Ok(DeleteResponse { deleted, pinned })
 }

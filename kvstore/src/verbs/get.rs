@@ -110,7 +110,8 @@ fn source(
         return Source::Ready(leasings.into_iter().map(Asked::Leasing).enumerate().collect());
     };
     // What is read from memory is worth keeping on disk too.
-    let read: Vec<_> = hashes.iter().zip(&leasings).filter(|(_, leasing)| hits(leasing)).map(|(hash, _)| *hash).collect();
+    let read: Vec<_> =
+        hashes.iter().zip(&leasings).filter(|(_, leasing)| hits(leasing)).map(|(hash, _)| *hash).collect();
     nvme.touch(layout, group, &read);
     if leasings.iter().all(hits) {
         return Source::Ready(leasings.into_iter().map(Asked::Leasing).enumerate().collect());
@@ -144,7 +145,10 @@ async fn bring(
     let mut left: VecDeque<_> = hashes.iter().copied().zip(leasings).enumerate().collect();
     let mut window: VecDeque<(usize, SequenceHash, Coming)> = VecDeque::new();
     loop {
-        while window.len() < caps::PROMOTIONS_PER_CALL
+        // Half a window at a time: each start may wake the disk's thread, and few wake-ups cost less.
+        let refill = window.len() <= caps::PROMOTIONS_PER_CALL / 2;
+        while refill
+            && window.len() < caps::PROMOTIONS_PER_CALL
             && let Some((index, (hash, leasing))) = left.pop_front()
         {
             let coming = match leasing {

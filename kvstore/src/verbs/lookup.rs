@@ -44,9 +44,8 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
         return Ok(LookupResponse { residency: vec![0; hashes.len()], ..LookupResponse::default() });
     };
     let readable = readable_blocks(&layout, &parts);
-    let residency = (0..hashes.len())
-        .map(|block| wire::residency(parts.iter().filter_map(|part| part.at(block))))
-        .collect();
+    let residency =
+        (0..hashes.len()).map(|block| wire::residency(parts.iter().filter_map(|part| part.at(block)))).collect();
     let mut response = LookupResponse { readable_blocks: readable as u32, residency, ..LookupResponse::default() };
     if request.ticket_ttl_ms > 0 && readable > 0 {
         hold_for_ticket(daemon, namespace, &parts, &hashes, request.ticket_ttl_ms, &mut response)?;

@@ -11,14 +11,15 @@ use kvstore_tiers::nvme::BlockRef;
 use kvstore_tiers::residency::Presence;
 use tonic::Status;
 
+use super::until_synced;
 use crate::daemon::{Daemon, random_hold_id};
 use crate::{caps, clock, wire};
 
 /// Times that a pin looks again, where blocks leave between the look and the hold.
 const ATTEMPTS: usize = 3;
 
-/// Pins the leading readable run of a prefix.
-pub fn pin(daemon: &Daemon, namespace: NamespaceId, request: &PinRequest) -> Result<PinResponse, Status> {
+/// Pins the leading readable run of a prefix. With an Nvme tier, the pin's record is synced before the answer.
+pub async fn pin(daemon: &Daemon, namespace: NamespaceId, request: &PinRequest) -> Result<PinResponse, Status> {
     let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
     let (group, _) = wire::known_group(&layout, request.group)?;
     let hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
@@ -62,6 +63,7 @@ pub fn pin(daemon: &Daemon, namespace: NamespaceId, request: &PinRequest) -> Res
                 nvme.write_back(&block(hash), parent, Vec::new(), false);
             }
         }
+        until_synced(daemon).await?;
         return Ok(PinResponse { pin: wire::hold_bytes(id), pinned_blocks: run as u32 });
     }
     Err(Status::resource_exhausted("busy: the blocks leave as fast as they are pinned; try again"))

@@ -127,8 +127,9 @@ async fn bring(promoter: Promoter, id: HoldId, hashes: Vec<SequenceHash>) {
     let on_disk = promoter.nvme.presence(&promoter.layout, promoter.group, &hashes);
     let presences = promoter.daemon.host.presence(&promoter.layout, promoter.group, &hashes);
     let wanted = hashes.into_iter().zip(on_disk).zip(presences);
-    let mut wanted =
-        wanted.filter(|((_, on_disk), presence)| *on_disk && *presence != Presence::Resident).map(|((hash, _), _)| hash);
+    let mut wanted = wanted
+        .filter(|((_, on_disk), presence)| *on_disk && *presence != Presence::Resident)
+        .map(|((hash, _), _)| hash);
     let mut window = VecDeque::new();
     while !promoter.daemon.prefetches.has_ended(id) && tokio::time::Instant::now() < promoter.deadline {
         while window.len() < caps::PROMOTIONS_PER_CALL
@@ -158,7 +159,9 @@ pub fn progress(daemon: &Daemon, namespace: NamespaceId, id: HoldId) -> Result<(
     let now = clock::now();
     let state = match prefetch.ended {
         Some((state, _)) => Some(state),
-        None if !prefetch.running && count(Presence::InFlight) == 0 => daemon.prefetches.end(id, PrefetchState::Done, now),
+        None if !prefetch.running && count(Presence::InFlight) == 0 => {
+            daemon.prefetches.end(id, PrefetchState::Done, now)
+        }
         None if now >= prefetch.deadline => daemon.prefetches.end(id, PrefetchState::Deadline, now),
         None => None,
     };

@@ -32,8 +32,16 @@ pub async fn put(
     deadline: Instant,
 ) -> Result<PutResponse, Status> {
     let _permit = daemon.data_calls.try_acquire().map_err(|_| too_many_calls(daemon))?;
-    let mut call =
-        PutCall { daemon, namespace, deadline, target: None, current: None, last: None, results: Vec::new(), local: Vec::new() };
+    let mut call = PutCall {
+        daemon,
+        namespace,
+        deadline,
+        target: None,
+        current: None,
+        last: None,
+        results: Vec::new(),
+        local: Vec::new(),
+    };
     tokio::time::timeout_at(deadline, async {
         call.run(body).await?;
         call.until_local().await;
@@ -182,8 +190,11 @@ impl PutCall<'_> {
                 deadline: clock::now().plus_ms(self.deadline.duration_since(Instant::now()).as_millis() as u64),
             },
         };
-        let into =
-            if wait_for_dirty_room(self.daemon).await { begin(self.daemon, &request).await? } else { busy(self.daemon) };
+        let into = if wait_for_dirty_room(self.daemon).await {
+            begin(self.daemon, &request).await?
+        } else {
+            busy(self.daemon)
+        };
         self.current = Some(Current { hash, parent, expected: block.length, received: 0, crc32: block.crc32, into });
         Ok(())
     }

@@ -343,8 +343,7 @@ mod tests {
                 let chosen = expected.iter().filter(|entry| entry.pinned || !pinned);
                 chosen.map(|entry| entry.extent.pages).sum()
             };
-            let in_use =
-                SegmentUse { blocks: expected.len() as u32, pages: pages(false), pinned_pages: pages(true) };
+            let in_use = SegmentUse { blocks: expected.len() as u32, pages: pages(false), pinned_pages: pages(true) };
             assert_eq!(extents.segment_use(segment), in_use);
         }
     }

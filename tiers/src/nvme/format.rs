@@ -289,8 +289,7 @@ mod tests {
     #[test]
     fn headers_come_back_and_no_flipped_bit_does() {
         let volume = VolumeHeader { volume_id: [7; 16], segment_bytes: 64 << 20, seed: 42 };
-        let segment =
-            SegmentHeader { volume_id: [7; 16], number: 3, life: 1 << 33, class: SegmentClass::Pinned };
+        let segment = SegmentHeader { volume_id: [7; 16], number: 3, life: 1 << 33, class: SegmentClass::Pinned };
         assert_eq!(VolumeHeader::decode(&volume.encode()), Ok(volume));
         assert_eq!(SegmentHeader::decode(&segment.encode()), Ok(segment));
         for bit in 0..(16 + 32 + 4) * 8 {

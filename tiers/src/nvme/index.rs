@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use kvstore_transfer::volume::{Faults, Operation};
 use parking_lot::{Mutex, RwLock};
-use rocksdb::{BlockBasedOptions, Cache, DB, DBCompressionType, Direction, IteratorMode, LogLevel, Options, ReadOptions, WriteBatch, WriteOptions};
+use rocksdb::{
+    BlockBasedOptions, Cache, DB, DBCompressionType, Direction, IteratorMode, LogLevel, Options, ReadOptions,
+    WriteBatch, WriteOptions,
+};
 
 use super::format::{Digest, IndexValue, SegmentClass, VOLUME_VERSION};
 use crate::caps;

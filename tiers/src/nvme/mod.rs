@@ -38,7 +38,7 @@ use crate::residency::{Delete, FlightSource, Priority, Urgency};
 use format::{Digest, padded};
 use read::Wanted;
 use store::Store;
-use write::{Commit, Dirty, DirtyBytes, Pending};
+use write::{Commit, Dirty, DirtyBytes, DirtyCount, Pending};
 
 pub use format::{Extent, FormatError, IndexValue, SegmentClass, SegmentHeader, VolumeHeader};
 pub use kvstore_transfer::volume::{Fault, IoEngine as NvmeEngine};
@@ -70,7 +70,7 @@ pub struct NvmeOptions {
 /// What the volumes know of each other.
 pub(crate) struct Peers {
     stores: RwLock<Vec<Weak<Store>>>,
-    dirty: Arc<AtomicU64>,
+    dirty: Arc<DirtyCount>,
     /// Dirty bytes became fewer.
     cleaned: Notify,
     /// A promotion ended.
@@ -82,7 +82,7 @@ impl Peers {
     fn has_tag(&self, tag: u64) -> bool {
         self.stores.read().iter().filter_map(Weak::upgrade).any(|store| {
             let state = store.state.lock();
-            state.extents.has_tag(tag) || state.pending.keys().any(|digest| digest.tag() == tag)
+            state.extents.has_tag(tag) || state.pending.has_tag(tag)
         })
     }
 }
@@ -136,8 +136,9 @@ pub struct BlockRef<'a> {
 impl NvmeTier {
     /// Opens every volume. Ready when it returns: what has to be found again is found in the background.
     pub fn open(options: &NvmeOptions, host: &Arc<HostTier>) -> Result<Arc<Self>, OpenError> {
-        let dirty = Arc::new(AtomicU64::new(0));
-        let peers = Arc::new(Peers { stores: RwLock::new(Vec::new()), dirty, cleaned: Notify::new(), promoted: Notify::new() });
+        let dirty = Arc::new(DirtyCount::default());
+        let peers =
+            Arc::new(Peers { stores: RwLock::new(Vec::new()), dirty, cleaned: Notify::new(), promoted: Notify::new() });
         let mut stores = Vec::new();
         let mut commits = Vec::new();
         for path in &options.paths {
@@ -199,7 +200,13 @@ impl NvmeTier {
 
     /// True where more blocks may be put: fewer bytes wait to be written than the limit.
     pub fn has_dirty_room(&self) -> bool {
-        self.peers.dirty.load(Ordering::Acquire) < self.dirty_max.load(Ordering::Acquire) || !self.takes_writes()
+        let few = self.peers.dirty.blocks.load(Ordering::Acquire) < crate::caps::NVME_DIRTY_BLOCKS_MAX;
+        few && self.dirty_bytes() < self.dirty_max.load(Ordering::Acquire) || !self.takes_writes()
+    }
+
+    /// Bytes of blocks that wait to be written.
+    pub fn dirty_bytes(&self) -> u64 {
+        self.peers.dirty.bytes.load(Ordering::Acquire)
     }
 
     /// Resolves when dirty bytes became fewer.
@@ -229,13 +236,13 @@ impl NvmeTier {
         let Some((store, digest)) = self.place_for(block) else { return WriteBack::Refused };
         {
             let mut state = store.state.lock();
-            if let Some(pending) = state.pending.get_mut(&digest).filter(|pending| !pending.cancelled) {
+            if let Some(pending) = state.pending.get_mut(digest).filter(|pending| !pending.cancelled) {
                 if local {
                     pending.waiters.push(waiter);
                 }
                 return WriteBack::Queued(local.then_some(waiting));
             }
-            if state.pending.contains_key(&digest) || !state.health.takes_writes() {
+            if state.pending.get(digest).is_some() || !state.health.takes_writes() {
                 return WriteBack::Refused;
             }
             let waiters = if local { vec![waiter] } else { Vec::new() };
@@ -243,7 +250,7 @@ impl NvmeTier {
         }
         let dirty = self.dirty(store, digest, block, parent, sums);
         let Some(dirty) = dirty else {
-            store.state.lock().pending.remove(&digest);
+            store.state.lock().pending.remove(digest);
             return WriteBack::Refused;
         };
         store.queue.lock().items.push_back(dirty);
@@ -373,22 +380,37 @@ impl NvmeTier {
                     *outcome = Delete::Pinned;
                     continue;
                 }
-                if let Some(pending) = state.pending.get_mut(&digest) {
+                if let Some(pending) = state.pending.get_mut(digest) {
                     pending.cancelled = true;
                     *outcome = Delete::Deleted;
                 }
                 if let Some(entry) = state.extents.remove(digest) {
+                    state.segments.begin_read(entry.extent.segment);
                     gone.push(entry);
                     *outcome = Delete::Deleted;
                 }
             }
             drop(state);
             if !gone.is_empty() {
-                gone.iter().for_each(|entry| store.bury(entry.extent));
+                store.queue.lock().buried.extend(gone.iter().map(|entry| entry.extent));
+                store.queue_changed.notify_one();
                 let _ = store.commits.send(Commit::Deleted(gone.iter().map(|entry| entry.digest).collect()));
             }
         }
         outcome
+    }
+
+    /// Makes all that was done before (deletions, pins, writes) safe from a loss of power: the channels tell
+    /// when, true where it is.
+    pub fn sync(&self) -> Vec<oneshot::Receiver<bool>> {
+        let mut waiting = Vec::with_capacity(self.stores.len());
+        for store in &self.stores {
+            let (send, receive) = oneshot::channel();
+            if store.commits.send(Commit::Sync(send)).is_ok() {
+                waiting.push(receive);
+            }
+        }
+        waiting
     }
 
     // ------------------------------------------------------------------------------- pins

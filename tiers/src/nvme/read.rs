@@ -81,7 +81,9 @@ impl Store {
                 body: Some(IoMemory::Fill(slot)),
             };
             let finish = move |result: io::Result<()>, memories: IoMemories| {
-                let (IoMemory::Pages(head), Some(IoMemory::Fill(slot))) = (memories.head, memories.body) else { return };
+                let (IoMemory::Pages(head), Some(IoMemory::Fill(slot))) = (memories.head, memories.body) else {
+                    return;
+                };
                 store.finish(entry, &wanted, result, Payload::Slot(head), ticket, slot, done);
             };
             Transfer { direction: Direction::Read, offset, memories, tag: entry.digest.tag(), done: Box::new(finish) }

@@ -118,7 +118,7 @@ impl Store {
                 let newer = state.extents.get(entry.digest).is_none_or(|known| {
                     state.segments.life(known.extent.segment).unwrap_or(0) < life || known.extent.segment == segment
                 });
-                if newer && !state.pending.get(&entry.digest).is_some_and(|pending| pending.cancelled) {
+                if newer && !state.pending.get(entry.digest).is_some_and(|pending| pending.cancelled) {
                     let pinned = state.pins.holds(entry.digest);
                     state.extents.insert(Entry { pinned, ..*entry });
                     batch.put_block(entry.digest, value);

@@ -19,6 +19,8 @@ use super::read::read_frame;
 use super::store::{State, Store, add};
 use crate::caps;
 
+/// Candidates whose blocks are looked at one by one.
+const LOOKED_AT: usize = 4;
 /// Free segments that are kept ready: one to go on in, one for what moves while the next is emptied.
 const FREE_SEGMENTS: usize = 2;
 
@@ -54,8 +56,11 @@ impl Store {
             let state = self.state.lock();
             state.segments.candidates(|segment| state.extents.segment_use(segment).pinned_pages == 0)
         };
+        // A look at every block of every candidate would cost more than it saves: those with the fewest live pages.
+        let mut candidates = candidates;
+        candidates.sort_by_cached_key(|segment| self.state.lock().extents.segment_use(*segment).pages);
         let worth = |segment: &u32| self.worth(*segment);
-        let Some(victim) = candidates.into_iter().min_by_key(worth) else { return false };
+        let Some(victim) = candidates.into_iter().take(LOOKED_AT).min_by_key(worth) else { return false };
         self.empty(victim)
     }
 
@@ -87,8 +92,10 @@ impl Store {
     pub fn empty(self: &Arc<Self>, victim: u32) -> bool {
         let (entries, orphans) = self.entries_and_orphans(victim);
         let budget = self.header.segment_bytes / 100 * caps::NVME_REINSERT_PERCENT / PAGE;
-        let mut hot: Vec<&Entry> =
-            entries.iter().filter(|entry| !entry.pinned && entry.hits > 0 && !orphans.contains(&entry.digest)).collect();
+        let mut hot: Vec<&Entry> = entries
+            .iter()
+            .filter(|entry| !entry.pinned && entry.hits > 0 && !orphans.contains(&entry.digest))
+            .collect();
         hot.sort_by_key(|entry| std::cmp::Reverse(entry.hits));
         let mut pages = 0;
         hot.retain(|entry| {

@@ -144,7 +144,7 @@ impl NvmeTier {
             }
         });
         NvmeStatus {
-            dirty_bytes: self.peers.dirty.load(Ordering::Acquire),
+            dirty_bytes: self.dirty_bytes(),
             dirty_bytes_max: self.dirty_max.load(Ordering::Acquire),
             volumes: volumes.collect(),
         }

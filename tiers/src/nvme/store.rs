@@ -4,7 +4,7 @@
 //! lock owns all three. What the index says is read once, at the start; from then on memory is asked, and
 //! the index is only written.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::AsFd;
@@ -18,11 +18,11 @@ use parking_lot::{Condvar, Mutex};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use super::extents::{Entry, Extents};
-use super::format::{Digest, FormatError, PAGE, SEGMENTS_AT, SegmentHeader, VolumeHeader, life_of};
+use super::format::{FormatError, PAGE, SEGMENTS_AT, SegmentHeader, VolumeHeader, life_of};
 use super::index::{Index, IndexBatch, IndexError, IndexItem};
 use super::pins::Pins;
 use super::segments::Segments;
-use super::write::{Commit, Pending, WriteQueue};
+use super::write::{Commit, PendingBlocks, WriteQueue};
 use super::{NvmeOptions, Peers};
 use crate::caps;
 
@@ -130,7 +130,7 @@ pub(super) struct State {
     pub segments: Segments,
     pub pins: Pins,
     /// Blocks on their way to the volume.
-    pub pending: HashMap<Digest, Pending>,
+    pub pending: PendingBlocks,
     pub health: Health,
     /// Segments that were written since the last sync.
     pub unsynced: HashSet<u32>,
@@ -199,7 +199,7 @@ impl Store {
             extents: Extents::default(),
             segments: Segments::new(header.segment_bytes, 0, allowed.max(present)),
             pins: Pins::default(),
-            pending: HashMap::new(),
+            pending: PendingBlocks::default(),
             health: Health::default(),
             unsynced: HashSet::new(),
         };

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use kvstore_transfer::Lane;
 use parking_lot::RwLock;
@@ -87,8 +86,9 @@ pub fn verify_folder(
     verify: VerifyOptions,
     mut progress: impl FnMut(&VerifyReport),
 ) -> Result<VerifyReport, OpenError> {
-    let dirty = Arc::new(AtomicU64::new(0));
-    let peers = Arc::new(Peers { stores: RwLock::new(Vec::new()), dirty, cleaned: Notify::new(), promoted: Notify::new() });
+    let dirty = Arc::default();
+    let peers =
+        Arc::new(Peers { stores: RwLock::new(Vec::new()), dirty, cleaned: Notify::new(), promoted: Notify::new() });
     if !path.join("blocks").exists() {
         let source = std::io::Error::from(std::io::ErrorKind::NotFound);
         return Err(OpenError::Io { step: "find a volume in", path: path.to_owned(), source });

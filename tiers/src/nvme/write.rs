@@ -8,7 +8,7 @@
 //! Order: frame, index, map. A frame without an index entry is an orphan that the next life of its segment
 //! buries; an entry whose frame did not make it to the platter does not verify and is a miss.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use kvstore_transfer::frame::{FrameHeader, FrameIdentity};
 use kvstore_transfer::volume::{self, Direction, IoMemories, IoMemory, Transfer};
 use kvstore_transfer::{AlignedBytes, Lane, SectionSums};
+use parking_lot::MutexGuard;
 use tokio::sync::oneshot;
 
 use super::extents::Entry;
@@ -35,27 +36,36 @@ const SYNC_EVERY: Duration = Duration::from_secs(1);
 const COMMITS_PER_ROUND: usize = 4096;
 /// Between two attempts to use a full file system.
 const RETRY_EVERY: Duration = Duration::from_millis(500);
-/// Between two attempts to open a failed index.
-const RETRY_INDEX_EVERY: Duration = Duration::from_millis(50);
+/// A failed index is opened again after this long, then after twice as long each time, up to a second.
+const RETRY_INDEX_AFTER: Duration = Duration::from_millis(25);
 /// Times that a volume may fail to sync and be checked again before it stays read-only.
 const SYNC_FAILURES_MAX: u64 = 3;
 
-/// Counts bytes as dirty while it lives.
+/// Counts a block and its bytes as dirty while it lives.
 pub(super) struct DirtyBytes {
-    pub of: Arc<AtomicU64>,
-    pub bytes: u64,
+    of: Arc<DirtyCount>,
+    bytes: u64,
+}
+
+/// What waits to be written, of all volumes.
+#[derive(Default)]
+pub(super) struct DirtyCount {
+    pub bytes: AtomicU64,
+    pub blocks: AtomicU64,
 }
 
 impl DirtyBytes {
-    pub fn new(of: &Arc<AtomicU64>, bytes: u64) -> Self {
-        of.fetch_add(bytes, Ordering::AcqRel);
+    pub fn new(of: &Arc<DirtyCount>, bytes: u64) -> Self {
+        of.bytes.fetch_add(bytes, Ordering::AcqRel);
+        of.blocks.fetch_add(1, Ordering::AcqRel);
         Self { of: Arc::clone(of), bytes }
     }
 }
 
 impl Drop for DirtyBytes {
     fn drop(&mut self) {
-        self.of.fetch_sub(self.bytes, Ordering::AcqRel);
+        self.of.bytes.fetch_sub(self.bytes, Ordering::AcqRel);
+        self.of.blocks.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -80,10 +90,42 @@ pub(super) struct Pending {
     pub waiters: Vec<oneshot::Sender<bool>>,
 }
 
-/// Dirty blocks, oldest first.
+/// The blocks on their way to a volume.
+#[derive(Default)]
+pub(super) struct PendingBlocks {
+    by_digest: HashMap<Digest, Pending>,
+    tags: HashSet<u64>,
+}
+
+impl PendingBlocks {
+    pub fn insert(&mut self, digest: Digest, pending: Pending) {
+        self.tags.insert(digest.tag());
+        self.by_digest.insert(digest, pending);
+    }
+
+    pub fn remove(&mut self, digest: Digest) -> Option<Pending> {
+        self.tags.remove(&digest.tag());
+        self.by_digest.remove(&digest)
+    }
+
+    pub fn get_mut(&mut self, digest: Digest) -> Option<&mut Pending> {
+        self.by_digest.get_mut(&digest)
+    }
+
+    pub fn get(&self, digest: Digest) -> Option<&Pending> {
+        self.by_digest.get(&digest)
+    }
+
+    pub fn has_tag(&self, tag: u64) -> bool {
+        self.tags.contains(&tag)
+    }
+}
+
+/// Dirty blocks, oldest first, and the places of deleted ones, whose headers are to be zeroed.
 #[derive(Default)]
 pub(super) struct WriteQueue {
     pub items: VecDeque<Dirty>,
+    pub buried: VecDeque<Extent>,
 }
 
 /// A frame that was queued for the device.
@@ -136,10 +178,13 @@ impl Store {
         let _ = self.commits.send(Commit::Stop);
     }
 
-    fn next_items(&self) -> Option<Vec<Dirty>> {
+    fn next_items(self: &Arc<Self>) -> Option<Vec<Dirty>> {
         let is_small = |dirty: &Dirty| u64::from(dirty.block.length()) < FrameHeader::APART_FROM_BYTES;
         let mut queue = self.queue.lock();
         loop {
+            while let Some(extent) = queue.buried.pop_front() {
+                MutexGuard::unlocked(&mut queue, || self.bury(extent));
+            }
             if let Some(first) = queue.items.pop_front() {
                 let mut bytes = first.block.length() as usize;
                 let small = is_small(&first);
@@ -290,7 +335,7 @@ impl Store {
             tracing::warn!(%error, "a block was not written");
         }
         add(&self.counters.refused_blocks, 1);
-        let pending = self.state.lock().pending.remove(&dirty.digest);
+        let pending = self.state.lock().pending.remove(dirty.digest);
         drop(dirty);
         answer(pending, false);
         self.peers.cleaned.notify_waiters();
@@ -361,7 +406,8 @@ impl Store {
             class: opening.class,
         };
         add(&self.counters.device_written_bytes, PAGE);
-        volume::write_now(&*self.volume, offset, AlignedBytes::of(&[&header.encode()])).map_err(|error| self.no_space(error))
+        volume::write_now(&*self.volume, offset, AlignedBytes::of(&[&header.encode()]))
+            .map_err(|error| self.no_space(error))
     }
 
     fn no_space(&self, error: io::Error) -> NoPlace {
@@ -429,12 +475,12 @@ impl Store {
     /// The committer's life.
     pub fn commit_forever(self: &Arc<Self>, commits: &mpsc::Receiver<Commit>) {
         let mut last_sync = Instant::now();
-        let mut last_retry = Instant::now();
+        let (mut next_retry, mut retry_after) = (Instant::now(), RETRY_INDEX_AFTER);
         // Deletions that the index has yet to take: a block must not come back after a restart.
         let mut owed: Vec<Digest> = Vec::new();
         loop {
             let closed = self.state.lock().health.index_closed;
-            let first = commits.recv_timeout(if closed { RETRY_INDEX_EVERY } else { SYNC_EVERY });
+            let first = commits.recv_timeout(if closed { retry_after } else { SYNC_EVERY });
             let mut round: Vec<Commit> = match first {
                 Ok(commit) => vec![commit],
                 Err(mpsc::RecvTimeoutError::Timeout) => Vec::new(),
@@ -443,9 +489,12 @@ impl Store {
             round.extend(commits.try_iter().take(COMMITS_PER_ROUND));
             let stop = round.iter().any(|commit| matches!(commit, Commit::Stop));
             let due = stop || last_sync.elapsed() >= SYNC_EVERY;
-            if last_retry.elapsed() >= RETRY_INDEX_EVERY {
-                last_retry = Instant::now();
+            if !closed {
+                retry_after = RETRY_INDEX_AFTER;
+            } else if Instant::now() >= next_retry {
                 self.retry_index();
+                retry_after = (retry_after * 2).min(SYNC_EVERY);
+                next_retry = Instant::now() + retry_after;
             }
             if self.commit(round, &mut owed, due) {
                 last_sync = Instant::now();
@@ -481,7 +530,7 @@ impl Store {
             let state = self.state.lock();
             written.iter().for_each(|framed| batch.put_block(framed.dirty.digest, &framed.value));
             let waits = |framed: &Framed| {
-                state.pending.get(&framed.dirty.digest).is_some_and(|pending| !pending.waiters.is_empty())
+                state.pending.get(framed.dirty.digest).is_some_and(|pending| !pending.waiters.is_empty())
             };
             wanted |= written.iter().any(waits);
             // Nothing was written since the last sync: nothing is due.
@@ -545,7 +594,7 @@ impl Store {
         let mut state = self.state.lock();
         for Framed { dirty, value } in written {
             state.segments.end_write(value.extent.segment);
-            let pending = state.pending.remove(&dirty.digest).unwrap_or_default();
+            let pending = state.pending.remove(dirty.digest).unwrap_or_default();
             if pending.cancelled {
                 cancelled.push((dirty.digest, value.extent));
                 ended.push((dirty, pending, false));
@@ -577,7 +626,7 @@ impl Store {
             let pending = {
                 let mut state = self.state.lock();
                 state.segments.end_write(value.extent.segment);
-                state.pending.remove(&dirty.digest)
+                state.pending.remove(dirty.digest)
             };
             add(&self.counters.refused_blocks, 1);
             drop(dirty);
@@ -640,18 +689,14 @@ impl Store {
         }
     }
 
-    /// Zeroes the first page of a frame, so that no later scan finds a block that was deleted.
-    pub fn bury(self: &Arc<Self>, extent: Extent) {
-        {
-            let mut state = self.state.lock();
-            if !state.health.takes_writes() {
-                return;
-            }
-            // Counts as a reader: the segment is not written anew before the page is.
-            state.segments.begin_read(extent.segment);
+    /// Zeroes the first page of a frame, so that no later scan finds a block that was deleted. Whoever deleted it
+    /// began a read of its segment, which ends here: the segment is not written anew before the page is.
+    fn bury(self: &Arc<Self>, extent: Extent) {
+        if !self.state.lock().health.takes_writes() {
+            return self.state.lock().segments.end_read(extent.segment);
         }
         let store = Arc::clone(self);
-        let transfer = Transfer {
+        let mut transfer = Transfer {
             direction: Direction::Write,
             offset: self.offset_of(&extent),
             memories: IoMemories::pages(AlignedBytes::zeroed(PAGE as usize)),
@@ -659,8 +704,9 @@ impl Store {
             done: Box::new(move |_, _| store.state.lock().segments.end_read(extent.segment)),
         };
         add(&self.counters.device_written_bytes, PAGE);
-        if self.volume.submit(Lane::Writeback, transfer).is_err() {
-            self.state.lock().segments.end_read(extent.segment);
+        while let Err(back) = self.volume.submit(Lane::Writeback, transfer) {
+            transfer = back;
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 

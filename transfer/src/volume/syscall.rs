@@ -97,7 +97,8 @@ impl Drop for SyscallVolume {
             let _ = thread.join();
         }
         let mut queue = self.shared.queue.lock();
-        let left: Vec<Transfer> = std::iter::from_fn(|| queue.lanes.pop(|_| true)).map(|(_, transfer)| transfer).collect();
+        let left: Vec<Transfer> =
+            std::iter::from_fn(|| queue.lanes.pop(|_| true)).map(|(_, transfer)| transfer).collect();
         let syncs = std::mem::take(&mut queue.syncs);
         drop(queue);
         left.into_iter().for_each(|transfer| transfer.fail(stopped()));

@@ -221,7 +221,8 @@ impl Ring {
         }
         // Whoever still waits in a lane is told.
         let mut queue = self.shared.queue.lock();
-        let left: Vec<Transfer> = std::iter::from_fn(|| queue.lanes.pop(|_| true)).map(|(_, transfer)| transfer).collect();
+        let left: Vec<Transfer> =
+            std::iter::from_fn(|| queue.lanes.pop(|_| true)).map(|(_, transfer)| transfer).collect();
         let syncs = std::mem::take(&mut queue.syncs);
         drop(queue);
         left.into_iter().for_each(|transfer| transfer.fail(stopped()));
@@ -229,10 +230,12 @@ impl Ring {
     }
 
     fn submit_and_wait(&self, want: usize) -> io::Result<usize> {
-        if want == 0 || self.buffers.used == 0 {
+        let flying = self.free.len() < self.flights.len();
+        if want == 0 || self.buffers.used == 0 || flying {
             return self.ring.submit_and_wait(want);
         }
-        // Slabs that are gone must not stay pinned because nothing is read.
+        // Slabs that are gone must not stay pinned because nothing is read. (What flies wakes us anyway, and a
+        // timer for each wait costs as much as a small transfer.)
         let timeout = types::Timespec::from(PURGE_EVERY);
         self.ring.submitter().submit_with_args(want, &types::SubmitArgs::new().timespec(&timeout))
     }

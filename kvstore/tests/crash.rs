@@ -1,0 +1,124 @@
+//! kill -9 under load, many times over, against the client's own log: no block that was acknowledged as LOCAL is
+//! lost, no byte is wrong, and the daemon is ready again within two seconds.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use kvstore::replay;
+use kvstore_client::v1::{BlockKind, Level, PutStatus};
+use kvstore_client::{Client, GetOutcome, GroupRef, PutBlock, PutOptions};
+
+/// Kills. Each is at another moment of the load.
+const KILLS: u64 = 40;
+/// Bytes of a block: some have their header apart, some are packed.
+const SIZES: [u32; 3] = [3000, 70_000, 300_000];
+/// How much of the newest log is checked after each kill: the disk holds more than that.
+const CHECKED: usize = 60;
+
+struct Daemon {
+    child: Child,
+    address: String,
+}
+
+impl Daemon {
+    fn start(folder: &Path) -> Self {
+        let address = format!("unix:{}", folder.join("crash.sock").display());
+        let disk = format!("nvme.paths={}", folder.join("disk").display());
+        let settings = [disk.as_str(), "nvme.bytes=192MiB", "host.bytes=32MiB", "http.address=off", "log.level=error"];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kvstore"));
+        command.args(["serve", "--listen", &address]).stdin(Stdio::null()).stdout(Stdio::null());
+        settings.iter().for_each(|setting| _ = command.args(["--set", setting]));
+        Self { child: command.spawn().unwrap(), address }
+    }
+
+    async fn client(&self) -> Client {
+        let until = Instant::now() + Duration::from_secs(30);
+        loop {
+            if let Ok(client) = Client::connect(&self.address).await
+                && client.status().await.is_ok()
+            {
+                return client;
+            }
+            assert!(Instant::now() < until, "the daemon never answers");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // SIGKILL.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+async fn groups(client: &Client) -> Vec<GroupRef> {
+    let mut groups = Vec::new();
+    for bytes in SIZES {
+        let layout = replay::layout(&format!("crash {bytes}"), bytes, BlockKind::Attention);
+        groups.push(client.register_layout(layout).await.unwrap().group(0));
+    }
+    groups
+}
+
+fn block(id: u64) -> PutBlock {
+    let bytes = SIZES[(id % 3) as usize];
+    PutBlock::new(replay::sequence_hash(id), replay::content(id, bytes as usize))
+}
+
+/// Puts blocks until the daemon is gone; those that it said are LOCAL.
+async fn load(client: Client, groups: Vec<GroupRef>, worker: u64, first: u64) -> Vec<u64> {
+    let mut local = Vec::new();
+    for at in 0.. {
+        let id = first + at * 4 + worker;
+        let level = if id % 4 == 1 { Level::Memory } else { Level::Local };
+        let options = PutOptions { level, ..PutOptions::default() };
+        match client.put_with(&groups[(id % 3) as usize], vec![block(id)], options).await {
+            Ok(results) if results[0].level() == Level::Local => local.push(id),
+            Ok(results) => assert_ne!(results[0].status(), PutStatus::Unspecified),
+            Err(_) => return local,
+        }
+    }
+    unreachable!("the loop has no end")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kill_9_under_load_loses_nothing_that_was_local() {
+    let folder = tempfile::tempdir().unwrap();
+    // The client's own log: id of every LOCAL block, by the kill before which it was acknowledged.
+    let mut log: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut first = 0;
+    let mut slowest = Duration::ZERO;
+    for kill in 0..KILLS {
+        let started = Instant::now();
+        let daemon = Daemon::start(folder.path());
+        let client = daemon.client().await;
+        slowest = slowest.max(started.elapsed());
+        let groups = groups(&client).await;
+        for (id, since) in log.iter().rev().take(CHECKED) {
+            let outcome = client.get(&groups[(id % 3) as usize], &[replay::sequence_hash(*id)]).await.unwrap();
+            match &outcome[0] {
+                GetOutcome::Hit(bytes) => assert_eq!(replay::wrong_bytes(*id, bytes), 0, "WRONG BYTES in {id}"),
+                other => panic!("LOCAL block {id} of round {since} is lost after kill {kill}: {other:?}"),
+            }
+        }
+        let mut workers = tokio::task::JoinSet::new();
+        for worker in 0..4 {
+            workers.spawn(load(daemon.client().await, groups.clone(), worker, first));
+        }
+        // Another moment each time: within the first milliseconds, in the midst, after a sync or two.
+        tokio::time::sleep(Duration::from_millis(20 + kill * 37 % 400)).await;
+        drop(daemon);
+        while let Some(local) = workers.join_next().await {
+            log.extend(local.unwrap().into_iter().map(|id| (id, kill)));
+        }
+        first += 1_000_000;
+    }
+    assert!(log.len() > 500, "the load was no load: {} LOCAL blocks", log.len());
+    assert!(slowest < Duration::from_secs(2), "ready after {slowest:?}");
+}
