@@ -211,11 +211,13 @@ fn fio(folder: &Path, direction: &str, block_bytes: u32, more: &[&str]) -> anyho
     let text = String::from_utf8_lossy(&output.stdout);
     let start = text.find('{').context("fio printed no JSON")?;
     let report: serde_json::Value = serde_json::from_str(text.get(start..).unwrap_or_default())?;
-    let job = &report["jobs"][0];
-    let number = |value: &serde_json::Value| value.as_f64().context("fio's report lacks a number");
-    let seconds = number(&job[direction]["runtime"])? / 1e3;
-    let gb = number(&job[direction]["io_bytes"])? / 1e9;
-    let cpu = (number(&job["usr_cpu"])? + number(&job["sys_cpu"])?) / 100.0 * number(&job["job_runtime"])? / 1e3;
+    let number = |path: &str| {
+        let value = report.pointer(&format!("/jobs/0/{path}")).and_then(serde_json::Value::as_f64);
+        value.with_context(|| format!("fio's report lacks {path}"))
+    };
+    let seconds = number(&format!("{direction}/runtime"))? / 1e3;
+    let gb = number(&format!("{direction}/io_bytes"))? / 1e9;
+    let cpu = (number("usr_cpu")? + number("sys_cpu")?) / 100.0 * number("job_runtime")? / 1e3;
     anyhow::ensure!(seconds > 0.0 && gb > 0.0, "fio moved nothing");
     Ok(Run { gbps: gb / seconds, cpu_seconds_per_gb: cpu / gb })
 }

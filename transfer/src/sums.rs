@@ -76,7 +76,7 @@ mod tests {
 
     #[test]
     fn one_pass_gives_the_block_and_its_sections() {
-        let data: Vec<u8> = (0..10_000u32).map(|i| (i * 31 >> 3) as u8).collect();
+        let data: Vec<u8> = (0..10_000u32).map(|i| ((i * 31) >> 3) as u8).collect();
         for section_bytes in [1000, 3333, 10_000, usize::MAX] {
             let mut sums = SectionSums::new(section_bytes);
             for piece in data.chunks(777) {

@@ -96,12 +96,13 @@ impl Store {
             let memories = IoMemories::pages(pages);
             Transfer { direction: Direction::Read, offset, memories, tag: entry.digest.tag(), done: Box::new(finish) }
         };
-        match self.volume.submit(lane, transfer) {
+        match self.volume.submit(lane, Box::new(transfer)) {
             Ok(()) => true,
             Err(transfer) => {
                 // The completion cleans up like after a failed read, but the device is not to blame.
                 let busy = io::Error::from(io::ErrorKind::WouldBlock);
-                (transfer.done)(Err(busy), transfer.memories);
+                let Transfer { done, memories, .. } = *transfer;
+                done(Err(busy), memories);
                 false
             }
         }

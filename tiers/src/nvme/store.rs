@@ -180,7 +180,7 @@ impl Store {
             move |source| OpenError::Io { step, path, source }
         };
         let file = VolumeFile::open(&file_path).map_err(io("open", &file_path))?;
-        let length = file.len().map_err(io("read the length of", &file_path))?;
+        let length = file.bytes().map_err(io("read the length of", &file_path))?;
         let volume = volume::open(file, options.engine).map_err(io("drive", &file_path))?;
         let header = match length {
             0 => make_header(&*volume, options.bytes).map_err(io("write", &file_path))?,

@@ -307,7 +307,7 @@ impl Store {
 
     fn queue_write(self: &Arc<Self>, offset: u64, memories: IoMemories, framed: Vec<Framed>) {
         let store = Arc::clone(self);
-        let mut transfer = Transfer {
+        let mut transfer = Box::new(Transfer {
             direction: Direction::Write,
             offset,
             memories,
@@ -317,7 +317,7 @@ impl Store {
                 drop(memories);
                 let _ = store.commits.send(Commit::Written(framed, result));
             }),
-        };
+        });
         add(&self.counters.device_written_bytes, transfer.bytes());
         // A full lane empties at the speed of the device, and there is nothing else to do meanwhile.
         while let Err(back) = self.volume.submit(Lane::Writeback, transfer) {
@@ -696,13 +696,13 @@ impl Store {
             return self.state.lock().segments.end_read(extent.segment);
         }
         let store = Arc::clone(self);
-        let mut transfer = Transfer {
+        let mut transfer = Box::new(Transfer {
             direction: Direction::Write,
             offset: self.offset_of(&extent),
             memories: IoMemories::pages(AlignedBytes::zeroed(PAGE as usize)),
             tag: 0,
             done: Box::new(move |_, _| store.state.lock().segments.end_read(extent.segment)),
-        };
+        });
         add(&self.counters.device_written_bytes, PAGE);
         while let Err(back) = self.volume.submit(Lane::Writeback, transfer) {
             transfer = back;

@@ -119,7 +119,7 @@ impl FaultyVolume {
 }
 
 impl Volume for FaultyVolume {
-    fn submit(&self, lane: Lane, mut transfer: Transfer) -> Result<(), Transfer> {
+    fn submit(&self, lane: Lane, mut transfer: Box<Transfer>) -> Result<(), Box<Transfer>> {
         let operation = match transfer.direction {
             Direction::Read => Operation::Read,
             Direction::Write => Operation::Write,
@@ -127,13 +127,14 @@ impl Volume for FaultyVolume {
         match (self.faults.next(operation), transfer.direction) {
             (None, _) => self.inner.submit(lane, transfer),
             (Some(Fault::Lost), Direction::Write) => {
-                (transfer.done)(Ok(()), transfer.memories);
+                let Transfer { done, memories, .. } = *transfer;
+                done(Ok(()), memories);
                 Ok(())
             }
             (Some(Fault::Torn), Direction::Write) if transfer.memories.body.is_some() => {
                 // The header arrives, the payload does not.
                 let body = transfer.memories.body.take();
-                let done = transfer.done;
+                let done = std::mem::replace(&mut transfer.done, Box::new(|_, _| ()));
                 transfer.done = Box::new(move |result, mut memories| {
                     memories.body = body;
                     done(result, memories);
@@ -141,7 +142,7 @@ impl Volume for FaultyVolume {
                 self.inner.submit(lane, transfer)
             }
             (Some(Fault::Flipped), Direction::Read) => {
-                let done = transfer.done;
+                let done = std::mem::replace(&mut transfer.done, Box::new(|_, _| ()));
                 transfer.done = Box::new(move |result, mut memories| {
                     flip(memories.body.as_mut().unwrap_or(&mut memories.head));
                     done(result, memories);

@@ -43,7 +43,7 @@ impl VolumeFile {
     }
 
     /// Bytes of the file.
-    pub fn len(&self) -> io::Result<u64> {
+    pub fn bytes(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.len())
     }
 
@@ -52,7 +52,7 @@ impl VolumeFile {
         match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset, bytes) {
             // A file system without it: the file grows, and a write may find no space.
             Err(rustix::io::Errno::OPNOTSUPP) => {
-                if self.len()? < offset + bytes {
+                if self.bytes()? < offset + bytes {
                     self.file.set_len(offset + bytes)?;
                 }
                 Ok(())

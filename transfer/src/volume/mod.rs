@@ -120,8 +120,9 @@ impl Transfer {
         (head + self.memories.body.as_mut().map_or(0, |body| body.span().1)) as u64
     }
 
-    fn fail(self, error: io::Error) {
-        (self.done)(Err(error), self.memories);
+    fn fail(self: Box<Self>, error: io::Error) {
+        let Self { done, memories, .. } = *self;
+        done(Err(error), memories);
     }
 }
 
@@ -129,7 +130,7 @@ impl Transfer {
 pub trait Volume: Send + Sync {
     /// Queues a transfer; hands it back where its lane is full. A read beyond what was ever written fails
     /// with `UnexpectedEof`.
-    fn submit(&self, lane: Lane, transfer: Transfer) -> Result<(), Transfer>;
+    fn submit(&self, lane: Lane, transfer: Box<Transfer>) -> Result<(), Box<Transfer>>;
     /// Makes all that was written, and was reported as done before, safe from a loss of power.
     fn sync(&self, done: SyncDone);
     /// Moves a waiting transfer to a faster lane.
@@ -198,7 +199,7 @@ fn transfer_now(
 ) -> io::Result<IoMemories> {
     let (send, receive) = std::sync::mpsc::sync_channel(1);
     let done: Done = Box::new(move |result, memories| drop(send.send((result, memories))));
-    let mut transfer = Transfer { direction, offset, memories, tag: 0, done };
+    let mut transfer = Box::new(Transfer { direction, offset, memories, tag: 0, done });
     // A full lane empties at the speed of the device; this thread has nothing better to do.
     while let Err(back) = volume.submit(lane, transfer) {
         transfer = back;

@@ -31,14 +31,14 @@ struct Shared {
 }
 
 struct Queue {
-    lanes: Lanes<Transfer>,
+    lanes: Lanes<Box<Transfer>>,
     syncs: Vec<SyncDone>,
     background: usize,
     stop: bool,
 }
 
 enum Work {
-    Transfer(Lane, Transfer),
+    Transfer(Lane, Box<Transfer>),
     Sync(Vec<SyncDone>),
 }
 
@@ -59,7 +59,7 @@ impl SyscallVolume {
 }
 
 impl Volume for SyscallVolume {
-    fn submit(&self, lane: Lane, transfer: Transfer) -> Result<(), Transfer> {
+    fn submit(&self, lane: Lane, transfer: Box<Transfer>) -> Result<(), Box<Transfer>> {
         self.shared.queue.lock().lanes.push(lane, transfer)?;
         self.shared.more.notify_one();
         Ok(())
@@ -75,7 +75,7 @@ impl Volume for SyscallVolume {
     }
 
     fn capacity(&self) -> u64 {
-        self.shared.file.len().unwrap_or(0)
+        self.shared.file.bytes().unwrap_or(0)
     }
 
     fn queued(&self) -> ([usize; 3], usize) {
@@ -97,7 +97,7 @@ impl Drop for SyscallVolume {
             let _ = thread.join();
         }
         let mut queue = self.shared.queue.lock();
-        let left: Vec<Transfer> =
+        let left: Vec<Box<Transfer>> =
             std::iter::from_fn(|| queue.lanes.pop(|_| true)).map(|(_, transfer)| transfer).collect();
         let syncs = std::mem::take(&mut queue.syncs);
         drop(queue);
@@ -148,7 +148,7 @@ impl Shared {
         }
     }
 
-    fn transfer(&self, mut transfer: Transfer) {
+    fn transfer(&self, mut transfer: Box<Transfer>) {
         if !aligned(&mut transfer) {
             return transfer.fail(misaligned());
         }
@@ -160,7 +160,8 @@ impl Shared {
             result = result.and_then(|()| move_all(self.file.as_fd(), transfer.direction, start, bytes, offset));
             offset += bytes as u64;
         }
-        (transfer.done)(result, transfer.memories);
+        let Transfer { done, memories, .. } = *transfer;
+        done(result, memories);
     }
 }
 

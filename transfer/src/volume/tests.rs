@@ -74,13 +74,13 @@ fn slots_are_written_and_filled_without_a_copy() {
             let body = unsafe { SlotBytes::new(Arc::clone(&from), slot as u32, bytes) }.unwrap();
             let head = IoMemory::Pages(AlignedBytes::of(&[&[slot as u8; 100]]));
             let send = send.clone();
-            let mut transfer = Transfer {
+            let mut transfer = Box::new(Transfer {
                 direction: Direction::Write,
                 offset: slot as u64 * stride,
                 memories: IoMemories { head, body: Some(IoMemory::Slot(body)) },
                 tag: slot as u64,
                 done: Box::new(move |result, _| send.send(result).unwrap()),
-            };
+            });
             while let Err(back) = volume.submit(Lane::Writeback, transfer) {
                 transfer = back;
             }
@@ -91,7 +91,7 @@ fn slots_are_written_and_filled_without_a_copy() {
             // SAFETY: as above.
             let body = unsafe { SlotFill::new(Arc::clone(&into), slot as u32, bytes) }.unwrap();
             let send = send.clone();
-            let transfer = Transfer {
+            let transfer = Box::new(Transfer {
                 direction: Direction::Read,
                 offset: slot as u64 * stride,
                 memories: IoMemories {
@@ -100,7 +100,7 @@ fn slots_are_written_and_filled_without_a_copy() {
                 },
                 tag: 0,
                 done: Box::new(move |result, memories| send.send((slot, result, memories)).unwrap()),
-            };
+            });
             assert!(volume.submit(Lane::Demand, transfer).is_ok());
         }
         for _ in 0..slots {
@@ -128,7 +128,7 @@ fn a_buffer_lives_until_its_completion_whoever_leaves() {
             // SAFETY: each slot once.
             let body = unsafe { SlotFill::new(Arc::clone(&slab), slot, 1 << 20) }.unwrap();
             let (done, alive) = (Arc::clone(&done), Arc::downgrade(&slab));
-            let transfer = Transfer {
+            let transfer = Box::new(Transfer {
                 direction: Direction::Read,
                 offset: u64::from(slot) << 20,
                 memories: IoMemories { head: IoMemory::Fill(body), body: None },
@@ -140,7 +140,7 @@ fn a_buffer_lives_until_its_completion_whoever_leaves() {
                     drop(memories);
                     done.fetch_add(1, Ordering::AcqRel);
                 }),
-            };
+            });
             assert!(volume.submit(Lane::Demand, transfer).is_ok());
         }
         // The only other owner goes at once, and then the volume itself.
@@ -155,13 +155,13 @@ fn a_completion_that_panics_leaves_the_volume_running() {
     let folder = tempfile::tempdir().unwrap();
     for (name, volume) in volumes(folder.path()) {
         volume.file().allocate(0, 4096).unwrap();
-        let transfer = Transfer {
+        let transfer = Box::new(Transfer {
             direction: Direction::Read,
             offset: 0,
             memories: IoMemories::pages(AlignedBytes::zeroed(1)),
             tag: 0,
             done: Box::new(|_, _| panic!("planted")),
-        };
+        });
         assert!(volume.submit(Lane::Demand, transfer).is_ok());
         assert!(read_now(&*volume, Lane::Demand, 0, 4096).is_ok(), "{name}");
     }
@@ -180,7 +180,7 @@ fn full_lanes_refuse_and_nothing_is_lost() {
         let (mut sent, mut refused) = (0u64, 0u64);
         while refused == 0 && sent < 10_000 {
             let (finished, gate) = (Arc::clone(&finished), Arc::clone(&gate));
-            let transfer = Transfer {
+            let transfer = Box::new(Transfer {
                 direction: Direction::Read,
                 offset: 0,
                 memories: IoMemories::pages(AlignedBytes::zeroed(4096)),
@@ -190,7 +190,7 @@ fn full_lanes_refuse_and_nothing_is_lost() {
                     result.unwrap();
                     finished.fetch_add(1, Ordering::AcqRel);
                 }),
-            };
+            });
             match volume.submit(Lane::Writeback, transfer) {
                 Ok(()) => sent += 1,
                 Err(_) => refused += 1,

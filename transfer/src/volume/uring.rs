@@ -50,7 +50,7 @@ struct Shared {
 }
 
 struct Queue {
-    lanes: Lanes<Transfer>,
+    lanes: Lanes<Box<Transfer>>,
     syncs: Vec<SyncDone>,
     stop: bool,
 }
@@ -88,7 +88,7 @@ impl Shared {
 }
 
 impl Volume for UringVolume {
-    fn submit(&self, lane: Lane, transfer: Transfer) -> Result<(), Transfer> {
+    fn submit(&self, lane: Lane, transfer: Box<Transfer>) -> Result<(), Box<Transfer>> {
         self.shared.queue.lock().lanes.push(lane, transfer)?;
         self.shared.wake();
         Ok(())
@@ -104,7 +104,7 @@ impl Volume for UringVolume {
     }
 
     fn capacity(&self) -> u64 {
-        self.file.len().unwrap_or(0)
+        self.file.bytes().unwrap_or(0)
     }
 
     fn queued(&self) -> ([usize; 3], usize) {
@@ -221,7 +221,7 @@ impl Ring {
         }
         // Whoever still waits in a lane is told.
         let mut queue = self.shared.queue.lock();
-        let left: Vec<Transfer> =
+        let left: Vec<Box<Transfer>> =
             std::iter::from_fn(|| queue.lanes.pop(|_| true)).map(|(_, transfer)| transfer).collect();
         let syncs = std::mem::take(&mut queue.syncs);
         drop(queue);
@@ -283,7 +283,7 @@ impl Ring {
         self.again.push((at, 0));
     }
 
-    fn start(&mut self, lane: Lane, mut transfer: Transfer) {
+    fn start(&mut self, lane: Lane, mut transfer: Box<Transfer>) {
         if !aligned(&mut transfer) {
             return transfer.fail(misaligned());
         }
@@ -300,7 +300,7 @@ impl Ring {
         }
         let flying = pieces.iter().flatten().count() as u8;
         self.background += usize::from(lane != Lane::Demand);
-        self.place(at, Flight::Transfer { lane, transfer: Box::new(transfer), pieces, flying, error: None });
+        self.place(at, Flight::Transfer { lane, transfer, pieces, flying, error: None });
         for piece in 0..flying {
             self.again.push((at, usize::from(piece)));
         }
@@ -546,4 +546,30 @@ impl Buffers {
 
 fn libc_iovec(iov_base: *mut std::ffi::c_void, iov_len: usize) -> libc::iovec {
     libc::iovec { iov_base, iov_len }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(left: usize) -> Piece {
+        Piece { address: std::ptr::null_mut(), left, offset: 40_960, buffer: None, retries: 0 }
+    }
+
+    /// The kernel may move less than it was asked to, or nothing for now; the rest is asked for again, from a page.
+    #[test]
+    fn short_transfers_go_on_and_interrupted_ones_are_tried_again() {
+        let mut short = piece(4 * 4096);
+        assert!(!advance(&mut short, 4096 + 100).unwrap(), "a torn page is moved again");
+        assert_eq!((short.left, short.offset, short.address as usize), (3 * 4096, 45_056, 4096));
+        assert!(!advance(&mut short, -11).unwrap(), "EAGAIN");
+        assert!(!advance(&mut short, -4).unwrap(), "EINTR");
+        assert!(advance(&mut short, 3 * 4096).unwrap());
+        let ended = advance(&mut piece(8192), 0).unwrap_err();
+        assert_eq!(ended.kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(advance(&mut piece(8192), -5).unwrap_err().raw_os_error(), Some(5));
+        let mut stubborn = piece(8192);
+        let tries = (0..1000).take_while(|_| advance(&mut stubborn, -11).is_ok()).count();
+        assert_eq!(tries, RETRIES_MAX as usize, "and not for ever");
+    }
 }
