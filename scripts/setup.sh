@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing of the named tools, and nothing else: build, lint, nextest, deny, redis.
+# Installs what is missing of the named tools, and nothing else: build, lint, nextest, deny, redis, fio.
 set -euo pipefail
 
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -13,11 +13,27 @@ debian() {
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >/dev/null
 }
 
+libclang() {
+  [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib/llvm-*/lib/libclang.so*' >/dev/null || compgen -G '/usr/lib*/libclang.so*' >/dev/null
+}
+
+# Long work is announced, where it has not been done yet.
+say_once() {
+  local target
+  target=$(cargo metadata --no-deps --format-version 1 2>/dev/null | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
+  compgen -G "${target:-target}/*/build/librocksdb-sys-*/out/librocksdb.a" >/dev/null ||
+    echo "The first build compiles RocksDB: about 24 minutes of CPU time, once (with ccache in CC and CXX, once for all profiles)."
+}
+
 for tool in "$@"; do
   case $tool in
     build)
       have cargo || { echo "Rust is missing: install it with rustup, then try again" >&2; exit 1; }
       have cc || debian gcc
+      have c++ || debian g++
+      # RocksDB's bindings are generated with libclang and its headers.
+      libclang || debian libclang-dev
+      say_once
       [ -e /usr/include/stdlib.h ] || [ -e /usr/lib/libc.so ] || debian libc6-dev
       ;;
     lint)
@@ -26,6 +42,7 @@ for tool in "$@"; do
     nextest) have cargo-nextest || { echo "Installing cargo-nextest (once, some minutes) ..."; cargo install --locked --quiet cargo-nextest; } ;;
     deny) have cargo-deny || { echo "Installing cargo-deny (once, some minutes) ..."; cargo install --locked --quiet cargo-deny; } ;;
     redis) have redis-server || debian redis-server ;;
+    fio) have fio || debian fio ;;
     *) echo "setup.sh: unknown tool $tool" >&2; exit 2 ;;
   esac
 done

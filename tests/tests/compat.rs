@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
 
 use kvstore_plane::{SequenceHash, SlabGeometry, SlabHeader, SlotEntry, SlotKey};
+use kvstore_tiers::nvme::{Extent, IndexValue, SegmentClass, SegmentHeader, VolumeHeader};
 use kvstore_transfer::frame::FrameHeader;
 use std::path::{Path, PathBuf};
 
@@ -45,6 +46,25 @@ fn frame_version_1() {
     let start = decoded.payload_offset();
     decoded.verify(&sample[start..start + decoded.payload_bytes() as usize]).unwrap();
     assert_eq!(frame, sample, "version 1 is written differently now: that needs a new version");
+}
+
+/// A volume's file and its index, as `docs/design/volume.md` draws them.
+#[test]
+fn volume_version_1() {
+    let volume_id = std::array::from_fn(|at| at as u8 + 1);
+    let volume = VolumeHeader { volume_id, segment_bytes: 64 << 20, seed: 0x1122_3344_5566_7788 };
+    let sample = bytes_of("volume_header_v1.bin", &volume.encode());
+    assert_eq!(VolumeHeader::decode(&sample), Ok(volume));
+    assert_eq!(volume.encode(), sample, "version 1 is written differently now: that needs a new version");
+    let segment = SegmentHeader { volume_id, number: 0x0A0B, life: 0x0102_0304_05, class: SegmentClass::Pinned };
+    let sample = bytes_of("segment_header_v1.bin", &segment.encode());
+    assert_eq!(SegmentHeader::decode(&sample), Ok(segment));
+    assert_eq!(segment.encode(), sample, "version 1 is written differently now: that needs a new version");
+    let extent = Extent { segment: 7, page: 0x0102, pages: 257, apart: true };
+    let value = IndexValue { extent, generation: 0x0506_0708_090A, header_crc32: 0xDEAD_BEEF, parent_tag: 0x77 };
+    let sample = bytes_of("index_value_v1.bin", &value.encode());
+    assert_eq!(IndexValue::decode(&sample), Ok(value));
+    assert_eq!(value.encode(), sample, "version 1 is written differently now: that needs a new version");
 }
 
 /// The directory entry, as another process maps it.

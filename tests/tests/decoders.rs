@@ -7,6 +7,7 @@ use bytes::Bytes;
 use kvstore_plane::SlabHeader;
 use kvstore_proto::data_stream::PartDecoder;
 use kvstore_proto::v1::{GetResponse, PutRequest};
+use kvstore_tiers::nvme::{IndexValue, SegmentHeader, VolumeHeader};
 use kvstore_transfer::frame::FrameHeader;
 use proptest::prelude::*;
 
@@ -47,6 +48,13 @@ proptest! {
         if let Ok(header) = FrameHeader::decode(&bytes) {
             prop_assert_eq!(&header.encode()[..], &frame()[..], "only the undamaged frame passes");
         }
+    }
+
+    #[test]
+    fn volumes(bytes in damaged(VolumeHeader { volume_id: [1; 16], segment_bytes: 1 << 26, seed: 9 }.encode())) {
+        let _ = VolumeHeader::decode(&bytes);
+        let _ = SegmentHeader::decode(&bytes);
+        let _ = IndexValue::decode(&bytes);
     }
 
     #[test]
