@@ -33,7 +33,7 @@ pub fn measure(folder: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
     let folder = tempfile::tempdir_in(folder)?;
     let mut figures = Vec::new();
     for (name, block_bytes) in [("256KiB", 256u32 << 10), ("1MiB", 1 << 20), ("2MiB", 2 << 20)] {
-        let (mut write, mut read) = (Vec::new(), Vec::new());
+        let (mut write, mut read, mut checked) = (Vec::new(), Vec::new(), Vec::new());
         for round in 0..rounds {
             let disk = folder.path().join(format!("tier-{name}-{round}"));
             // Who goes first takes turns.
@@ -43,6 +43,7 @@ pub fn measure(folder: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
             let (ours, fio_read) =
                 alternate(round, || read_round(&disk, block_bytes), || fio(folder.path(), "read", block_bytes, &[]))?;
             read.push((ours, fio_read));
+            checked.push((ours, fio_checked(folder.path(), block_bytes)?));
             std::fs::remove_dir_all(&disk)?;
         }
         for (what, runs) in [("write", &write), ("read", &read)] {
@@ -54,6 +55,8 @@ pub fn measure(folder: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
             figures.push(Figure::note("nvme", &name("gbps"), of(&|(a, _)| a.gbps)));
             figures.push(Figure::note("nvme", &name("cpu_seconds_per_gb"), of(&|(a, _)| a.cpu_seconds_per_gb)));
         }
+        let cpu = checked.iter().map(|(a, b): &(Run, Run)| a.cpu_seconds_per_gb / b.cpu_seconds_per_gb).collect();
+        figures.push(Figure::note("nvme", &format!("read_{name}_cpu_of_fio_that_checks_crc32c"), median(cpu)));
     }
     let mut local = Vec::new();
     for round in 0..rounds {
@@ -192,7 +195,17 @@ fn run_of(started: Instant, cpu: f64) -> Run {
     Run { gbps: gb / started.elapsed().as_secs_f64(), cpu_seconds_per_gb: (own_cpu_seconds() - cpu) / gb }
 }
 
-/// The same bytes by fio, without checksums.
+/// Reads by a fio that checks a checksum too, of a file that it wrote with them.
+fn fio_checked(folder: &Path, block_bytes: u32) -> anyhow::Result<Run> {
+    let checked = folder.join("checked");
+    std::fs::create_dir_all(&checked)?;
+    if !checked.join(format!("fio-{block_bytes}")).exists() {
+        fio(&checked, "write", block_bytes, &["--verify=crc32c", "--do_verify=0"])?;
+    }
+    fio(&checked, "read", block_bytes, &["--verify=crc32c"])
+}
+
+/// The same bytes by fio; without checksums, unless it is told.
 fn fio(folder: &Path, direction: &str, block_bytes: u32, more: &[&str]) -> anyhow::Result<Run> {
     let file = folder.join(format!("fio-{block_bytes}"));
     if direction == "write" {

@@ -17,6 +17,9 @@ use crate::{http, server, telemetry};
 /// After the drain, connections that stay open get this much longer to close.
 const CLOSE_WITHIN: Duration = Duration::from_secs(1);
 
+/// Volumes have this long to write what is dirty, at most a quarter of the memory.
+const VOLUMES_CLOSE_WITHIN: Duration = Duration::from_secs(60);
+
 /// A daemon that serves.
 pub struct Running {
     /// Its state.
@@ -90,10 +93,22 @@ impl Running {
             self.tasks.abort_all();
             while self.tasks.join_next().await.is_some() {}
         }
-        let daemon = Arc::clone(&self.daemon);
-        // Writes what waits to be written, and lets go of the folders.
-        let _ = tokio::task::spawn_blocking(move || daemon.nvme.iter().for_each(|nvme| nvme.close())).await;
+        self.close_volumes().await;
         left == 0
+    }
+
+    /// Writes what waits to be written, and lets go of the folders. A disk that hangs is not waited for.
+    async fn close_volumes(&self) {
+        let daemon = Arc::clone(&self.daemon);
+        let (done, closed) = tokio::sync::oneshot::channel();
+        // A thread of its own: the runtime waits at its end for those that it lends.
+        std::thread::spawn(move || {
+            daemon.nvme.iter().for_each(|nvme| nvme.close());
+            let _ = done.send(());
+        });
+        if tokio::time::timeout(VOLUMES_CLOSE_WITHIN, closed).await.is_err() {
+            tracing::error!("a disk does not answer; what was not written yet is left behind");
+        }
     }
 
     /// Serves until SIGTERM or SIGINT; SIGHUP reads the configuration again.

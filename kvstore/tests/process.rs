@@ -350,3 +350,60 @@ fn a_replay_drives_no_daemon_that_the_environment_names() {
         assert!(output.status.success(), "{arguments:?}: {output:?}");
     }
 }
+
+/// The life of a folder on disk, by hand: stored, found again by the next daemon, used by one daemon at a time,
+/// checked offline, damaged, quarantined.
+#[test]
+fn a_folder_on_disk_is_served_guarded_and_verified() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    let socket = format!("unix:{}", folder.path().join("kvstore.sock").display());
+    let serve = |socket: &str| {
+        let mut command = binary();
+        command.args(["serve", "--listen", socket, "--set", "http.address=off", "--set", "host.bytes=32MiB"]);
+        command.arg("--set").arg(format!("nvme.paths={}", disk.display())).args(["--set", "nvme.bytes=64MiB"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+    };
+    let run = |arguments: &[&str]| {
+        let mut command = binary();
+        command.args(arguments).env("KVSTORE_ADDRESS", &socket).output().unwrap()
+    };
+    let answers = || run(&["status"]).status.success();
+    let payload = folder.path().join("payload");
+    std::fs::write(&payload, vec![7u8; 50_000]).unwrap();
+    let mut first = serve(&socket).spawn().unwrap();
+    wait_for("the daemon", answers);
+    let put = run(&["put", "--key", "safe", "--level", "local", payload.to_str().unwrap()]);
+    assert!(String::from_utf8_lossy(&put.stdout).contains("STORED LOCAL"), "{put:?}");
+    let second = serve(&format!("unix:{}", folder.path().join("second.sock").display())).output().unwrap();
+    let refusal = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(!second.status.success() && refusal.contains("in use by another kvstore"), "{refusal}");
+    let busy = run(&["verify", "--path", disk.to_str().unwrap()]);
+    assert!(String::from_utf8_lossy(&busy.stderr).contains("in use"), "{busy:?}");
+    let status: Value = serde_json::from_slice(&run(&["status", "--json"]).stdout).unwrap();
+    assert_eq!(status["nvme"]["volumes"][0]["state"], "SERVING");
+    assert_eq!(status["nvme"]["volumes"][0]["blocks"], 1);
+    first.kill().unwrap();
+    first.wait().unwrap();
+
+    let verify = |more: &[&str]| {
+        let output = run(&[&["verify", "--json", "--path", disk.to_str().unwrap()], more].concat());
+        (output.status.code(), serde_json::from_slice::<Value>(&output.stdout).unwrap_or(Value::Null))
+    };
+    let (code, report) = verify(&[]);
+    assert_eq!((code, &report["blocks"], &report["corrupt"]), (Some(0), &1.into(), &0.into()), "{report}");
+    let mut third = serve(&socket).spawn().unwrap();
+    wait_for("the daemon", answers);
+    assert_eq!(run(&["get", "--key", "safe"]).stdout, vec![7u8; 50_000], "after kill -9");
+    third.kill().unwrap();
+    third.wait().unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(disk.join("blocks")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"rot", (64 << 10) + 4096 + 1000).unwrap();
+    assert_eq!(verify(&[]).1["corrupt"], 1);
+    assert_eq!(verify(&["--quarantine"]).0, Some(1));
+    let (code, report) = verify(&[]);
+    assert_eq!((code, &report["blocks"]), (Some(0), &0.into()), "forgotten: {report}");
+    let missing = run(&["verify", "--path", "/nonexistent/folder"]);
+    assert!(!missing.status.success());
+}

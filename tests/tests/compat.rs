@@ -56,7 +56,7 @@ fn volume_version_1() {
     let sample = bytes_of("volume_header_v1.bin", &volume.encode());
     assert_eq!(VolumeHeader::decode(&sample), Ok(volume));
     assert_eq!(volume.encode(), sample, "version 1 is written differently now: that needs a new version");
-    let segment = SegmentHeader { volume_id, number: 0x0A0B, life: 0x0102_0304_05, class: SegmentClass::Pinned };
+    let segment = SegmentHeader { volume_id, number: 0x0A0B, life: 0x01_0203_0405, class: SegmentClass::Pinned };
     let sample = bytes_of("segment_header_v1.bin", &segment.encode());
     assert_eq!(SegmentHeader::decode(&sample), Ok(segment));
     assert_eq!(segment.encode(), sample, "version 1 is written differently now: that needs a new version");

@@ -64,7 +64,7 @@ impl Verify {
         // The bound does not matter to a reader; the index keeps its size.
         let config = NvmeConfig {
             paths: vec![path.to_owned()],
-            bytes: u64::MAX / 4,
+            bytes: 0,
             index_bytes: Some(kvstore_tiers::caps::NVME_INDEX_BYTES_MIN),
             dirty_bytes: 0,
             engine: NvmeEngine::Auto,

@@ -5,10 +5,14 @@
 //! What a caller gets here it gets at once, or through a channel: nothing in here waits for a disk on the
 //! caller's thread. `docs/design/volume.md` draws what is on the disk.
 
+mod commit;
 mod extents;
+mod flush;
 mod format;
+mod hold;
 mod index;
 mod pins;
+mod promote;
 mod read;
 mod rebuild;
 mod reclaim;
@@ -24,24 +28,24 @@ use std::sync::{Arc, Weak, mpsc};
 use std::thread::JoinHandle;
 
 use kvstore_plane::SequenceHash;
-use kvstore_transfer::Lane;
 use kvstore_transfer::frame::FrameIdentity;
 use kvstore_transfer::volume::{Faults, IoEngine};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, oneshot};
 
 use crate::clock::BootTime;
-use crate::host::{BeginFill, FillRequest, HostTier, LeasedBlock, RegisteredLayout, SlabPlan, section_bytes};
+use crate::host::{HostTier, RegisteredLayout, section_bytes};
 use crate::layout::BlockKind;
-use crate::residency::{Delete, FlightSource, Priority, Urgency};
+use crate::residency::Delete;
 
 use format::{Digest, padded};
-use read::Wanted;
 use store::Store;
 use write::{Commit, Dirty, DirtyBytes, DirtyCount, Pending};
 
 pub use format::{Extent, FormatError, IndexValue, SegmentClass, SegmentHeader, VolumeHeader};
+pub use hold::PinRefused;
 pub use kvstore_transfer::volume::{Fault, IoEngine as NvmeEngine};
+pub use promote::Promote;
 pub use status::{NvmeStatus, VolumeStatus};
 pub use store::{Health, OpenError, engine_of, index_bytes_of, usable_bytes};
 pub use verify::{VerifyOptions, VerifyReport, verify_folder};
@@ -104,22 +108,6 @@ pub enum WriteBack {
     Queued(Option<oneshot::Receiver<bool>>),
     /// It will not be written: no volume takes writes, or it is too large, or not in memory any more.
     Refused,
-}
-
-/// What came of [`NvmeTier::promote`].
-pub enum Promote {
-    /// On its way into memory: the channel brings the block, leased, or nothing where it could not be read.
-    Started(oneshot::Receiver<Option<LeasedBlock>>),
-    /// Readable in memory already.
-    Resident,
-    /// Somebody brings it already: see [`NvmeTier::promoted`].
-    InFlight,
-    /// Make this slab, then ask again.
-    NeedsSlab(SlabPlan),
-    /// No room in memory, or the lane is full.
-    Busy,
-    /// Not on disk.
-    Absent,
 }
 
 /// The blocks of a request: what all of them have in common.
@@ -299,73 +287,6 @@ impl NvmeTier {
             .max_by_key(|(store, digest)| digest.0 ^ u128::from(store.header.seed))
     }
 
-    // ------------------------------------------------------------------------------- reading
-
-    /// Starts to bring a block into memory. Never waits.
-    pub fn promote(&self, block: &BlockRef<'_>, priority: Priority, deadline: BootTime, now: BootTime) -> Promote {
-        let Some(group) = block.layout.group(u32::from(block.group)) else { return Promote::Absent };
-        let lane = match priority {
-            Priority::Demand => Lane::Demand,
-            Priority::Prefetch => Lane::Prefetch,
-            Priority::Writeback => Lane::Writeback,
-        };
-        let found = self.stores.iter().find_map(|store| {
-            let digest = self.digest(store, block);
-            store.begin_read(digest).map(|entry| (store, entry))
-        });
-        let Some((store, entry)) = found else { return Promote::Absent };
-        let request = FillRequest {
-            layout: block.layout,
-            group: block.group,
-            hash: block.hash,
-            parent: None,
-            length: group.block_bytes as u32,
-            urgency: Urgency { source: FlightSource::Promotion, priority, deadline },
-        };
-        let outcome = match self.host.begin_fill(&request, now) {
-            BeginFill::Fill(fill, ahead) => {
-                if let Some(plan) = ahead {
-                    self.host.drop_plan(plan);
-                }
-                let Some(fill) = fill.into_transfer() else {
-                    store.end_read(&entry);
-                    return Promote::Busy;
-                };
-                let wanted = Wanted {
-                    namespace_digest: block.layout.namespace_digest,
-                    layout_digest: block.layout.digest,
-                    group: block.group,
-                    kind: group.group.kind.number(),
-                    hash: padded(&block.hash),
-                    block_bytes: group.block_bytes,
-                    varies: group.group.kind.varies_in_length(),
-                };
-                let (send, receive) = oneshot::channel();
-                let peers = Arc::clone(&self.peers);
-                let done = Box::new(move |block| {
-                    let _ = send.send(block);
-                    peers.promoted.notify_waiters();
-                });
-                let queued = store.read(entry, wanted, fill, lane, done);
-                return if queued { Promote::Started(receive) } else { Promote::Busy };
-            }
-            BeginFill::Resident => Promote::Resident,
-            BeginFill::InFlight => {
-                store.volume.raise(entry.digest.tag(), lane);
-                Promote::InFlight
-            }
-            BeginFill::NeedsSlab(plan) => Promote::NeedsSlab(plan),
-            BeginFill::Busy => Promote::Busy,
-        };
-        store.end_read(&entry);
-        outcome
-    }
-
-    /// Resolves after the next promotion ended: for those that wait for somebody else's.
-    pub fn promoted(&self) -> tokio::sync::futures::Notified<'_> {
-        self.peers.promoted.notified()
-    }
-
     // ------------------------------------------------------------------------------- leaving
 
     /// Deletes blocks; what became of each.
@@ -413,77 +334,6 @@ impl NvmeTier {
         waiting
     }
 
-    // ------------------------------------------------------------------------------- pins
-
-    /// Promises not to drop blocks until `expires`: those that are on disk, and those on their way there or
-    /// still to come. With `lasting`, the promise survives a restart. Refused where more than half of a volume
-    /// would be pinned; the bytes that are.
-    pub fn pin(
-        &self,
-        id: u128,
-        blocks: &[BlockRef<'_>],
-        expires: BootTime,
-        lasting: bool,
-        now: BootTime,
-    ) -> Result<(), PinRefused> {
-        for (done, store) in self.stores.iter().enumerate() {
-            let digests: Vec<Digest> = blocks
-                .iter()
-                .filter(|block| self.stores.len() == 1 || self.is_for(store, block))
-                .map(|block| self.digest(store, block))
-                .collect();
-            if digests.is_empty() {
-                continue;
-            }
-            let record = lasting.then(|| pins::record(&digests, expires, &self.boot_id, now));
-            let mut state = store.state.lock();
-            let fresh = state.pins.add(id, digests, expires, lasting);
-            for digest in &fresh {
-                state.extents.set_pinned(*digest, true);
-            }
-            let pinned_bytes = state.extents.pages().1 * format::PAGE;
-            let bytes_max = store.bytes_max.load(Ordering::Acquire) / 100 * crate::caps::HELD_PERCENT_MAX;
-            drop(state);
-            if pinned_bytes > bytes_max {
-                self.stores.iter().take(done + 1).for_each(|store| _ = store.unpin(id));
-                return Err(PinRefused { pinned_bytes, bytes_max });
-            }
-            if let Some(record) = record {
-                let _ = store.commits.send(Commit::Pinned(id, record));
-            }
-        }
-        Ok(())
-    }
-
-    /// True where this volume has the block, or would get it.
-    fn is_for(&self, store: &Arc<Store>, block: &BlockRef<'_>) -> bool {
-        match self.holder(block) {
-            Some(holder) => Arc::ptr_eq(holder, store),
-            None => self.place_for(block).is_some_and(|(place, _)| Arc::ptr_eq(place, store)),
-        }
-    }
-
-    /// Ends a pin before its time; false where there is none (any more).
-    pub fn unpin(&self, id: u128) -> bool {
-        self.stores.iter().map(|store| store.unpin(id)).fold(false, |any, ended| any | ended)
-    }
-
-    /// True while a pin names the block: where it is nowhere, that is a loss.
-    pub fn is_pinned(&self, block: &BlockRef<'_>) -> bool {
-        self.stores.iter().any(|store| store.state.lock().pins.holds(self.digest(store, block)))
-    }
-
-    /// Ends the pins whose time is over.
-    pub fn tick(&self, now: BootTime) {
-        for store in &self.stores {
-            loop {
-                let expired = store.state.lock().pins.next_expired(now);
-                let Some(id) = expired else { break };
-                store.unpin(id);
-            }
-        }
-    }
-
     // ------------------------------------------------------------------------------- the whole
 
     /// Changes what may change while it runs. A smaller bound is reached in the background.
@@ -508,31 +358,6 @@ impl NvmeTier {
             let _ = thread.join();
         }
         self.stores.iter().for_each(|store| store.let_go());
-    }
-}
-
-/// Too much would be pinned.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{pinned_bytes} bytes of a volume would be pinned, and at most {bytes_max} (half of it) may be")]
-pub struct PinRefused {
-    /// With the refused pin.
-    pub pinned_bytes: u64,
-    /// The most.
-    pub bytes_max: u64,
-}
-
-impl Store {
-    fn unpin(&self, id: u128) -> bool {
-        let mut state = self.state.lock();
-        let Some((freed, lasting)) = state.pins.end(id) else { return false };
-        for digest in freed {
-            state.extents.set_pinned(digest, false);
-        }
-        drop(state);
-        if lasting {
-            let _ = self.commits.send(Commit::Unpinned(id));
-        }
-        true
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use super::format::{Digest, VOLUME_VERSION};
+use crate::caps;
 use crate::clock::BootTime;
 
 /// One pin or ticket.
@@ -19,12 +20,19 @@ pub(super) struct Pins {
     by_id: HashMap<u128, Pin>,
     by_expiry: BTreeSet<(BootTime, u128)>,
     counts: HashMap<Digest, u32>,
+    /// Blocks that all pins name, each as often as it is named.
+    names: usize,
 }
 
 impl Pins {
     /// True while a pin names the block, be it here or not.
     pub fn holds(&self, digest: Digest) -> bool {
         self.counts.contains_key(&digest)
+    }
+
+    /// True where a pin of this many blocks is within the bounds on pins.
+    pub fn has_room(&self, blocks: usize) -> bool {
+        self.by_id.len() < caps::HOLDS_MAX && self.names + blocks <= caps::HELD_KEYS_MAX
     }
 
     /// Starts a pin; the blocks that no other pin named before.
@@ -37,6 +45,7 @@ impl Pins {
             }
             *count += 1;
         }
+        self.names += digests.len();
         self.by_expiry.insert((expires, id));
         self.by_id.insert(id, Pin { digests, expires, lasting });
         fresh
@@ -46,6 +55,7 @@ impl Pins {
     pub fn end(&mut self, id: u128) -> Option<(Vec<Digest>, bool)> {
         let pin = self.by_id.remove(&id)?;
         self.by_expiry.remove(&(pin.expires, id));
+        self.names -= pin.digests.len();
         let mut freed = Vec::new();
         for digest in pin.digests {
             if let Some(count) = self.counts.get_mut(&digest) {

@@ -12,6 +12,7 @@ use super::read::read_frame;
 use super::store::{OpenError, Store};
 use super::write::Commit;
 use super::{NvmeOptions, NvmeTier, Peers};
+use crate::caps;
 
 /// What to do with blocks that are damaged.
 #[derive(Clone, Copy, Default, Debug)]
@@ -93,6 +94,10 @@ pub fn verify_folder(
         let source = std::io::Error::from(std::io::ErrorKind::NotFound);
         return Err(OpenError::Io { step: "find a volume in", path: path.to_owned(), source });
     }
+    // As large as it is: nothing is given back, and nothing taken.
+    let length = std::fs::metadata(path.join("blocks")).map_or(0, |metadata| metadata.len());
+    let bytes = length.saturating_add(options.index_bytes.unwrap_or(caps::NVME_INDEX_BYTES_MIN));
+    let options = &NvmeOptions { bytes, ..options.clone() };
     let (store, commits) = Store::open(path, options, peers)?;
     let mut report = VerifyReport {
         blocks: store.state.lock().extents.len() as u64,

@@ -6,6 +6,7 @@
 
 mod faulty;
 mod file;
+mod registered;
 mod syscall;
 mod uring;
 

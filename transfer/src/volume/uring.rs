@@ -9,28 +9,25 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak, mpsc};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
 use parking_lot::Mutex;
 use rustix::event::EventfdFlags;
 
+use super::registered::{Buffers, PURGE_EVERY};
 use super::{
-    BACKGROUND_DEPTH, DEPTH, Direction, IoMemory, LANE_CAPS, SyncDone, Transfer, Volume, VolumeFile, aligned,
-    misaligned, stopped,
+    BACKGROUND_DEPTH, DEPTH, Direction, LANE_CAPS, SyncDone, Transfer, Volume, VolumeFile, aligned, misaligned, stopped,
 };
 use crate::frame::FRAME_ALIGN;
 use crate::lanes::{LANES, Lane, Lanes};
-use crate::slab::Slab;
 
-/// Slabs that can be registered: the kernel's bound on buffers of a ring.
-const SLABS_MAX: usize = 16_384;
 /// The user data of the read on the wake-up descriptor.
 const WAKE: u64 = u64::MAX;
-/// How often slabs that are gone are looked for.
-const PURGE_EVERY: Duration = Duration::from_millis(100);
+/// The user data of an entry that does nothing.
+const NOP: u64 = u64::MAX - 1;
 /// Times that the kernel may ask to try one piece again.
 const RETRIES_MAX: u32 = 64;
 
@@ -164,7 +161,7 @@ struct Ring {
 impl Ring {
     fn new(file: Arc<VolumeFile>, shared: Arc<Shared>) -> io::Result<Self> {
         // Two pieces a transfer, a sync and the wake-up.
-        let entries = (2 * DEPTH + 2).next_power_of_two() as u32;
+        let entries = (2 * DEPTH + 4).next_power_of_two() as u32;
         let mut builder = IoUring::builder();
         builder.setup_single_issuer().setup_defer_taskrun();
         // Kernels before 6.1 know neither flag.
@@ -231,7 +228,7 @@ impl Ring {
 
     fn submit_and_wait(&self, want: usize) -> io::Result<usize> {
         let flying = self.free.len() < self.flights.len();
-        if want == 0 || self.buffers.used == 0 || flying {
+        if want == 0 || self.buffers.is_empty() || flying {
             return self.ring.submit_and_wait(want);
         }
         // Slabs that are gone must not stay pinned because nothing is read. (What flies wakes us anyway, and a
@@ -315,6 +312,12 @@ impl Ring {
     /// Puts pieces into the submission queue; those that find it full wait for the next round.
     fn retry_pieces(&mut self) {
         let pieces = std::mem::take(&mut self.again);
+        // The block layer joins neighbours (a header and its payload) only among more than two entries.
+        if pieces.len() == 2 {
+            let nop = opcode::Nop::new().build().user_data(NOP);
+            // SAFETY: an entry without memory. A full queue needs no company.
+            let _ = unsafe { self.ring.submission().push(&nop) };
+        }
         for (at, piece) in pieces {
             let Some(entry) = self.entry(at, piece) else { continue };
             // SAFETY: the memory that the entry names belongs to the flight at `at`, which stays in
@@ -367,7 +370,7 @@ impl Ring {
         for (user_data, result) in completions {
             if user_data == WAKE {
                 self.armed = false;
-            } else {
+            } else if user_data != NOP {
                 self.completed((user_data / 2) as usize, (user_data % 2) as usize, result);
             }
         }
@@ -477,75 +480,6 @@ fn advance(piece: &mut Piece, result: i32) -> io::Result<bool> {
     piece.left -= whole;
     piece.offset += whole as u64;
     Ok(false)
-}
-
-/// Slabs that the kernel knows.
-struct Buffers {
-    places: Vec<Option<(Weak<Slab>, usize)>>,
-    used: usize,
-    supported: bool,
-    purged: Instant,
-}
-
-impl Buffers {
-    fn new(ring: &IoUring) -> Self {
-        let supported = ring.submitter().register_buffers_sparse(SLABS_MAX as u32).is_ok();
-        Self { places: Vec::new(), used: 0, supported, purged: Instant::now() }
-    }
-
-    /// The number under which the kernel knows the memory's slab; registers it the first time.
-    fn index_of(&mut self, ring: &IoUring, memory: &IoMemory) -> Option<u16> {
-        let slab = memory.slab().filter(|_| self.supported)?;
-        let known = |place: &Option<(Weak<Slab>, usize)>| {
-            place.as_ref().is_some_and(|(_, address)| *address == Arc::as_ptr(slab) as usize)
-        };
-        // A slab's address is not used again while its Weak is here, so that equal addresses are one slab.
-        if let Some(at) = self.places.iter().position(known) {
-            return Some(at as u16);
-        }
-        let at = self.places.iter().position(Option::is_none).unwrap_or(self.places.len());
-        if at >= SLABS_MAX {
-            return None;
-        }
-        let (base, bytes) = slab.mapping();
-        let buffer = libc_iovec(base.as_ptr().cast(), bytes);
-        // SAFETY: the mapping lives as long as the slab; purge() unregisters it once the slab has gone, and
-        // until then the kernel's pins keep the pages, so that no transfer can go anywhere else.
-        let registered = unsafe { ring.submitter().register_buffers_update(at as u32, &[buffer], None) };
-        if let Err(error) = registered {
-            tracing::warn!(%error, "slabs are not registered with io_uring (the limit on locked memory?): transfers cost more CPU");
-            self.supported = false;
-            return None;
-        }
-        let place = Some((Arc::downgrade(slab), Arc::as_ptr(slab) as usize));
-        match self.places.get_mut(at) {
-            Some(free) => *free = place,
-            None => self.places.push(place),
-        }
-        self.used += 1;
-        Some(at as u16)
-    }
-
-    /// Forgets slabs that nobody keeps: only then is their memory free.
-    fn purge(&mut self, ring: &IoUring) {
-        if self.used == 0 || self.purged.elapsed() < PURGE_EVERY {
-            return;
-        }
-        self.purged = Instant::now();
-        for (at, place) in self.places.iter_mut().enumerate() {
-            if place.as_ref().is_some_and(|(slab, _)| slab.strong_count() == 0) {
-                let nothing = libc_iovec(std::ptr::null_mut(), 0);
-                // SAFETY: takes a registration back; no transfer uses it, for each keeps its slab.
-                let _ = unsafe { ring.submitter().register_buffers_update(at as u32, &[nothing], None) };
-                *place = None;
-                self.used -= 1;
-            }
-        }
-    }
-}
-
-fn libc_iovec(iov_base: *mut std::ffi::c_void, iov_len: usize) -> libc::iovec {
-    libc::iovec { iov_base, iov_len }
 }
 
 #[cfg(test)]

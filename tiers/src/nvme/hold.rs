@@ -1,0 +1,121 @@
+//! Holding: promises not to drop blocks, kept on the volumes that have them.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::format::{Digest, PAGE};
+use super::store::Store;
+use super::write::Commit;
+use super::{BlockRef, NvmeTier, pins};
+use crate::clock::BootTime;
+
+/// Too much would be pinned.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PinRefused {
+    /// Bytes.
+    #[error("{pinned_bytes} bytes of a volume would be pinned, and at most {bytes_max} (half of it) may be")]
+    TooManyBytes {
+        /// With the refused pin.
+        pinned_bytes: u64,
+        /// The most.
+        bytes_max: u64,
+    },
+    /// Pins, or blocks that they name.
+    #[error(
+        "pins and tickets on a volume would be more than {}, or name more than {} blocks",
+        crate::caps::HOLDS_MAX,
+        crate::caps::HELD_KEYS_MAX
+    )]
+    TooMany,
+}
+
+impl NvmeTier {
+    /// Promises not to drop blocks until `expires`: those that are on disk, and those on their way there or
+    /// still to come. With `lasting`, the promise survives a restart. Refused where more than half of a volume
+    /// would be pinned, or too many blocks named.
+    pub fn pin(
+        &self,
+        id: u128,
+        blocks: &[BlockRef<'_>],
+        expires: BootTime,
+        lasting: bool,
+        now: BootTime,
+    ) -> Result<(), PinRefused> {
+        for (done, store) in self.stores.iter().enumerate() {
+            let digests: Vec<Digest> = blocks
+                .iter()
+                .filter(|block| self.stores.len() == 1 || self.is_for(store, block))
+                .map(|block| self.digest(store, block))
+                .collect();
+            if digests.is_empty() {
+                continue;
+            }
+            let record = lasting.then(|| pins::record(&digests, expires, &self.boot_id, now));
+            let mut state = store.state.lock();
+            if !state.pins.has_room(digests.len()) {
+                drop(state);
+                self.stores.iter().take(done).for_each(|store| _ = store.unpin(id));
+                return Err(PinRefused::TooMany);
+            }
+            let fresh = state.pins.add(id, digests, expires, lasting);
+            for digest in &fresh {
+                state.extents.set_pinned(*digest, true);
+            }
+            let pinned_bytes = state.extents.pages().1 * PAGE;
+            let bytes_max = store.bytes_max.load(Ordering::Acquire) / 100 * crate::caps::HELD_PERCENT_MAX;
+            drop(state);
+            if pinned_bytes > bytes_max {
+                self.stores.iter().take(done + 1).for_each(|store| _ = store.unpin(id));
+                return Err(PinRefused::TooManyBytes { pinned_bytes, bytes_max });
+            }
+            if let Some(record) = record {
+                let _ = store.commits.send(Commit::Pinned(id, record));
+            }
+        }
+        Ok(())
+    }
+
+    /// True where this volume has the block, or would get it.
+    fn is_for(&self, store: &Arc<Store>, block: &BlockRef<'_>) -> bool {
+        match self.holder(block) {
+            Some(holder) => Arc::ptr_eq(holder, store),
+            None => self.place_for(block).is_some_and(|(place, _)| Arc::ptr_eq(place, store)),
+        }
+    }
+
+    /// Ends a pin before its time; false where there is none (any more).
+    pub fn unpin(&self, id: u128) -> bool {
+        self.stores.iter().map(|store| store.unpin(id)).fold(false, |any, ended| any | ended)
+    }
+
+    /// True while a pin names the block: where it is nowhere, that is a loss.
+    pub fn is_pinned(&self, block: &BlockRef<'_>) -> bool {
+        self.stores.iter().any(|store| store.state.lock().pins.holds(self.digest(store, block)))
+    }
+
+    /// Ends the pins whose time is over.
+    pub fn tick(&self, now: BootTime) {
+        for store in &self.stores {
+            loop {
+                let expired = store.state.lock().pins.next_expired(now);
+                let Some(id) = expired else { break };
+                store.unpin(id);
+            }
+        }
+    }
+}
+
+impl Store {
+    fn unpin(&self, id: u128) -> bool {
+        let mut state = self.state.lock();
+        let Some((freed, lasting)) = state.pins.end(id) else { return false };
+        for digest in freed {
+            state.extents.set_pinned(digest, false);
+        }
+        drop(state);
+        if lasting {
+            let _ = self.commits.send(Commit::Unpinned(id));
+        }
+        true
+    }
+}
