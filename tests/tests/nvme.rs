@@ -343,3 +343,26 @@ async fn local_without_a_disk_is_refused() {
     let refused = client.put_with(&group, chain(0..1, BLOCK), options).await.unwrap_err();
     assert!(matches!(refused, Error::Unsupported(message) if message.contains("Nvme")));
 }
+
+/// A few blocks on a large volume must not keep a segment's worth of disk once the daemon has stopped.
+#[test]
+fn a_stopped_daemon_gives_back_what_its_segments_did_not_use() {
+    use std::os::unix::fs::MetadataExt;
+    let disk = tempfile::tempdir().unwrap();
+    for life in 0..3 {
+        let tiers = Tiers::open(disk.path(), &TierOptions::default()).unwrap();
+        (0..3).for_each(|id| assert!(tiers.put(life * 10 + id, true)));
+        tiers.close();
+    }
+    let taken = std::fs::metadata(disk.path().join("blocks")).unwrap().blocks() * 512;
+    assert!(taken < 2 << 20, "{taken} bytes for nine blocks of 100 kB");
+    let tiers = Tiers::open(disk.path(), &TierOptions::default()).unwrap();
+    for life in 0..3 {
+        (0..3).for_each(|id| assert!(matches!(tiers.get(life * 10 + id), Got::Disk(_))));
+    }
+    // And what was given back can be written again.
+    (100..400).for_each(|id| assert!(tiers.put(id, false)));
+    tiers.settle();
+    assert!(tiers.get(399).bytes().is_some());
+    tiers.close();
+}

@@ -47,9 +47,9 @@ pub const KEYS_PER_LOCK: usize = 1024;
 pub const NVME_PATHS_MAX: usize = 16;
 /// The least volume: its index, and eight small segments.
 pub const NVME_BYTES_MIN: u64 = 64 << 20;
-/// Segments into which a volume is cut, where that gives a size between the two below: reclaim then frees one
-/// or two percent at a time.
-pub const NVME_SEGMENTS_PER_VOLUME: u64 = 64;
+/// Segments into which a volume is cut, where that gives a size between the two below: reclaim then frees less
+/// than a percent at a time, and what a restart leaves half full is little.
+pub const NVME_SEGMENTS_PER_VOLUME: u64 = 128;
 /// Bytes of a segment on a small volume.
 pub const NVME_SEGMENT_BYTES_MIN: u64 = 4 << 20;
 /// Bytes of a segment on a large one. No block larger than this goes to disk.

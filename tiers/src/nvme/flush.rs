@@ -230,9 +230,8 @@ impl Store {
     pub fn open_reserve(self: &Arc<Self>, class: SegmentClass) -> Result<(), NoPlace> {
         let opening = self.state.lock().segments.next_free(class).ok_or(NoPlace::NoRoom)?;
         let offset = self.segment_at(opening.segment);
-        if opening.absent {
-            self.volume.file().allocate(offset, self.header.segment_bytes).map_err(|error| self.no_space(error))?;
-        }
+        // Also where there was disk space: what an earlier life did not use was given back.
+        self.volume.file().allocate(offset, self.header.segment_bytes).map_err(|error| self.no_space(error))?;
         let opened = self.start_life(opening, offset);
         let mut state = self.state.lock();
         match opened {

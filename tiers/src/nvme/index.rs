@@ -20,12 +20,12 @@ use crate::caps;
 #[derive(Debug, thiserror::Error)]
 pub enum IndexError {
     /// What RocksDB said.
-    #[error("the index {path}: {source}")]
+    #[error("the index {path}: {cause}")]
     Db {
         /// Its folder.
         path: PathBuf,
         /// Why.
-        source: rocksdb::Error,
+        cause: rocksdb::Error,
     },
     /// Made by another version.
     #[error("the index {path} has version {version}, which is unknown: this build reads version {VOLUME_VERSION}")]
@@ -216,8 +216,8 @@ impl Index {
         self.reopen()
     }
 
-    fn error(&self, source: rocksdb::Error) -> IndexError {
-        IndexError::Db { path: self.path.clone(), source }
+    fn error(&self, cause: rocksdb::Error) -> IndexError {
+        IndexError::Db { path: self.path.clone(), cause }
     }
 
     /// Tells `each` of all whose key starts with `kind`. An error comes after all that could be read.

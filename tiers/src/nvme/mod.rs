@@ -137,10 +137,10 @@ impl NvmeTier {
         }
         let mut threads = Vec::new();
         for (store, commits) in stores.iter().zip(commits) {
-            threads.extend(start(store, commits, options).map_err(|source| OpenError::Io {
+            threads.extend(start(store, commits, options).map_err(|cause| OpenError::Io {
                 step: "start threads for",
                 path: store.path.clone(),
-                source,
+                cause,
             })?);
         }
         Ok(Arc::new(Self {

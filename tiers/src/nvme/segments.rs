@@ -267,6 +267,15 @@ impl Segments {
         self.all[segment as usize].state = State::Absent;
     }
 
+    /// The open segments, and the first page of each that no frame has.
+    pub fn tails(&self) -> Vec<(u32, u32)> {
+        let open = |(at, known): (u32, &Segment)| match known.state {
+            State::Open { next_page, .. } => Some((at, next_page)),
+            _ => None,
+        };
+        (0..).zip(&self.all).filter_map(open).collect()
+    }
+
     /// Where all begins anew: what was open is sealed.
     pub fn seal_all(&mut self) {
         for known in &mut self.all {

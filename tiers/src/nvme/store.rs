@@ -30,14 +30,14 @@ use crate::caps;
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The system says no.
-    #[error("cannot {step} {path}: {source}")]
+    #[error("cannot {step} {path}: {cause}")]
     Io {
         /// What was tried.
         step: &'static str,
         /// On what.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// Another process owns it.
     #[error("{path} is in use by another kvstore (process {pid}): stop it, or choose another nvme.paths")]
@@ -48,12 +48,12 @@ pub enum OpenError {
         pid: String,
     },
     /// Not a volume, or one of another version.
-    #[error("{path}: {source}; nothing was changed. Move the folder away to start with an empty one")]
+    #[error("{path}: {cause}; nothing was changed. Move the folder away to start with an empty one")]
     Format {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        source: FormatError,
+        cause: FormatError,
     },
     /// The index is of another version.
     #[error("{0}; nothing was changed. Move the folder away to start with an empty one")]
@@ -155,10 +155,10 @@ pub(super) struct Store {
     lock: File,
 }
 
-/// Bytes of a segment, on a volume of `bytes`: 64 to a volume, within bounds.
+/// Bytes of a segment, on a volume of `bytes`: a power of two, 128 to 256 to a volume, within bounds.
 pub(super) fn segment_bytes_of(bytes: u64) -> u64 {
-    let part = (bytes / caps::NVME_SEGMENTS_PER_VOLUME).next_power_of_two() / 2;
-    part.clamp(caps::NVME_SEGMENT_BYTES_MIN, caps::NVME_SEGMENT_BYTES_MAX)
+    let part = bytes / caps::NVME_SEGMENTS_PER_VOLUME;
+    (1 << part.max(1).ilog2()).clamp(caps::NVME_SEGMENT_BYTES_MIN, caps::NVME_SEGMENT_BYTES_MAX)
 }
 
 /// Bytes that the index may take, on a volume of `bytes`.
@@ -177,14 +177,14 @@ impl Store {
         let file_path = path.join("blocks");
         let io = |step: &'static str, path: &Path| {
             let path = path.to_owned();
-            move |source| OpenError::Io { step, path, source }
+            move |cause| OpenError::Io { step, path, cause }
         };
         let file = VolumeFile::open(&file_path).map_err(io("open", &file_path))?;
         let length = file.bytes().map_err(io("read the length of", &file_path))?;
         let volume = volume::open(file, options.engine).map_err(io("drive", &file_path))?;
         let header = match length {
             0 => make_header(&*volume, options.bytes).map_err(io("write", &file_path))?,
-            _ => read_header(&*volume).map_err(|source| OpenError::Format { path: file_path.clone(), source })?,
+            _ => read_header(&*volume).map_err(|cause| OpenError::Format { path: file_path.clone(), cause })?,
         };
         let volume = match &options.faults {
             Some(faults) => Arc::new(FaultyVolume::new(volume, Arc::clone(faults))) as Arc<dyn Volume>,
@@ -321,6 +321,7 @@ impl Store {
 
     /// Lets go of the folder: somebody else may open it now, whoever still holds this value.
     pub fn let_go(&self) {
+        self.give_back_tails();
         {
             let mut state = self.state.lock();
             state.health.left = true;
@@ -329,6 +330,24 @@ impl Store {
         self.index.close();
         if let Err(error) = rustix::fs::flock(self.lock.as_fd(), FlockOperation::Unlock) {
             tracing::warn!(%error, path = %self.path.display(), "the folder cannot be unlocked");
+        }
+    }
+
+    /// What is left of the open segments is not written any more in this life: its disk space is given back.
+    fn give_back_tails(&self) {
+        let mut state = self.state.lock();
+        if !state.health.takes_writes() {
+            return;
+        }
+        let tails = state.segments.tails();
+        state.segments.seal_all();
+        drop(state);
+        for (segment, page) in tails {
+            let used = u64::from(page) * PAGE;
+            let punched = self.volume.file().punch(self.segment_at(segment) + used, self.header.segment_bytes - used);
+            if let Err(error) = punched {
+                tracing::debug!(%error, "the file system keeps what a segment did not use");
+            }
         }
     }
 
@@ -346,7 +365,7 @@ impl Store {
 fn take_lock(path: &Path) -> Result<File, OpenError> {
     let io = |step: &'static str, path: &Path| {
         let path = path.to_owned();
-        move |source: std::io::Error| OpenError::Io { step, path, source }
+        move |cause: std::io::Error| OpenError::Io { step, path, cause }
     };
     std::fs::create_dir_all(path).map_err(io("make the folder", path))?;
     let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
@@ -403,7 +422,7 @@ fn open_index(
         Err(error @ IndexError::Version { .. }) => Err(OpenError::Index(error)),
         Err(error) => {
             tracing::error!(%error, "the index cannot be opened: it is made anew from the frames");
-            Index::destroy(path).map_err(|source| OpenError::Io { step: "remove", path: path.to_owned(), source })?;
+            Index::destroy(path).map_err(|cause| OpenError::Io { step: "remove", path: path.to_owned(), cause })?;
             Ok((Index::open(path, bytes, faults).map_err(OpenError::Index)?, true))
         }
     }

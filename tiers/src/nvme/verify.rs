@@ -91,8 +91,8 @@ pub fn verify_folder(
     let peers =
         Arc::new(Peers { stores: RwLock::new(Vec::new()), dirty, cleaned: Notify::new(), promoted: Notify::new() });
     if !path.join("blocks").exists() {
-        let source = std::io::Error::from(std::io::ErrorKind::NotFound);
-        return Err(OpenError::Io { step: "find a volume in", path: path.to_owned(), source });
+        let cause = std::io::Error::from(std::io::ErrorKind::NotFound);
+        return Err(OpenError::Io { step: "find a volume in", path: path.to_owned(), cause });
     }
     // As large as it is: nothing is given back, and nothing taken.
     let length = std::fs::metadata(path.join("blocks")).map_or(0, |metadata| metadata.len());
