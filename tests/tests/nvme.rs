@@ -366,3 +366,75 @@ fn a_stopped_daemon_gives_back_what_its_segments_did_not_use() {
     assert!(tiers.get(399).bytes().is_some());
     tiers.close();
 }
+
+/// A block that is deleted while it is on its way to disk must not arrive there: it would come back after a restart.
+#[test]
+fn blocks_deleted_on_their_way_do_not_arrive() {
+    let disk = tempfile::tempdir().unwrap();
+    let options = TierOptions { host_bytes: 64 << 20, ..TierOptions::default() };
+    let tiers = Tiers::open(disk.path(), &options).unwrap();
+    let all: Vec<_> = (0..120).map(kvstore_tests::tier::hash).collect();
+    let mut caught = 0;
+    for round in 0..5 {
+        (0..120).for_each(|id| assert!(tiers.put(id, false)));
+        caught += usize::from(tiers.nvme.dirty_bytes() > 0);
+        tiers.nvme.delete(&tiers.layout, 0, &all);
+        tiers.host.delete(&tiers.layout, 0, &all);
+        tiers.settle();
+        let there = tiers.nvme.presence(&tiers.layout, 0, &all).iter().filter(|there| **there).count();
+        assert_eq!(there, 0, "round {round}");
+    }
+    assert!(caught > 0, "nothing was ever on its way");
+    tiers.close();
+    let tiers = Tiers::open(disk.path(), &options).unwrap();
+    assert!(!tiers.nvme.presence(&tiers.layout, 0, &all).contains(&true), "after a restart");
+    tiers.close();
+    std::fs::remove_dir_all(disk.path().join("index")).unwrap();
+    let tiers = Tiers::open(disk.path(), &options).unwrap();
+    tiers.until_state("SERVING");
+    let back = tiers.nvme.presence(&tiers.layout, 0, &all).iter().filter(|there| **there).count();
+    assert_eq!(back, 0, "nor after the index was lost");
+    tiers.close();
+}
+
+/// Callers that leave in the middle of a get cost nobody anything: what was under way ends, and nothing stays
+/// reserved or leased.
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_that_leave_leave_nothing_behind() {
+    let disk = tempfile::tempdir().unwrap();
+    let first = daemon(disk.path(), &[]).await;
+    let (client, group) = first.group(BLOCK).await;
+    for at in 0..10 {
+        put_local(&client, &group, at * 30..at * 30 + 30).await;
+    }
+    first.running.shut_down().await;
+    let daemon = daemon(disk.path(), &["host.bytes=8MiB"]).await;
+    let (client, group) = daemon.group(BLOCK).await;
+    for wait_ms in [0, 1, 2, 5, 10, 20] {
+        let leaving: Vec<_> = (0..4)
+            .map(|_| {
+                let (client, group) = (client.clone(), group.clone());
+                tokio::spawn(async move { client.get(&group, &hashes(0..300)).await.map(drop) })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(wait_ms)).await;
+        leaving.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+    let mut flights = u64::MAX;
+    for _ in 0..200 {
+        flights = client.status().await.unwrap().host.unwrap().flights;
+        if flights == 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(flights, 0);
+    // All of the memory can still be turned over, and all blocks read.
+    let outcomes = client.get(&group, &hashes(0..300)).await.unwrap();
+    assert!(
+        outcomes
+            .iter()
+            .enumerate()
+            .all(|(id, outcome)| { outcome.bytes().is_some_and(|bytes| replay::wrong_bytes(id as u64, bytes) == 0) })
+    );
+}

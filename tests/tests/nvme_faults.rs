@@ -321,6 +321,38 @@ fn earlier_lives_of_a_segment_do_not_come_back() {
     tiers.close();
 }
 
+/// A block that moved when its segment was emptied leaves its old frame behind until the segment is opened again. Deleted
+/// then, it came back from there when the index was lost.
+#[test]
+fn what_moved_and_was_deleted_does_not_come_back_from_its_old_place() {
+    let disk = tempfile::tempdir().unwrap();
+    let options = TierOptions { host_bytes: 8 << 20, ..TierOptions::default() };
+    let tiers = Tiers::open(disk.path(), &options).unwrap();
+    let name = kvstore_tests::tier::hash;
+    let mut moved = Vec::new();
+    for id in 0..1500 {
+        assert!(tiers.put(id, false));
+        // Some blocks are read all the time: they move on from segment to segment.
+        tiers.nvme.touch(&tiers.layout, 0, &[name(1), name(2), name(3)]);
+        if id % 50 == 49 {
+            tiers.settle();
+            moved.push(tiers.nvme.status().volumes[0].reinserted_blocks);
+        }
+    }
+    tiers.settle();
+    assert!(*moved.last().unwrap() > 3, "nothing ever moved: {moved:?}");
+    let hot = [name(1), name(2), name(3)];
+    assert_eq!(tiers.nvme.presence(&tiers.layout, 0, &hot), [true; 3]);
+    tiers.nvme.delete(&tiers.layout, 0, &hot);
+    tiers.host.delete(&tiers.layout, 0, &hot);
+    tiers.close();
+    std::fs::remove_dir_all(disk.path().join("index")).unwrap();
+    let tiers = Tiers::open(disk.path(), &options).unwrap();
+    tiers.until_state("SERVING");
+    assert_eq!(tiers.nvme.presence(&tiers.layout, 0, &hot), [false; 3]);
+    tiers.close();
+}
+
 /// A file system that runs full: blocks are refused, said so, read on; and taken again when there is room.
 #[test]
 fn a_full_file_system_refuses_writes_and_ends_by_itself() {

@@ -7,7 +7,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use super::extents::Entry;
-use super::format::Digest;
+use super::format::{Digest, Extent};
 use super::index::IndexBatch;
 use super::store::{State, Store, add};
 use super::write::{Commit, Framed, NoPlace, answer, is_no_space};
@@ -147,6 +147,8 @@ impl Store {
             state.segments.end_write(value.extent.segment);
             let pending = state.pending.remove(dirty.digest).unwrap_or_default();
             if pending.cancelled {
+                // Its frame is there all the same: a scan must not find it.
+                state.segments.begin_read(value.extent.segment);
                 cancelled.push((dirty.digest, value.extent));
                 ended.push((dirty, pending, false));
                 continue;
@@ -166,10 +168,18 @@ impl Store {
             }
             answer(Some(pending), stored && local);
         }
-        if !cancelled.is_empty() {
-            let digests = cancelled.iter().map(|(digest, _)| *digest).collect();
-            let _ = self.commits.send(Commit::Deleted(digests));
+        self.deleted(&cancelled);
+    }
+
+    /// Blocks were deleted whose frames are on the volume: the index forgets them, and their headers are zeroed.
+    /// For each a read of its segment was begun, which the zeroing ends.
+    pub fn deleted(&self, gone: &[(Digest, Extent)]) {
+        if gone.is_empty() {
+            return;
         }
+        self.queue.lock().buried.extend(gone.iter().map(|(_, extent)| *extent));
+        self.queue_changed.notify_one();
+        let _ = self.commits.send(Commit::Deleted(gone.iter().map(|(digest, _)| *digest).collect()));
     }
 
     fn fail(&self, failed: Vec<Framed>) {

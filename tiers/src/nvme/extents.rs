@@ -239,6 +239,16 @@ impl Extents {
         }
     }
 
+    /// Halves what is remembered of the reads of a segment's blocks.
+    pub fn cool(&mut self, segment: u32) {
+        let mut number = self.segments.get(segment as usize).map_or(NONE, |lists| lists.first);
+        while number != NONE {
+            let stored = self.at_mut(number);
+            stored.hits /= 2;
+            number = stored.next;
+        }
+    }
+
     /// A promise not to drop a block begins or ends; false where the block is not here.
     pub fn set_pinned(&mut self, digest: Digest, pinned: bool) -> bool {
         let Some(number) = self.find(digest) else { return false };

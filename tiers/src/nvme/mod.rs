@@ -307,16 +307,12 @@ impl NvmeTier {
                 }
                 if let Some(entry) = state.extents.remove(digest) {
                     state.segments.begin_read(entry.extent.segment);
-                    gone.push(entry);
+                    gone.push((digest, entry.extent));
                     *outcome = Delete::Deleted;
                 }
             }
             drop(state);
-            if !gone.is_empty() {
-                store.queue.lock().buried.extend(gone.iter().map(|entry| entry.extent));
-                store.queue_changed.notify_one();
-                let _ = store.commits.send(Commit::Deleted(gone.iter().map(|entry| entry.digest).collect()));
-            }
+            store.deleted(&gone);
         }
         outcome
     }

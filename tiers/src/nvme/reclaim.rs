@@ -13,7 +13,7 @@ use kvstore_transfer::frame::FrameHeader;
 use kvstore_transfer::{AlignedBytes, Lane, volume};
 
 use super::extents::Entry;
-use super::format::{Digest, IndexValue, PAGE, SegmentClass};
+use super::format::{Digest, IndexValue, PAGE, SegmentClass, SegmentHeader};
 use super::index::IndexBatch;
 use super::read::read_frame;
 use super::store::{State, Store, add};
@@ -57,21 +57,28 @@ impl Store {
             state.segments.candidates(|segment| state.extents.segment_use(segment).pinned_pages == 0)
         };
         // A look at every block of every candidate would cost more than it saves: those with the fewest live pages.
-        let mut candidates = candidates;
-        candidates.sort_by_cached_key(|segment| self.state.lock().extents.segment_use(*segment).pages);
-        let worth = |segment: &u32| self.worth(*segment);
-        let Some(victim) = candidates.into_iter().take(LOOKED_AT).min_by_key(worth) else { return false };
+        let mut ranked: Vec<(usize, u32)> = candidates.into_iter().enumerate().collect();
+        let count = ranked.len() as u64;
+        ranked.sort_by_cached_key(|(_, segment)| self.state.lock().extents.segment_use(*segment).pages);
+        ranked.truncate(LOOKED_AT);
+        let worth = |(rank, segment): &(usize, u32)| self.worth(*segment, *rank as u64, count);
+        let Some((rank, victim)) = ranked.iter().copied().min_by_key(worth) else { return false };
+        // What an older segment was spared for wears off: else it would stay for reads of long ago.
+        for (_, older) in ranked.iter().filter(|(other, _)| *other < rank) {
+            self.state.lock().extents.cool(*older);
+        }
         self.empty(victim)
     }
 
-    /// Live pages of a segment: twice those that would move, none of those that lead nowhere.
-    fn worth(&self, segment: u32) -> u64 {
+    /// What would be lost or moved with a segment: twice the pages of what was read and would move; those of the
+    /// rest, the less the older the segment is; none of what leads nowhere.
+    fn worth(&self, segment: u32, rank: u64, count: u64) -> u64 {
         let (entries, orphans) = self.entries_and_orphans(segment);
         let weight = |entry: &Entry| match entry {
             _ if orphans.contains(&entry.digest) => 0,
-            Entry { pinned: true, .. } => 4,
-            Entry { hits: 1.., .. } => 2,
-            _ => 1,
+            Entry { pinned: true, .. } => 4 * count,
+            Entry { hits: 1.., .. } => 2 * count,
+            _ => count + rank,
         };
         entries.iter().map(|entry| weight(entry) * u64::from(entry.extent.pages)).sum()
     }
@@ -175,16 +182,29 @@ impl Store {
                     add(&self.counters.reinserted_bytes, to.extent.bytes());
                 }
                 Some(_) => {}
-                None => late.push(from.digest),
+                None => {
+                    segments.begin_read(to.extent.segment);
+                    late.push((from.digest, to.extent));
+                }
             }
         }
-        segments.emptied(victim);
-        add(&self.counters.reclaimed_segments, 1);
+        let life = segments.next_life();
         drop(state);
-        if !late.is_empty() {
-            let _ = self.commits.send(super::write::Commit::Deleted(late));
-        }
+        self.deleted(&late);
+        // Until it is opened again, a scan must not find in it what has left, and may have been deleted since.
+        self.write_header(victim, life, SegmentClass::Ordinary);
+        self.state.lock().segments.emptied(victim);
+        add(&self.counters.reclaimed_segments, 1);
         true
+    }
+
+    fn write_header(&self, number: u32, life: u64, class: SegmentClass) {
+        let header = SegmentHeader { volume_id: self.header.volume_id, number, life, class };
+        add(&self.counters.device_written_bytes, PAGE);
+        let page = AlignedBytes::of(&[&header.encode()]);
+        if let Err(error) = volume::write_now(&*self.volume, self.segment_at(number), page) {
+            tracing::warn!(%error, "an emptied segment keeps its header until it is opened again");
+        }
     }
 
     /// Copies a frame to a new place. The write is over when this returns, and counts until the caller says so.

@@ -197,8 +197,14 @@ impl Segments {
         let is = |state: State| move |known: &Segment| known.state == state;
         let within = &self.all[..self.allowed.min(self.all.len())];
         let at = within.iter().position(is(State::Free)).or_else(|| within.iter().position(is(State::Absent)))?;
+        let absent = self.all[at].state == State::Absent;
+        Some(Opening { segment: at as u32, life: self.next_life(), class, absent })
+    }
+
+    /// A life that no segment had before.
+    pub fn next_life(&mut self) -> u64 {
         self.last_life += 1;
-        Some(Opening { segment: at as u32, life: self.last_life, class, absent: self.all[at].state == State::Absent })
+        self.last_life
     }
 
     /// The segment of `opening` is ready. One of its class that is open is sealed.
