@@ -1,6 +1,5 @@
 //! Coming back from kill -9, the memory that a full disk costs, and what a trace writes to the device.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -13,7 +12,7 @@ use kvstore::trace;
 use kvstore_client::v1::{BlockKind, LookupRequest};
 use kvstore_client::{Client, GroupRef};
 use kvstore_tests::tier::{TierOptions, Tiers};
-use kvstore_tests::{chain, hashes};
+use kvstore_tests::{chain, disk_use, hashes};
 
 use crate::figure::{Figure, median};
 
@@ -203,7 +202,7 @@ async fn overcommitted(
         let (stop, most, disk) = (Arc::clone(&stop), Arc::clone(&most), disk.to_owned());
         std::thread::spawn(move || {
             while !stop.load(Ordering::Acquire) {
-                most.fetch_max(use_of(&disk), Ordering::AcqRel);
+                most.fetch_max(disk_use(&disk), Ordering::AcqRel);
                 std::thread::sleep(Duration::from_millis(5));
             }
         })
@@ -241,15 +240,4 @@ async fn pin_a_tenth(client: &Client, nvme_bytes: u64) -> anyhow::Result<()> {
         anyhow::ensure!(u64::from(pin?.pinned_blocks) == count, "not all were pinned");
     }
     Ok(())
-}
-
-fn use_of(folder: &Path) -> u64 {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    entries
-        .map(|entry| match entry.metadata() {
-            Ok(metadata) if metadata.is_dir() => use_of(&entry.path()),
-            Ok(metadata) => metadata.blocks() * 512,
-            Err(_) => 0,
-        })
-        .sum()
 }

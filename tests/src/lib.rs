@@ -107,3 +107,16 @@ pub fn sample_identity() -> kvstore_transfer::frame::FrameIdentity {
         parent: ([5; 32], 20),
     }
 }
+
+/// Bytes of disk that a folder takes. Files that go while it is looked at count nothing.
+pub fn disk_use(folder: &std::path::Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .map(|entry| match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => disk_use(&entry.path()),
+            Ok(metadata) => metadata.blocks() * 512,
+            Err(_) => 0,
+        })
+        .sum()
+}

@@ -9,7 +9,7 @@ use kvstore::replay;
 use kvstore_client::v1::{Level, LookupRequest, PrefetchState, PutStatus};
 use kvstore_client::{Client, Error, GetOptions, GetOutcome, GroupRef, PutOptions};
 use kvstore_tests::tier::{Got, TierOptions, Tiers};
-use kvstore_tests::{TestDaemon, chain, hashes};
+use kvstore_tests::{TestDaemon, chain, disk_use, hashes};
 use kvstore_tiers::nvme::{NvmeEngine, OpenError};
 
 const BLOCK: u32 = 100_000;
@@ -251,18 +251,6 @@ async fn the_bound_holds_at_every_moment() {
     assert!(now <= 64 << 20, "{now} bytes are still taken");
     put_local(&client, &group, 9000..9010).await;
     assert_eq!(lookup(&client, &group, 9000..9010).await.0, 10);
-}
-
-fn disk_use(folder: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    entries
-        .map(|entry| match entry.metadata() {
-            Ok(metadata) if metadata.is_dir() => disk_use(&entry.path()),
-            Ok(metadata) => metadata.blocks() * 512,
-            Err(_) => 0,
-        })
-        .sum()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -74,6 +74,11 @@ impl<T> Lanes<T> {
         self.queue(lane).pop_front().map(|transfer| (lane, transfer))
     }
 
+    /// Everything that waits, most urgent first.
+    pub fn drain(&mut self) -> impl Iterator<Item = T> + '_ {
+        std::iter::from_fn(|| self.pop(|_| true)).map(|(_, transfer)| transfer)
+    }
+
     /// Moves the first waiting transfer that `is_it` to a faster lane; nothing where it is not waiting any
     /// more, waits there already, or the lane is full.
     pub fn raise(&mut self, to: Lane, is_it: impl Fn(&T) -> bool) {

@@ -214,6 +214,13 @@ fn stopped() -> io::Error {
     io::Error::new(io::ErrorKind::NotConnected, "the volume was closed")
 }
 
+/// Tells those who still waited when the volume was closed.
+#[expect(clippy::vec_box, reason = "transfers stay boxed from the caller to the completion")]
+fn closed(transfers: Vec<Box<Transfer>>, syncs: Vec<SyncDone>) {
+    transfers.into_iter().for_each(|transfer| transfer.fail(stopped()));
+    syncs.into_iter().for_each(|done| done(Err(stopped())));
+}
+
 /// True where an offset and both pieces are whole pages.
 fn aligned(transfer: &mut Transfer) -> bool {
     let page = FRAME_ALIGN as u64;

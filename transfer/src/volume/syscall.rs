@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use parking_lot::{Condvar, Mutex};
 
 use super::uring::guarded;
-use super::{Direction, LANE_CAPS, SyncDone, Transfer, Volume, VolumeFile, aligned, misaligned, stopped};
+use super::{Direction, LANE_CAPS, SyncDone, Transfer, Volume, VolumeFile, aligned, closed, misaligned};
 use crate::frame::FRAME_ALIGN;
 use crate::lanes::{LANES, Lane, Lanes};
 
@@ -97,12 +97,10 @@ impl Drop for SyscallVolume {
             let _ = thread.join();
         }
         let mut queue = self.shared.queue.lock();
-        let left: Vec<Box<Transfer>> =
-            std::iter::from_fn(|| queue.lanes.pop(|_| true)).map(|(_, transfer)| transfer).collect();
+        let left: Vec<Box<Transfer>> = queue.lanes.drain().collect();
         let syncs = std::mem::take(&mut queue.syncs);
         drop(queue);
-        left.into_iter().for_each(|transfer| transfer.fail(stopped()));
-        syncs.into_iter().for_each(|done| done(Err(stopped())));
+        closed(left, syncs);
     }
 }
 

@@ -19,7 +19,8 @@ use rustix::event::EventfdFlags;
 
 use super::registered::{Buffers, PURGE_EVERY};
 use super::{
-    BACKGROUND_DEPTH, DEPTH, Direction, LANE_CAPS, SyncDone, Transfer, Volume, VolumeFile, aligned, misaligned, stopped,
+    BACKGROUND_DEPTH, DEPTH, Direction, LANE_CAPS, SyncDone, Transfer, Volume, VolumeFile, aligned, closed, misaligned,
+    stopped,
 };
 use crate::frame::FRAME_ALIGN;
 use crate::lanes::{LANES, Lane, Lanes};
@@ -218,12 +219,10 @@ impl Ring {
         }
         // Whoever still waits in a lane is told.
         let mut queue = self.shared.queue.lock();
-        let left: Vec<Box<Transfer>> =
-            std::iter::from_fn(|| queue.lanes.pop(|_| true)).map(|(_, transfer)| transfer).collect();
+        let left: Vec<Box<Transfer>> = queue.lanes.drain().collect();
         let syncs = std::mem::take(&mut queue.syncs);
         drop(queue);
-        left.into_iter().for_each(|transfer| transfer.fail(stopped()));
-        syncs.into_iter().for_each(|done| done(Err(stopped())));
+        closed(left, syncs);
     }
 
     fn submit_and_wait(&self, want: usize) -> io::Result<usize> {
