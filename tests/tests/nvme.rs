@@ -426,3 +426,41 @@ async fn callers_that_leave_leave_nothing_behind() {
             .all(|(id, outcome)| { outcome.bytes().is_some_and(|bytes| replay::wrong_bytes(id as u64, bytes) == 0) })
     );
 }
+
+/// Two disks share the blocks, and each comes back alone: losing one loses its own blocks only.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_disks_share_the_blocks_and_one_can_be_lost() {
+    let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let paths = format!("nvme.paths={},{}", a.path().display(), b.path().display());
+    let settings = [paths.as_str(), "nvme.bytes=96MiB", "host.bytes=16MiB"];
+    let first = TestDaemon::start(&settings).await;
+    let (client, group) = first.group(BLOCK).await;
+    put_local(&client, &group, 0..60).await;
+    let pin = client.pin(&group, &hashes(0..60), 600_000).await.unwrap();
+    assert_eq!(pin.pinned_blocks, 60);
+    let volumes = client.status().await.unwrap().nvme.unwrap().volumes;
+    let blocks: Vec<u64> = volumes.iter().map(|volume| volume.blocks).collect();
+    assert_eq!(blocks.iter().sum::<u64>(), 60);
+    assert!(blocks.iter().all(|blocks| *blocks >= 10), "{blocks:?}");
+    first.running.shut_down().await;
+
+    let second = TestDaemon::start(&settings).await;
+    let (client, group) = second.group(BLOCK).await;
+    assert_eq!(lookup(&client, &group, 0..60).await, (60, vec![4; 60]));
+    let outcomes = client.get(&group, &hashes(0..60)).await.unwrap();
+    assert!(
+        outcomes
+            .iter()
+            .enumerate()
+            .all(|(id, outcome)| { outcome.bytes().is_some_and(|bytes| replay::wrong_bytes(id as u64, bytes) == 0) })
+    );
+    assert_eq!(client.delete(&group, &hashes(0..60)).await.unwrap().pinned, 60, "the pin came back on both");
+    assert!(client.unpin(pin.pin).await.unwrap());
+    second.running.shut_down().await;
+
+    drop(a);
+    let third = TestDaemon::start(&[&format!("nvme.paths={}", b.path().display()), "nvme.bytes=96MiB"]).await;
+    let (client, group) = third.group(BLOCK).await;
+    let there = lookup(&client, &group, 0..60).await.1.iter().filter(|tiers| **tiers == 4).count() as u64;
+    assert_eq!(there, blocks[1]);
+}
