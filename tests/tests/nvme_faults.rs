@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvstore_tests::tier::{Got, TierOptions, Tiers};
+use kvstore_transfer::frame::{FrameHeader, FrameIdentity};
 use kvstore_transfer::volume::{Fault, Faults};
 
 fn faulty(faults: &Arc<Faults>) -> TierOptions {
@@ -351,6 +352,47 @@ fn what_moved_and_was_deleted_does_not_come_back_from_its_old_place() {
     tiers.until_state("SERVING");
     assert_eq!(tiers.nvme.presence(&tiers.layout, 0, &hot), [false; 3]);
     tiers.close();
+}
+
+/// A block may hold bytes that look like a frame, of another namespace too. Deleted, its own header is zeroed, and a scan
+/// looked at each page of it: with lives that counted up from 1, what it hid was found there and believed.
+#[test]
+fn a_frame_hidden_in_a_block_is_not_found_by_a_scan() {
+    const BLOCK: u32 = 1 << 20;
+    let disk = tempfile::tempdir().unwrap();
+    let options = TierOptions { block_bytes: BLOCK, ..TierOptions::default() };
+    let tiers = Tiers::open(disk.path(), &options).unwrap();
+    let victim = kvstore_tests::tier::hash(77);
+    let mut name = [0; 32];
+    name.iter_mut().zip(victim.to_vec()).for_each(|(to, from)| *to = from);
+    let identity = FrameIdentity {
+        namespace_digest: tiers.layout.namespace_digest,
+        layout_digest: tiers.layout.digest,
+        group: 0,
+        kind: 1,
+        hash: (name, victim.byte_len() as u8),
+        parent: ([0; 32], 0),
+    };
+    let mut payload = vec![0u8; BLOCK as usize];
+    for (life, page) in (1u64..).zip(payload.chunks_mut(4096)) {
+        let mut frame = FrameHeader::plain(identity, life << 24, b"forged", 4096).unwrap().encode();
+        frame.extend_from_slice(b"forged");
+        page[..frame.len()].copy_from_slice(&frame);
+    }
+    assert!(tiers.put_bytes(1, &payload, true));
+    tiers.nvme.delete(&tiers.layout, 0, &[kvstore_tests::tier::hash(1)]);
+    tiers.close();
+    for lose_header in [false, true] {
+        let _ = std::fs::remove_dir_all(disk.path().join("index"));
+        if lose_header {
+            let file = std::fs::OpenOptions::new().write(true).open(disk.path().join("blocks")).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, &[0; 4096], 64 << 10).unwrap();
+        }
+        let tiers = Tiers::open(disk.path(), &options).unwrap();
+        tiers.until_state("SERVING");
+        assert_eq!(tiers.nvme.presence(&tiers.layout, 0, &[victim]), [false], "segment header lost: {lose_header}");
+        tiers.close();
+    }
 }
 
 /// A file system that runs full: blocks are refused, said so, read on; and taken again when there is room.

@@ -98,7 +98,7 @@ impl Store {
         let room = self.volume.file().allocate(self.segment_at(next.segment), self.header.segment_bytes);
         if room.is_ok() {
             let mut state = self.state.lock();
-            state.segments.opening_failed(next, true);
+            state.segments.opening_failed(next);
             state.health.no_space = false;
             state.health.reason = None;
             tracing::info!(path = %self.path.display(), "the file system has room again: writing goes on");
@@ -236,7 +236,7 @@ impl Store {
         let mut state = self.state.lock();
         match opened {
             Ok(()) => state.segments.open(opening),
-            Err(_) => state.segments.opening_failed(opening, true),
+            Err(_) => state.segments.opening_failed(opening),
         }
         drop(state);
         opened.inspect_err(|problem| {

@@ -29,7 +29,9 @@ impl Store {
         for (id, record) in self.state.lock().pins.records(&options.boot_id, options.now) {
             batch.put_pin(id, &record);
         }
-        let _ = self.index.write(batch, false);
+        if let Err(error) = self.index.write(batch, false) {
+            tracing::error!(%error, "pins are kept in memory, and are not in the index");
+        }
         for segment in unknown {
             if self.is_stopping() {
                 return;
@@ -51,7 +53,7 @@ impl Store {
         let pages = (self.header.segment_bytes / PAGE) as u32;
         let header = self.window(segment, 0, PAGE).and_then(|page| SegmentHeader::decode(&page).ok());
         let known = header.filter(|header| header.volume_id == self.header.volume_id && header.number == segment);
-        // Without a header of its own, the newest life that a frame here claims.
+        // Without a header of its own, the life of the frames that follow each other from its start.
         let mut life = known.map(|header| header.life);
         let class = known.map_or(SegmentClass::Ordinary, |header| header.class);
         let mut found: Vec<(Entry, IndexValue)> = Vec::new();
@@ -72,6 +74,10 @@ impl Store {
             let at = (u64::from(page - from) * PAGE) as usize;
             let frame = bytes.get(at..).and_then(|bytes| FrameHeader::decode(bytes).ok());
             let Some(frame) = frame else {
+                if known.is_none() {
+                    // Nothing vouches for what lies further on: it may be the inside of a block.
+                    break;
+                }
                 page += 1;
                 continue;
             };
@@ -79,10 +85,7 @@ impl Store {
             let apart = frame.payload_bytes() >= FrameHeader::APART_FROM_BYTES;
             let extent = Extent { segment, page, pages: frame_pages, apart };
             let frame_life = life_of(frame.generation);
-            if life.is_none_or(|life| frame_life > life) && known.is_none() {
-                life = Some(frame_life);
-                found.clear();
-            }
+            life = life.or(Some(frame_life));
             if life == Some(frame_life) && page + frame_pages <= pages {
                 found.push(self.found(&frame, extent, bytes.get(at..).unwrap_or_default()));
                 page += frame_pages;
@@ -129,8 +132,10 @@ impl Store {
                 tracing::warn!(%error, "found blocks are served, and not in the index yet");
             }
         }
-        if !batch.is_empty() {
-            let _ = self.index.write(batch, false);
+        if !batch.is_empty()
+            && let Err(error) = self.index.write(batch, false)
+        {
+            tracing::warn!(%error, "a scanned segment is not in the index yet");
         }
     }
 

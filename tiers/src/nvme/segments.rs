@@ -57,8 +57,6 @@ pub struct Opening {
     pub life: u64,
     /// What it will hold.
     pub class: SegmentClass,
-    /// It has no disk space yet.
-    pub absent: bool,
 }
 
 /// See the head of this file.
@@ -110,6 +108,12 @@ impl Segments {
             known.life = life;
             known.state = if scanned { State::Sealed { class } } else { State::Unknown };
         }
+    }
+
+    /// No life at or below this one is given. The start is the volume's secret: a client that knew a segment's life could
+    /// put a block that holds a frame of its own making, for a scan to find.
+    pub fn start_lives_after(&mut self, life: u64) {
+        self.last_life = self.last_life.max(life);
     }
 
     /// A segment that was unknown is known now.
@@ -197,8 +201,7 @@ impl Segments {
         let is = |state: State| move |known: &Segment| known.state == state;
         let within = &self.all[..self.allowed.min(self.all.len())];
         let at = within.iter().position(is(State::Free)).or_else(|| within.iter().position(is(State::Absent)))?;
-        let absent = self.all[at].state == State::Absent;
-        Some(Opening { segment: at as u32, life: self.next_life(), class, absent })
+        Some(Opening { segment: at as u32, life: self.next_life(), class })
     }
 
     /// A life that no segment had before.
@@ -220,8 +223,8 @@ impl Segments {
     }
 
     /// The opening failed after disk space was taken: the segment is free.
-    pub fn opening_failed(&mut self, opening: Opening, has_space: bool) {
-        self.all[opening.segment as usize].state = if has_space { State::Free } else { State::Absent };
+    pub fn opening_failed(&mut self, opening: Opening) {
+        self.all[opening.segment as usize].state = State::Free;
     }
 
     /// The oldest sealed segments, oldest first, out of the oldest quarter. Pinned ones only where
@@ -319,7 +322,7 @@ mod tests {
     fn frames_are_laid_one_behind_the_other_and_never_over_the_end() {
         let mut segments = Segments::new(10 * PAGE, 0, 2);
         assert!(segments.place(Ordinary, 3, true).is_none(), "nothing is open");
-        assert!(open_next(&mut segments, Ordinary).absent);
+        open_next(&mut segments, Ordinary);
         let pages: Vec<u32> = (0..3).map(|_| segments.place(Ordinary, 3, true).unwrap().extent.page).collect();
         assert_eq!(pages, [1, 4, 7]);
         assert!(segments.place(Pinned, 1, false).is_none(), "pinned blocks have segments of their own");

@@ -203,6 +203,7 @@ impl Store {
             health: Health::default(),
             unsynced: HashSet::new(),
         };
+        // Not bounded by itself, but by what is put into it: writes at the device, blocks that were deleted, pins.
         let (commits, commits_to) = mpsc::channel();
         let store = Arc::new(Self {
             path: path.to_owned(),
@@ -220,7 +221,11 @@ impl Store {
             bytes_max: AtomicU64::new(options.bytes),
             lock,
         });
-        store.state.lock().segments.set_allowed(allowed);
+        {
+            let mut state = store.state.lock();
+            state.segments.set_allowed(allowed);
+            state.segments.start_lives_after(first_life(&header));
+        }
         let lost = lost || !store.load(options);
         if lost && present > 0 {
             store.prepare_rebuild(present);
@@ -360,6 +365,11 @@ impl Store {
     pub fn disk_bytes(&self) -> u64 {
         self.volume.file().allocated().unwrap_or(0) + self.index.disk_bytes()
     }
+}
+
+/// Lives of a volume begin at a secret place: 38 bits of its seed, which leaves as many lives again.
+fn first_life(header: &VolumeHeader) -> u64 {
+    header.seed >> 26
 }
 
 fn take_lock(path: &Path) -> Result<File, OpenError> {

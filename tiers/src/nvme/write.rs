@@ -1,9 +1,10 @@
 //! Writing: blocks from memory onto the volume, and what is known of them into the index.
 //!
-//! What the two threads of a volume pass on. The *flusher* (`flush.rs`) takes dirty blocks, finds places for their frames and queues the
-//! writes; where there is no free segment it empties one first. The *committer* (`commit.rs`) takes what was written,
-//! puts it into the index and the map, and answers those who wait for LOCAL: all that came meanwhile with
-//! one sync of the data and one of the index's log, side by side (group commit).
+//! What the two threads of a volume pass on. The *flusher* (`flush.rs`) takes dirty blocks, finds places for
+//! their frames and queues the writes; where there is no free segment it empties one first. The *committer*
+//! (`commit.rs`) takes what was written, puts it into the index and the map, and answers those who wait for
+//! LOCAL: all that came meanwhile with one sync of the data and one of the index's log, side by side (group
+//! commit).
 //!
 //! Order: frame, index, map. A frame without an index entry is an orphan that the next life of its segment
 //! buries; an entry whose frame did not make it to the platter does not verify and is a miss.
@@ -100,7 +101,8 @@ impl PendingBlocks {
     }
 }
 
-/// Dirty blocks, oldest first, and the places of deleted ones, whose headers are to be zeroed.
+/// Dirty blocks, oldest first, and the places of deleted ones, whose headers are to be zeroed. Bounded by the
+/// limits on dirty blocks, and by the blocks that were on the volume.
 #[derive(Default)]
 pub(super) struct WriteQueue {
     pub items: VecDeque<Dirty>,
