@@ -6,9 +6,8 @@
 //! a record. Every field is an atomic, so that a torn read is a value that is thrown away, not a data race.
 //! One writer (the daemon, under its lock) changes an entry; all others only read.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
-
 use crate::key::{SequenceHash, SlotKey};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// Bytes of an entry.
 pub const SLOT_ENTRY_BYTES: usize = 64;
@@ -76,6 +75,7 @@ pub struct SlotEntry {
     state: AtomicU32,
 }
 
+#[cfg(not(any(loom, shuttle)))]
 const _: () = assert!(size_of::<SlotEntry>() == SLOT_ENTRY_BYTES);
 
 impl SlotEntry {
@@ -83,7 +83,7 @@ impl SlotEntry {
     pub fn free() -> Self {
         Self {
             generation: AtomicU64::new(1),
-            hash: Default::default(),
+            hash: [0; 4].map(AtomicU64::new),
             layout: AtomicU32::new(0),
             group_and_hash_len: AtomicU32::new(0),
             length: AtomicU32::new(0),
@@ -152,6 +152,21 @@ impl SlotEntry {
         self.length.store(length, Ordering::Relaxed);
         self.crc32.store(crc32, Ordering::Relaxed);
         self.set_state(SlotState::Resident);
+        let generation = self.generation.load(Ordering::Relaxed);
+        debug_assert_eq!(generation % 2, 1);
+        self.generation.store(generation + 1, Ordering::Release);
+    }
+
+    /// Daemon: makes a readable entry unreadable for a while, whatever else it says staying as it is. Fence
+    /// ([`crate::withdrawn`]), look who names the slot, then [`Self::restore`] or [`Self::withdraw`].
+    pub fn suspend(&self) {
+        let generation = self.generation.load(Ordering::Relaxed);
+        debug_assert_eq!(generation % 2, 0);
+        self.generation.store(generation + 1, Ordering::Relaxed);
+    }
+
+    /// Daemon: makes a suspended entry readable again, under a new generation: its bytes are the same.
+    pub fn restore(&self) {
         let generation = self.generation.load(Ordering::Relaxed);
         debug_assert_eq!(generation % 2, 1);
         self.generation.store(generation + 1, Ordering::Release);

@@ -1,17 +1,35 @@
 //! The shared-memory formats that a daemon and its local clients both map.
 //!
-//! Owns layout and atomics: the slab header, the slot directory, the key table. Never does I/O, never
-//! maps memory, never blocks. The byte-by-byte description is `docs/design/slab.md`.
+//! Owns layout and atomics: the slab header, the slot directory, the key table, lease words, touches, rings, and the
+//! messages in them. Never does I/O, never maps memory, never blocks. The byte-by-byte descriptions are
+//! `docs/design/slab.md` and `docs/design/local-plane.md`.
 
+mod attachment;
+mod bytes;
+pub mod caps;
+mod commands;
 mod directory;
 mod header;
 mod key;
 mod key_table;
+mod lease;
+mod ring;
+mod sleep;
+mod sync;
+mod touch;
 
+pub use attachment::{
+    AttachmentView, BadDatagram, CLIENT_PAGE_BYTES, DAEMON_PAGE_BYTES, FromClient, FromDaemon, PLANE_VERSION, Welcome,
+};
+pub use commands::{BadCommand, Command, Completion, StageBlock, verbs};
 pub use directory::{SLOT_ENTRY_BYTES, SlotEntry, SlotRecord, SlotState};
 pub use header::{HEADER_BYTES, HeaderError, SLAB_VERSION, SlabGeometry, SlabHeader};
 pub use key::{InvalidHash, SEQUENCE_HASH_BYTES_MAX, SequenceHash, SlotKey};
-pub use key_table::{KeyTable, SlotRef};
+pub use key_table::{HeapTable, KeyTable, PROBE_BUCKETS_MAX, SlotRef, TableFull, TableMemory, TableView};
+pub use lease::{LeaseWords, announce, withdrawn};
+pub use ring::{Corrupt, Push, RecordHead, RingReader, RingView, RingWriter};
+pub use sleep::{fall_asleep, must_kick, wake_up};
+pub use touch::{TouchRing, Touched};
 
 /// Asks the processor to load the cache line of `item`; nothing where that can't be said.
 pub fn prefetch<T>(item: &T) {

@@ -1,0 +1,69 @@
+//! The lease words of one client: each names a slot that the client reads, or is 0.
+//!
+//! A reader writes the slot into a word of its own, fences, and only then looks whether the slot's entry is
+//! readable. The daemon makes an entry unreadable, fences, and only then looks whether a word names the slot.
+//! Whatever the order, one of the two sees the other: `docs/design/local-plane.md` has the proof.
+
+use crate::key_table::SlotRef;
+use crate::sync::{AtomicU64, Ordering, fence};
+
+/// Set in every word that names a slot, so that slot 0 of slab 0 is not "none".
+const NAMES: u64 = 1 << 63;
+
+/// One client's words, and how many of them it uses.
+#[derive(Clone, Copy)]
+pub struct LeaseWords<'a> {
+    /// Words from here on were never used: what the daemon need not look at.
+    used: &'a AtomicU64,
+    words: &'a [AtomicU64],
+}
+
+impl<'a> LeaseWords<'a> {
+    /// A view of a client's memory.
+    pub fn new(used: &'a AtomicU64, words: &'a [AtomicU64]) -> Self {
+        Self { used, words }
+    }
+
+    /// Words there are.
+    pub fn capacity(&self) -> usize {
+        self.words.len()
+    }
+
+    /// Client: words below `used` may name slots from now on. Before the first of them is written.
+    pub fn use_words(&self, used: usize) {
+        if (self.used.load(Ordering::Relaxed) as usize) < used {
+            self.used.store(used as u64, Ordering::Relaxed);
+        }
+    }
+
+    /// Client: names `slot`. Worth nothing before [`announce`].
+    pub fn name(&self, word: usize, slot: SlotRef) {
+        if let Some(word) = self.words.get(word) {
+            word.store(NAMES | slot.to_word(), Ordering::Relaxed);
+        }
+    }
+
+    /// Client: names nothing any more. Everything that was read under the lease was read before.
+    pub fn clear(&self, word: usize) {
+        if let Some(word) = self.words.get(word) {
+            word.store(0, Ordering::Release);
+        }
+    }
+
+    /// Daemon: every slot that is named, after the fence that follows a withdrawal.
+    pub fn named(&self) -> impl Iterator<Item = SlotRef> + use<'a> {
+        let used = (self.used.load(Ordering::Acquire) as usize).min(self.words.len());
+        let words = self.words.iter().take(used).map(|word| word.load(Ordering::Acquire));
+        words.filter(|word| word & NAMES != 0).map(SlotRef::from_word)
+    }
+}
+
+/// Client: between naming slots and looking at their entries.
+pub fn announce() {
+    fence(Ordering::SeqCst);
+}
+
+/// Daemon: between withdrawing entries and looking who names them.
+pub fn withdrawn() {
+    fence(Ordering::SeqCst);
+}

@@ -1,0 +1,197 @@
+//! The fences, under loom: every order that the memory model allows, of a reader against an eviction, of a ring's two
+//! sides, and of going to sleep against new work.
+//!
+//! `RUSTFLAGS="--cfg loom" cargo test -p kvstore-plane --test loom --release`
+
+#![cfg(loom)]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
+
+use kvstore_plane::{
+    LeaseWords, RecordHead, RingReader, RingView, RingWriter, SequenceHash, SlotEntry, SlotKey, SlotRef, SlotState,
+    announce, fall_asleep, must_kick, wake_up, withdrawn,
+};
+use loom::cell::UnsafeCell;
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use loom::thread;
+
+const SLOT: SlotRef = SlotRef { slab: 0, slot: 0 };
+
+fn key(id: u8) -> SlotKey {
+    SlotKey { layout: 1, group: 0, hash: SequenceHash::new(&[id]).unwrap() }
+}
+
+/// One slot, its bytes, and one reader's lease word.
+struct Shared {
+    entry: SlotEntry,
+    bytes: UnsafeCell<u8>,
+    used: AtomicU64,
+    words: [AtomicU64; 1],
+}
+
+// SAFETY: loom's cell reports every unsynchronized access: that is the test.
+unsafe impl Sync for Shared {}
+// SAFETY: as above.
+unsafe impl Send for Shared {}
+
+impl Shared {
+    /// Block 1 is readable.
+    fn new() -> Arc<Self> {
+        let shared = Self {
+            entry: SlotEntry::free(),
+            bytes: UnsafeCell::new(1),
+            used: AtomicU64::new(0),
+            words: [AtomicU64::new(0)],
+        };
+        shared.entry.reserve(&key(1), 1);
+        shared.entry.publish(1, 1);
+        Arc::new(shared)
+    }
+
+    fn leases(&self) -> LeaseWords<'_> {
+        LeaseWords::new(&self.used, &self.words)
+    }
+
+    fn read(&self, fenced: bool) {
+        self.leases().use_words(1);
+        self.leases().name(0, SLOT);
+        if fenced {
+            announce();
+        }
+        if let Some(record) = self.entry.read() {
+            // SAFETY: the lease; loom checks.
+            let byte = self.bytes.with(|byte| unsafe { *byte });
+            assert_eq!(record.key, key(byte), "a byte of another key");
+            assert_eq!(record.crc32, u32::from(byte));
+        }
+        self.leases().clear(0);
+    }
+
+    /// The daemon evicts block 1 and puts block 2 into its slot, unless the slot is read.
+    fn replace(&self) {
+        self.entry.suspend();
+        withdrawn();
+        if self.leases().named().any(|slot| slot == SLOT) {
+            return self.entry.restore();
+        }
+        self.entry.withdraw(SlotState::Free);
+        self.entry.reserve(&key(2), 1);
+        // SAFETY: nobody names the slot; loom checks.
+        self.bytes.with_mut(|byte| unsafe { *byte = 2 });
+        self.entry.publish(1, 2);
+    }
+}
+
+fn model(f: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(3);
+    builder.check(f);
+}
+
+#[test]
+fn a_reader_never_sees_a_byte_of_another_key() {
+    model(|| {
+        let shared = Shared::new();
+        let reader = Arc::clone(&shared);
+        let reading = thread::spawn(move || reader.read(true));
+        shared.replace();
+        reading.join().unwrap();
+    });
+}
+
+/// The same without the reader's fence must fail: the test above proves something.
+#[test]
+#[should_panic]
+fn without_the_readers_fence_it_does() {
+    model(|| {
+        let shared = Shared::new();
+        let reader = Arc::clone(&shared);
+        let reading = thread::spawn(move || reader.read(false));
+        shared.replace();
+        reading.join().unwrap();
+    });
+}
+
+/// A block whose eviction was taken back is the same block: who held it before still does.
+#[test]
+fn a_restored_block_is_readable_and_right() {
+    model(|| {
+        let shared = Shared::new();
+        shared.leases().use_words(1);
+        shared.leases().name(0, SLOT);
+        announce();
+        let before = shared.entry.read().unwrap();
+        let daemon = Arc::clone(&shared);
+        let replacing = thread::spawn(move || daemon.replace());
+        // SAFETY: the lease; loom checks.
+        shared.bytes.with(|byte| assert_eq!(unsafe { *byte }, 1));
+        replacing.join().unwrap();
+        let after = shared.entry.read().unwrap();
+        assert_eq!((after.key, after.crc32), (before.key, before.crc32));
+        assert!(after.generation > before.generation);
+    });
+}
+
+#[test]
+fn records_cross_a_ring_whole_and_in_order() {
+    model(|| {
+        struct Memory {
+            words: Vec<AtomicU64>,
+            written: AtomicU64,
+            read: AtomicU64,
+        }
+        impl Memory {
+            fn view(&self) -> RingView<'_> {
+                RingView { words: &self.words, written: &self.written, read: &self.read }
+            }
+        }
+        let words = (0..16).map(|_| AtomicU64::new(0)).collect();
+        let memory = Arc::new(Memory { words, written: AtomicU64::new(0), read: AtomicU64::new(0) });
+        let writing = Arc::clone(&memory);
+        let writer = thread::spawn(move || {
+            let mut writer = RingWriter::new();
+            for tag in 1..=2u64 {
+                let payload = vec![tag as u8; 9];
+                let head = RecordHead { kind: 7, tag };
+                while writer.push(&writing.view(), head, &payload).unwrap() != kvstore_plane::Push::Written {
+                    thread::yield_now();
+                }
+            }
+        });
+        let (mut reader, mut payload) = (RingReader::new(), Vec::new());
+        for tag in 1..=2u64 {
+            let head = loop {
+                match reader.pop(&memory.view(), &mut payload).unwrap() {
+                    Some(head) => break head,
+                    None => thread::yield_now(),
+                }
+            };
+            assert_eq!((head, payload.as_slice()), (RecordHead { kind: 7, tag }, [tag as u8; 9].as_slice()));
+        }
+        writer.join().unwrap();
+    });
+}
+
+/// Work that comes while the other side falls asleep is seen by it, or kicks it.
+#[test]
+fn no_wake_up_is_lost() {
+    model(|| {
+        let shared = Arc::new((AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false)));
+        let submitting = Arc::clone(&shared);
+        let submitter = thread::spawn(move || {
+            let (work, sleeps, kicked) = &*submitting;
+            work.store(1, Ordering::Release);
+            if must_kick(sleeps) {
+                kicked.store(true, Ordering::Release);
+            }
+        });
+        let (work, sleeps, kicked) = &*shared;
+        fall_asleep(sleeps);
+        let seen = work.load(Ordering::Acquire) == 1;
+        if seen {
+            wake_up(sleeps);
+        }
+        submitter.join().unwrap();
+        assert!(seen || kicked.load(Ordering::Acquire), "asleep, with work waiting and no kick");
+    });
+}
