@@ -1,14 +1,16 @@
 //! The in-memory index: bytes a block, and nanoseconds a block to look a prefix up in process.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use kvstore_plane::{SequenceHash, SlotEntry, SlotKey};
+use kvstore_plane::{KeyTable, SequenceHash, SlotEntry, SlotKey};
 use kvstore_tiers::BlockKind;
 use kvstore_tiers::BootTime;
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::residency::{
-    FlightSource, Incoming, Presence, Priority, Publish, Reserve, Residency, SlabMemory, Urgency,
+    FlightSource, Incoming, NoReaders, Presence, Priority, Publish, Reserve, Residency, SlabMemory, Urgency,
 };
+use kvstore_transfer::{SharedMemory, Writers};
 
 use crate::figure::{Figure, median};
 
@@ -31,9 +33,14 @@ fn hash(chain: u64, at: u64) -> SequenceHash {
     SequenceHash::new(&bytes).unwrap_or_else(|_| unreachable!("32 bytes are a hash"))
 }
 
+/// A key table's memory, as the daemon has it.
+fn table(blocks: usize) -> std::io::Result<SharedMemory> {
+    SharedMemory::create(c"kvstore-table", KeyTable::bytes_for(blocks as u64), Writers::Daemon)
+}
+
 /// A residency that holds `blocks` blocks in chains of 256.
 fn filled(blocks: usize) -> anyhow::Result<Residency<Directory>> {
-    let mut residency = Residency::new(0x5EED, PolicyKind::Hazard);
+    let mut residency = Residency::new(0x5EED, PolicyKind::Hazard, Box::new(table(blocks)?), Arc::new(NoReaders));
     let pool = residency.pool(4096, SLOTS as u32);
     let mut made = 0;
     while made < blocks {

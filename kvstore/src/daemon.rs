@@ -88,8 +88,14 @@ impl Daemon {
         let namespaces = config.namespaces();
         let epoch = clock::now().0;
         let seed = random_u128() as u64;
-        let options =
-            HostOptions { limits: config.host, huge_pages: config.huge_pages, policy: config.eviction, seed, epoch };
+        let options = HostOptions {
+            limits: config.host,
+            huge_pages: config.huge_pages,
+            policy: config.eviction,
+            seed,
+            epoch,
+            bytes_ceiling: config::memory_bytes(),
+        };
         let host = HostTier::new(options, &namespaces);
         let nvme = match &config.nvme {
             Some(nvme) => Some(NvmeTier::open(&nvme_options(nvme), &host)?),

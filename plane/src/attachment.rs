@@ -31,8 +31,7 @@ const HEAD_WORDS: usize = 512;
 const LINE_WORDS: usize = 8;
 
 /// Bytes of the client's page.
-pub const CLIENT_PAGE_BYTES: usize =
-    (HEAD_WORDS + caps::LEASES_PER_CLIENT + caps::TOUCH_WORDS + caps::RING_WORDS) * 8;
+pub const CLIENT_PAGE_BYTES: usize = (HEAD_WORDS + caps::LEASES_PER_CLIENT + caps::TOUCH_WORDS + caps::RING_WORDS) * 8;
 /// Bytes of the daemon's page.
 pub const DAEMON_PAGE_BYTES: usize = (HEAD_WORDS + caps::RING_WORDS) * 8;
 

@@ -338,17 +338,32 @@ mod tests {
         let hashes = || prop::collection::vec(hash(), 1..20);
         prop_oneof![
             (any::<u32>(), any::<u16>(), any::<bool>(), any::<u32>(), prop::collection::vec(block(), 1..20)).prop_map(
-                |(layout, group, local, deadline_ms, blocks)| Command::Stage { layout, group, local, deadline_ms, blocks }
+                |(layout, group, local, deadline_ms, blocks)| Command::Stage {
+                    layout,
+                    group,
+                    local,
+                    deadline_ms,
+                    blocks
+                }
             ),
             (any::<u64>(), any::<u32>(), any::<bool>(), prop::option::of(any::<u32>()))
                 .prop_map(|(offset, bytes, last, crc32)| Command::Copy { offset, bytes, last, crc32 }),
             Just(Command::Abandon),
             Just(Command::Release),
             (any::<u32>(), any::<u16>(), any::<u32>(), any::<u128>(), hashes()).prop_map(
-                |(layout, group, deadline_ms, ticket, hashes)| Command::Promote { layout, group, deadline_ms, ticket, hashes }
+                |(layout, group, deadline_ms, ticket, hashes)| Command::Promote {
+                    layout,
+                    group,
+                    deadline_ms,
+                    ticket,
+                    hashes
+                }
             ),
-            (any::<u32>(), any::<u16>(), hashes())
-                .prop_map(|(layout, group, hashes)| Command::Hint { layout, group, hashes }),
+            (any::<u32>(), any::<u16>(), hashes()).prop_map(|(layout, group, hashes)| Command::Hint {
+                layout,
+                group,
+                hashes
+            }),
             (any::<u16>(), any::<u32>(), prop::collection::vec(any::<u8>(), 0..100))
                 .prop_map(|(verb, deadline_ms, request)| Command::Call { verb, deadline_ms, request }),
         ]
@@ -378,8 +393,13 @@ mod tests {
         let ring = crate::RingView { words: &words, written: &written, read: &read };
         let hash = SequenceHash::new(&[1; 32]).unwrap();
         let block = StageBlock { hash, parent: Some(hash), length: 1, tail: false };
-        let stage =
-            Command::Stage { layout: 0, group: 0, local: false, deadline_ms: 0, blocks: vec![block; caps::BLOCKS_PER_STAGE_MAX] };
+        let stage = Command::Stage {
+            layout: 0,
+            group: 0,
+            local: false,
+            deadline_ms: 0,
+            blocks: vec![block; caps::BLOCKS_PER_STAGE_MAX],
+        };
         let hashes = vec![hash; caps::HASHES_PER_PROMOTE_MAX];
         let promote = Command::Promote { layout: 0, group: 0, deadline_ms: 0, ticket: 0, hashes };
         for command in [stage, promote] {

@@ -95,7 +95,14 @@ impl Tiers {
     /// Opens the disk's folder, with an empty memory.
     pub fn open(folder: &Path, options: &TierOptions) -> Result<Self, OpenError> {
         let limits = HostLimits { bytes: options.host_bytes, high_watermark_percent: 99, low_watermark_percent: 98 };
-        let host = HostOptions { limits, huge_pages: HugePages::Off, policy: PolicyKind::Lru, seed: 1, epoch: 1 };
+        let host = HostOptions {
+            limits,
+            huge_pages: HugePages::Off,
+            policy: PolicyKind::Lru,
+            seed: 1,
+            epoch: 1,
+            bytes_ceiling: limits.bytes,
+        };
         let host = HostTier::new(host, &["default".into()]);
         let nvme = NvmeOptions {
             paths: vec![folder.to_owned()],

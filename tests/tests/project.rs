@@ -17,7 +17,10 @@ const ARROWS: [(&str, &[&str]); 8] = [
         "kvstore-tests",
         &["kvstore", "kvstore-client", "kvstore-plane", "kvstore-proto", "kvstore-tiers", "kvstore-transfer"],
     ),
-    ("kvstore-benches", &["kvstore", "kvstore-client", "kvstore-plane", "kvstore-tests", "kvstore-tiers"]),
+    (
+        "kvstore-benches",
+        &["kvstore", "kvstore-client", "kvstore-plane", "kvstore-tests", "kvstore-tiers", "kvstore-transfer"],
+    ),
 ];
 
 #[test]

@@ -3,11 +3,13 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
 
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 
-use kvstore_plane::{SequenceHash, SlotEntry, SlotKey, SlotRef};
+use kvstore_plane::{HeapTable, SequenceHash, SlotEntry, SlotKey, SlotRef};
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::residency::{
-    Delete, FillTicket, FlightSource, Incoming, Presence, Priority, Publish, Reserve, Residency, SlabMemory, Urgency,
+    Delete, FillTicket, FlightSource, Incoming, Presence, Priority, Publish, Readers, Reserve, Residency, SlabMemory,
+    Urgency,
 };
 use kvstore_tiers::{BlockKind, BootTime, PoolId};
 
@@ -16,6 +18,20 @@ struct Directory(Vec<SlotEntry>);
 impl SlabMemory for Directory {
     fn directory(&self) -> &[SlotEntry] {
         &self.0
+    }
+}
+
+/// The slots that clients name in their lease pages.
+#[derive(Default)]
+struct Named(Mutex<Vec<SlotRef>>);
+
+impl Readers for Named {
+    fn is_empty(&self) -> bool {
+        false
+    }
+
+    fn named(&self, each: &mut dyn FnMut(SlotRef)) {
+        self.0.lock().unwrap().iter().for_each(|slot| each(*slot));
     }
 }
 
@@ -51,6 +67,7 @@ struct Block {
     leases: u32,
     demoting: u32,
     copies: u8,
+    readers: u32,
 }
 
 struct Model {
@@ -60,6 +77,9 @@ struct Model {
     fills: Vec<(SlotKey, FillTicket, u32, bool)>,
     leases: Vec<(SlotKey, SlotRef, u32, bool)>,
     demotes: Vec<(SlotKey, SlotRef, bool)>,
+    /// Readers that asked nobody.
+    reads: Vec<(SlotKey, SlotRef, bool)>,
+    named: Arc<Named>,
     now: u64,
     stamp: u32,
     slabs: usize,
@@ -75,7 +95,9 @@ fn urgency(source: FlightSource, now: u64) -> Urgency {
 
 impl Model {
     fn new(policy: PolicyKind) -> Self {
-        let mut residency = Residency::new(7, policy);
+        let named = Arc::new(Named::default());
+        let readers = Arc::clone(&named) as Arc<dyn Readers>;
+        let mut residency = Residency::new(7, policy, Box::new(HeapTable::new(1000)), readers);
         let pool = residency.pool(4096, SLOTS as u32);
         Self {
             residency,
@@ -84,6 +106,8 @@ impl Model {
             fills: Vec::new(),
             leases: Vec::new(),
             demotes: Vec::new(),
+            reads: Vec::new(),
+            named,
             now: 0,
             stamp: 0,
             slabs: 0,
@@ -99,8 +123,10 @@ impl Model {
         match random.below(100) {
             0..30 => self.reserve(random),
             30..52 => self.end_fill(random),
-            52..62 => self.lease(random),
-            62..72 => self.release(random),
+            52..58 => self.lease(random),
+            58..62 => self.read(random),
+            62..68 => self.release(random),
+            68..72 => self.end_read(random),
             72..76 => self.pin(random),
             76..81 => self.unpin(random),
             81..84 => self.delete(random),
@@ -145,6 +171,10 @@ impl Model {
                 let distinct = self.fills.iter().all(|(_, other, _, _)| other.slot != ticket.slot);
                 assert!(distinct, "two fills have one slot");
                 assert!(self.leases.iter().all(|(_, slot, _, _)| *slot != ticket.slot), "a leased slot was given away");
+                assert!(
+                    self.reads.iter().all(|(_, slot, _)| *slot != ticket.slot),
+                    "a slot was given away while it was read"
+                );
                 self.stamp += 1;
                 self.fills.push((key, ticket, self.stamp, true));
             }
@@ -199,6 +229,30 @@ impl Model {
         }
     }
 
+    /// A reader that maps the slab: names the slot, then finds it readable.
+    fn read(&mut self, random: &mut Random) {
+        let key = key(random.below(KEYS));
+        let Some((slot, _)) = self.residency.lease(&key) else { return };
+        self.residency.release(slot);
+        self.blocks.get_mut(&key).unwrap().readers += 1;
+        self.reads.push((key, slot, true));
+        self.named.0.lock().unwrap().push(slot);
+    }
+
+    fn end_read(&mut self, random: &mut Random) {
+        if random.below(3) == 0 {
+            self.residency.look_again();
+        }
+        let Some(at) = random.pick(&self.reads) else { return };
+        let (key, slot, live) = self.reads.swap_remove(at);
+        let mut named = self.named.0.lock().unwrap();
+        let at = named.iter().position(|other| *other == slot).unwrap();
+        named.swap_remove(at);
+        if live && let Some(block) = self.blocks.get_mut(&key) {
+            block.readers -= 1;
+        }
+    }
+
     fn pin(&mut self, random: &mut Random) {
         let key = key(random.below(KEYS));
         assert_eq!(self.residency.pin(&key).is_some(), self.blocks.contains_key(&key));
@@ -220,6 +274,7 @@ impl Model {
         self.blocks.remove(key);
         self.leases.iter_mut().filter(|lease| lease.0 == *key).for_each(|lease| lease.3 = false);
         self.demotes.iter_mut().filter(|demote| demote.0 == *key).for_each(|demote| demote.2 = false);
+        self.reads.iter_mut().filter(|read| read.0 == *key).for_each(|read| read.2 = false);
     }
 
     fn delete(&mut self, random: &mut Random) {
@@ -245,20 +300,26 @@ impl Model {
     }
 
     fn evict(&mut self) {
-        match self.residency.evict(self.pool) {
-            Some(evicted) => {
-                let block = self.blocks[&evicted.key];
-                assert_eq!((block.pins, block.leases, block.demoting), (0, 0, 0), "something kept it");
-                assert_eq!(block.copies, evicted.copies);
-                self.forget(&evicted.key);
-            }
-            None => {
-                let kept = |block: &Block| block.pins + block.leases + block.demoting > 0;
-                // A parent whose children are kept stays with them.
-                let kept_ones = self.blocks.values().filter(|block| kept(block)).count();
-                assert!(kept_ones > 0 || self.blocks.is_empty(), "nothing was kept, and nothing was evicted");
-            }
+        let mut evicted = self.residency.evict(self.pool);
+        if evicted.is_empty() && self.residency.look_again() {
+            evicted = self.residency.evict(self.pool);
         }
+        if evicted.is_empty() {
+            // A parent whose children are kept stays with them.
+            let kept = |block: &&Block| block.pins + block.leases + block.demoting + block.readers > 0;
+            let kept_ones = self.blocks.values().filter(kept).count();
+            assert!(kept_ones > 0 || self.blocks.is_empty(), "nothing was kept, and nothing was evicted");
+        }
+        for evicted in evicted {
+            assert_eq!(self.blocks[&evicted.key].copies, evicted.copies);
+            self.assert_unkept(&evicted.key);
+            self.forget(&evicted.key);
+        }
+    }
+
+    fn assert_unkept(&self, key: &SlotKey) {
+        let block = self.blocks[key];
+        assert_eq!((block.pins, block.leases, block.demoting, block.readers), (0, 0, 0, 0), "something kept it");
     }
 
     fn demote(&mut self, random: &mut Random) {
@@ -298,8 +359,7 @@ impl Model {
         self.slabs -= usize::from(withdrawn.is_some());
         for key in before {
             if self.residency.presence(&key) != Presence::Resident {
-                let block = self.blocks[&key];
-                assert_eq!((block.pins, block.leases, block.demoting), (0, 0, 0), "something kept it");
+                self.assert_unkept(&key);
                 self.forget(&key);
             }
         }
@@ -319,11 +379,13 @@ impl Model {
             assert_eq!(self.residency.copies(&key), self.blocks.get(&key).map_or(0, |block| block.copies));
         }
         if from == 0 {
+            self.residency.look_again();
             assert_eq!(self.residency.len(), self.blocks.len() + self.fills.iter().filter(|fill| fill.3).count());
             let pinned = self.blocks.values().filter(|block| block.pins > 0).count() as u64 * 1000;
             assert_eq!(self.residency.pinned_bytes(), pinned);
             let gone = self.leases.iter().filter(|lease| !lease.3).map(|lease| lease.1);
             let gone = gone.chain(self.demotes.iter().filter(|demote| !demote.2).map(|demote| demote.1));
+            let gone = gone.chain(self.reads.iter().filter(|read| !read.2).map(|read| read.1));
             let doomed = gone.collect::<std::collections::HashSet<_>>().len();
             let (_, slots, used) = self.residency.pool_occupancy(self.pool);
             assert_eq!(used, self.blocks.len() + self.fills.len() + doomed, "a slot leaked");
@@ -349,11 +411,14 @@ fn run(policy: PolicyKind, seed: u64, steps: u64) {
     for (_, slot, _) in std::mem::take(&mut model.demotes) {
         model.residency.end_demote(slot, 0);
     }
+    model.reads.clear();
+    model.named.0.lock().unwrap().clear();
     for id in 0..KEYS {
         while model.residency.delete(&key(id)) == Delete::Pinned {
             model.residency.unpin(&key(id));
         }
     }
+    model.residency.look_again();
     assert_eq!(model.residency.pool_occupancy(model.pool).2, 0);
     assert!(model.residency.is_empty());
 }

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kvstore_plane::{KeyTable, SequenceHash, SlotEntry, SlotKey, SlotRef, SlotState};
+use kvstore_plane::{HeapTable, KeyTable, SequenceHash, SlotEntry, SlotKey, SlotRef, SlotState};
 use proptest::prelude::*;
 
 fn key(stamp: u64) -> SlotKey {
@@ -64,11 +64,11 @@ proptest! {
             _ => (id % 3) << 56 | id,
         };
         let slot_of = |id: u64| SlotRef { slab: id as u32 % 7, slot: id as u32 };
-        let mut table = KeyTable::new();
+        let mut table = KeyTable::new(Box::new(HeapTable::new(4000)));
         let mut map: HashMap<u64, SlotRef> = HashMap::new();
         for (insert, id) in steps {
             if insert && !map.contains_key(&id) {
-                table.insert(hash_of(id), slot_of(id), |slot| hash_of(u64::from(slot.slot)));
+                table.insert(hash_of(id), slot_of(id), |slot| hash_of(u64::from(slot.slot))).unwrap();
                 map.insert(id, slot_of(id));
             } else {
                 prop_assert_eq!(table.remove(hash_of(id), slot_of(id)), map.remove(&id).is_some());

@@ -30,6 +30,15 @@ pub const FILLS_MAX: usize = 4096;
 pub const FILLS_USUAL: usize = 256;
 /// A writer that brought nothing for this long may be replaced by one that waits.
 pub const FILL_STALL_MS: u64 = 1000;
+/// Blocks that leave together where clients read without asking: one look at their lease pages serves all.
+pub const EVICT_BATCH: usize = 32;
+/// ... and at most one part in this many of a pool, and one.
+pub const EVICT_PARTS: usize = 128;
+/// Clients of the local plane at once, over all namespaces: engine workers of a node, and their children. Each has four
+/// descriptors here, one for each slab on its way to it, and up to 320 KiB of pages, of which it mostly uses little.
+pub const ATTACHMENTS_MAX: usize = 1024;
+/// At most this part of the Host tier is staging memory, in percent.
+pub const STAGING_PERCENT_MAX: u64 = 12;
 /// Pins and tickets at once, of one namespace.
 pub const HOLDS_MAX: usize = 65_536;
 /// Blocks that all pins and tickets of one namespace name, each as often as it is named: 48 MiB of keys.

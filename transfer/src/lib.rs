@@ -7,6 +7,7 @@
 mod aligned;
 pub mod frame;
 mod lanes;
+mod shared;
 mod slab;
 mod slot;
 mod sums;
@@ -14,6 +15,7 @@ pub mod volume;
 
 pub use aligned::AlignedBytes;
 pub use lanes::{LANES, Lane, LaneCaps, Lanes};
+pub use shared::{SharedMemory, Writers};
 pub use slab::{HugePages, Slab, SlabError};
 pub use slot::{FillError, SlotBytes, SlotFill};
 pub use sums::SectionSums;

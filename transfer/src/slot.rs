@@ -5,6 +5,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use crate::frame::FRAME_ALIGN;
+use crate::shared::SharedMemory;
 use crate::slab::Slab;
 use crate::sums::SectionSums;
 
@@ -71,6 +72,31 @@ impl SlotFill {
             self.filled += step.len();
         }
         Ok(())
+    }
+
+    /// Copies `bytes` bytes of `source` from `offset` on behind what is there, while others may write to the source;
+    /// checksums the copy, never the source. False, and nothing copied, where they are not all inside of it.
+    pub fn append_shared(&mut self, source: &SharedMemory, offset: u64, bytes: usize) -> Result<bool, FillError> {
+        let room = self.length - self.filled;
+        if bytes > room {
+            return Err(FillError { given: bytes, room });
+        }
+        if !offset.is_multiple_of(8) || offset.checked_add(bytes as u64).is_none_or(|end| end > source.byte_len()) {
+            return Ok(false);
+        }
+        let mut copied = 0;
+        while copied < bytes {
+            let step = STEP_BYTES.min(bytes - copied);
+            // SAFETY: filled + step <= length <= slot_bytes: inside the mapped slot.
+            let to = unsafe { self.start.add(self.filled) };
+            // SAFETY: mapped, initialised, and the slot is ours alone (new).
+            let to = unsafe { std::slice::from_raw_parts_mut(to.as_ptr(), step) };
+            source.copy_racy(offset + copied as u64, to);
+            self.sums.update(to);
+            self.filled += step;
+            copied += step;
+        }
+        Ok(true)
     }
 
     /// Bytes still missing.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvstore_plane::SequenceHash;
-use kvstore_transfer::{FillError, SlotFill};
+use kvstore_transfer::{FillError, SharedMemory, SlotFill};
 
 use super::HostTier;
 use super::lease::{LeasedBlock, Leasing};
@@ -76,6 +76,7 @@ impl HostTier {
                     Room::Taken(slab) => {
                         drop(state);
                         drop(slab);
+                        self.slabs_changed();
                         state = self.state.lock();
                     }
                     Room::Evicted => {}
@@ -162,15 +163,34 @@ pub struct BlockFill {
 impl BlockFill {
     /// Copies `bytes` behind what is there.
     pub fn append(&mut self, bytes: &[u8], now: BootTime) -> Result<(), FillError> {
-        let Some((ticket, fill)) = self.fill.as_mut() else { return Err(FillError { given: bytes.len(), room: 0 }) };
+        let Some((_, fill)) = self.fill.as_mut() else { return Err(FillError { given: bytes.len(), room: 0 }) };
         fill.append(bytes)?;
-        if now.ms_since(self.noted) >= NOTE_PROGRESS_MS {
-            self.noted = now;
-            if let Some(namespace) = self.tier.state.lock().namespace_mut(self.namespace) {
-                namespace.residency.progress(ticket, now);
-            }
-        }
+        self.note_progress(now);
         Ok(())
+    }
+
+    /// Copies bytes that a client left in memory that it can write to: see [`SlotFill::append_shared`].
+    pub fn append_shared(
+        &mut self,
+        source: &SharedMemory,
+        offset: u64,
+        bytes: usize,
+        now: BootTime,
+    ) -> Result<bool, FillError> {
+        let Some((_, fill)) = self.fill.as_mut() else { return Err(FillError { given: bytes, room: 0 }) };
+        let inside = fill.append_shared(source, offset, bytes)?;
+        self.note_progress(now);
+        Ok(inside)
+    }
+
+    fn note_progress(&mut self, now: BootTime) {
+        let Some((ticket, _)) = self.fill.as_ref().filter(|_| now.ms_since(self.noted) >= NOTE_PROGRESS_MS) else {
+            return;
+        };
+        self.noted = now;
+        if let Some(namespace) = self.tier.state.lock().namespace_mut(self.namespace) {
+            namespace.residency.progress(ticket, now);
+        }
     }
 
     /// Bytes still missing.

@@ -4,6 +4,7 @@
 //! Copies happen outside the lock; a slab is made outside it too. Never waits for anything: a caller that
 //! needs a slab is told so, and makes it where blocking is allowed.
 
+mod attached;
 mod demote;
 mod fill;
 mod holds;
@@ -12,7 +13,7 @@ mod namespace;
 mod room;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use kvstore_plane::{SequenceHash, SlotKey};
 use kvstore_transfer::{HugePages, Slab, SlabError};
@@ -25,6 +26,7 @@ use crate::layout::{InvalidLayout, Layout};
 use crate::pool::PoolId;
 use crate::residency::{Delete, Presence, ResidencyCounts};
 
+pub use attached::{AttachError, Attached, ReadersView, StagingMemory};
 pub use demote::DemotingBlock;
 pub use fill::{BeginFill, BlockFill, FillRequest, TransferFill, section_bytes};
 pub use holds::{Held, HoldError, HoldId, HoldKind};
@@ -59,6 +61,8 @@ pub struct HostOptions {
     pub seed: u64,
     /// Grows with every start.
     pub epoch: u64,
+    /// The most that `limits.bytes` may ever become: for what is sized once.
+    pub bytes_ceiling: u64,
 }
 
 /// Why a layout was not registered.
@@ -124,6 +128,14 @@ pub struct HostTier {
     state: Mutex<State>,
     /// Bytes of all slabs that are mapped, readers' included, or planned.
     mapped: Arc<AtomicU64>,
+    /// The part of it that is staging memory of clients.
+    staging: Arc<AtomicU64>,
+    /// Called when slabs came or left.
+    slab_watchers: Mutex<Vec<Box<dyn Fn() + Send + Sync>>>,
+    /// Slabs made so far.
+    slab_serial: AtomicU32,
+    /// Blocks that clients said they read.
+    local_reads: AtomicU64,
     huge_pages: HugePages,
     epoch: u64,
 }
@@ -162,7 +174,9 @@ impl HostTier {
             .iter()
             .take(caps::NAMESPACES_MAX)
             .zip(0u64..)
-            .map(|(name, at)| Namespace::new(name, options.seed.wrapping_add(at), options.policy))
+            .map(|(name, at)| {
+                Namespace::new(name, options.seed.wrapping_add(at), options.policy, options.bytes_ceiling)
+            })
             .collect();
         Arc::new(Self {
             state: Mutex::new(State {
@@ -173,6 +187,10 @@ impl HostTier {
                 slabs_moved: 0,
             }),
             mapped: Arc::new(AtomicU64::new(0)),
+            staging: Arc::new(AtomicU64::new(0)),
+            slab_watchers: Mutex::new(Vec::new()),
+            slab_serial: AtomicU32::new(0),
+            local_reads: AtomicU64::new(0),
             huge_pages: options.huge_pages,
             epoch: options.epoch,
         })
@@ -246,7 +264,7 @@ impl HostTier {
 
     /// Makes the slab that a [`SlabPlan`] stands for. Blocks for milliseconds.
     pub fn make_slab(&self, plan: SlabPlan) -> Result<(), SlabError> {
-        let header = plan.header(self.epoch);
+        let header = plan.header(self.epoch, self.slab_serial.fetch_add(1, Ordering::Relaxed));
         let made = Slab::create(header, self.huge_pages, Arc::clone(&self.mapped));
         let mut state = self.state.lock();
         state.end_plan(&plan);
@@ -254,6 +272,8 @@ impl HostTier {
         if let Some(namespace) = state.namespace_mut(plan.namespace) {
             namespace.residency.add_slab(plan.pool, slab);
         }
+        drop(state);
+        self.slabs_changed();
         Ok(())
     }
 
@@ -276,14 +296,19 @@ impl HostTier {
     /// Background work: ends holds that expired, evicts above the high watermark, gives back slabs above
     /// the bound. Call it a few times a second.
     pub fn tick(&self, now: BootTime) {
+        self.take_touches(now);
         let mut state = self.state.lock();
         for namespace in &mut state.namespaces {
             namespace.holds.expire(&mut namespace.residency, now);
+            namespace.residency.look_again();
         }
         let mapped = self.mapped.load(Ordering::Acquire);
         let retired = state.shrink(mapped);
         state.evict_to_watermark(mapped);
         drop(state);
+        if !retired.is_empty() {
+            self.slabs_changed();
+        }
         // Unmapping a slab takes a while: not under the lock.
         drop(retired);
     }

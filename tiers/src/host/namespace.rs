@@ -7,13 +7,14 @@ use std::sync::Arc;
 use kvstore_plane::SlotKey;
 use kvstore_transfer::Slab;
 
+use super::attached::{AttachedReaders, SharedTable};
 use super::{Holds, HostStatus, PoolStatus, RegisterError, room};
 use crate::caps;
 use crate::clock::BootTime;
 use crate::eviction::PolicyKind;
 use crate::layout::{LayerGroup, Layout};
 use crate::pool::PoolId;
-use crate::residency::{Evicted, Residency};
+use crate::residency::{Readers, Residency};
 
 /// A namespace's place in the configuration.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -81,6 +82,10 @@ impl Demand {
 pub(super) struct Namespace {
     name: String,
     pub(super) digest: [u8; 32],
+    /// Of its key table.
+    pub(super) seed: u64,
+    pub(super) table: SharedTable,
+    pub(super) readers: Arc<AttachedReaders>,
     pub(super) residency: Residency<Arc<Slab>>,
     pub(super) holds: Holds,
     layouts: Vec<Arc<RegisteredLayout>>,
@@ -90,11 +95,17 @@ pub(super) struct Namespace {
 }
 
 impl Namespace {
-    pub(super) fn new(name: &str, seed: u64, policy: PolicyKind) -> Self {
+    pub(super) fn new(name: &str, seed: u64, policy: PolicyKind, bytes_ceiling: u64) -> Self {
+        let readers = Arc::new(AttachedReaders::default());
+        let table = SharedTable::create(bytes_ceiling);
+        let residency = Residency::new(seed, policy, table.memory(), Arc::clone(&readers) as Arc<dyn Readers>);
         Self {
             name: name.to_owned(),
             digest: *blake3::hash(name.as_bytes()).as_bytes(),
-            residency: Residency::new(seed, policy),
+            seed,
+            table,
+            readers,
+            residency,
             holds: Holds::default(),
             layouts: Vec::new(),
             by_digest: HashMap::new(),
@@ -167,17 +178,26 @@ impl Namespace {
         shards
     }
 
-    /// Evicts one block of `pool`, and the same block of its sibling shards: a group is read as far as all
-    /// its shards are there, so that the others would only take up room.
-    pub(super) fn evict(&mut self, pool: PoolId) -> Option<Evicted> {
-        let evicted = self.residency.evict(pool)?;
-        let family = self.layout_at(evicted.key.layout).and_then(|layout| self.families.get(&layout.family));
-        if let Some(family) = family.filter(|family| family.len() > 1) {
-            for ordinal in family.iter().filter(|ordinal| **ordinal != evicted.key.layout) {
-                self.residency.evict_key(&SlotKey { layout: *ordinal, ..evicted.key });
+    /// Evicts a block of `pool`, or a few, and the same blocks of their sibling shards: a group is read as far as all
+    /// its shards are there, so that the others would only take up room. False where nothing may leave.
+    pub(super) fn evict(&mut self, pool: PoolId) -> bool {
+        let mut evicted = self.residency.evict(pool);
+        if evicted.is_empty() && self.residency.look_again() {
+            evicted = self.residency.evict(pool);
+        }
+        let mut siblings = Vec::new();
+        for key in evicted.iter().map(|evicted| evicted.key) {
+            let family = self.layout_at(key.layout).and_then(|layout| self.families.get(&layout.family));
+            if let Some(family) = family.filter(|family| family.len() > 1) {
+                let others = family.iter().filter(|ordinal| **ordinal != key.layout);
+                siblings.extend(others.map(|ordinal| SlotKey { layout: *ordinal, ..key }));
             }
         }
-        Some(evicted)
+        if !siblings.is_empty() {
+            self.residency.evict_keys(siblings.into_iter());
+        }
+        // A slot that was freed by looking again is room too.
+        !evicted.is_empty() || self.residency.has_free_slot(pool)
     }
 
     pub(super) fn note_demand(&mut self, pool: PoolId, blocks: usize, now: BootTime) {

@@ -37,8 +37,8 @@ impl SlabPlan {
         self.geometry.slab_bytes
     }
 
-    pub(super) fn header(&self, epoch: u64) -> SlabHeader {
-        SlabHeader { epoch, slab: 0, namespace_digest: self.namespace_digest, geometry: self.geometry }
+    pub(super) fn header(&self, epoch: u64, slab: u32) -> SlabHeader {
+        SlabHeader { epoch, slab, namespace_digest: self.namespace_digest, geometry: self.geometry }
     }
 }
 
@@ -89,8 +89,8 @@ impl HostTier {
             state.slabs_moved += 1;
             return Room::Taken(slab);
         }
-        let evicted = state.namespace_mut(namespace).and_then(|namespace| namespace.evict(pool));
-        if evicted.is_some() { Room::Evicted } else { Room::Busy }
+        let evicted = state.namespace_mut(namespace).is_some_and(|namespace| namespace.evict(pool));
+        if evicted { Room::Evicted } else { Room::Busy }
     }
 
     /// A slab for a pool whose free slots run low, while the bound allows one and none is being made.
@@ -190,7 +190,7 @@ impl State {
                     continue;
                 }
                 let goal = part(limits.low_watermark_percent) as usize;
-                while namespace.residency.pool_occupancy(pool).2 > goal && namespace.evict(pool).is_some() {}
+                while namespace.residency.pool_occupancy(pool).2 > goal && namespace.evict(pool) {}
             }
         }
     }

@@ -27,9 +27,12 @@ impl<S: SlabMemory> Residency<S> {
         let Some(slot) = self.take_free(incoming.pool) else { return Reserve::NoSlot };
         let Some(entry) = self.entry(slot) else { return Reserve::NoSlot };
         let generation = entry.reserve(&incoming.key, incoming.kind.number());
+        if self.file(slot, &incoming.key).is_err() {
+            self.free(slot);
+            return Reserve::Busy;
+        }
         let fill = Fill { generation, incoming: *incoming, urgency, progress: now, superseded: false };
         self.fills.insert(slot, fill);
-        self.file(slot, &incoming.key);
         Reserve::Reserved(FillTicket { slot, generation })
     }
 

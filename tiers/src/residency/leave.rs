@@ -3,6 +3,7 @@
 use kvstore_plane::{SlotKey, SlotRef, SlotState};
 
 use super::{Delete, Evicted, Residency, SlabMemory};
+use crate::caps;
 use crate::eviction::Removal;
 use crate::pool::PoolId;
 
@@ -32,55 +33,67 @@ impl<S: SlabMemory> Residency<S> {
         self.drop_resident(slot, Removal::Dropped);
     }
 
-    /// Evicts the block of `pool` that its policy gives up first. `None` when every block is leased,
-    /// pinned, or on its way.
-    pub fn evict(&mut self, pool: PoolId) -> Option<Evicted> {
+    /// Evicts the block of `pool` that its policy gives up first; where others read without asking, a few more, since
+    /// one look at what they read serves all. Empty when every block is read, pinned, or on its way.
+    pub fn evict(&mut self, pool: PoolId) -> Vec<Evicted> {
+        let batch = if self.readers.is_empty() { 1 } else { caps::EVICT_BATCH };
+        let batch = self.pools.get(pool.0).map_or(1, |pool| batch.min(pool.slots / caps::EVICT_PARTS + 1));
         loop {
-            let state = self.pools.get_mut(pool.0)?;
-            let victim = state.policy.victim()?;
-            let slot = state.slot_ref(victim)?;
-            if let Some(evicted) = self.evict_slot(slot) {
-                return Some(evicted);
+            let victims = self.victims(pool, batch);
+            if victims.is_empty() {
+                return Vec::new();
             }
-            // Leased or being demoted: not a candidate again before that ends.
-            self.parked.insert(slot);
+            let evicted = self.evict_slots(&victims);
+            if !evicted.is_empty() {
+                return evicted;
+            }
+        }
+    }
+
+    /// The next blocks that `pool`'s policy gives up and that no call keeps, held.
+    fn victims(&mut self, pool: PoolId, count: usize) -> Vec<SlotRef> {
+        let mut victims = Vec::with_capacity(count);
+        while victims.len() < count {
+            let Some(state) = self.pools.get_mut(pool.0) else { break };
+            let Some(slot) = state.policy.victim().and_then(|victim| state.slot_ref(victim)) else { break };
             self.set_held(slot, true);
+            if self.entry(slot).is_some_and(|entry| entry.leases() > 0 || entry.is_demoting()) {
+                // Not a candidate again before that ends.
+                self.parked.insert(slot);
+            } else {
+                victims.push(slot);
+            }
         }
+        victims
     }
 
-    /// Evicts the block in `slot`, where nothing keeps it.
-    pub(super) fn evict_slot(&mut self, slot: SlotRef) -> Option<Evicted> {
-        let entry = self.entry(slot)?;
-        let stays = entry.leases() > 0 || entry.pins() > 0 || entry.is_demoting();
-        if entry.state() != SlotState::Resident || stays {
-            return None;
-        }
-        let evicted = Evicted { key: entry.key(), copies: entry.copies() };
-        let key_hash = evicted.key.table_hash(self.seed);
-        self.drop_resident(slot, Removal::Evicted { key_hash });
-        self.counts.evicted += 1;
-        Some(evicted)
-    }
-
-    /// Evicts a block by name, where nothing keeps it: how the shards of one block leave together.
-    pub fn evict_key(&mut self, key: &SlotKey) -> Option<Evicted> {
-        let (slot, _) = self.find(key)?;
-        self.evict_slot(slot)
+    /// Evicts blocks by name, where nothing keeps them: how the shards of one block leave together.
+    pub fn evict_keys(&mut self, keys: impl Iterator<Item = SlotKey>) -> Vec<Evicted> {
+        let slots: Vec<SlotRef> = keys.filter_map(|key| self.find(&key).map(|(slot, _)| slot)).collect();
+        self.evict_slots(&slots)
     }
 
     pub(super) fn drop_resident(&mut self, slot: SlotRef, removal: Removal) {
         let Some(entry) = self.entry(slot) else { return };
-        let (key, leases) = (entry.key(), entry.leases());
+        let leases = entry.leases();
+        self.forget(slot, removal);
+        if leases == 0 {
+            self.free_unread(slot);
+        }
+    }
+
+    /// The block in `slot` is found no more; its slot is yet to be freed.
+    pub(super) fn forget(&mut self, slot: SlotRef, removal: Removal) {
+        let Some(entry) = self.entry(slot) else { return };
+        let key = entry.key();
         entry.withdraw(SlotState::Doomed);
         self.unfile(slot, &key);
         self.parked.remove(&slot);
+        self.waiting.parked.remove(&slot);
         if let Some((pool, block)) = self.place(slot)
             && let Some(pool) = self.pools.get_mut(pool.0)
         {
             pool.policy.remove(block, removal);
-        }
-        if leases == 0 {
-            self.free(slot);
         }
     }
 }

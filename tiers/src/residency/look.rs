@@ -24,21 +24,22 @@ impl<S: SlabMemory> Residency<S> {
     /// by side before it looks at the first.
     pub fn presence_of_run(&self, layout: u32, group: u16, hashes: &[SequenceHash], out: &mut Vec<Presence>) {
         const SIDE_BY_SIDE: usize = 32;
+        let table = self.table.view();
         let mut table_hashes = [0u64; SIDE_BY_SIDE];
         for run in hashes.chunks(SIDE_BY_SIDE) {
             for (to, hash) in table_hashes.iter_mut().zip(run) {
                 *to = SlotKey { layout, group, hash: *hash }.table_hash(self.seed);
-                self.table.prefetch(*to);
+                table.prefetch(*to);
             }
             for hash in table_hashes.iter().take(run.len()) {
-                if let Some(entry) = self.table.hint(*hash).and_then(|slot| self.entry(slot)) {
+                if let Some(entry) = table.hint(*hash).and_then(|slot| self.entry(slot)) {
                     kvstore_plane::prefetch(entry);
                 }
             }
             for (table_hash, hash) in table_hashes.iter().zip(run) {
                 let key = SlotKey { layout, group, hash: *hash };
                 let mut state = None;
-                self.table.find(*table_hash, |slot| {
+                table.find(*table_hash, |slot| {
                     let entry = self.entry(slot).filter(|entry| entry.is_key(&key));
                     state = entry.map(|entry| entry.state());
                     state.is_some()

@@ -21,18 +21,21 @@ mod fill;
 mod leave;
 mod look;
 mod read;
+mod readers;
 mod slabs;
 mod types;
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
-use kvstore_plane::{KeyTable, SlotEntry, SlotKey, SlotRef, SlotState};
+use kvstore_plane::{KeyTable, SlotEntry, SlotKey, SlotRef, SlotState, TableFull, TableMemory};
 
 use crate::caps;
 use crate::clock::BootTime;
 use crate::eviction::PolicyKind;
 use crate::pool::{Pool, PoolId};
 
+pub use readers::{NoReaders, Readers};
 pub use types::{Delete, Evicted, FillTicket, FlightSource, Incoming, Presence, Priority, Publish, Reserve, Urgency};
 
 /// Memory that carries a slot directory.
@@ -94,23 +97,33 @@ pub struct Residency<S> {
     fills: HashMap<SlotRef, Fill>,
     /// Victims that were leased when they were named: candidates again once they are released.
     parked: HashSet<SlotRef>,
+    readers: Arc<dyn Readers>,
+    waiting: readers::Waiting,
     counts: ResidencyCounts,
     pinned_bytes: u64,
 }
 
 impl<S: SlabMemory> Residency<S> {
     /// An empty residency. `seed` should be secret: sequence hashes come from clients, and a client that
-    /// knew it could fill one bucket of the key table.
-    pub fn new(seed: u64, policy: PolicyKind) -> Self {
+    /// knew it could fill one bucket of the key table. `table` holds the key table, which is full when it is; `readers`
+    /// are all who read slots without asking.
+    pub fn new(
+        seed: u64,
+        policy: PolicyKind,
+        table: Box<dyn TableMemory + Send + Sync>,
+        readers: Arc<dyn Readers>,
+    ) -> Self {
         Self {
             seed,
             policy,
-            table: KeyTable::new(),
+            table: KeyTable::new(table),
             slabs: Vec::new(),
             pools: Vec::new(),
             // Room for what is usually in flight, so that no fill allocates.
             fills: HashMap::with_capacity(caps::FILLS_USUAL),
             parked: HashSet::with_capacity(caps::FILLS_USUAL),
+            readers,
+            waiting: readers::Waiting::default(),
             counts: ResidencyCounts::default(),
             pinned_bytes: 0,
         }
@@ -137,13 +150,13 @@ impl<S: SlabMemory> Residency<S> {
         }
     }
 
-    fn file(&mut self, slot: SlotRef, key: &SlotKey) {
+    fn file(&mut self, slot: SlotRef, key: &SlotKey) -> Result<(), TableFull> {
         let Self { table, slabs, seed, .. } = self;
         table.insert(key.table_hash(*seed), slot, |filed| {
             let place = slabs.get(filed.slab as usize).and_then(Option::as_ref);
             let entry = place.and_then(|place| place.memory.directory().get(filed.slot as usize));
             entry.map_or(0, |entry| entry.key().table_hash(*seed))
-        });
+        })
     }
 
     fn unfile(&mut self, slot: SlotRef, key: &SlotKey) {

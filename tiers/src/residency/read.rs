@@ -4,6 +4,7 @@ use kvstore_plane::{SlotKey, SlotRecord, SlotRef, SlotState};
 
 use super::{Residency, SlabMemory};
 use crate::eviction::Touch;
+use crate::pool::PoolId;
 
 impl<S: SlabMemory> Residency<S> {
     /// A lease on a readable block: until it is released, its bytes stay as they are.
@@ -24,8 +25,10 @@ impl<S: SlabMemory> Residency<S> {
         }
         let (state, pinned) = (entry.state(), entry.pins() > 0);
         match state {
-            SlotState::Doomed => self.free(slot),
-            _ if self.parked.remove(&slot) && !pinned => self.set_held(slot, false),
+            SlotState::Doomed => self.free_unread(slot),
+            _ if self.parked.remove(&slot) && !pinned && !self.waiting.parked.contains(&slot) => {
+                self.set_held(slot, false);
+            }
             _ => {}
         }
     }
@@ -35,6 +38,25 @@ impl<S: SlabMemory> Residency<S> {
         for slot in slots.iter().rev() {
             self.touch_one(*slot, Touch::Hit);
         }
+    }
+
+    /// A reader that asked nobody read `slot`; the leaf of its prefix was named first.
+    pub fn touch_leaf_first(&mut self, slot: SlotRef) {
+        if self.entry(slot).is_some_and(|entry| entry.state() == SlotState::Resident) {
+            self.touch_one(slot, Touch::Hit);
+        }
+    }
+
+    /// How many of `slots` each pool has.
+    pub fn pools_of(&self, slots: &[SlotRef]) -> Vec<(PoolId, usize)> {
+        let mut pools: Vec<(PoolId, usize)> = Vec::new();
+        for (pool, _) in slots.iter().filter_map(|slot| self.place(*slot)) {
+            match pools.iter_mut().find(|(known, _)| *known == pool) {
+                Some((_, blocks)) => *blocks += 1,
+                None => pools.push((pool, 1)),
+            }
+        }
+        pools
     }
 
     /// A request stored a chain that ends with `key`: the whole chain is as recent as it.
@@ -78,6 +100,7 @@ impl<S: SlabMemory> Residency<S> {
             let length = u64::from(entry.length());
             self.pinned_bytes = self.pinned_bytes.saturating_sub(length);
             self.parked.remove(&slot);
+            self.waiting.parked.remove(&slot);
             self.set_held(slot, false);
         }
     }

@@ -29,6 +29,11 @@ impl<S: SlabMemory> Residency<S> {
         self.pools.get(pool.0).map_or((0, 0, 0), |pool| (pool.slot_bytes, pool.slots, pool.used()))
     }
 
+    /// True where `pool` has a slot to give away.
+    pub fn has_free_slot(&self, pool: PoolId) -> bool {
+        self.pools.get(pool.0).is_some_and(|pool| pool.free > 0)
+    }
+
     /// Takes in a slab whose slots are all free. `None` when the residency has as many as it can number;
     /// else the slab's number.
     pub fn add_slab(&mut self, pool: PoolId, memory: S) -> Option<u32> {
@@ -68,16 +73,15 @@ impl<S: SlabMemory> Residency<S> {
             SlotState::Free => false,
             SlotState::Resident => entry.leases() > 0 || entry.pins() > 0 || entry.is_demoting(),
             SlotState::Filling | SlotState::Doomed => true,
-        })
+        }) || self.slab_is_read(number)
     }
 
     /// Evicts every block of slab `number` and lets go of it. `None`, with some blocks gone perhaps, when
     /// one of them can't leave now.
     pub fn withdraw_slab(&mut self, number: u32) -> Option<S> {
         let count = self.slab(number)?.directory().len() as u32;
-        for slot in 0..count {
-            self.evict_slot(SlotRef { slab: number, slot });
-        }
+        let slots: Vec<SlotRef> = (0..count).map(|slot| SlotRef { slab: number, slot }).collect();
+        self.evict_slots(&slots);
         if self.slab_used(number) > 0 {
             return None;
         }
