@@ -38,6 +38,8 @@ pub const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 pub const DEADLINE_MAX: Duration = Duration::from_secs(600);
 /// How often a put that waits for another writer looks again.
 pub const JOIN_POLL: Duration = Duration::from_millis(20);
+/// How often a put looks again whether readers have unmapped a slab that left: a second. One that is stopped may never.
+pub const ROOM_WAITS_MAX: usize = 50;
 /// How often a promotion that waits for room, or for another's flight, looks again.
 pub const PROMOTE_POLL: Duration = Duration::from_millis(5);
 /// Promotions that one get or prefetch has under way: what the device does at once, so that its blocks come
@@ -66,3 +68,30 @@ pub const NVME_BYTES_AUTO_MAX: u64 = 64 << 30;
 pub const TRACE_REQUESTS_MAX: usize = 10_000_000;
 /// See [`TRACE_REQUESTS_MAX`].
 pub const TRACE_BLOCKS_PER_REQUEST_MAX: usize = BLOCKS_PER_GET_MAX;
+/// Connections to the local plane at once, those included that have yet to say what they want: as many as there may be
+/// attachments, and some.
+pub const LOCAL_PEERS_MAX: usize = kvstore_tiers::caps::ATTACHMENTS_MAX + 64;
+/// A connection to the local plane has this long to say Hello.
+pub const LOCAL_HELLO_WITHIN: Duration = Duration::from_secs(5);
+/// While clients are active, their sockets and processes are looked at this often.
+pub const LOCAL_SOCKET_POLL: Duration = Duration::from_micros(20);
+/// The local plane looks for what is overdue this often.
+pub const LOCAL_TIDY: Duration = Duration::from_millis(500);
+/// ... and this often while a client has no room for what it is to be told.
+pub const LOCAL_BLOCKED_POLL: Duration = Duration::from_millis(5);
+/// Datagrams of one client that are read before others have their turn.
+pub const LOCAL_DATAGRAMS_PER_TURN: usize = 16;
+/// Commands of one client that are done before others have their turn.
+pub const LOCAL_COMMANDS_PER_TURN: usize = 16;
+/// Commands of one client for which tasks work.
+pub const LOCAL_TASKS_PER_CLIENT_MAX: usize = 256;
+/// Blocks that one client has staged and not brought yet: each has a slot.
+pub const STAGES_PER_CLIENT_MAX: usize = 128;
+/// Pieces of one block that wait for its slot: as many as the largest staging memory has.
+pub const PIECES_PENDING_MAX: usize = 256;
+/// Blocks that were promoted for a client stay at least this long, for it to lease them.
+pub const PROMOTED_KEPT: Duration = Duration::from_secs(1);
+/// A hinted block that has not come by then is not waited for.
+pub const HINT_TIME: Duration = Duration::from_secs(10);
+/// The longest that the local plane looks for commands without sleeping: one core's time, shared by all.
+pub const LOCAL_SPIN_MAX: Duration = Duration::from_millis(10);

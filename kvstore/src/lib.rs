@@ -7,6 +7,7 @@ mod clock;
 pub mod config;
 pub mod daemon;
 mod http;
+pub mod local;
 pub mod replay;
 pub mod serve;
 mod server;

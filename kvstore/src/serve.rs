@@ -12,7 +12,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::daemon::{Daemon, Sources};
-use crate::{http, server, telemetry};
+use crate::config::Address;
+use crate::{http, local, server, telemetry};
 
 /// After the drain, connections that stay open get this much longer to close.
 const CLOSE_WITHIN: Duration = Duration::from_secs(1);
@@ -30,6 +31,7 @@ pub struct Running {
     pub http: Option<SocketAddr>,
     stop: watch::Sender<bool>,
     tasks: JoinSet<anyhow::Result<()>>,
+    plane: Option<local::Plane>,
 }
 
 /// How a daemon is started.
@@ -62,10 +64,19 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
     let (stop, stopping) = watch::channel(false);
     let mut tasks = JoinSet::new();
     let mut addresses = Vec::new();
+    let mut planes = Vec::new();
     for listener in &config.listeners {
         let bound = server::bind(listener).await?;
         tracing::info!(address = bound.address, namespace = listener.namespace, "listening");
         addresses.push(bound.address.clone());
+        if let (Address::Unix(path), true) = (&listener.address, config.local_plane) {
+            let path = local::plane_path(path);
+            let namespace = daemon.namespace(&listener.namespace).context("the namespace is not configured")?;
+            let at = path.display().to_string();
+            let plane =
+                local::PlaneListener::bind(path).with_context(|| format!("cannot listen on {at} for the local plane"))?;
+            planes.push((plane, namespace));
+        }
         tasks.spawn(server::serve(Arc::clone(&daemon), bound, stopping.clone()));
     }
     let mut http_address = None;
@@ -78,8 +89,9 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
         let (daemon, stopping) = (Arc::clone(&daemon), stopping.clone());
         tasks.spawn(async move { Ok(http::serve(daemon, listener, stopping).await?) });
     }
+    let plane = local::start(&daemon, planes).context("cannot start the local plane")?;
     tokio::spawn(Arc::clone(&daemon).tick_forever());
-    Ok(Running { daemon, addresses, http: http_address, stop, tasks })
+    Ok(Running { daemon, addresses, http: http_address, stop, tasks, plane: Some(plane) })
 }
 
 impl Running {
@@ -87,6 +99,10 @@ impl Running {
     pub async fn shut_down(mut self) -> bool {
         let left = self.daemon.drain(self.daemon.config().drain_deadline).await;
         let _ = self.stop.send(true);
+        if let Some(plane) = self.plane.take() {
+            // Joins a thread that is about to end.
+            let _ = tokio::task::spawn_blocking(move || plane.stop()).await;
+        }
         let all = async { while self.tasks.join_next().await.is_some() {} };
         let closed = tokio::time::timeout(CLOSE_WITHIN, all).await.is_ok();
         if !closed {

@@ -34,6 +34,8 @@ pub struct Traffic {
     pub lookups: AtomicU64,
     /// Puts and gets that were answered Busy.
     pub busy: AtomicU64,
+    /// Commands that came over the local plane.
+    pub local_commands: AtomicU64,
     /// Blocks whose bytes did not match their checksum.
     pub quarantined: AtomicU64,
 }
@@ -110,6 +112,8 @@ pub fn render(daemon: &Daemon) -> String {
         ("kvstore_lookups_total", get(&traffic.lookups)),
         ("kvstore_busy_total", get(&traffic.busy)),
         ("kvstore_quarantined_blocks_total", get(&traffic.quarantined)),
+        ("kvstore_local_commands_total", get(&traffic.local_commands)),
+        ("kvstore_local_read_blocks_total", daemon.host.local_reads()),
         ("kvstore_host_published_blocks_total", status.counts.published),
         ("kvstore_host_evicted_blocks_total", status.counts.evicted),
         ("kvstore_host_deleted_blocks_total", status.counts.deleted),
@@ -121,12 +125,17 @@ pub fn render(daemon: &Daemon) -> String {
         metrics::counter!(name).absolute(value);
     }
     let (pins, tickets) = daemon.host.hold_counts();
+    let (leases, waiting) = daemon.host.local_leases();
     let gauges = [
         ("kvstore_host_max_bytes", status.bytes_max),
         ("kvstore_host_mapped_bytes", status.bytes_mapped),
         ("kvstore_host_pinned_bytes", status.pinned_bytes),
         ("kvstore_host_blocks", status.blocks),
         ("kvstore_host_flights", status.flights),
+        ("kvstore_local_clients", daemon.host.attached() as u64),
+        ("kvstore_local_leases", leases as u64),
+        ("kvstore_local_waiting_slots", waiting as u64),
+        ("kvstore_local_staging_bytes", daemon.host.staging_bytes()),
         ("kvstore_pins", pins as u64),
         ("kvstore_tickets", tickets as u64),
         ("kvstore_draining", u64::from(daemon.is_draining())),
@@ -196,7 +205,7 @@ fn render_nvme(status: &NvmeStatus) {
 }
 
 /// Every metric, with its help text: `docs/metrics.md` is checked against this list.
-pub const METRICS: [(&str, &str, &str); 58] = [
+pub const METRICS: [(&str, &str, &str); 64] = [
     ("kvstore_put_blocks_total", "counter", "Blocks stored by puts"),
     ("kvstore_put_bytes_total", "counter", "Bytes stored by puts"),
     ("kvstore_get_hits_total", "counter", "Blocks that gets found"),
@@ -205,6 +214,16 @@ pub const METRICS: [(&str, &str, &str); 58] = [
     ("kvstore_lookups_total", "counter", "Look-ups"),
     ("kvstore_busy_total", "counter", "Blocks or calls refused as busy"),
     ("kvstore_quarantined_blocks_total", "counter", "Blocks dropped because their bytes did not match their checksum"),
+    ("kvstore_local_commands_total", "counter", "Commands that came over the local plane"),
+    (
+        "kvstore_local_read_blocks_total",
+        "counter",
+        "Blocks that local clients read without asking, as far as they said",
+    ),
+    ("kvstore_local_clients", "gauge", "Clients attached to the local plane"),
+    ("kvstore_local_leases", "gauge", "Blocks that local clients read now"),
+    ("kvstore_local_waiting_slots", "gauge", "Slots that would be free, or blocks that would leave, were they not read"),
+    ("kvstore_local_staging_bytes", "gauge", "Staging memory of local clients, bytes"),
     ("kvstore_host_published_blocks_total", "counter", "Blocks that became readable in memory"),
     ("kvstore_host_evicted_blocks_total", "counter", "Blocks evicted from memory"),
     ("kvstore_host_deleted_blocks_total", "counter", "Blocks deleted on request"),

@@ -18,6 +18,9 @@ mod sleep;
 mod sync;
 mod touch;
 
+/// The local plane's socket of a namespace is its gRPC socket's path and this.
+pub const SOCKET_SUFFIX: &str = ".plane";
+
 pub use attachment::{
     AttachmentView, BadDatagram, CLIENT_PAGE_BYTES, DAEMON_PAGE_BYTES, FromClient, FromDaemon, PLANE_VERSION, Welcome,
 };

@@ -167,7 +167,7 @@ impl Tiers {
                 }
                 BeginFill::NeedsSlab(plan) => self.host.make_slab(plan).unwrap(),
                 BeginFill::Resident => return true,
-                BeginFill::InFlight | BeginFill::Busy => return false,
+                BeginFill::InFlight | BeginFill::Wait | BeginFill::Busy => return false,
             }
         }
     }

@@ -11,8 +11,8 @@ const ARROWS: [(&str, &[&str]); 8] = [
     ("kvstore-plane", &[]),
     ("kvstore-transfer", &["kvstore-plane"]),
     ("kvstore-tiers", &["kvstore-plane", "kvstore-transfer"]),
-    ("kvstore-client", &["kvstore-proto"]),
-    ("kvstore", &["kvstore-client", "kvstore-proto", "kvstore-tiers"]),
+    ("kvstore-client", &["kvstore-plane", "kvstore-proto"]),
+    ("kvstore", &["kvstore-client", "kvstore-plane", "kvstore-proto", "kvstore-tiers"]),
     (
         "kvstore-tests",
         &["kvstore", "kvstore-client", "kvstore-plane", "kvstore-proto", "kvstore-tiers", "kvstore-transfer"],

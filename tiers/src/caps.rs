@@ -39,6 +39,10 @@ pub const EVICT_PARTS: usize = 128;
 pub const ATTACHMENTS_MAX: usize = 1024;
 /// At most this part of the Host tier is staging memory, in percent.
 pub const STAGING_PERCENT_MAX: u64 = 12;
+/// Staging memory of one client: two pieces of 64 KiB at least ...
+pub const STAGING_BYTES_MIN: u64 = 128 << 10;
+/// ... and no more than a client can have on its way at once.
+pub const STAGING_BYTES_MAX: u64 = 64 << 20;
 /// Pins and tickets at once, of one namespace.
 pub const HOLDS_MAX: usize = 65_536;
 /// Blocks that all pins and tickets of one namespace name, each as often as it is named: 48 MiB of keys.

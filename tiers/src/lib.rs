@@ -16,7 +16,7 @@ pub mod simulate;
 
 pub use clock::BootTime;
 pub use kvstore_plane::{InvalidHash, SEQUENCE_HASH_BYTES_MAX, SequenceHash, SlotKey};
-pub use kvstore_transfer::{HugePages, crc32};
+pub use kvstore_transfer::{HugePages, Slab, crc32};
 pub use layout::{BlockKind, DimensionOrder, InvalidLayout, LayerGroup, Layout, PartRange, Shard};
 pub use pool::PoolId;
 pub use readable::{GroupPresence, readable_prefix};

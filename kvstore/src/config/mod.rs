@@ -123,6 +123,12 @@ pub struct Config {
     pub listeners: Vec<Listener>,
     /// Metrics and health over HTTP.
     pub http: Option<SocketAddr>,
+    /// Whether engines on this node may attach to the local plane.
+    pub local_plane: bool,
+    /// How long the local plane looks for the next command before it sleeps.
+    pub local_spin: Duration,
+    /// Staging memory of a local client that puts.
+    pub local_staging_bytes: u64,
     /// How long a call without a deadline may take.
     pub call_deadline: Duration,
     /// How long a drain waits for calls in flight.

@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use kvstore_tiers::HugePages;
-use kvstore_tiers::caps::{HOST_BYTES_MIN, NAMESPACES_MAX, NVME_BYTES_MIN, NVME_INDEX_BYTES_MIN, NVME_PATHS_MAX};
+use kvstore_tiers::caps::{
+    HOST_BYTES_MIN, NAMESPACES_MAX, NVME_BYTES_MIN, NVME_INDEX_BYTES_MIN, NVME_PATHS_MAX, STAGING_BYTES_MAX,
+    STAGING_BYTES_MIN, STAGING_PERCENT_MAX,
+};
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::HostLimits;
 use kvstore_tiers::nvme;
@@ -22,6 +25,7 @@ use crate::caps::{self, NVME_BYTES_AUTO_MAX};
 pub struct RawConfig {
     host: RawHost,
     nvme: RawNvme,
+    local: RawLocal,
     calls: RawCalls,
     http: RawHttp,
     log: RawLog,
@@ -70,6 +74,20 @@ impl Default for RawNvme {
             dirty_bytes: "auto".into(),
             io: "auto".into(),
         }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawLocal {
+    plane: String,
+    spin: String,
+    staging_bytes: String,
+}
+
+impl Default for RawLocal {
+    fn default() -> Self {
+        Self { plane: "on".into(), spin: "50us".into(), staging_bytes: "4MiB".into() }
     }
 }
 
@@ -187,6 +205,12 @@ impl RawConfig {
             "off" => HugePages::Off,
             other => return Err(invalid("host.huge_pages", format!("{other:?} is not \"auto\" or \"off\""))),
         };
+        let local_plane = match self.local.plane.as_str() {
+            "on" => true,
+            "off" => false,
+            other => return Err(invalid("local.plane", format!("{other:?} is not \"on\" or \"off\""))),
+        };
+        let (local_spin, local_staging_bytes) = self.local.check(&host)?;
         let log_format = match self.log.format.as_str() {
             "human" => LogFormat::Human,
             "json" => LogFormat::Json,
@@ -205,6 +229,9 @@ impl RawConfig {
             eviction: PolicyKind::from_str(&self.host.eviction).map_err(|problem| invalid("host.eviction", problem))?,
             listeners,
             http,
+            local_plane,
+            local_spin,
+            local_staging_bytes,
             call_deadline: duration("calls.deadline", &self.calls.deadline)?,
             drain_deadline: duration("calls.drain_deadline", &self.calls.drain_deadline)?,
             log_level: self.log.level.clone(),
@@ -272,6 +299,28 @@ fn size_or_auto(key: &str, text: &str) -> Result<Option<u64>, ConfigError> {
     let size = ByteSize::from_str(text)
         .map_err(|_| invalid(key, format!("{text:?} is neither \"auto\" nor a size such as \"8GiB\"")))?;
     Ok(Some(size.as_u64()))
+}
+
+impl RawLocal {
+    fn check(&self, host: &HostLimits) -> Result<(Duration, u64), ConfigError> {
+        let spin = humantime::parse_duration(&self.spin)
+            .map_err(|_| invalid("local.spin", format!("{:?} is not a time such as \"50us\"", self.spin)))?;
+        if spin > caps::LOCAL_SPIN_MAX {
+            let problem = format!("{} is more than {:?}", self.spin, caps::LOCAL_SPIN_MAX);
+            return Err(invalid("local.spin", problem));
+        }
+        let key = "local.staging_bytes";
+        let bytes = ByteSize::from_str(&self.staging_bytes)
+            .map_err(|_| invalid(key, format!("{:?} is not a size such as \"4MiB\"", self.staging_bytes)))?
+            .as_u64();
+        // A small tier has less to spare; the least are two pieces, so that one is copied while the other is filled.
+        let most = host.bytes / 100 * STAGING_PERCENT_MAX / 2;
+        if !(STAGING_BYTES_MIN..=STAGING_BYTES_MAX).contains(&bytes) {
+            let (least, largest) = (ByteSize(STAGING_BYTES_MIN), ByteSize(STAGING_BYTES_MAX));
+            return Err(invalid(key, format!("{} is not within {least} and {largest}", ByteSize(bytes))));
+        }
+        Ok((spin, bytes.min(most.max(STAGING_BYTES_MIN))))
+    }
 }
 
 impl RawNvme {

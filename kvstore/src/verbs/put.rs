@@ -37,6 +37,7 @@ pub async fn put(
         namespace,
         deadline,
         target: None,
+        more_follows: false,
         current: None,
         last: None,
         results: Vec::new(),
@@ -73,12 +74,15 @@ fn stream_error(error: StreamError) -> Status {
     }
 }
 
-/// Where the call's blocks go.
-struct Target {
-    layout: Arc<RegisteredLayout>,
-    group: u16,
-    more_follows: bool,
-    local: bool,
+/// Where blocks go, and how safe they shall be.
+#[derive(Clone)]
+pub struct Target {
+    /// The layout.
+    pub layout: Arc<RegisteredLayout>,
+    /// The layer group.
+    pub group: u16,
+    /// Whether LOCAL was asked for.
+    pub local: bool,
 }
 
 /// The block whose bytes are coming.
@@ -91,7 +95,8 @@ struct Current {
     into: Into,
 }
 
-enum Into {
+/// Where a block's bytes go.
+pub enum Into {
     /// A slot.
     Slot(Box<BlockFill>),
     /// Nowhere: the answer is known already, the bytes are read past.
@@ -103,6 +108,7 @@ struct PutCall<'a> {
     namespace: NamespaceId,
     deadline: Instant,
     target: Option<Target>,
+    more_follows: bool,
     current: Option<Current>,
     /// The last block that is there now.
     last: Option<SequenceHash>,
@@ -125,7 +131,7 @@ impl PutCall<'_> {
             }
         }
         decoder.finish().map_err(stream_error)?;
-        let tail = self.target.as_ref().is_some_and(|target| !target.more_follows);
+        let tail = self.target.is_some() && !self.more_follows;
         self.finish_block(tail)?;
         if self.results.is_empty() {
             return Err(wire::invalid("block", "the call brought no block"));
@@ -161,8 +167,8 @@ impl PutCall<'_> {
         }
         let layout = wire::known_layout(self.daemon, self.namespace, &open.layout_digest)?;
         let (group, _) = wire::known_group(&layout, open.group)?;
-        let local = open.level() == Level::Local;
-        self.target = Some(Target { layout, group, more_follows: open.more_follows, local });
+        self.more_follows = open.more_follows;
+        self.target = Some(Target { layout, group, local: open.level() == Level::Local });
         Ok(())
     }
 
@@ -178,18 +184,7 @@ impl PutCall<'_> {
             bytes => Some(wire::hash("block.parent_hash", bytes)?),
         };
         let length = checked_length(target, block.length)?;
-        let request = FillRequest {
-            layout: &target.layout,
-            group: target.group,
-            hash,
-            parent,
-            length,
-            urgency: Urgency {
-                source: FlightSource::Writer,
-                priority: Priority::Demand,
-                deadline: clock::now().plus_ms(self.deadline.duration_since(Instant::now()).as_millis() as u64),
-            },
-        };
+        let request = fill_request(target, hash, parent, length, self.deadline);
         let into = if wait_for_dirty_room(self.daemon).await {
             begin(self.daemon, &request).await?
         } else {
@@ -223,9 +218,9 @@ impl PutCall<'_> {
                 format!("block {at} ({hash}) announced {} bytes and brought {}", current.expected, current.received);
             return Err(wire::invalid("data", problem));
         }
-        let mut sums = Vec::new();
-        let status = match current.into {
-            Into::Past(status) => status,
+        let Some(target) = &self.target else { return Ok(()) };
+        let finished = match current.into {
+            Into::Past(status) => present(self.daemon, target, hash, current.parent, status),
             Into::Slot(fill) => {
                 let crc32 = fill.crc32();
                 if let Some(expected) = current.crc32.filter(|expected| *expected != crc32) {
@@ -234,42 +229,104 @@ impl PutCall<'_> {
                     );
                     return Err(wire::invalid("block.crc32", problem));
                 }
-                if self.daemon.nvme.is_some() {
-                    sums = fill.section_sums();
-                }
-                match fill.commit(tail) {
-                    Publish::Published => {
-                        telemetry::add(&self.daemon.traffic.put_blocks, 1);
-                        telemetry::add(&self.daemon.traffic.put_bytes, current.expected);
-                        PutStatus::Stored
-                    }
-                    Publish::Superseded => PutStatus::Superseded,
-                }
+                publish(self.daemon, target, *fill, hash, current.parent, tail)
             }
         };
-        let level = match status {
-            PutStatus::Stored | PutStatus::Present | PutStatus::Joined => {
-                self.last = Some(hash);
-                self.write_back(hash, current.parent, sums);
-                Level::Memory
-            }
-            _ => Level::Unspecified,
-        };
-        self.results.push(PutResult { status: status.into(), level: level.into() });
+        if finished.level == Level::Memory {
+            self.last = Some(hash);
+        }
+        if let Some(local) = finished.local {
+            self.local.push((self.results.len(), local));
+        }
+        self.results.push(PutResult { status: finished.status.into(), level: finished.level.into() });
         Ok(())
     }
 }
 
-impl PutCall<'_> {
-    /// The block is readable: it goes to disk in the background, or, where LOCAL was asked for, before the answer.
-    fn write_back(&mut self, hash: SequenceHash, parent: Option<SequenceHash>, sums: Vec<u32>) {
-        let (Some(nvme), Some(target)) = (&self.daemon.nvme, &self.target) else { return };
-        let block = BlockRef { layout: &target.layout, group: target.group, hash };
-        if let WriteBack::Queued(Some(local)) = nvme.write_back(&block, parent, sums, target.local) {
-            self.local.push((self.results.len(), local));
+/// What became of a block.
+pub struct Finished {
+    /// The answer.
+    pub status: PutStatus,
+    /// The level that it has by now.
+    pub level: Level,
+    /// Where LOCAL was asked for: brings true once it is.
+    pub local: Option<oneshot::Receiver<bool>>,
+}
+
+/// A complete block becomes readable, and goes to disk in the background.
+pub fn publish(
+    daemon: &Daemon,
+    target: &Target,
+    fill: BlockFill,
+    hash: SequenceHash,
+    parent: Option<SequenceHash>,
+    tail: bool,
+) -> Finished {
+    let sums = if daemon.nvme.is_some() { fill.section_sums() } else { Vec::new() };
+    let bytes = fill.length() as u64;
+    match fill.commit(tail) {
+        Publish::Published => {
+            telemetry::add(&daemon.traffic.put_blocks, 1);
+            telemetry::add(&daemon.traffic.put_bytes, bytes);
+            written_back(daemon, target, hash, parent, sums, PutStatus::Stored)
+        }
+        Publish::Superseded => {
+            Finished { status: PutStatus::Superseded, level: Level::Unspecified, local: None }
         }
     }
+}
 
+/// The block was there already, or another writer brought it, or there was no room for it.
+pub fn present(
+    daemon: &Daemon,
+    target: &Target,
+    hash: SequenceHash,
+    parent: Option<SequenceHash>,
+    status: PutStatus,
+) -> Finished {
+    match status {
+        PutStatus::Present | PutStatus::Joined => written_back(daemon, target, hash, parent, Vec::new(), status),
+        _ => Finished { status, level: Level::Unspecified, local: None },
+    }
+}
+
+/// The block is readable: it goes to disk in the background, or, where LOCAL was asked for, before the answer.
+fn written_back(
+    daemon: &Daemon,
+    target: &Target,
+    hash: SequenceHash,
+    parent: Option<SequenceHash>,
+    sums: Vec<u32>,
+    status: PutStatus,
+) -> Finished {
+    let mut finished = Finished { status, level: Level::Memory, local: None };
+    if let Some(nvme) = &daemon.nvme {
+        let block = BlockRef { layout: &target.layout, group: target.group, hash };
+        if let WriteBack::Queued(Some(local)) = nvme.write_back(&block, parent, sums, target.local) {
+            finished.local = Some(local);
+        }
+    }
+    finished
+}
+
+/// A client's wish to bring a block.
+pub fn fill_request(
+    target: &Target,
+    hash: SequenceHash,
+    parent: Option<SequenceHash>,
+    length: u32,
+    deadline: Instant,
+) -> FillRequest<'_> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let urgency = Urgency {
+        source: FlightSource::Writer,
+        priority: Priority::Demand,
+        deadline: clock::now().plus_ms(left.as_millis() as u64),
+    };
+    FillRequest { layout: &target.layout, group: target.group, hash, parent, length, urgency }
+}
+
+impl PutCall<'_> {
     /// Waits for the blocks that are to be LOCAL. One that cannot be stays MEMORY, and its result says so.
     async fn until_local(&mut self) {
         for (at, local) in std::mem::take(&mut self.local) {
@@ -283,7 +340,7 @@ impl PutCall<'_> {
 }
 
 /// Puts wait while too many blocks have yet to be written; false where that takes too long.
-async fn wait_for_dirty_room(daemon: &Daemon) -> bool {
+pub async fn wait_for_dirty_room(daemon: &Daemon) -> bool {
     let Some(nvme) = &daemon.nvme else { return true };
     let until = Instant::now() + caps::DIRTY_WAIT;
     loop {
@@ -299,11 +356,13 @@ async fn wait_for_dirty_room(daemon: &Daemon) -> bool {
     }
 }
 
-fn no_tier(level: &str, tier: &str) -> Status {
+/// The answer where a level has no tier.
+pub fn no_tier(level: &str, tier: &str) -> Status {
     Status::failed_precondition(format!("level {level} needs {tier}, which this daemon does not have: ask for MEMORY"))
 }
 
-fn checked_length(target: &Target, length: u64) -> Result<u32, Status> {
+/// The block's length, where it is one of this layout and group.
+pub fn checked_length(target: &Target, length: u64) -> Result<u32, Status> {
     let group = target.layout.group(u32::from(target.group)).ok_or_else(|| wire::invalid("group", "is unknown"))?;
     let right = if group.group.kind.varies_in_length() {
         (1..=group.block_bytes).contains(&length)
@@ -319,9 +378,9 @@ fn checked_length(target: &Target, length: u64) -> Result<u32, Status> {
 }
 
 /// Reserves a slot, once there is room and no other writer is at work. Ends with the call's deadline.
-async fn begin(daemon: &Arc<Daemon>, request: &FillRequest<'_>) -> Result<Into, Status> {
+pub async fn begin(daemon: &Arc<Daemon>, request: &FillRequest<'_>) -> Result<Into, Status> {
     let mut joined = false;
-    let mut slabs = 0;
+    let (mut slabs, mut waits) = (0, 0);
     loop {
         match daemon.host.begin_fill(request, clock::now()) {
             BeginFill::Fill(fill, ahead) => {
@@ -351,12 +410,17 @@ async fn begin(daemon: &Arc<Daemon>, request: &FillRequest<'_>) -> Result<Into, 
                 daemon.host.drop_plan(plan);
                 return Ok(busy(daemon));
             }
-            BeginFill::Busy => return Ok(busy(daemon)),
+            BeginFill::Wait if waits < caps::ROOM_WAITS_MAX => {
+                waits += 1;
+                tokio::time::sleep(caps::JOIN_POLL).await;
+            }
+            BeginFill::Wait | BeginFill::Busy => return Ok(busy(daemon)),
         }
     }
 }
 
-fn busy(daemon: &Daemon) -> Into {
+/// The answer where there is no room.
+pub fn busy(daemon: &Daemon) -> Into {
     telemetry::add(&daemon.traffic.busy, 1);
     Into::Past(PutStatus::Busy)
 }

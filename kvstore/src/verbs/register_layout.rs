@@ -17,6 +17,7 @@ pub fn register_layout(
     let registered = daemon.host.register_layout(namespace, layout).map_err(wire::register_error)?;
     Ok(RegisterLayoutResponse {
         layout_digest: registered.digest.to_vec().into(),
+        ordinal: registered.ordinal,
         block_bytes: registered.groups.iter().map(|group| group.block_bytes).collect(),
     })
 }

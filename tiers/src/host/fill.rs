@@ -45,6 +45,8 @@ pub enum BeginFill {
     InFlight,
     /// Make this slab, then call again.
     NeedsSlab(SlabPlan),
+    /// Memory is on its way: call again soon.
+    Wait,
     /// No room, and nothing that may leave.
     Busy,
 }
@@ -80,6 +82,7 @@ impl HostTier {
                         state = self.state.lock();
                     }
                     Room::Evicted => {}
+                    Room::Wait => return BeginFill::Wait,
                     Room::Busy => return BeginFill::Busy,
                 },
             }
@@ -196,6 +199,11 @@ impl BlockFill {
     /// Bytes still missing.
     pub fn room(&self) -> usize {
         self.fill.as_ref().map_or(0, |(_, fill)| fill.room())
+    }
+
+    /// Bytes that the block will have.
+    pub fn length(&self) -> usize {
+        self.fill.as_ref().map_or(0, |(_, fill)| fill.length())
     }
 
     /// CRC-32 of what was copied so far.

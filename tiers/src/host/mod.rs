@@ -12,7 +12,7 @@ mod lease;
 mod namespace;
 mod room;
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use kvstore_plane::{SequenceHash, SlotKey};
@@ -148,9 +148,17 @@ struct State {
     /// The pools for which slabs are being made.
     making: Vec<(NamespaceId, PoolId)>,
     slabs_moved: u64,
+    /// Slabs that left and that somebody still has mapped.
+    retired: Vec<Weak<Slab>>,
 }
 
 impl State {
+    /// Bytes of slabs that left and will be free once their last reader unmaps them.
+    fn retiring_bytes(&mut self) -> u64 {
+        self.retired.retain(|slab| slab.strong_count() > 0);
+        self.retired.iter().filter_map(Weak::upgrade).map(|slab| slab.geometry().slab_bytes).sum()
+    }
+
     fn namespace(&self, id: NamespaceId) -> Option<&Namespace> {
         self.namespaces.get(id.0)
     }
@@ -185,6 +193,7 @@ impl HostTier {
                 namespaces,
                 making: Vec::new(),
                 slabs_moved: 0,
+                retired: Vec::new(),
             }),
             mapped: Arc::new(AtomicU64::new(0)),
             staging: Arc::new(AtomicU64::new(0)),

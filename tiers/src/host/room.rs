@@ -50,6 +50,8 @@ pub(super) enum Room {
     Taken(Arc<Slab>),
     /// A slot is free now.
     Evicted,
+    /// Memory is on its way: readers have yet to unmap slabs that left.
+    Wait,
     /// Everything is leased, pinned, or on its way.
     Busy,
 }
@@ -85,12 +87,19 @@ impl HostTier {
         if let Some(plan) = self.plan(state, namespace, pool) {
             return Room::Make(plan);
         }
-        if let Some(slab) = state.take_from_others(namespace, pool, now) {
+        // What is on its way already is waited for, or every slab would leave before the first is unmapped.
+        let retiring = state.retiring_bytes();
+        let awaited = retiring >= state.slab_bytes.min(state.limits.bytes / 2);
+        if !awaited && let Some(slab) = state.take_from_others(namespace, pool, now) {
             state.slabs_moved += 1;
             return Room::Taken(slab);
         }
         let evicted = state.namespace_mut(namespace).is_some_and(|namespace| namespace.evict(pool));
-        if evicted { Room::Evicted } else { Room::Busy }
+        match evicted {
+            true => Room::Evicted,
+            false if awaited => Room::Wait,
+            false => Room::Busy,
+        }
     }
 
     /// A slab for a pool whose free slots run low, while the bound allows one and none is being made.
@@ -149,13 +158,15 @@ impl State {
         let mut slabs = residency.slab_numbers(pool);
         slabs.sort_by_key(|slab| residency.slab_used(*slab));
         let free = slabs.into_iter().take(SLABS_TRIED).find(|slab| !residency.slab_is_stuck(*slab))?;
-        residency.withdraw_slab(free)
+        let slab = residency.withdraw_slab(free)?;
+        self.retired.push(Arc::downgrade(&slab));
+        Some(slab)
     }
 
     /// Withdraws slabs until the tier is within its bound, as far as leases allow, the emptiest first.
     pub(super) fn shrink(&mut self, mapped: u64) -> Vec<Arc<Slab>> {
         let mut retired = Vec::new();
-        let mut over = mapped.saturating_sub(self.limits.bytes);
+        let mut over = mapped.saturating_sub(self.limits.bytes + self.retiring_bytes());
         while over > 0 {
             let mut pools: Vec<(usize, PoolId, usize)> = Vec::new();
             for (at, namespace) in self.namespaces.iter().enumerate() {

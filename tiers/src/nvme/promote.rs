@@ -83,7 +83,7 @@ impl NvmeTier {
                 Promote::InFlight
             }
             BeginFill::NeedsSlab(plan) => Promote::NeedsSlab(plan),
-            BeginFill::Busy => Promote::Busy,
+            BeginFill::Busy | BeginFill::Wait => Promote::Busy,
         };
         store.end_read(&entry);
         outcome

@@ -1,0 +1,258 @@
+//! Commands: what came through a client's ring is decoded, checked, and done at once or handed to a task.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvstore_plane::{Command, Completion, RecordHead, verbs as call};
+use kvstore_proto::v1::GetStatus;
+use kvstore_tiers::SequenceHash;
+use kvstore_tiers::host::{HoldId, Leasing, RegisteredLayout};
+use kvstore_tiers::residency::Priority;
+use prost::Message;
+use tokio::time::Instant;
+use tonic::Status;
+
+use super::client::{LocalClient, Task};
+use super::stage::{self, Piece};
+use crate::daemon::{Daemon, InFlight};
+use crate::verbs::promote::Promoter;
+use crate::verbs::put::Target;
+use crate::verbs::{delete, lookup, pin, prefetch, register_layout};
+use crate::{caps, clock, telemetry, wire};
+
+/// Does what a record asks for. False where the client does not keep to the protocol.
+pub fn run(
+    daemon: &Arc<Daemon>,
+    runtime: &tokio::runtime::Handle,
+    client: &Arc<LocalClient>,
+    head: RecordHead,
+    payload: &[u8],
+) -> bool {
+    let Ok(command) = Command::decode(head.kind, payload) else { return false };
+    telemetry::add(&daemon.traffic.local_commands, 1);
+    let tag = head.tag;
+    match command {
+        Command::Copy { offset, bytes, last, crc32 } => {
+            stage::copy(daemon, runtime, client, tag, Piece { offset, bytes, last, crc32 });
+        }
+        Command::Abandon => stage::abandon(client, tag),
+        Command::Release => drop(client.promoted.lock().remove(&tag)),
+        command => match daemon.enter() {
+            None => client.fail(tag, &wire::draining()),
+            Some(call) => {
+                if let Err(status) = start(daemon, runtime, client, tag, command, call) {
+                    client.fail(tag, &status);
+                }
+            }
+        },
+    }
+    true
+}
+
+fn start(
+    daemon: &Arc<Daemon>,
+    runtime: &tokio::runtime::Handle,
+    client: &Arc<LocalClient>,
+    tag: u64,
+    command: Command,
+    call: InFlight,
+) -> Result<(), Status> {
+    match command {
+        Command::Stage { layout, group, local, deadline_ms, blocks } => {
+            let (layout, group) = known(daemon, client, layout, group)?;
+            let target = Target { layout, group, local };
+            let expires = Instant::now() + deadline(daemon, deadline_ms);
+            stage::stage(daemon, runtime, client, tag, &target, &blocks, expires);
+        }
+        Command::Promote { layout, group, deadline_ms, ticket, hashes } => {
+            let (layout, group) = known(daemon, client, layout, group)?;
+            if ticket != 0 && !daemon.host.has_ticket(client.namespace(), HoldId(ticket), clock::now()) {
+                return Err(Status::not_found("ticket: no such ticket, or its time is over: look up again"));
+            }
+            let task = begin_task(client)?;
+            let until = Instant::now() + deadline(daemon, deadline_ms);
+            let promotion = Promotion { client: Arc::clone(client), tag, hashes, _task: task, _call: call };
+            runtime.spawn(promotion.run(Arc::clone(daemon), layout, group, until));
+        }
+        Command::Hint { layout, group, hashes } => {
+            let (layout, group) = known(daemon, client, layout, group)?;
+            let hint = begin_task(client).ok().zip(daemon.nvme.clone());
+            if let Some((task, nvme)) = hint {
+                let deadline = Instant::now() + caps::HINT_TIME;
+                let daemon = Arc::clone(daemon);
+                let promoter = Promoter { daemon, nvme, layout, group, priority: Priority::Prefetch, deadline };
+                runtime.spawn(async move {
+                    for hash in hashes {
+                        let coming = promoter.start(hash).await;
+                        drop(promoter.finish(hash, coming).await);
+                    }
+                    drop((task, call));
+                });
+            }
+        }
+        Command::Call { verb, deadline_ms, request } => {
+            let deadline = deadline(daemon, deadline_ms);
+            return self::call(daemon, runtime, client, tag, verb, &request, deadline, call);
+        }
+        Command::Copy { .. } | Command::Abandon | Command::Release => {}
+    }
+    Ok(())
+}
+
+fn begin_task(client: &Arc<LocalClient>) -> Result<Task, Status> {
+    let busy = || Status::resource_exhausted("busy: too many commands of this client wait");
+    client.begin_task().ok_or_else(busy)
+}
+
+fn deadline(daemon: &Daemon, deadline_ms: u32) -> Duration {
+    match deadline_ms {
+        0 => daemon.config().call_deadline,
+        asked => Duration::from_millis(u64::from(asked)).min(caps::DEADLINE_MAX),
+    }
+}
+
+fn known(
+    daemon: &Daemon,
+    client: &LocalClient,
+    layout: u32,
+    group: u16,
+) -> Result<(Arc<RegisteredLayout>, u16), Status> {
+    let unknown = || Status::not_found(format!("layout number {layout} is not registered: call RegisterLayout first"));
+    let layout = daemon.host.layout_at(client.namespace(), layout).ok_or_else(unknown)?;
+    wire::known_group(&layout, u32::from(group))?;
+    Ok((layout, group))
+}
+
+fn decode<M: Message + Default>(request: &[u8]) -> Result<M, Status> {
+    M::decode(request).map_err(|error| wire::invalid("request", error))
+}
+
+/// A call of `kvstore.v1.Blocks`: the verbs that gRPC serves, without it.
+#[expect(clippy::too_many_arguments, reason = "what every command has, and what this one brings")]
+fn call(
+    daemon: &Arc<Daemon>,
+    runtime: &tokio::runtime::Handle,
+    client: &Arc<LocalClient>,
+    tag: u64,
+    verb: u16,
+    request: &[u8],
+    deadline: Duration,
+    in_flight: InFlight,
+) -> Result<(), Status> {
+    let namespace = client.namespace();
+    let response = match verb {
+        call::REGISTER_LAYOUT => {
+            register_layout::register_layout(daemon, namespace, decode(request)?)?.encode_to_vec()
+        }
+        call::LOOKUP => lookup::lookup(daemon, namespace, &decode(request)?)?.encode_to_vec(),
+        call::RELEASE_TICKET => lookup::release_ticket(daemon, namespace, &decode(request)?)?.encode_to_vec(),
+        call::PREFETCH => {
+            let _runtime = runtime.enter();
+            prefetch::prefetch(daemon, namespace, &decode(request)?)?.encode_to_vec()
+        }
+        call::CANCEL_PREFETCH => prefetch::cancel(daemon, namespace, &decode(request)?)?.encode_to_vec(),
+        call::UNPIN => pin::unpin(daemon, namespace, &decode(request)?)?.encode_to_vec(),
+        call::PIN | call::DELETE => {
+            let task = begin_task(client)?;
+            let (daemon, client, request) = (Arc::clone(daemon), Arc::clone(client), request.to_vec());
+            runtime.spawn(async move {
+                let done = async {
+                    Ok(match verb {
+                        call::PIN => pin::pin(&daemon, namespace, &decode(&request)?).await?.encode_to_vec(),
+                        _ => delete::delete(&daemon, namespace, &decode(&request)?).await?.encode_to_vec(),
+                    })
+                };
+                let late = |_| Status::deadline_exceeded("the call's deadline passed");
+                match tokio::time::timeout(deadline, done).await.map_err(late).flatten() {
+                    Ok(response) => client.complete(tag, &Completion::Response(response)),
+                    Err(status) => client.fail(tag, &status),
+                }
+                drop((task, in_flight));
+            });
+            return Ok(());
+        }
+        other => return Err(Status::unimplemented(format!("verb {other} is not one of the local plane's"))),
+    };
+    client.complete(tag, &Completion::Response(response));
+    Ok(())
+}
+
+/// Blocks that are brought into memory for a client.
+struct Promotion {
+    client: Arc<LocalClient>,
+    tag: u64,
+    hashes: Vec<SequenceHash>,
+    _task: Task,
+    _call: InFlight,
+}
+
+impl Promotion {
+    async fn run(self, daemon: Arc<Daemon>, layout: Arc<RegisteredLayout>, group: u16, deadline: Instant) {
+        let mut ready = Vec::with_capacity(self.hashes.len());
+        let mut next = GetStatus::Hit;
+        let Ok(permits) = Arc::clone(&daemon.leasable).try_acquire_many_owned(self.hashes.len() as u32) else {
+            let problem = "busy: too many blocks are leased by calls at once";
+            return self.client.fail(self.tag, &Status::resource_exhausted(problem));
+        };
+        match daemon.nvme.clone() {
+            None => {
+                for leasing in daemon.host.lease_run(&layout, group, &self.hashes, clock::now()) {
+                    match leasing {
+                        Leasing::Leased(block) => ready.push(block),
+                        other => {
+                            next = status_of(&other);
+                            break;
+                        }
+                    }
+                }
+            }
+            Some(nvme) => {
+                let is_lost = |hash| {
+                    nvme.is_pinned(&kvstore_tiers::nvme::BlockRef { layout: &layout, group, hash })
+                };
+                let promoter = Promoter {
+                    daemon: Arc::clone(&daemon),
+                    nvme: Arc::clone(&nvme),
+                    layout: Arc::clone(&layout),
+                    group,
+                    priority: Priority::Demand,
+                    deadline,
+                };
+                let mut coming = Vec::with_capacity(self.hashes.len());
+                for hash in &self.hashes {
+                    coming.push((*hash, promoter.start(*hash).await));
+                }
+                for (hash, coming) in coming {
+                    match promoter.finish(hash, coming).await {
+                        Leasing::Leased(block) => ready.push(block),
+                        Leasing::Miss if is_lost(hash) => {
+                            next = GetStatus::DataLoss;
+                            break;
+                        }
+                        other => {
+                            next = status_of(&other);
+                            break;
+                        }
+                    }
+                    if self.client.is_gone() {
+                        return;
+                    }
+                }
+            }
+        }
+        let promoted = Completion::Promoted { ready: ready.len() as u32, next: next as u32 };
+        if !ready.is_empty() && !self.client.is_gone() {
+            self.client.promoted.lock().insert(self.tag, (Instant::now() + caps::PROMOTED_KEPT, ready));
+        }
+        self.client.complete(self.tag, &promoted);
+        drop(permits);
+    }
+}
+
+fn status_of(leasing: &Leasing) -> GetStatus {
+    match leasing {
+        Leasing::Leased(_) => GetStatus::Hit,
+        Leasing::InFlight => GetStatus::InFlight,
+        Leasing::Miss => GetStatus::Miss,
+    }
+}

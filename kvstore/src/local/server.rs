@@ -1,0 +1,637 @@
+//! The thread that polls.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use kvstore_plane::caps::DATAGRAM_BYTES_MAX;
+use kvstore_plane::{
+    AttachmentView, FromClient, FromDaemon, PLANE_VERSION, RingReader, Welcome, fall_asleep, wake_up,
+};
+use kvstore_tiers::Slab;
+use kvstore_tiers::host::NamespaceId;
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
+use tokio::runtime::Handle;
+
+use super::client::LocalClient;
+use super::commands;
+use super::socket::{self, Now, PlaneListener};
+use super::stage;
+use crate::caps;
+use crate::daemon::Daemon;
+
+/// What an event is about; the number of the client or listener is beside it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Wake,
+    Listener,
+    Socket,
+    Process,
+    Kick,
+}
+
+const SOURCES: [Source; 5] = [Source::Wake, Source::Listener, Source::Socket, Source::Process, Source::Kick];
+
+fn event_data(source: Source, number: u32) -> EventData {
+    EventData::new_u64((source as u64) << 32 | u64::from(number))
+}
+
+fn source_of(data: u64) -> Option<(Source, u32)> {
+    Some((*SOURCES.get((data >> 32) as usize)?, data as u32))
+}
+
+/// The local plane, while it runs.
+pub struct Plane {
+    stop: Arc<Stop>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+struct Stop {
+    wake: OwnedFd,
+    stopped: AtomicBool,
+}
+
+impl Stop {
+    fn wake(&self) {
+        // Full means that a wake-up waits already.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+/// Serves the local plane on `listeners`.
+pub fn start(daemon: &Arc<Daemon>, listeners: Vec<(PlaneListener, NamespaceId)>) -> io::Result<Plane> {
+    let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    let stop = Arc::new(Stop { wake, stopped: AtomicBool::new(false) });
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    epoll::add(&epoll, &stop.wake, event_data(Source::Wake, 0), EventFlags::IN | EventFlags::ET)?;
+    for (number, (listener, _)) in (0..).zip(&listeners) {
+        epoll::add(&epoll, listener, event_data(Source::Listener, number), EventFlags::IN)?;
+    }
+    let watching = Arc::downgrade(&stop);
+    daemon.host.watch_slabs(move || {
+        if let Some(stop) = watching.upgrade() {
+            stop.wake();
+        }
+    });
+    let mut server = Server {
+        daemon: Arc::clone(daemon),
+        runtime: Handle::current(),
+        stop: Arc::clone(&stop),
+        epoll,
+        listeners,
+        peers: HashMap::new(),
+        next: 0,
+        active: Vec::new(),
+        blocked: false,
+        paused_until: None,
+        payload: Vec::new(),
+    };
+    let thread = std::thread::Builder::new().name("kvstore-local".into()).spawn(move || server.run())?;
+    Ok(Plane { stop, thread: Some(thread) })
+}
+
+impl Plane {
+    /// Tells clients, and ends.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.stop.stopped.store(true, Ordering::Release);
+        self.stop.wake();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Plane {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// A connection.
+struct Peer {
+    namespace: NamespaceId,
+    process: OwnedFd,
+    state: PeerState,
+}
+
+enum PeerState {
+    /// It has yet to say Hello, by then.
+    Greeting(OwnedFd, Instant),
+    /// Attached.
+    Attached(Box<AttachedPeer>),
+    /// It hung up, or broke the protocol; what it names stays until its process ends.
+    Lingering(Arc<LocalClient>, #[expect(dead_code, reason = "kept mapped for accounting")] Vec<Arc<Slab>>),
+}
+
+struct AttachedPeer {
+    client: Arc<LocalClient>,
+    kick: OwnedFd,
+    reader: RingReader,
+    /// Slabs that it was told of, by serial number.
+    slabs: HashMap<u64, (u32, Arc<Slab>)>,
+    /// Slabs that left, and that it has yet to unmap.
+    leaving: HashMap<u64, Arc<Slab>>,
+    /// Datagrams wait for room in its socket.
+    behind: bool,
+    wants_staging: bool,
+    active: bool,
+    last_command: Instant,
+}
+
+impl AttachedPeer {
+    fn view(&self) -> AttachmentView<'_> {
+        self.client.attached.view()
+    }
+}
+
+struct Server {
+    daemon: Arc<Daemon>,
+    runtime: Handle,
+    stop: Arc<Stop>,
+    epoll: OwnedFd,
+    listeners: Vec<(PlaneListener, NamespaceId)>,
+    peers: HashMap<u32, Peer>,
+    next: u32,
+    /// Clients whose rings are looked at without a kick.
+    active: Vec<u32>,
+    /// Completions or datagrams of some client wait for room.
+    blocked: bool,
+    /// No connection is accepted before: the last try failed.
+    paused_until: Option<Instant>,
+    payload: Vec<u8>,
+}
+
+impl Server {
+    fn run(&mut self) {
+        let mut events = Vec::with_capacity(64);
+        let mut tidied = Instant::now();
+        let mut looked = Instant::now();
+        while !self.stop.stopped.load(Ordering::Acquire) {
+            let now = Instant::now();
+            // While rings are active, sockets and processes are looked at now and then.
+            if self.active.is_empty() || now.duration_since(looked) >= caps::LOCAL_SOCKET_POLL {
+                looked = now;
+                let timeout = if self.active.is_empty() { self.sleep_for() } else { Duration::ZERO };
+                let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
+                events.clear();
+                let waited =
+                    epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&timeout));
+                if let Err(error) = waited
+                    && error != rustix::io::Errno::INTR
+                {
+                    tracing::error!(%error, "the local plane cannot wait for events, and ends");
+                    return;
+                }
+                for event in &events {
+                    if let Some((source, number)) = source_of(event.data.u64()) {
+                        self.on_event(source, number);
+                    }
+                }
+            }
+            self.poll_rings();
+            if tidied.elapsed() >= caps::LOCAL_TIDY || self.blocked {
+                tidied = Instant::now();
+                self.tidy();
+            }
+        }
+        for peer in self.peers.values() {
+            if let PeerState::Attached(attached) = &peer.state {
+                let _ = socket::send(&attached.client.socket, &FromDaemon::Draining.encode(), &[]);
+                attached.client.leave();
+            }
+        }
+    }
+
+    fn sleep_for(&self) -> Duration {
+        let quiet = self.peers.is_empty() && self.paused_until.is_none();
+        if self.blocked {
+            caps::LOCAL_BLOCKED_POLL
+        } else if quiet {
+            Duration::from_secs(3600)
+        } else {
+            caps::LOCAL_TIDY
+        }
+    }
+
+    fn on_event(&mut self, source: Source, number: u32) {
+        match source {
+            Source::Wake => self.sync_all_slabs(),
+            Source::Listener => self.accept(number),
+            Source::Process => self.on_exit(number),
+            Source::Kick => self.activate(number),
+            Source::Socket => self.on_datagrams(number),
+        }
+    }
+
+    fn add(&self, descriptor: BorrowedFd<'_>, source: Source, number: u32, flags: EventFlags) -> io::Result<()> {
+        Ok(epoll::add(&self.epoll, descriptor, event_data(source, number), flags)?)
+    }
+
+    fn accept(&mut self, number: u32) {
+        if self.paused_until.is_some() {
+            return;
+        }
+        let Some((listener, namespace)) = self.listeners.get(number as usize) else { return };
+        let namespace = *namespace;
+        let accepted = listener.accept().and_then(|socket| match socket {
+            None => Ok(()),
+            Some(socket) => self.greet(socket, namespace),
+        });
+        if let Err(error) = accepted {
+            tracing::warn!(%error, "a client of the local plane was not accepted");
+            // Out of descriptors, perhaps: the connection still waits, and epoll would say so again at once.
+            self.pause_listeners(true);
+        }
+    }
+
+    fn pause_listeners(&mut self, pause: bool) {
+        self.paused_until = pause.then(|| Instant::now() + caps::ACCEPT_RETRY);
+        let flags = if pause { EventFlags::empty() } else { EventFlags::IN };
+        for (number, (listener, _)) in (0..).zip(&self.listeners) {
+            let _ = epoll::modify(&self.epoll, listener, event_data(Source::Listener, number), flags);
+        }
+    }
+
+    fn greet(&mut self, socket: OwnedFd, namespace: NamespaceId) -> io::Result<()> {
+        if self.peers.len() >= caps::LOCAL_PEERS_MAX {
+            let refused = FromDaemon::Refused(format!("{} clients are connected, the most", caps::LOCAL_PEERS_MAX));
+            let _ = socket::send(&socket, &refused.encode(), &[]);
+            return Ok(());
+        }
+        let process = match socket::peer_process(&socket) {
+            Ok(process) => process,
+            Err(error) => {
+                let reason = format!(
+                    "the daemon cannot watch for the end of your process ({error}): it must see your PID namespace"
+                );
+                let _ = socket::send(&socket, &FromDaemon::Refused(reason).encode(), &[]);
+                return Ok(());
+            }
+        };
+        while self.peers.contains_key(&self.next) {
+            self.next = self.next.wrapping_add(1);
+        }
+        let number = self.next;
+        self.next = self.next.wrapping_add(1);
+        self.add(socket.as_fd(), Source::Socket, number, EventFlags::IN | EventFlags::RDHUP)?;
+        self.add(process.as_fd(), Source::Process, number, EventFlags::IN)?;
+        let state = PeerState::Greeting(socket, Instant::now() + caps::LOCAL_HELLO_WITHIN);
+        self.peers.insert(number, Peer { namespace, process, state });
+        Ok(())
+    }
+
+    /// The client's process has ended: what it named is free.
+    fn on_exit(&mut self, number: u32) {
+        let Some(peer) = self.peers.remove(&number) else { return };
+        let _ = epoll::delete(&self.epoll, &peer.process);
+        match peer.state {
+            PeerState::Greeting(..) => {}
+            PeerState::Attached(attached) => {
+                attached.client.leave();
+                self.daemon.host.detach(&attached.client.attached);
+            }
+            PeerState::Lingering(client, _) => self.daemon.host.detach(&client.attached),
+        }
+    }
+
+    /// The client hung up, or did what no client does. What it reads stays until its process ends.
+    fn hang_up(&mut self, number: u32) {
+        let Some(mut peer) = self.peers.remove(&number) else { return };
+        peer.state = match peer.state {
+            PeerState::Greeting(..) => {
+                let _ = epoll::delete(&self.epoll, &peer.process);
+                return;
+            }
+            PeerState::Attached(attached) => {
+                let _ = epoll::delete(&self.epoll, &attached.client.socket);
+                let _ = epoll::delete(&self.epoll, &attached.kick);
+                attached.client.leave();
+                let slabs = attached.slabs.into_values().map(|(_, slab)| slab).chain(attached.leaving.into_values());
+                PeerState::Lingering(attached.client, slabs.collect())
+            }
+            lingering => lingering,
+        };
+        self.peers.insert(number, peer);
+    }
+
+    fn on_datagrams(&mut self, number: u32) {
+        let mut buffer = [0; DATAGRAM_BYTES_MAX];
+        for _ in 0..caps::LOCAL_DATAGRAMS_PER_TURN {
+            let Some(peer) = self.peers.get_mut(&number) else { return };
+            let socket = match &peer.state {
+                PeerState::Greeting(socket, _) => socket,
+                PeerState::Attached(attached) => &attached.client.socket,
+                PeerState::Lingering(..) => return,
+            };
+            match socket::receive(socket, &mut buffer) {
+                Now::Later => return,
+                Now::Gone => return self.hang_up(number),
+                Now::Done(datagram) => {
+                    let Ok(datagram) = FromClient::decode(datagram) else { return self.hang_up(number) };
+                    self.on_datagram(number, datagram);
+                }
+            }
+        }
+    }
+
+    fn on_datagram(&mut self, number: u32, datagram: FromClient) {
+        let Some(peer) = self.peers.get_mut(&number) else { return };
+        match (&mut peer.state, datagram) {
+            (PeerState::Greeting(..), FromClient::Hello { version_min, version_max }) => {
+                self.attach(number, version_min, version_max);
+            }
+            (PeerState::Attached(attached), FromClient::WantsStaging) => {
+                attached.wants_staging = true;
+                self.give_staging(number);
+            }
+            (PeerState::Attached(attached), FromClient::Unmapped { serial }) => {
+                drop(attached.leaving.remove(&serial));
+            }
+            (PeerState::Attached(attached), FromClient::Goodbye) => {
+                let client = Arc::clone(&attached.client);
+                self.hang_up(number);
+                self.daemon.host.detach(&client.attached);
+                if let Some(peer) = self.peers.remove(&number) {
+                    let _ = epoll::delete(&self.epoll, &peer.process);
+                }
+            }
+            _ => self.hang_up(number),
+        }
+    }
+
+    fn attach(&mut self, number: u32, version_min: u16, version_max: u16) {
+        let Some(peer) = self.peers.remove(&number) else { return };
+        let Peer { namespace, process, state: PeerState::Greeting(socket, _) } = peer else { return };
+        let refuse = |reason: String| {
+            let _ = socket::send(&socket, &FromDaemon::Refused(reason).encode(), &[]);
+        };
+        if !(version_min..=version_max).contains(&PLANE_VERSION) {
+            return refuse(format!(
+                "this daemon speaks version {PLANE_VERSION} of the local plane, you {version_min} to {version_max}"
+            ));
+        }
+        if self.daemon.is_draining() {
+            return refuse("the daemon is draining and takes no new clients".into());
+        }
+        let (attached, view) = match self.daemon.host.attach(namespace) {
+            Ok(made) => made,
+            Err(error) => return refuse(error.to_string()),
+        };
+        let kick = match eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK) {
+            Ok(kick) => kick,
+            Err(error) => {
+                self.daemon.host.detach(&attached);
+                return refuse(format!("no descriptor: {error}"));
+            }
+        };
+        let welcome = FromDaemon::Welcome(Welcome {
+            version: PLANE_VERSION,
+            epoch: self.daemon.epoch,
+            namespace_digest: view.namespace_digest,
+            table_seed: view.table_seed,
+            table_bytes: view.table_bytes(),
+        });
+        let descriptors =
+            [attached.client_page.as_fd(), attached.daemon_page.as_fd(), view.table_fd(), kick.as_fd()];
+        // Edge-triggered and never read: a client shares the eventfd, and could make a read of it wait.
+        let added = self.add(kick.as_fd(), Source::Kick, number, EventFlags::IN | EventFlags::ET);
+        fall_asleep(attached.view().daemon_sleeps());
+        let sent = added.is_ok() && matches!(socket::send(&socket, &welcome.encode(), &descriptors), Now::Done(()));
+        if !sent {
+            self.daemon.host.detach(&attached);
+            return;
+        }
+        let client = Arc::new(LocalClient::new(attached, socket));
+        let attached = AttachedPeer {
+            client,
+            kick,
+            reader: RingReader::new(),
+            slabs: HashMap::new(),
+            leaving: HashMap::new(),
+            behind: false,
+            wants_staging: false,
+            active: false,
+            last_command: Instant::now(),
+        };
+        self.peers.insert(number, Peer { namespace, process, state: PeerState::Attached(Box::new(attached)) });
+        self.sync_slabs(number);
+    }
+
+    fn attached_mut(&mut self, number: u32) -> Option<&mut AttachedPeer> {
+        match &mut self.peers.get_mut(&number)?.state {
+            PeerState::Attached(attached) => Some(attached),
+            _ => None,
+        }
+    }
+
+    fn sync_all_slabs(&mut self) {
+        let numbers: Vec<u32> = self.peers.keys().copied().collect();
+        numbers.into_iter().for_each(|number| self.sync_slabs(number));
+    }
+
+    /// Tells a client which slabs came and left since it was told last.
+    fn sync_slabs(&mut self, number: u32) {
+        let daemon = Arc::clone(&self.daemon);
+        let Some(Peer { namespace, .. }) = self.peers.get(&number) else { return };
+        let now: HashMap<u64, (u32, Arc<Slab>)> = daemon
+            .host
+            .slabs_of(*namespace)
+            .into_iter()
+            .map(|(slab, memory)| (u64::from(memory.header().slab), (slab, memory)))
+            .collect();
+        let Some(attached) = self.attached_mut(number) else { return };
+        attached.behind = false;
+        let left: Vec<u64> = attached.slabs.keys().filter(|serial| !now.contains_key(serial)).copied().collect();
+        for serial in left {
+            let Some((slab, memory)) = attached.slabs.remove(&serial) else { continue };
+            match socket::send(&attached.client.socket, &FromDaemon::SlabLeft { slab, serial }.encode(), &[]) {
+                Now::Done(()) => drop(attached.leaving.insert(serial, memory)),
+                Now::Later => {
+                    attached.slabs.insert(serial, (slab, memory));
+                    attached.behind = true;
+                    break;
+                }
+                Now::Gone => return self.hang_up(number),
+            }
+        }
+        for (serial, (slab, memory)) in now {
+            if attached.behind || attached.slabs.contains_key(&serial) {
+                continue;
+            }
+            let came = FromDaemon::SlabCame { slab, serial }.encode();
+            match socket::send(&attached.client.socket, &came, &[memory.as_fd()]) {
+                Now::Done(()) => drop(attached.slabs.insert(serial, (slab, memory))),
+                Now::Later => attached.behind = true,
+                Now::Gone => return self.hang_up(number),
+            }
+        }
+        if attached.behind {
+            self.blocked = true;
+        }
+    }
+
+    /// Gives a client staging memory, on a thread that may wait.
+    fn give_staging(&mut self, number: u32) {
+        let (daemon, runtime) = (Arc::clone(&self.daemon), self.runtime.clone());
+        let Some(attached) = self.attached_mut(number).filter(|attached| attached.wants_staging) else { return };
+        attached.wants_staging = false;
+        let client = Arc::clone(&attached.client);
+        let Some(task) = client.begin_task() else { return };
+        runtime.spawn_blocking(move || {
+            let _task = task;
+            let staging = client.staging().or_else(|| {
+                let staging = Arc::new(daemon.host.staging(daemon.config().local_staging_bytes)?);
+                client.set_staging(Arc::clone(&staging));
+                Some(staging)
+            });
+            if client.is_gone() {
+                return client.leave();
+            }
+            let bytes = staging.as_ref().map_or(0, |staging| staging.memory.byte_len());
+            let descriptors: Vec<BorrowedFd<'_>> = staging.iter().map(|staging| staging.memory.as_fd()).collect();
+            let datagram = FromDaemon::Staging { bytes }.encode();
+            // A client that does not read its socket asks again.
+            let _ = socket::send(&client.socket, &datagram, &descriptors);
+        });
+    }
+
+    fn activate(&mut self, number: u32) {
+        let Some(attached) = self.attached_mut(number).filter(|attached| !attached.active) else { return };
+        attached.active = true;
+        attached.last_command = Instant::now();
+        wake_up(attached.view().daemon_sleeps());
+        self.active.push(number);
+    }
+
+    /// Looks at the rings of active clients; those that were quiet for a while go to sleep.
+    fn poll_rings(&mut self) {
+        let spin = self.daemon.config().local_spin;
+        let mut at = 0;
+        while let Some(number) = self.active.get(at).copied() {
+            let (sound, stays) = self.poll_ring(number, spin);
+            if !sound {
+                tracing::warn!("a client of the local plane broke its protocol; it is cut off");
+                self.hang_up(number);
+            }
+            if stays && sound {
+                at += 1;
+            } else {
+                self.active.swap_remove(at);
+            }
+        }
+        if !self.active.is_empty() {
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Does the commands that wait. Whether the client keeps to the protocol, and whether it stays active.
+    fn poll_ring(&mut self, number: u32, spin: Duration) -> (bool, bool) {
+        let (daemon, runtime) = (Arc::clone(&self.daemon), self.runtime.clone());
+        let mut payload = std::mem::take(&mut self.payload);
+        let outcome = match self.attached_mut(number) {
+            None => (true, false),
+            Some(attached) => attached.poll_ring(&daemon, &runtime, spin, &mut payload),
+        };
+        if let Some(attached) = self.attached_mut(number)
+            && attached.client.is_gone()
+        {
+            self.payload = payload;
+            return (false, false);
+        }
+        self.blocked |= outcome == (true, false)
+            && self.attached_mut(number).is_some_and(|attached| attached.client.flush());
+        self.payload = payload;
+        outcome
+    }
+
+    /// What is done now and then.
+    fn tidy(&mut self) {
+        let now = Instant::now();
+        self.blocked = false;
+        if self.paused_until.is_some_and(|until| until <= now) {
+            self.pause_listeners(false);
+        }
+        let numbers: Vec<u32> = self.peers.keys().copied().collect();
+        for number in numbers {
+            match self.peers.get_mut(&number).map(|peer| &mut peer.state) {
+                Some(PeerState::Greeting(_, until)) if *until <= now => self.hang_up(number),
+                Some(PeerState::Attached(attached)) => {
+                    stage::expire(&attached.client, tokio::time::Instant::now());
+                    let (behind, waits) = (attached.behind, attached.client.flush());
+                    self.blocked |= waits;
+                    if behind {
+                        self.sync_slabs(number);
+                    }
+                    if !waits {
+                        // Commands may wait that were left alone while completions did.
+                        self.activate_if_waiting(number);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn activate_if_waiting(&mut self, number: u32) {
+        let waiting =
+            self.attached_mut(number).is_some_and(|attached| attached.reader.has_record(&attached.view().submissions()));
+        if waiting {
+            self.activate(number);
+        }
+    }
+}
+
+impl AttachedPeer {
+    fn poll_ring(
+        &mut self,
+        daemon: &Arc<Daemon>,
+        runtime: &Handle,
+        spin: Duration,
+        payload: &mut Vec<u8>,
+    ) -> (bool, bool) {
+        let client = Arc::clone(&self.client);
+        let view = client.attached.view();
+        for _ in 0..caps::LOCAL_COMMANDS_PER_TURN {
+            if client.flush() {
+                // It does not read its completions: no more commands until it does.
+                return (true, self.sleep(&view));
+            }
+            match self.reader.pop(&view.submissions(), payload) {
+                Err(_) => return (false, false),
+                Ok(None) => {
+                    if self.last_command.elapsed() < spin {
+                        return (true, true);
+                    }
+                    fall_asleep(view.daemon_sleeps());
+                    if self.reader.has_record(&view.submissions()) {
+                        wake_up(view.daemon_sleeps());
+                        return (true, true);
+                    }
+                    self.active = false;
+                    return (true, false);
+                }
+                Ok(Some(head)) => {
+                    if !commands::run(daemon, runtime, &client, head, payload) {
+                        return (false, false);
+                    }
+                    self.last_command = Instant::now();
+                }
+            }
+        }
+        (true, true)
+    }
+
+    fn sleep(&mut self, view: &AttachmentView<'_>) -> bool {
+        fall_asleep(view.daemon_sleeps());
+        self.active = false;
+        false
+    }
+}

@@ -1,0 +1,340 @@
+//! Stage and copy: how blocks come in over the local plane. A client stages blocks, which reserves slots and says at once
+//! which blocks are here already; leaves their bytes, piece by piece, in its staging memory; and is told of each piece when
+//! its place is free again. The daemon copies while the client fills the next piece.
+//!
+//! Nothing that the client wrote is believed: offsets and lengths are checked at each use, bytes are copied while they may
+//! change, and the checksum is of the copy.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use kvstore_plane::{Completion, StageBlock};
+use kvstore_proto::v1::{Level, PutStatus};
+use kvstore_tiers::SequenceHash;
+use kvstore_tiers::host::{BeginFill, BlockFill};
+use tokio::time::Instant;
+use tonic::Status;
+
+use super::client::{LocalClient, Task};
+use crate::daemon::Daemon;
+use crate::verbs::put::{self, Finished, Into, Target};
+use crate::{caps, clock, wire};
+
+/// A block on its way in.
+pub enum Stage {
+    /// It has no slot yet; pieces of it wait.
+    Pending {
+        /// What came meanwhile.
+        pieces: Vec<Piece>,
+        /// Dropped then.
+        expires: Instant,
+    },
+    /// It has one.
+    Filling(Box<Filling>),
+}
+
+impl Stage {
+    pub(super) fn expires(&self) -> Instant {
+        match self {
+            Self::Pending { expires, .. } => *expires,
+            Self::Filling(filling) => filling.expires,
+        }
+    }
+}
+
+/// A block with a slot.
+pub struct Filling {
+    fill: BlockFill,
+    block: StageBlock,
+    target: Target,
+    expires: Instant,
+}
+
+/// Bytes in staging memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece {
+    /// Where.
+    pub offset: u64,
+    /// How many.
+    pub bytes: u32,
+    /// No more follow.
+    pub last: bool,
+    /// Of all bytes, with the last.
+    pub crc32: Option<u32>,
+}
+
+/// Reserves slots for blocks; those that are decided at once are answered at once.
+pub fn stage(
+    daemon: &Arc<Daemon>,
+    runtime: &tokio::runtime::Handle,
+    client: &Arc<LocalClient>,
+    first_tag: u64,
+    target: &Target,
+    blocks: &[StageBlock],
+    expires: Instant,
+) {
+    for (tag, block) in (first_tag..).zip(blocks) {
+        if let Err(status) = stage_one(daemon, runtime, client, tag, target, block, expires) {
+            client.fail(tag, &status);
+        }
+    }
+}
+
+fn stage_one(
+    daemon: &Arc<Daemon>,
+    runtime: &tokio::runtime::Handle,
+    client: &Arc<LocalClient>,
+    tag: u64,
+    target: &Target,
+    block: &StageBlock,
+    expires: Instant,
+) -> Result<(), Status> {
+    put::checked_length(target, u64::from(block.length))?;
+    if target.local && daemon.nvme.is_none() {
+        return Err(put::no_tier("LOCAL", "an Nvme tier"));
+    }
+    {
+        let stages = client.stages.lock();
+        if stages.contains_key(&tag) {
+            return Err(wire::invalid("tag", "a block is staged under it already"));
+        }
+        if stages.len() >= caps::STAGES_PER_CLIENT_MAX {
+            let problem = format!("busy: {} blocks are staged, the most at once", caps::STAGES_PER_CLIENT_MAX);
+            return Err(Status::resource_exhausted(problem));
+        }
+    }
+    let has_room = daemon.nvme.as_ref().is_none_or(|nvme| nvme.has_dirty_room());
+    if has_room {
+        let request = put::fill_request(target, block.hash, block.parent, block.length, expires);
+        match daemon.host.begin_fill(&request, clock::now()) {
+            BeginFill::Fill(fill, ahead) => {
+                if let Some(plan) = ahead {
+                    let host = Arc::clone(&daemon.host);
+                    runtime.spawn_blocking(move || host.make_slab(plan));
+                }
+                let filling = Filling { fill, block: *block, target: target.clone(), expires };
+                client.stages.lock().insert(tag, Stage::Filling(Box::new(filling)));
+                client.complete(tag, &Completion::Staged);
+                return Ok(());
+            }
+            BeginFill::Resident => {
+                let finished = put::present(daemon, target, block.hash, block.parent, PutStatus::Present);
+                finish(daemon, runtime, client, tag, target, block, finished);
+                return Ok(());
+            }
+            BeginFill::NeedsSlab(plan) => daemon.host.drop_plan(plan),
+            BeginFill::InFlight | BeginFill::Busy | BeginFill::Wait => {}
+        }
+    }
+    let Some(task) = client.begin_task() else {
+        return Err(Status::resource_exhausted("busy: too many commands of this client wait"));
+    };
+    client.stages.lock().insert(tag, Stage::Pending { pieces: Vec::new(), expires });
+    runtime.spawn(wait_for_slot(Arc::clone(daemon), Arc::clone(client), task, tag, target.clone(), *block, expires));
+    Ok(())
+}
+
+/// Until there is room, and no other writer is at work.
+async fn wait_for_slot(
+    daemon: Arc<Daemon>,
+    client: Arc<LocalClient>,
+    _task: Task,
+    tag: u64,
+    target: Target,
+    block: StageBlock,
+    expires: Instant,
+) {
+    let begun = tokio::time::timeout_at(expires, async {
+        if !put::wait_for_dirty_room(&daemon).await {
+            return Ok(put::busy(&daemon));
+        }
+        let request = put::fill_request(&target, block.hash, block.parent, block.length, expires);
+        put::begin(&daemon, &request).await
+    });
+    let runtime = tokio::runtime::Handle::current();
+    let status = match begun.await {
+        Ok(Ok(Into::Slot(fill))) => {
+            let filling = Filling { fill: *fill, block, target, expires };
+            let mut stages = client.stages.lock();
+            let Some(Stage::Pending { pieces, .. }) = stages.remove(&tag) else { return };
+            stages.insert(tag, Stage::Filling(Box::new(filling)));
+            // Under the lock: pieces that come now come after these.
+            let copied: Vec<Copied> =
+                pieces.into_iter().map(|piece| apply(&client, &mut stages, tag, piece)).collect();
+            drop(stages);
+            client.complete(tag, &Completion::Staged);
+            copied.into_iter().for_each(|copied| report(&daemon, &runtime, &client, tag, copied));
+            return;
+        }
+        Ok(Ok(Into::Past(status))) => {
+            if unstage(&client, tag) {
+                let finished = put::present(&daemon, &target, block.hash, block.parent, status);
+                finish(&daemon, &runtime, &client, tag, &target, &block, finished);
+            }
+            return;
+        }
+        Ok(Err(status)) => status,
+        Err(_) => late(),
+    };
+    if unstage(&client, tag) {
+        client.fail(tag, &status);
+    }
+}
+
+fn late() -> Status {
+    Status::deadline_exceeded("the put's deadline passed; blocks that were whole by then are stored")
+}
+
+/// Forgets a staged block, and gives back the places of its pieces. False where it was forgotten already.
+fn unstage(client: &LocalClient, tag: u64) -> bool {
+    let removed = client.stages.lock().remove(&tag);
+    if let Some(Stage::Pending { pieces, .. }) = &removed {
+        pieces.iter().for_each(|_| client.complete(tag, &Completion::Copied));
+    }
+    removed.is_some()
+}
+
+/// The client gives up a staged block.
+pub fn abandon(client: &LocalClient, tag: u64) {
+    unstage(client, tag);
+}
+
+/// Drops what was staged and not brought in time.
+pub fn expire(client: &LocalClient, now: Instant) {
+    let late_ones: Vec<u64> =
+        client.stages.lock().iter().filter(|(_, stage)| stage.expires() <= now).map(|(tag, _)| *tag).collect();
+    for tag in late_ones {
+        if unstage(client, tag) {
+            client.fail(tag, &late());
+        }
+    }
+    client.promoted.lock().retain(|_, (until, _)| *until > now);
+}
+
+/// The next piece of a staged block lies in staging memory.
+pub fn copy(
+    daemon: &Arc<Daemon>,
+    runtime: &tokio::runtime::Handle,
+    client: &Arc<LocalClient>,
+    tag: u64,
+    piece: Piece,
+) {
+    let mut stages = client.stages.lock();
+    if let Some(Stage::Pending { pieces, .. }) = stages.get_mut(&tag)
+        && pieces.len() < caps::PIECES_PENDING_MAX
+    {
+        return pieces.push(piece);
+    }
+    let copied = apply(client, &mut stages, tag, piece);
+    drop(stages);
+    report(daemon, runtime, client, tag, copied);
+}
+
+/// What a piece came to.
+enum Copied {
+    /// More follow; or the block was decided before, and its bytes are of no use.
+    Partly,
+    /// The block is whole.
+    Whole(Box<Filling>),
+    /// The block will not come.
+    Failed(Status),
+}
+
+fn apply(client: &LocalClient, stages: &mut HashMap<u64, Stage>, tag: u64, piece: Piece) -> Copied {
+    let done = match stages.get_mut(&tag) {
+        None => return Copied::Partly,
+        Some(Stage::Pending { .. }) => Err(wire::invalid("copy", "more pieces than a block has")),
+        Some(Stage::Filling(filling)) => copy_piece(client, filling, piece),
+    };
+    match done {
+        Ok(()) if !piece.last => Copied::Partly,
+        Ok(()) => match stages.remove(&tag) {
+            Some(Stage::Filling(filling)) => Copied::Whole(filling),
+            _ => Copied::Partly,
+        },
+        Err(status) => {
+            stages.remove(&tag);
+            Copied::Failed(status)
+        }
+    }
+}
+
+fn report(
+    daemon: &Arc<Daemon>,
+    runtime: &tokio::runtime::Handle,
+    client: &Arc<LocalClient>,
+    tag: u64,
+    copied: Copied,
+) {
+    client.complete(tag, &Completion::Copied);
+    match copied {
+        Copied::Partly => {}
+        Copied::Failed(status) => client.fail(tag, &status),
+        Copied::Whole(filling) => {
+            let Filling { fill, block, target, .. } = *filling;
+            let finished = put::publish(daemon, &target, fill, block.hash, block.parent, block.tail);
+            finish(daemon, runtime, client, tag, &target, &block, finished);
+        }
+    }
+}
+
+fn copy_piece(client: &LocalClient, filling: &mut Filling, piece: Piece) -> Result<(), Status> {
+    let invalid = |problem: String| wire::invalid("copy", format!("block {}: {problem}", filling.block.hash));
+    if piece.bytes as usize > kvstore_plane::caps::PIECE_BYTES_MAX || (!piece.last && !piece.bytes.is_multiple_of(64)) {
+        return Err(invalid(format!("a piece of {} bytes is too large, or no multiple of 64", piece.bytes)));
+    }
+    let staging = client.staging().ok_or_else(|| invalid("there is no staging memory".into()))?;
+    let inside = filling
+        .fill
+        .append_shared(&staging.memory, piece.offset, piece.bytes as usize, clock::now())
+        .map_err(|error| wire::invalid("copy", error))?;
+    let invalid = |problem: String| wire::invalid("copy", format!("block {}: {problem}", filling.block.hash));
+    if !inside {
+        return Err(invalid(format!("{} bytes at {} are not inside the staging memory", piece.bytes, piece.offset)));
+    }
+    if !piece.last {
+        return Ok(());
+    }
+    if filling.fill.room() > 0 {
+        return Err(invalid(format!("{} bytes are missing", filling.fill.room())));
+    }
+    match piece.crc32.filter(|expected| *expected != filling.fill.crc32()) {
+        Some(expected) => Err(invalid(format!(
+            "it has {:08x}, its bytes should have {expected:08x}: not stored",
+            filling.fill.crc32()
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Answers for a block, once it is as safe as was asked.
+fn finish(
+    daemon: &Arc<Daemon>,
+    runtime: &tokio::runtime::Handle,
+    client: &Arc<LocalClient>,
+    tag: u64,
+    target: &Target,
+    block: &StageBlock,
+    finished: Finished,
+) {
+    if block.tail && finished.level == Level::Memory {
+        refresh(daemon, target, block.hash);
+    }
+    let stored = |level: Level| Completion::Stored { status: finished.status as u32, level: level as u32 };
+    let Some(local) = finished.local.filter(|_| target.local) else {
+        return client.complete(tag, &stored(finished.level));
+    };
+    let Some(task) = client.begin_task() else {
+        return client.complete(tag, &stored(finished.level));
+    };
+    let (client, memory, on_disk) = (Arc::clone(client), stored(finished.level), stored(Level::Local));
+    runtime.spawn(async move {
+        let synced = local.await == Ok(true);
+        client.complete(tag, if synced { &on_disk } else { &memory });
+        drop(task);
+    });
+}
+
+fn refresh(daemon: &Daemon, target: &Target, last: SequenceHash) {
+    daemon.host.refresh_chain(&target.layout, target.group, last);
+}
