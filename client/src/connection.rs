@@ -1,20 +1,25 @@
 //! One HTTP/2 connection to a daemon, made when it is needed and made again when it broke.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use arc_swap::{ArcSwap, ArcSwapOption};
+use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{Request, Response, Uri};
 use hyper::body::Incoming;
 use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use kvstore_proto::v1::Layout;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Mutex;
 use tonic::body::Body;
 
 use crate::Error;
+use crate::local::{Attachment, forks};
 
 /// What the daemon may send on one stream before it is read: hides the latency of a wake-up.
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
@@ -25,6 +30,10 @@ const FRAME_BYTES: u32 = 256 << 10;
 /// A daemon that says nothing for this long is asked whether it lives.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A daemon that was away is tried again after this long ...
+const BACKOFF_FIRST: Duration = Duration::from_millis(20);
+/// ... and twice as long each time, up to this.
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// How long a call may take unless [`Client::with_deadline`] says otherwise.
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -76,20 +85,104 @@ impl tower::Service<Request<Body>> for Connection {
     }
 }
 
+/// Which way a client goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Plane {
+    /// The local plane where the daemon offers it, gRPC for what it does not carry.
+    #[default]
+    Auto,
+    /// The local plane, or an error.
+    Local,
+    /// gRPC alone.
+    Grpc,
+}
+
 /// A client of one daemon, in one namespace: that of the socket it connects to. Cheap to clone; clones
 /// share the connection.
+///
+/// It survives the daemon: a call while the daemon is away fails with [`Error::Unavailable`], at once while it was away a
+/// moment ago; once it is back, the next call connects, registers the layouts that this client registered, and finds what
+/// is lost as misses. It survives a fork: the child connects anew.
 #[derive(Clone)]
 pub struct Client {
-    target: Arc<Target>,
-    connection: Arc<Mutex<Option<Connection>>>,
+    pub(crate) shared: Arc<Shared>,
     deadline: Duration,
 }
 
+pub(crate) struct Shared {
+    target: Target,
+    pub(crate) plane: Plane,
+    life: ArcSwap<Life>,
+    /// Every layout that was registered, by digest: to be registered again with the next daemon.
+    pub(crate) layouts: ArcSwap<HashMap<Bytes, Layout>>,
+}
+
+/// What belongs to one process: connections and mappings are not inherited by a child.
+pub(crate) struct Life {
+    forks: u64,
+    connection: Mutex<Dialled>,
+    local: ArcSwapOption<Attachment>,
+    attaching: parking_lot::Mutex<Backoff>,
+}
+
+#[derive(Default)]
+struct Dialled {
+    connection: Option<Connection>,
+    backoff: Backoff,
+}
+
+/// When the next try is worth making.
+#[derive(Default)]
+struct Backoff {
+    failures: u32,
+    until: Option<Instant>,
+}
+
+impl Backoff {
+    /// How long to wait yet.
+    fn left(&self) -> Option<Duration> {
+        self.until?.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
+    }
+
+    fn failed(&mut self) {
+        self.until = Some(Instant::now() + (BACKOFF_FIRST * 2u32.pow(self.failures.min(10))).min(BACKOFF_MAX));
+        self.failures += 1;
+    }
+}
+
+impl Life {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            forks: forks(),
+            connection: Mutex::default(),
+            local: ArcSwapOption::empty(),
+            attaching: parking_lot::Mutex::default(),
+        })
+    }
+}
+
 impl Client {
-    /// Connects to `unix:/path/to/socket` or `http://host:port`.
+    /// Connects to `unix:/path/to/socket` or `http://host:port`. On a Unix socket, blocks go over the local plane where the
+    /// daemon offers it.
     pub async fn connect(address: &str) -> Result<Self, Error> {
-        let client = Self { target: Arc::new(Target::parse(address)?), connection: Arc::default(), deadline: DEADLINE };
+        Self::connect_over(address, Plane::Auto).await
+    }
+
+    /// The same, over this plane.
+    pub async fn connect_over(address: &str, plane: Plane) -> Result<Self, Error> {
+        let target = Target::parse(address)?;
+        if plane == Plane::Local && matches!(target, Target::Tcp(_)) {
+            return Err(Error::Unsupported(format!("{target} has no local plane: connect to a Unix socket")));
+        }
+        let shared = Shared { target, plane, life: ArcSwap::new(Life::new()), layouts: ArcSwap::default() };
+        let client = Self { shared: Arc::new(shared), deadline: DEADLINE };
         client.within(client.connection()).await?;
+        if plane == Plane::Local {
+            client.attach()?;
+        } else {
+            // Without it, gRPC does.
+            let _ = client.attached();
+        }
         Ok(client)
     }
 
@@ -103,19 +196,89 @@ impl Client {
         self.deadline
     }
 
+    /// True while blocks go over the local plane.
+    pub fn is_local(&self) -> bool {
+        self.attached().is_some()
+    }
+
+    /// What belongs to this process.
+    fn life(&self) -> Arc<Life> {
+        let life = self.shared.life.load_full();
+        if life.forks == forks() {
+            return life;
+        }
+        // A child: what the parent had is the parent's, and is not even to be dropped here.
+        let new = Life::new();
+        std::mem::forget(self.shared.life.swap(Arc::clone(&new)));
+        std::mem::forget(life);
+        new
+    }
+
+    /// The attachment to the local plane; `None` where blocks go over gRPC for now.
+    pub(crate) fn attached(&self) -> Option<Arc<Attachment>> {
+        if self.shared.plane == Plane::Grpc {
+            return None;
+        }
+        self.attach().ok()
+    }
+
+    /// The same, or why there is none.
+    pub(crate) fn attach(&self) -> Result<Arc<Attachment>, Error> {
+        let life = self.life();
+        if let Some(attachment) = life.local.load_full().filter(|attachment| attachment.is_live()) {
+            return Ok(attachment);
+        }
+        let Target::Unix(path) = &self.shared.target else {
+            return Err(Error::Unsupported(format!("{} has no local plane", self.shared.target)));
+        };
+        let mut backoff = life.attaching.lock();
+        if let Some(attachment) = life.local.load_full().filter(|attachment| attachment.is_live()) {
+            return Ok(attachment);
+        }
+        if let Some(left) = backoff.left() {
+            return Err(Error::Unavailable(format!("the local plane was away; next try in {left:?}")));
+        }
+        let mut plane = path.as_os_str().to_owned();
+        plane.push(kvstore_plane::SOCKET_SUFFIX);
+        match Attachment::open(std::path::Path::new(&plane)) {
+            Ok(attachment) => {
+                *backoff = Backoff::default();
+                life.local.store(Some(Arc::clone(&attachment)));
+                Ok(attachment)
+            }
+            Err(error) => {
+                backoff.failed();
+                life.local.store(None);
+                Err(error)
+            }
+        }
+    }
+
     pub(crate) async fn connection(&self) -> Result<Connection, Error> {
-        let mut slot = self.connection.lock().await;
-        if let Some(connection) = slot.as_ref().filter(|connection| !connection.sender.is_closed()) {
+        let life = self.life();
+        let mut slot = life.connection.lock().await;
+        if let Some(connection) = slot.connection.as_ref().filter(|connection| !connection.sender.is_closed()) {
             return Ok(connection.clone());
         }
-        let connection = self.dial().await?;
-        *slot = Some(connection.clone());
-        Ok(connection)
+        if let Some(left) = slot.backoff.left() {
+            let target = &self.shared.target;
+            return Err(Error::Unavailable(format!("no daemon answered at {target} a moment ago; next try in {left:?}")));
+        }
+        match self.dial().await {
+            Ok(connection) => {
+                *slot = Dialled { connection: Some(connection.clone()), backoff: Backoff::default() };
+                Ok(connection)
+            }
+            Err(error) => {
+                slot.backoff.failed();
+                Err(error)
+            }
+        }
     }
 
     async fn dial(&self) -> Result<Connection, Error> {
         let failed = |error: std::io::Error| {
-            Error::Unavailable(format!("no daemon answers at {}: {error}; start one with `kvstore serve`", self.target))
+            Error::Unavailable(format!("no daemon answers at {}: {error}; start one with `kvstore serve`", self.shared.target))
         };
         let mut builder = Builder::new(TokioExecutor::new());
         builder
@@ -126,7 +289,7 @@ impl Client {
             .max_send_buf_size(FRAME_BYTES as usize * 4)
             .keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT);
-        let sender = match &*self.target {
+        let sender = match &self.shared.target {
             Target::Unix(path) => {
                 let io = UnixStream::connect(path).await.map_err(failed)?;
                 let (sender, connection) = builder.handshake(TokioIo::new(io)).await?;

@@ -68,6 +68,15 @@ impl Client {
         hashes: &[Bytes],
         options: GetOptions,
     ) -> Result<Vec<GetOutcome>, Error> {
+        let whole = options.layers.is_none() && options.heads.is_none();
+        if whole
+            && !hashes.is_empty()
+            && let Some(local) = self.local_group(group).await?
+        {
+            let ticket = ticket_number(&options.ticket)?;
+            let hashes = crate::local::sequence_hashes(hashes)?;
+            return self.within(local.get(&hashes, &options, ticket, self.deadline_ms())).await;
+        }
         let mut sink = Collect { outcomes: Vec::with_capacity(hashes.len()), filling: None };
         self.run_get(group, hashes, options, &mut sink).await?;
         sink.finish();
@@ -85,10 +94,17 @@ impl Client {
         if buffers.len() != hashes.len() {
             return Err(Error::Invalid(format!("{} buffers for {} hashes", buffers.len(), hashes.len())));
         }
+        if let Some(local) = self.local_group(group).await? {
+            let hashes = crate::local::sequence_hashes(hashes)?;
+            return self.within(local.get_into(&hashes, buffers, self.deadline_ms())).await;
+        }
         let options = GetOptions { leading_run: true, ..GetOptions::default() };
-        let mut sink = CopyInto { buffers, blocks: 0, filled: 0 };
+        let mut sink = CopyInto { buffers, blocks: 0, filled: 0, lost: None };
         self.run_get(group, hashes, options, &mut sink).await?;
-        Ok(sink.blocks)
+        match sink.lost {
+            Some(at) => Err(crate::local::data_loss(at)),
+            None => Ok(sink.blocks),
+        }
     }
 
     async fn run_get(
@@ -108,12 +124,32 @@ impl Client {
             ticket: options.ticket,
             leading_run: options.leading_run,
         };
-        let body = Body::new(http_body_util::Full::new(data_stream::message(&request)));
+        let message = data_stream::message(&request);
+        let start = || self.stream("/kvstore.v1.BlockData/Get", Body::new(http_body_util::Full::new(message.clone())));
         self.within(async {
-            let response = self.stream("/kvstore.v1.BlockData/Get", body).await?;
+            let response = match start().await {
+                Err(Error::NotFound(why)) => {
+                    if !self.register_again(&group.layout_digest).await? {
+                        return Err(Error::NotFound(why));
+                    }
+                    start().await?
+                }
+                response => response?,
+            };
             receive(response.into_body(), sink).await
         })
         .await
+    }
+}
+
+/// A ticket's number; 0 for none.
+fn ticket_number(ticket: &[u8]) -> Result<u128, Error> {
+    match ticket {
+        [] => Ok(0),
+        bytes => bytes
+            .try_into()
+            .map(u128::from_le_bytes)
+            .map_err(|_| Error::Invalid(format!("ticket: has 16 bytes, not {}", bytes.len()))),
     }
 }
 
@@ -257,6 +293,8 @@ struct CopyInto<'a, 'b> {
     blocks: usize,
     /// Bytes of the last of them that came.
     filled: usize,
+    /// A pinned block that cannot be read any more.
+    lost: Option<usize>,
 }
 
 impl Sink for CopyInto<'_, '_> {
@@ -275,5 +313,9 @@ impl Sink for CopyInto<'_, '_> {
         self.filled = end;
     }
 
-    fn other(&mut self, _: usize, _: v1::GetStatus) {}
+    fn other(&mut self, index: usize, status: v1::GetStatus) {
+        if status == v1::GetStatus::DataLoss {
+            self.lost = Some(index);
+        }
+    }
 }

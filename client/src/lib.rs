@@ -21,12 +21,14 @@ mod admin;
 mod connection;
 mod error;
 mod get;
+mod local;
 mod put;
 mod verbs;
 
-pub use connection::Client;
+pub use connection::{Client, Plane};
 pub use error::Error;
 pub use get::{GetOptions, GetOutcome};
 pub use kvstore_proto::v1;
+pub use local::{LeasedBlock, Leases};
 pub use put::{PutBlock, PutOptions};
 pub use verbs::{GroupRef, RegisteredLayout};

@@ -47,7 +47,8 @@ pub struct PutOptions {
     pub level: v1::Level,
     /// More blocks of the same request follow in another put.
     pub more_follows: bool,
-    /// Leave out the checksum: for bytes that the caller cannot vouch for anyway.
+    /// Leave out the checksum, over gRPC: for bytes that the caller cannot vouch for anyway. (Over the local plane there is no
+    /// wire to guard: the daemon takes the checksum of what it stored.)
     pub without_checksum: bool,
 }
 
@@ -59,6 +60,29 @@ impl Client {
 
     /// The same, with options.
     pub async fn put_with(
+        &self,
+        group: &GroupRef,
+        blocks: Vec<PutBlock>,
+        options: PutOptions,
+    ) -> Result<Vec<v1::PutResult>, Error> {
+        let deadline_ms = self.deadline_ms();
+        if let Some(local) = self.local_group(group).await?
+            && let Some(results) = self.within(local.put(&blocks, options, deadline_ms)).await?
+        {
+            return Ok(results);
+        }
+        match self.put_over_grpc(group, blocks.clone(), options).await {
+            Err(Error::NotFound(why)) => {
+                if !self.register_again(&group.layout_digest).await? {
+                    return Err(Error::NotFound(why));
+                }
+                self.put_over_grpc(group, blocks, options).await
+            }
+            results => results,
+        }
+    }
+
+    async fn put_over_grpc(
         &self,
         group: &GroupRef,
         blocks: Vec<PutBlock>,

@@ -1,16 +1,18 @@
 //! The calls about blocks that carry no block bytes.
 
 use bytes::Bytes;
+use kvstore_plane::verbs;
 use kvstore_proto::v1::blocks_client::BlocksClient;
 use kvstore_proto::v1::{
     CancelPrefetchRequest, DeleteRequest, DeleteResponse, Layout, LookupRequest, LookupResponse, PinRequest,
     PinResponse, PrefetchProgress, PrefetchRequest, RegisterLayoutRequest, ReleaseTicketRequest, UnpinRequest,
     WatchPrefetchRequest,
 };
-use tonic::Request;
+use prost::Message;
+use tonic::{Request, Response, Status};
 
 use crate::connection::Connection;
-use crate::{Client, Error};
+use crate::{Client, Error, Plane};
 
 /// A layout that the daemon knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,23 +51,93 @@ impl Client {
         request
     }
 
-    /// Makes a layout known; the same layout has the same digest everywhere.
-    pub async fn register_layout(&self, layout: Layout) -> Result<RegisteredLayout, Error> {
+    /// Makes a call over the rings of the local plane where there is one and its messages fit, else over gRPC.
+    async fn call<Q: Message, A: Message + Default>(
+        &self,
+        verb: u16,
+        request: Q,
+        grpc: impl AsyncFnOnce(BlocksClient<Connection>, Request<Q>) -> Result<Response<A>, Status>,
+    ) -> Result<A, Error> {
         self.within(async {
-            let request = self.request(RegisterLayoutRequest { layout: Some(layout) });
-            let response = self.blocks().await?.register_layout(request).await?.into_inner();
-            Ok(RegisteredLayout { digest: response.layout_digest, block_bytes: response.block_bytes })
+            let attachment = match self.attach() {
+                _ if self.shared.plane == Plane::Grpc => None,
+                Err(error) if self.shared.plane == Plane::Local => return Err(error),
+                attachment => attachment.ok().filter(|attachment| !attachment.is_draining()),
+            };
+            if let Some(attachment) = attachment
+                && let Some(answer) = attachment.verb(verb, &request, self.deadline_ms()).await?
+            {
+                return Ok(answer);
+            }
+            Ok(grpc(self.blocks().await?, self.request(request)).await?.into_inner())
         })
         .await
     }
 
+    /// The same for a call that names a layout: a daemon that restarted is told the layout, and asked again.
+    async fn call_with_layout<Q: Message + Clone, A: Message + Default>(
+        &self,
+        verb: u16,
+        digest: &Bytes,
+        request: Q,
+        grpc: impl AsyncFn(BlocksClient<Connection>, Request<Q>) -> Result<Response<A>, Status>,
+    ) -> Result<A, Error> {
+        match self.call(verb, request.clone(), &grpc).await {
+            Err(Error::NotFound(why)) => {
+                if !self.register_again(digest).await? {
+                    return Err(Error::NotFound(why));
+                }
+                self.call(verb, request, &grpc).await
+            }
+            answer => answer,
+        }
+    }
+
+    /// Registers a layout that this client registered before; false where it did not.
+    pub(crate) async fn register_again(&self, digest: &Bytes) -> Result<bool, Error> {
+        let Some(layout) = self.shared.layouts.load().get(digest).cloned() else { return Ok(false) };
+        self.register_layout(layout).await?;
+        Ok(true)
+    }
+
+    /// Makes a layout known; the same layout has the same digest everywhere. The client remembers it, and registers it again
+    /// with a daemon that restarted.
+    pub async fn register_layout(&self, layout: Layout) -> Result<RegisteredLayout, Error> {
+        let response = match self.attached().filter(|attachment| !attachment.is_draining()) {
+            Some(attachment) => self.within(attachment.register(layout.clone(), self.deadline_ms())).await?,
+            None => {
+                let request = RegisterLayoutRequest { layout: Some(layout.clone()) };
+                self.within(async {
+                    Ok(self.blocks().await?.register_layout(self.request(request)).await?.into_inner())
+                })
+                .await?
+            }
+        };
+        let digest = response.layout_digest.clone();
+        self.shared.layouts.rcu(|layouts| {
+            let mut layouts = std::collections::HashMap::clone(layouts);
+            layouts.insert(digest.clone(), layout.clone());
+            layouts
+        });
+        Ok(RegisteredLayout { digest, block_bytes: response.block_bytes })
+    }
+
     /// How far a prefix can be used, and where its blocks are.
     pub async fn lookup(&self, request: LookupRequest) -> Result<LookupResponse, Error> {
-        self.within(async { Ok(self.blocks().await?.lookup(self.request(request)).await?.into_inner()) }).await
+        let digest = request.layout_digest.clone();
+        self.call_with_layout(verbs::LOOKUP, &digest, request, async |mut client, request| client.lookup(request).await)
+            .await
     }
 
     /// How many blocks of a prefix can be read, in one group.
     pub async fn readable_blocks(&self, group: &GroupRef, hashes: &[Bytes]) -> Result<usize, Error> {
+        // Where all are in memory, the daemon need not be asked.
+        if let Some(resident) = self.resident_now(group, hashes)
+            && resident? == hashes.len()
+            && !hashes.is_empty()
+        {
+            return Ok(hashes.len());
+        }
         let request = LookupRequest {
             layout_digest: group.layout_digest.clone(),
             groups: vec![group.group],
@@ -77,19 +149,28 @@ impl Client {
 
     /// Ends a look-up's ticket before its time; false when it had ended.
     pub async fn release_ticket(&self, ticket: Bytes) -> Result<bool, Error> {
-        let request = self.request(ReleaseTicketRequest { ticket });
-        self.within(async { Ok(self.blocks().await?.release_ticket(request).await?.into_inner().released) }).await
+        let request = ReleaseTicketRequest { ticket };
+        let answer = self
+            .call(verbs::RELEASE_TICKET, request, async |mut client, request| client.release_ticket(request).await)
+            .await?;
+        Ok(answer.released)
     }
 
     /// Starts to bring a prefix into memory; returns a ticket at once. `deadline_ms` 0 means 10 s.
     pub async fn prefetch(&self, group: &GroupRef, hashes: &[Bytes], deadline_ms: u32) -> Result<Bytes, Error> {
-        let request = self.request(PrefetchRequest {
+        let request = PrefetchRequest {
             layout_digest: group.layout_digest.clone(),
             group: group.group,
             sequence_hashes: hashes.to_vec(),
             deadline_ms,
-        });
-        self.within(async { Ok(self.blocks().await?.prefetch(request).await?.into_inner().ticket) }).await
+        };
+        let digest = &group.layout_digest;
+        let answer = self
+            .call_with_layout(verbs::PREFETCH, digest, request, async |mut client, request| {
+                client.prefetch(request).await
+            })
+            .await?;
+        Ok(answer.ticket)
     }
 
     /// Follows a prefetch until it ends; `report` sees each step. The last step.
@@ -113,34 +194,42 @@ impl Client {
 
     /// Cancels a prefetch; false when it had ended.
     pub async fn cancel_prefetch(&self, ticket: Bytes) -> Result<bool, Error> {
-        let request = self.request(CancelPrefetchRequest { ticket });
-        self.within(async { Ok(self.blocks().await?.cancel_prefetch(request).await?.into_inner().cancelled) }).await
+        let request = CancelPrefetchRequest { ticket };
+        let answer = self
+            .call(verbs::CANCEL_PREFETCH, request, async |mut client, request| client.cancel_prefetch(request).await)
+            .await?;
+        Ok(answer.cancelled)
     }
 
     /// Keeps the leading readable run of a prefix from being evicted for `ttl_ms`.
     pub async fn pin(&self, group: &GroupRef, hashes: &[Bytes], ttl_ms: u64) -> Result<PinResponse, Error> {
-        let request = self.request(PinRequest {
+        let request = PinRequest {
             layout_digest: group.layout_digest.clone(),
             group: group.group,
             sequence_hashes: hashes.to_vec(),
             ttl_ms,
-        });
-        self.within(async { Ok(self.blocks().await?.pin(request).await?.into_inner()) }).await
+        };
+        let digest = &group.layout_digest;
+        self.call_with_layout(verbs::PIN, digest, request, async |mut client, request| client.pin(request).await).await
     }
 
     /// Ends a pin before its time; false when it had ended.
     pub async fn unpin(&self, pin: Bytes) -> Result<bool, Error> {
-        let request = self.request(UnpinRequest { pin });
-        self.within(async { Ok(self.blocks().await?.unpin(request).await?.into_inner().unpinned) }).await
+        let request = UnpinRequest { pin };
+        let answer =
+            self.call(verbs::UNPIN, request, async |mut client, request| client.unpin(request).await).await?;
+        Ok(answer.unpinned)
     }
 
     /// Makes blocks unreadable at once; pinned ones stay.
     pub async fn delete(&self, group: &GroupRef, hashes: &[Bytes]) -> Result<DeleteResponse, Error> {
-        let request = self.request(DeleteRequest {
+        let request = DeleteRequest {
             layout_digest: group.layout_digest.clone(),
             group: group.group,
             sequence_hashes: hashes.to_vec(),
-        });
-        self.within(async { Ok(self.blocks().await?.delete(request).await?.into_inner()) }).await
+        };
+        let digest = &group.layout_digest;
+        self.call_with_layout(verbs::DELETE, digest, request, async |mut client, request| client.delete(request).await)
+            .await
     }
 }

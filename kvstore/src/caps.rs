@@ -38,8 +38,10 @@ pub const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 pub const DEADLINE_MAX: Duration = Duration::from_secs(600);
 /// How often a put that waits for another writer looks again.
 pub const JOIN_POLL: Duration = Duration::from_millis(20);
-/// How often a put looks again whether readers have unmapped a slab that left: a second. One that is stopped may never.
-pub const ROOM_WAITS_MAX: usize = 50;
+/// How often a put that waits for a slab looks again ...
+pub const ROOM_POLL: Duration = Duration::from_millis(1);
+/// ... and how many times: a second. A slab takes milliseconds to make; a reader that is stopped may never unmap one.
+pub const ROOM_WAITS_MAX: usize = 1000;
 /// How often a promotion that waits for room, or for another's flight, looks again.
 pub const PROMOTE_POLL: Duration = Duration::from_millis(5);
 /// Promotions that one get or prefetch has under way: what the device does at once, so that its blocks come

@@ -43,6 +43,12 @@ impl<'a> LeaseWords<'a> {
         }
     }
 
+    /// Client: the slot that a word of its own names.
+    pub fn slot_of(&self, word: usize) -> Option<SlotRef> {
+        let word = self.words.get(word)?.load(Ordering::Relaxed);
+        (word & NAMES != 0).then(|| SlotRef::from_word(word))
+    }
+
     /// Client: names nothing any more. Everything that was read under the lease was read before.
     pub fn clear(&self, word: usize) {
         if let Some(word) = self.words.get(word) {

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use kvstore::replay;
 use kvstore::serve::{Running, StartOptions, start};
 use kvstore_client::v1::{BlockKind, DimensionOrder, LayerGroup, Layout};
-use kvstore_client::{Client, GroupRef, PutBlock};
+use kvstore_client::{Client, GroupRef, Plane, PutBlock};
 
 /// Bytes of a block in most tests: small, and no multiple of anything.
 pub const BLOCK_BYTES: u32 = 5000;
@@ -39,14 +39,24 @@ impl TestDaemon {
         Self { running: start(options).await.unwrap(), address, folder }
     }
 
-    /// A client of it.
+    /// A client of it, over gRPC.
     pub async fn client(&self) -> Client {
-        Client::connect(&self.address).await.unwrap()
+        self.client_over(Plane::Grpc).await
+    }
+
+    /// A client of it.
+    pub async fn client_over(&self, plane: Plane) -> Client {
+        Client::connect_over(&self.address, plane).await.unwrap()
     }
 
     /// A client, and the group of a layout with blocks of `block_bytes`.
     pub async fn group(&self, block_bytes: u32) -> (Client, GroupRef) {
-        let client = self.client().await;
+        self.group_over(Plane::Grpc, block_bytes).await
+    }
+
+    /// The same, over this plane.
+    pub async fn group_over(&self, plane: Plane, block_bytes: u32) -> (Client, GroupRef) {
+        let client = self.client_over(plane).await;
         let layout = replay::layout("test", block_bytes, BlockKind::Attention);
         let group = client.register_layout(layout).await.unwrap().group(0);
         (client, group)

@@ -412,7 +412,7 @@ pub async fn begin(daemon: &Arc<Daemon>, request: &FillRequest<'_>) -> Result<In
             }
             BeginFill::Wait if waits < caps::ROOM_WAITS_MAX => {
                 waits += 1;
-                tokio::time::sleep(caps::JOIN_POLL).await;
+                tokio::time::sleep(caps::ROOM_POLL).await;
             }
             BeginFill::Wait | BeginFill::Busy => return Ok(busy(daemon)),
         }

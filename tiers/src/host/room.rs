@@ -50,7 +50,7 @@ pub(super) enum Room {
     Taken(Arc<Slab>),
     /// A slot is free now.
     Evicted,
-    /// Memory is on its way: readers have yet to unmap slabs that left.
+    /// Memory is on its way: a slab is being made, or readers have yet to unmap one that left.
     Wait,
     /// Everything is leased, pinned, or on its way.
     Busy,
@@ -84,6 +84,10 @@ pub(super) fn slab_geometry(slab_bytes: u64, block_bytes: u64, room: u64) -> Opt
 
 impl HostTier {
     pub(super) fn room_in(&self, state: &mut State, namespace: NamespaceId, pool: PoolId, now: BootTime) -> Room {
+        // Several that want a slot at once need one slab, not one each.
+        if state.making.contains(&(namespace, pool)) {
+            return Room::Wait;
+        }
         if let Some(plan) = self.plan(state, namespace, pool) {
             return Room::Make(plan);
         }

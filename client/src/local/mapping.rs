@@ -1,0 +1,137 @@
+//! Mappings of what the daemon passed: never inherited by a child, unmapped once.
+
+use std::ffi::c_void;
+use std::os::fd::OwnedFd;
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
+
+use kvstore_plane::{SlabHeader, SlotEntry};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use super::fork::forks;
+use crate::Error;
+
+/// Shared memory, mapped.
+pub(crate) struct Mapping {
+    base: NonNull<u8>,
+    bytes: usize,
+    /// A child has no such memory: see [`forks`].
+    forks: u64,
+}
+
+// SAFETY: plain shared memory that lives as long as this value; users go through atomics, or through leases.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+/// How a region is used.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    Write,
+}
+
+impl Mapping {
+    /// Maps the first `bytes` bytes of `fd`, which must have them.
+    pub(crate) fn new(fd: &OwnedFd, bytes: u64, access: Access) -> Result<Self, Error> {
+        let failed = |error: rustix::io::Errno| Error::Unavailable(format!("cannot map the daemon's memory: {error}"));
+        let size = rustix::fs::fstat(fd).map_err(failed)?.st_size;
+        if bytes == 0 || size < 0 || (size as u64) < bytes {
+            return Err(Error::Unavailable(format!("the daemon passed {size} bytes where {bytes} were announced")));
+        }
+        let protection = match access {
+            Access::Read => ProtFlags::READ,
+            Access::Write => ProtFlags::READ | ProtFlags::WRITE,
+        };
+        let bytes = bytes as usize;
+        // SAFETY: a fresh mapping at an address of the kernel's choice; it aliases nothing of ours.
+        let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, 0) };
+        let base = NonNull::new(base.map_err(failed)?.cast()).ok_or_else(|| failed(rustix::io::Errno::NOMEM))?;
+        let mapping = Self { base, bytes, forks: forks() };
+        // SAFETY: advice on our own mapping that changes no contents.
+        unsafe { rustix::mm::madvise(base.as_ptr().cast::<c_void>(), bytes, Advice::LinuxDontFork) }.map_err(failed)?;
+        Ok(mapping)
+    }
+
+    /// Maps the pages now, so that no access waits for the kernel. Best effort.
+    pub(crate) fn populate(&self, access: Access) {
+        let advice = match access {
+            Access::Read => Advice::LinuxPopulateRead,
+            Access::Write => Advice::LinuxPopulateWrite,
+        };
+        // SAFETY: faults in our own mapping; contents stay as they are.
+        let _ = unsafe { rustix::mm::madvise(self.base.as_ptr().cast::<c_void>(), self.bytes, advice) };
+    }
+
+    /// All of it, as words.
+    pub(crate) fn words(&self) -> &[AtomicU64] {
+        // SAFETY: mapped and page-aligned for as long as self lives; others may change it at any time, as atomics may be.
+        // The compiler is never told of a write here where the mapping is read-only.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr().cast(), self.bytes / 8) }
+    }
+
+    /// Where `offset` is; `None` unless `bytes` bytes from there on are inside.
+    pub(crate) fn at(&self, offset: u64, bytes: u64) -> Option<NonNull<u8>> {
+        let end = offset.checked_add(bytes)?;
+        // SAFETY: inside the mapping, by the check.
+        (end <= self.bytes as u64).then(|| unsafe { self.base.add(offset as usize) })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if self.forks == forks() {
+            // SAFETY: our own mapping, unmapped once; whatever points into it borrows or shares self. In a child the
+            // addresses may be somebody else's, and are left alone.
+            let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.bytes) };
+        }
+    }
+}
+
+/// One slab, mapped for reading.
+pub(crate) struct MappedSlab {
+    mapping: Mapping,
+    header: SlabHeader,
+    /// Told apart by this where a number is used again.
+    pub(crate) serial: u64,
+}
+
+impl MappedSlab {
+    /// Maps a slab, and believes its header only where it is the announced one's.
+    pub(crate) fn new(fd: &OwnedFd, serial: u64, epoch: u64, namespace_digest: &[u8; 32]) -> Result<Self, Error> {
+        let wrong = |problem: String| Error::Unavailable(format!("a slab of the daemon cannot be used: {problem}"));
+        let first = Mapping::new(fd, kvstore_plane::HEADER_BYTES as u64, Access::Read)?;
+        let page: Vec<u8> = first
+            .words()
+            .iter()
+            .flat_map(|word| word.load(std::sync::atomic::Ordering::Relaxed).to_ne_bytes())
+            .collect();
+        let header = SlabHeader::decode(&page).map_err(|error| wrong(error.to_string()))?;
+        if header.epoch != epoch || header.namespace_digest != *namespace_digest || u64::from(header.slab) != serial {
+            return Err(wrong("it is of another life of the daemon, or of another namespace".into()));
+        }
+        let mapping = Mapping::new(fd, header.geometry.slab_bytes, Access::Read)?;
+        Ok(Self { mapping, header, serial })
+    }
+
+    /// The slot directory.
+    pub(crate) fn directory(&self) -> &[SlotEntry] {
+        let range = self.header.geometry.directory();
+        match self.mapping.at(range.start, range.end - range.start) {
+            // SAFETY: inside the mapping; 64-byte aligned (page + 64 n); SlotEntry is atomics alone.
+            Some(first) => unsafe {
+                std::slice::from_raw_parts(first.as_ptr().cast(), self.header.geometry.slot_count as usize)
+            },
+            None => &[],
+        }
+    }
+
+    /// Where the first `length` bytes of a slot are; `None` where a slot has not that many.
+    pub(crate) fn slot(&self, slot: u32, length: u32) -> Option<NonNull<u8>> {
+        let range = self.header.geometry.slot(slot)?;
+        if u64::from(length) > range.end - range.start {
+            return None;
+        }
+        self.mapping.at(range.start, u64::from(length))
+    }
+}

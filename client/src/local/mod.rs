@@ -1,0 +1,386 @@
+//! The local plane: blocks are read where they lie, without the daemon, and put through shared memory.
+
+mod attachment;
+mod calls;
+mod copy;
+mod fork;
+mod mapping;
+mod put;
+mod read;
+mod socket;
+mod staging;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use kvstore_plane::caps::HASHES_PER_PROMOTE_MAX;
+use kvstore_plane::{Command, Completion, SequenceHash};
+use kvstore_proto::v1;
+use prost::Message;
+
+pub(crate) use attachment::{Attachment, LocalLayout};
+pub(crate) use fork::forks;
+pub use read::{LeasedBlock, Leases};
+
+use crate::{Client, Error, GetOptions, GetOutcome, GroupRef, PutBlock, PutOptions};
+use calls::failure;
+use copy::{Copy, copy_all};
+use put::{LocalPut, PutInto};
+
+/// Blocks that one step of a get leases and copies: the rest of the lease page is for others of this process.
+const BLOCKS_PER_STEP: usize = 256;
+/// Blocks that one PROMOTE asks for: what the disks do at once, twice.
+const BLOCKS_PER_PROMOTE: usize = 64;
+
+/// A group, as the local plane names it.
+#[derive(Clone)]
+pub(crate) struct LocalGroup {
+    pub(crate) attachment: Arc<Attachment>,
+    layout: u32,
+    group: u16,
+}
+
+fn sequence_hash(bytes: &[u8]) -> Result<SequenceHash, Error> {
+    SequenceHash::new(bytes).map_err(|error| Error::Invalid(format!("sequence_hashes: {error}")))
+}
+
+pub(crate) fn sequence_hashes(hashes: &[Bytes]) -> Result<Vec<SequenceHash>, Error> {
+    hashes.iter().map(|hash| sequence_hash(hash)).collect()
+}
+
+impl Attachment {
+    /// A call of `kvstore.v1.Blocks` over the rings. `None` where its message, or the answer, is too large for them.
+    pub(crate) async fn verb<M: Message + Default>(
+        self: &Arc<Self>,
+        verb: u16,
+        request: &impl Message,
+        deadline_ms: u32,
+    ) -> Result<Option<M>, Error> {
+        let request = request.encode_to_vec();
+        if request.len() + 64 > self.view().submissions().payload_bytes_max() {
+            return Ok(None);
+        }
+        match self.call(&Command::Call { verb, deadline_ms, request }).await? {
+            Completion::Response(response) => M::decode(&*response)
+                .map(Some)
+                .map_err(|error| Error::Other(format!("an answer that cannot be read: {error}"))),
+            Completion::Failed { code, .. } if code == tonic::Code::OutOfRange as u32 => Ok(None),
+            Completion::Failed { code, message } => Err(failure(code, message)),
+            _ => Err(Error::Other("an answer to another question".into())),
+        }
+    }
+
+    fn known_layout(&self, digest: &Bytes) -> Option<LocalLayout> {
+        self.layouts.read().get(digest).cloned()
+    }
+
+    /// Registers a layout with this attachment's daemon, and keeps its number.
+    pub(crate) async fn register(
+        self: &Arc<Self>,
+        layout: v1::Layout,
+        deadline_ms: u32,
+    ) -> Result<v1::RegisterLayoutResponse, Error> {
+        let request = v1::RegisterLayoutRequest { layout: Some(layout) };
+        let verb = kvstore_plane::verbs::REGISTER_LAYOUT;
+        let response: v1::RegisterLayoutResponse = self
+            .verb(verb, &request, deadline_ms)
+            .await?
+            .ok_or_else(|| Error::Invalid("layout: is larger than a command may be".into()))?;
+        let known =
+            LocalLayout { ordinal: response.ordinal, block_bytes: response.block_bytes.as_slice().into() };
+        self.layouts.write().insert(response.layout_digest.clone(), known);
+        Ok(response)
+    }
+}
+
+impl Client {
+    pub(crate) fn deadline_ms(&self) -> u32 {
+        self.deadline().as_millis().clamp(1, 600_000) as u32
+    }
+
+    /// The group on the local plane, where it was used there before: never waits.
+    fn local_group_now(&self, group: &GroupRef) -> Option<LocalGroup> {
+        let attachment = self.attached()?;
+        let layout = attachment.known_layout(&group.layout_digest)?;
+        // A group that the layout has not is refused by the daemon, over gRPC.
+        layout.block_bytes.get(group.group as usize)?;
+        Some(LocalGroup { attachment, layout: layout.ordinal, group: group.group as u16 })
+    }
+
+    /// The group on the local plane; `None` where its calls go over gRPC.
+    pub(crate) async fn local_group(&self, group: &GroupRef) -> Result<Option<LocalGroup>, Error> {
+        if let Some(local) = self.local_group_now(group) {
+            return Ok(Some(local));
+        }
+        let attachment = match self.attach() {
+            _ if self.shared.plane == crate::Plane::Grpc => return Ok(None),
+            Ok(attachment) if !attachment.is_draining() => attachment,
+            Err(error) if self.shared.plane == crate::Plane::Local => return Err(error),
+            _ => return Ok(None),
+        };
+        let layout = self.shared.layouts.load().get(&group.layout_digest).cloned();
+        match layout {
+            // Registered by another client, under a digest that this one was given: gRPC takes digests.
+            None if self.shared.plane == crate::Plane::Local => Err(Error::NotFound(
+                "this client has not registered the layout, as the local plane needs: register it".into(),
+            )),
+            None => Ok(None),
+            Some(layout) => {
+                attachment.register(layout, self.deadline_ms()).await?;
+                Ok(self.local_group_now(group))
+            }
+        }
+    }
+
+    /// Leases the leading blocks of a prefix that are in memory now: fewer than asked where one is not. Never waits, and never
+    /// asks the daemon. `None` where the local plane is not attached, or the group was not used on it before: see
+    /// [`Self::leases`].
+    pub fn leases_now(&self, group: &GroupRef, hashes: &[Bytes]) -> Option<Result<Leases, Error>> {
+        let local = self.local_group_now(group)?;
+        Some(sequence_hashes(hashes).and_then(|hashes| local.lease_run(&hashes)))
+    }
+
+    /// Leases the leading blocks of a prefix, to be read where they lie; what is in a lower tier alone is brought into memory
+    /// first. Fewer blocks than asked where one is nowhere, or on its way. Needs the local plane. Blocks stay as they are until
+    /// the leases are dropped.
+    pub async fn leases(&self, group: &GroupRef, hashes: &[Bytes]) -> Result<Leases, Error> {
+        let unsupported = || Error::Unsupported("leases need the local plane: connect to a Unix socket of this node".into());
+        let local = self.local_group(group).await?.ok_or_else(unsupported)?;
+        let hashes = sequence_hashes(hashes)?;
+        self.within(async {
+            let mut leases = local.lease_run(&hashes)?;
+            while leases.len() < hashes.len() {
+                let rest = hashes.get(leases.len()..).unwrap_or_default();
+                let rest = rest.get(..rest.len().min(BLOCKS_PER_PROMOTE)).unwrap_or_default();
+                let (promoted, _kept) = local.promote(rest, 0, self.deadline_ms()).await?;
+                if promoted.ready == 0 {
+                    promoted.check(leases.len())?;
+                    break;
+                }
+                let more = local.lease_run(rest.get(..promoted.ready).unwrap_or_default())?;
+                let all = more.len() == promoted.ready;
+                leases.join(more);
+                if !all {
+                    break;
+                }
+            }
+            Ok(leases)
+        })
+        .await
+    }
+
+    /// How many leading blocks of a prefix are in memory, as far as the local plane tells; `None` without it.
+    pub(crate) fn resident_now(&self, group: &GroupRef, hashes: &[Bytes]) -> Option<Result<usize, Error>> {
+        let local = self.local_group_now(group)?;
+        let hashes = sequence_hashes(hashes);
+        Some(hashes.map(|hashes| local.attachment.resident_run(local.layout, local.group, &hashes)))
+    }
+
+    /// Says that blocks of a prefix will be read soon: they are brought into memory when nothing else is to be done. Worth
+    /// nothing, and nothing lost, without the local plane.
+    pub fn hint(&self, group: &GroupRef, hashes: &[Bytes]) -> Result<(), Error> {
+        let Some(local) = self.local_group_now(group) else { return Ok(()) };
+        for hashes in sequence_hashes(hashes)?.chunks(HASHES_PER_PROMOTE_MAX) {
+            let command = Command::Hint { layout: local.layout, group: local.group, hashes: hashes.to_vec() };
+            local.attachment.submit_if_room(u64::MAX, &command);
+        }
+        Ok(())
+    }
+}
+
+/// What a promotion came to.
+pub(crate) struct Promoted {
+    /// Leading blocks that are in memory.
+    pub(crate) ready: usize,
+    next: v1::GetStatus,
+}
+
+impl Promoted {
+    /// Pinned data that cannot be read is an error, not a miss.
+    fn check(&self, at: usize) -> Result<(), Error> {
+        match self.next {
+            v1::GetStatus::DataLoss => Err(data_loss(at)),
+            _ => Ok(()),
+        }
+    }
+
+    fn outcome(&self) -> GetOutcome {
+        match self.next {
+            v1::GetStatus::InFlight | v1::GetStatus::Hit => GetOutcome::InFlight,
+            v1::GetStatus::DataLoss => GetOutcome::DataLoss,
+            _ => GetOutcome::Miss,
+        }
+    }
+}
+
+/// The error for a pinned block that is lost.
+pub(crate) fn data_loss(at: usize) -> Error {
+    Error::DataLoss(format!("block {at} is pinned, and cannot be read from any tier any more"))
+}
+
+/// The daemon keeps what it promoted until this is dropped.
+pub(crate) struct Kept {
+    attachment: Arc<Attachment>,
+    tag: u64,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        if self.attachment.is_live() {
+            self.attachment.submit_if_room(self.tag, &Command::Release);
+        }
+    }
+}
+
+impl LocalGroup {
+    pub(crate) fn lease_run(&self, hashes: &[SequenceHash]) -> Result<Leases, Error> {
+        self.attachment.lease_run(self.layout, self.group, hashes)
+    }
+
+    /// Has blocks brought into memory.
+    async fn promote(
+        &self,
+        hashes: &[SequenceHash],
+        ticket: u128,
+        deadline_ms: u32,
+    ) -> Result<(Promoted, Kept), Error> {
+        let waiting = self.attachment.wait_for(1);
+        let (layout, group) = (self.layout, self.group);
+        let command = Command::Promote { layout, group, deadline_ms, ticket, hashes: hashes.to_vec() };
+        self.attachment.submit(waiting.first(), &command).await?;
+        let kept = Kept { attachment: Arc::clone(&self.attachment), tag: waiting.first() };
+        match waiting.next().await?.1 {
+            Completion::Promoted { ready, next } => {
+                let next = v1::GetStatus::try_from(next as i32).unwrap_or(v1::GetStatus::Miss);
+                Ok((Promoted { ready: (ready as usize).min(hashes.len()), next }, kept))
+            }
+            Completion::Failed { code, message } => Err(failure(code, message)),
+            _ => Err(Error::Other("an answer to another question".into())),
+        }
+    }
+
+    /// Reads whole blocks into buffers; how many leading ones were read.
+    pub(crate) async fn get_into(
+        &self,
+        hashes: &[SequenceHash],
+        buffers: &mut [&mut [u8]],
+        deadline_ms: u32,
+    ) -> Result<usize, Error> {
+        let mut done = 0;
+        while done < hashes.len() {
+            let rest = hashes.get(done..).unwrap_or_default();
+            let step = rest.get(..rest.len().min(BLOCKS_PER_STEP)).unwrap_or_default();
+            let leases = self.lease_run(step)?;
+            if !leases.is_empty() {
+                done += copy_out(&leases, buffers.get_mut(done..).unwrap_or_default(), done)?;
+                continue;
+            }
+            let step = rest.get(..rest.len().min(BLOCKS_PER_PROMOTE)).unwrap_or_default();
+            let (promoted, _kept) = self.promote(step, 0, deadline_ms).await?;
+            if promoted.ready == 0 {
+                promoted.check(done)?;
+                break;
+            }
+            let leases = self.lease_run(step.get(..promoted.ready).unwrap_or_default())?;
+            if leases.is_empty() {
+                break;
+            }
+            done += copy_out(&leases, buffers.get_mut(done..).unwrap_or_default(), done)?;
+        }
+        Ok(done)
+    }
+
+    /// The outcome of each block; hits are leased, not copied.
+    pub(crate) async fn get(
+        &self,
+        hashes: &[SequenceHash],
+        options: &GetOptions,
+        ticket: u128,
+        deadline_ms: u32,
+    ) -> Result<Vec<GetOutcome>, Error> {
+        let mut outcomes = Vec::with_capacity(hashes.len());
+        if ticket != 0 {
+            // Redeems it: an error where its time is over.
+            let first = hashes.get(..1).unwrap_or_default();
+            drop(self.promote(first, ticket, deadline_ms).await?);
+        }
+        while outcomes.len() < hashes.len() {
+            let rest = hashes.get(outcomes.len()..).unwrap_or_default();
+            let leases = self.lease_run(rest)?;
+            if !leases.is_empty() {
+                outcomes.extend(leases.into_blocks().into_iter().map(hit));
+                continue;
+            }
+            let step = rest.get(..rest.len().min(BLOCKS_PER_PROMOTE)).unwrap_or_default();
+            let (promoted, _kept) = self.promote(step, 0, deadline_ms).await?;
+            let leases = self.lease_run(step.get(..promoted.ready).unwrap_or_default())?;
+            if leases.is_empty() {
+                outcomes.push(promoted.outcome());
+                if options.leading_run {
+                    break;
+                }
+                continue;
+            }
+            outcomes.extend(leases.into_blocks().into_iter().map(hit));
+        }
+        Ok(outcomes)
+    }
+
+    pub(crate) async fn put(
+        &self,
+        blocks: &[PutBlock],
+        options: PutOptions,
+        deadline_ms: u32,
+    ) -> Result<Option<Vec<v1::PutResult>>, Error> {
+        let blocks = blocks
+            .iter()
+            .map(|block| {
+                let parent = block.parent.as_deref().map(sequence_hash).transpose()?;
+                Ok(LocalPut { hash: sequence_hash(&block.hash)?, parent, bytes: &block.bytes })
+            })
+            .collect::<Result<Vec<_>, Error>>()?;
+        self.put_slices(&blocks, options, deadline_ms).await
+    }
+
+    /// Stores blocks from wherever their bytes are. `None`: the local plane cannot take them now.
+    pub(crate) async fn put_slices(
+        &self,
+        blocks: &[LocalPut<'_>],
+        options: PutOptions,
+        deadline_ms: u32,
+    ) -> Result<Option<Vec<v1::PutResult>>, Error> {
+        if blocks.is_empty() || !put::can_put(blocks) {
+            return Ok(None);
+        }
+        if !self.attachment.wait_for_staging().await {
+            self.attachment.staging.forget_refusal();
+            return Ok(None);
+        }
+        let into = PutInto {
+            layout: self.layout,
+            group: self.group,
+            local: options.level == v1::Level::Local,
+            more_follows: options.more_follows,
+            deadline_ms,
+        };
+        self.attachment.put(into, blocks).await.map(Some)
+    }
+}
+
+fn hit(block: LeasedBlock) -> GetOutcome {
+    GetOutcome::Hit(Bytes::from_owner(block))
+}
+
+/// Copies leased blocks into the buffers from block `first` on.
+fn copy_out(leases: &Leases, buffers: &mut [&mut [u8]], first: usize) -> Result<usize, Error> {
+    let mut copies = Vec::with_capacity(leases.len());
+    for ((at, from), to) in (first..).zip(leases.iter()).zip(buffers) {
+        if from.len() != to.len() {
+            let problem = format!("block {at} has {} bytes, which its buffer of {} has not", from.len(), to.len());
+            return Err(Error::Invalid(problem));
+        }
+        copies.push(Copy { from, to });
+    }
+    copy_all(&mut copies);
+    Ok(copies.len())
+}

@@ -1,0 +1,192 @@
+//! Put over the local plane: stage some blocks ahead, leave their bytes in staging memory piece by piece, and let the daemon
+//! fetch each piece while the next is left.
+
+use std::sync::Arc;
+
+use kvstore_plane::caps::BLOCKS_PER_STAGE_MAX;
+use kvstore_plane::{Command, Completion, SequenceHash, StageBlock};
+use kvstore_proto::v1;
+
+use super::attachment::Attachment;
+use super::calls::{Waiting, failure};
+use super::staging::Place;
+use crate::Error;
+
+/// Blocks that one put has staged and not brought yet: enough that the daemon is never waited for.
+const STAGED_AHEAD: usize = 8;
+
+/// A block to put.
+pub(crate) struct LocalPut<'a> {
+    pub(crate) hash: SequenceHash,
+    pub(crate) parent: Option<SequenceHash>,
+    pub(crate) bytes: &'a [u8],
+}
+
+/// Where blocks go, and how.
+#[derive(Clone, Copy)]
+pub(crate) struct PutInto {
+    pub(crate) layout: u32,
+    pub(crate) group: u16,
+    pub(crate) local: bool,
+    pub(crate) more_follows: bool,
+    pub(crate) deadline_ms: u32,
+}
+
+/// One put under way. Dropped, it gives up what it staged.
+struct Putting<'a> {
+    attachment: &'a Arc<Attachment>,
+    waiting: Waiting,
+    results: Vec<Option<Result<v1::PutResult, Error>>>,
+    staged: usize,
+}
+
+impl Attachment {
+    /// Stores blocks; the outcome of each, in order.
+    pub(crate) async fn put(
+        self: &Arc<Self>,
+        into: PutInto,
+        blocks: &[LocalPut<'_>],
+    ) -> Result<Vec<v1::PutResult>, Error> {
+        let waiting = self.wait_for(blocks.len() as u64);
+        let results = blocks.iter().map(|_| None).collect();
+        let mut putting = Putting { attachment: self, waiting, results, staged: 0 };
+        for (at, block) in blocks.iter().enumerate() {
+            putting.stage_ahead(into, blocks, at).await?;
+            putting.bring(at, block.bytes).await?;
+        }
+        putting.until_decided().await
+    }
+}
+
+impl<'a> Putting<'a> {
+    fn tag(&self, at: usize) -> u64 {
+        self.waiting.first() + at as u64
+    }
+
+    async fn stage_ahead(&mut self, into: PutInto, blocks: &[LocalPut<'_>], at: usize) -> Result<(), Error> {
+        // By halves: a command for each block would cost as much as half of a small one.
+        let ahead = self.staged.saturating_sub(at);
+        if self.staged >= blocks.len() || ahead > STAGED_AHEAD / 2 {
+            return Ok(());
+        }
+        let end = (at + STAGED_AHEAD).min(blocks.len()).min(self.staged + BLOCKS_PER_STAGE_MAX);
+        let last = blocks.len() - 1;
+        let stage = |(at, block): (usize, &LocalPut<'_>)| StageBlock {
+            hash: block.hash,
+            parent: block.parent,
+            length: block.bytes.len() as u32,
+            tail: at == last && !into.more_follows,
+        };
+        let staged = blocks.iter().enumerate().take(end).skip(self.staged).map(stage).collect();
+        let PutInto { layout, group, local, deadline_ms, .. } = into;
+        let command = Command::Stage { layout, group, local, deadline_ms, blocks: staged };
+        let tag = self.tag(self.staged);
+        self.staged = end;
+        self.attachment.submit(tag, &command).await
+    }
+
+    fn file(&mut self, tag: u64, completion: Completion) {
+        let decided = match completion {
+            Completion::Stored { status, level } => {
+                Ok(v1::PutResult { status: status as i32, level: level as i32 })
+            }
+            Completion::Failed { code, message } => Err(failure(code, message)),
+            _ => return,
+        };
+        if let Some(place) = self.results.get_mut((tag - self.waiting.first()) as usize) {
+            place.get_or_insert(decided);
+        }
+    }
+
+    fn is_decided(&mut self, at: usize) -> bool {
+        while let Some((tag, completion)) = self.waiting.now() {
+            self.file(tag, completion);
+        }
+        self.results.get(at).is_some_and(Option::is_some)
+    }
+
+    /// Leaves a block's bytes for the daemon, unless it turns out not to want them.
+    async fn bring(&mut self, at: usize, bytes: &[u8]) -> Result<(), Error> {
+        let tag = self.tag(at);
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            if self.is_decided(at) {
+                return Ok(());
+            }
+            let place = self.place().await?;
+            let (piece, left) = rest.split_at(place.bytes.min(rest.len()));
+            place.fill(piece);
+            rest = left;
+            self.announce(tag, place, piece.len() as u32, rest.is_empty()).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells the daemon of a piece. Cancelled before that, the piece's place is free again.
+    async fn announce(&self, tag: u64, place: Place<'_>, bytes: u32, last: bool) -> Result<(), Error> {
+        let (kind, payload) = Command::Copy { offset: place.offset, bytes, last, crc32: None }.encode();
+        loop {
+            self.attachment.staging.hand_over(tag, &place);
+            match self.attachment.try_submit(tag, kind, &payload) {
+                Ok(true) => {
+                    std::mem::forget(place);
+                    return Ok(());
+                }
+                Ok(false) => self.attachment.staging.take_back(tag),
+                Err(error) => {
+                    self.attachment.staging.take_back(tag);
+                    return Err(error);
+                }
+            }
+            self.attachment.until_room().await;
+        }
+    }
+
+    /// A free place in staging memory. Looks for the daemon's completions meanwhile: they free places.
+    async fn place(&mut self) -> Result<Place<'a>, Error> {
+        let attachment = self.attachment;
+        loop {
+            if let Some(place) = attachment.staging.try_take() {
+                return Ok(place);
+            }
+            if !attachment.is_live() {
+                return Err(super::calls::lost());
+            }
+            tokio::select! {
+                biased;
+                () = attachment.staging.freed() => {}
+                letter = self.waiting.next() => {
+                    let (tag, completion) = letter?;
+                    self.file(tag, completion);
+                }
+            }
+        }
+    }
+
+    async fn until_decided(&mut self) -> Result<Vec<v1::PutResult>, Error> {
+        while self.results.iter().any(Option::is_none) {
+            let (tag, completion) = self.waiting.next().await?;
+            self.file(tag, completion);
+        }
+        std::mem::take(&mut self.results).into_iter().flatten().collect()
+    }
+}
+
+impl Drop for Putting<'_> {
+    fn drop(&mut self) {
+        if !self.attachment.is_live() {
+            return;
+        }
+        // Cancelled, or failed on the way: the daemon frees the slots at once instead of at the deadline.
+        for (at, result) in self.results.iter().enumerate().take(self.staged) {
+            if result.is_none() {
+                self.attachment.submit_if_room(self.waiting.first() + at as u64, &Command::Abandon);
+            }
+        }
+    }
+}
+
+/// Whether all of `blocks` could go over the local plane: none is empty.
+pub(crate) fn can_put(blocks: &[LocalPut<'_>]) -> bool {
+    blocks.iter().all(|block| !block.bytes.is_empty() && block.bytes.len() < u32::MAX as usize)
+}
