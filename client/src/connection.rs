@@ -214,6 +214,15 @@ impl Client {
         new
     }
 
+    /// The attachment that calls go over; `None` where they go over gRPC for now.
+    pub(crate) fn attached_for_calls(&self) -> Result<Option<Arc<Attachment>>, Error> {
+        match self.shared.plane {
+            Plane::Grpc => Ok(None),
+            Plane::Local => self.attach().map(Some),
+            Plane::Auto => Ok(self.attach().ok().filter(|attachment| !attachment.is_draining())),
+        }
+    }
+
     /// The attachment to the local plane; `None` where blocks go over gRPC for now.
     pub(crate) fn attached(&self) -> Option<Arc<Attachment>> {
         if self.shared.plane == Plane::Grpc {

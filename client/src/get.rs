@@ -8,6 +8,7 @@ use kvstore_proto::v1;
 use kvstore_proto::v1::get_response::Part as Wire;
 use tonic::body::Body;
 
+use crate::local::{LocalRead, sequence_hashes};
 use crate::put::check_trailers;
 use crate::{Client, Error, GroupRef};
 
@@ -74,8 +75,11 @@ impl Client {
             && let Some(local) = self.local_group(group).await?
         {
             let ticket = ticket_number(&options.ticket)?;
-            let hashes = crate::local::sequence_hashes(hashes)?;
-            return self.within(local.get(&hashes, &options, ticket, self.deadline_ms())).await;
+            let hashes = sequence_hashes(hashes)?;
+            let read = self.within(local.get(&hashes, &options, ticket, self.deadline_ms())).await?;
+            if let LocalRead::Done(outcomes) = read {
+                return Ok(outcomes);
+            }
         }
         let mut sink = Collect { outcomes: Vec::with_capacity(hashes.len()), filling: None };
         self.run_get(group, hashes, options, &mut sink).await?;
@@ -95,8 +99,10 @@ impl Client {
             return Err(Error::Invalid(format!("{} buffers for {} hashes", buffers.len(), hashes.len())));
         }
         if let Some(local) = self.local_group(group).await? {
-            let hashes = crate::local::sequence_hashes(hashes)?;
-            return self.within(local.get_into(&hashes, buffers, self.deadline_ms())).await;
+            let hashes = sequence_hashes(hashes)?;
+            if let LocalRead::Done(blocks) = self.within(local.get_into(&hashes, buffers, self.deadline_ms())).await? {
+                return Ok(blocks);
+            }
         }
         let options = GetOptions { leading_run: true, ..GetOptions::default() };
         let mut sink = CopyInto { buffers, blocks: 0, filled: 0, lost: None };

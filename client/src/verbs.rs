@@ -12,7 +12,7 @@ use prost::Message;
 use tonic::{Request, Response, Status};
 
 use crate::connection::Connection;
-use crate::{Client, Error, Plane};
+use crate::{Client, Error};
 
 /// A layout that the daemon knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,12 +59,7 @@ impl Client {
         grpc: impl AsyncFnOnce(BlocksClient<Connection>, Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, Error> {
         self.within(async {
-            let attachment = match self.attach() {
-                _ if self.shared.plane == Plane::Grpc => None,
-                Err(error) if self.shared.plane == Plane::Local => return Err(error),
-                attachment => attachment.ok().filter(|attachment| !attachment.is_draining()),
-            };
-            if let Some(attachment) = attachment
+            if let Some(attachment) = self.attached_for_calls()?
                 && let Some(answer) = attachment.verb(verb, &request, self.deadline_ms()).await?
             {
                 return Ok(answer);

@@ -116,7 +116,7 @@ mod tests {
 
     #[test]
     fn a_batch_is_copied_whole_by_however_many_threads() {
-        let source: Vec<u8> = (0..24 << 20).map(|i: u32| (i * 2_654_435_761 >> 24) as u8).collect();
+        let source: Vec<u8> = (0..24 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         let mut target = vec![0u8; source.len()];
         let mut copies: Vec<Copy<'_>> =
             source.chunks(1 << 20).zip(target.chunks_mut(1 << 20)).map(|(from, to)| Copy { from, to }).collect();

@@ -11,6 +11,7 @@ mod socket;
 mod staging;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use kvstore_plane::caps::HASHES_PER_PROMOTE_MAX;
@@ -31,6 +32,10 @@ use put::{LocalPut, PutInto};
 const BLOCKS_PER_STEP: usize = 256;
 /// Blocks that one PROMOTE asks for: what the disks do at once, twice.
 const BLOCKS_PER_PROMOTE: usize = 64;
+/// A promoted block that cannot be leased yet is tried again after this long ...
+const PROMOTED_PAUSE_FIRST: Duration = Duration::from_micros(50);
+/// ... and twice as long each time, up to this: 100 ms in all.
+const PROMOTED_PAUSE_MAX: Duration = Duration::from_millis(50);
 
 /// A group, as the local plane names it.
 #[derive(Clone)]
@@ -112,12 +117,7 @@ impl Client {
         if let Some(local) = self.local_group_now(group) {
             return Ok(Some(local));
         }
-        let attachment = match self.attach() {
-            _ if self.shared.plane == crate::Plane::Grpc => return Ok(None),
-            Ok(attachment) if !attachment.is_draining() => attachment,
-            Err(error) if self.shared.plane == crate::Plane::Local => return Err(error),
-            _ => return Ok(None),
-        };
+        let Some(attachment) = self.attached_for_calls()? else { return Ok(None) };
         let layout = self.shared.layouts.load().get(&group.layout_digest).cloned();
         match layout {
             // Registered by another client, under a digest that this one was given: gRPC takes digests.
@@ -157,7 +157,7 @@ impl Client {
                     promoted.check(leases.len())?;
                     break;
                 }
-                let more = local.lease_run(rest.get(..promoted.ready).unwrap_or_default())?;
+                let more = local.lease_promoted(rest.get(..promoted.ready).unwrap_or_default()).await?;
                 let all = more.len() == promoted.ready;
                 leases.join(more);
                 if !all {
@@ -186,6 +186,14 @@ impl Client {
         }
         Ok(())
     }
+}
+
+/// What a read over the local plane came to.
+pub(crate) enum LocalRead<T> {
+    /// This.
+    Done(T),
+    /// The daemon has blocks in memory that this process cannot map, for lack of descriptors perhaps: gRPC can read them.
+    Elsewhere,
 }
 
 /// What a promotion came to.
@@ -259,13 +267,29 @@ impl LocalGroup {
         }
     }
 
-    /// Reads whole blocks into buffers; how many leading ones were read.
+    /// Leases blocks that were promoted just now. The slab that they came into may be so new that its announcement is still
+    /// on its way: that is waited for. Fewer where a block has left again, or its slab cannot be mapped here.
+    async fn lease_promoted(&self, hashes: &[SequenceHash]) -> Result<Leases, Error> {
+        let mut pause = PROMOTED_PAUSE_FIRST;
+        loop {
+            let leases = self.lease_run(hashes)?;
+            if !leases.is_empty() || hashes.is_empty() || pause > PROMOTED_PAUSE_MAX {
+                return Ok(leases);
+            }
+            tokio::time::sleep(pause).await;
+            self.attachment.receive();
+            pause *= 2;
+        }
+    }
+
+    /// Reads whole blocks into buffers; how many leading ones were read. Fewer than `ready` may be: those the daemon has in
+    /// memory and this process cannot map, which are to be read over gRPC.
     pub(crate) async fn get_into(
         &self,
         hashes: &[SequenceHash],
         buffers: &mut [&mut [u8]],
         deadline_ms: u32,
-    ) -> Result<usize, Error> {
+    ) -> Result<LocalRead<usize>, Error> {
         let mut done = 0;
         while done < hashes.len() {
             let rest = hashes.get(done..).unwrap_or_default();
@@ -281,13 +305,13 @@ impl LocalGroup {
                 promoted.check(done)?;
                 break;
             }
-            let leases = self.lease_run(step.get(..promoted.ready).unwrap_or_default())?;
+            let leases = self.lease_promoted(step.get(..promoted.ready).unwrap_or_default()).await?;
             if leases.is_empty() {
-                break;
+                return Ok(LocalRead::Elsewhere);
             }
             done += copy_out(&leases, buffers.get_mut(done..).unwrap_or_default(), done)?;
         }
-        Ok(done)
+        Ok(LocalRead::Done(done))
     }
 
     /// The outcome of each block; hits are leased, not copied.
@@ -297,7 +321,7 @@ impl LocalGroup {
         options: &GetOptions,
         ticket: u128,
         deadline_ms: u32,
-    ) -> Result<Vec<GetOutcome>, Error> {
+    ) -> Result<LocalRead<Vec<GetOutcome>>, Error> {
         let mut outcomes = Vec::with_capacity(hashes.len());
         if ticket != 0 {
             // Redeems it: an error where its time is over.
@@ -313,8 +337,11 @@ impl LocalGroup {
             }
             let step = rest.get(..rest.len().min(BLOCKS_PER_PROMOTE)).unwrap_or_default();
             let (promoted, _kept) = self.promote(step, 0, deadline_ms).await?;
-            let leases = self.lease_run(step.get(..promoted.ready).unwrap_or_default())?;
+            let leases = self.lease_promoted(step.get(..promoted.ready).unwrap_or_default()).await?;
             if leases.is_empty() {
+                if promoted.ready > 0 {
+                    return Ok(LocalRead::Elsewhere);
+                }
                 outcomes.push(promoted.outcome());
                 if options.leading_run {
                     break;
@@ -323,7 +350,7 @@ impl LocalGroup {
             }
             outcomes.extend(leases.into_blocks().into_iter().map(hit));
         }
-        Ok(outcomes)
+        Ok(LocalRead::Done(outcomes))
     }
 
     pub(crate) async fn put(
@@ -349,7 +376,8 @@ impl LocalGroup {
         options: PutOptions,
         deadline_ms: u32,
     ) -> Result<Option<Vec<v1::PutResult>>, Error> {
-        if blocks.is_empty() || !put::can_put(blocks) {
+        let known = matches!(options.level, v1::Level::Unspecified | v1::Level::Memory | v1::Level::Local);
+        if blocks.is_empty() || !known || !put::can_put(blocks) {
             return Ok(None);
         }
         if !self.attachment.wait_for_staging().await {

@@ -83,14 +83,39 @@ pub struct Target {
     /// Give up after this long.
     #[arg(long, default_value = "30s", value_parser = humantime::parse_duration, value_name = "DURATION")]
     timeout: std::time::Duration,
+    /// The way blocks go: shared memory, gRPC, or auto: shared memory on a Unix socket of this node.
+    #[arg(long, default_value = "auto", value_name = "PLANE")]
+    plane: PlaneArg,
     /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
+/// A plane, on the command line.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum PlaneArg {
+    /// Shared memory where the daemon offers it, gRPC for the rest.
+    Auto,
+    /// Shared memory, or an error.
+    Local,
+    /// gRPC alone.
+    Grpc,
+}
+
+impl From<PlaneArg> for kvstore_client::Plane {
+    fn from(plane: PlaneArg) -> Self {
+        match plane {
+            PlaneArg::Auto => Self::Auto,
+            PlaneArg::Local => Self::Local,
+            PlaneArg::Grpc => Self::Grpc,
+        }
+    }
+}
+
 impl Target {
     async fn connect(&self) -> Result<kvstore_client::Client, kvstore_client::Error> {
-        Ok(kvstore_client::Client::connect(&self.address).await?.with_deadline(self.timeout))
+        let client = kvstore_client::Client::connect_over(&self.address, self.plane.into()).await?;
+        Ok(client.with_deadline(self.timeout))
     }
 }
 

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use kvstore_tiers::eviction::PolicyKind;
 
 use super::output::{bytes, print_json, print_pairs};
-use super::parse_block_bytes;
+use super::{PlaneArg, parse_block_bytes};
 use crate::replay::{Drive, Report, Simulation, drive, simulate};
 use crate::serve::{StartOptions, start};
 use crate::trace;
@@ -24,6 +24,7 @@ With --crash the daemon is a process of its own, which is ended with kill -9 hal
 Examples:
   kvstore replay examples/conversation_slice.jsonl --block-bytes 64KiB --host-bytes 256MiB --verify
   kvstore replay examples/conversation_slice.jsonl --block-bytes 64KiB --host-bytes 128MiB --nvme-bytes 2GiB --crash --verify
+  kvstore replay trace.jsonl --block-bytes 1MiB --plane grpc
   kvstore replay trace.jsonl --block-bytes 1MiB --address unix:/run/kvstore/default.sock --speed 10
   kvstore replay trace.jsonl --simulate --capacity-blocks 5000")]
 pub struct Replay {
@@ -38,6 +39,9 @@ pub struct Replay {
     /// Check every byte that comes back.
     #[arg(long)]
     verify: bool,
+    /// The way blocks go: shared memory, gRPC, or auto: shared memory where the daemon offers it.
+    #[arg(long, default_value = "auto", conflicts_with = "simulate", value_name = "PLANE")]
+    plane: PlaneArg,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -182,7 +186,7 @@ impl Replay {
     }
 
     async fn drive(&self, address: &str, trace: &[trace::TraceRequest], options: Drive) -> anyhow::Result<Report> {
-        let client = kvstore_client::Client::connect(address).await?;
+        let client = kvstore_client::Client::connect_over(address, self.plane.into()).await?;
         let bar = ProgressBar::new(trace.len() as u64);
         bar.set_style(ProgressStyle::with_template("{bar:32} {pos}/{len} requests, {elapsed} of {duration} {msg}")?);
         let report = drive(&client, trace, options, |report| {

@@ -9,7 +9,7 @@ use bytesize::ByteSize;
 use kvstore_tiers::HugePages;
 use kvstore_tiers::caps::{
     HOST_BYTES_MIN, NAMESPACES_MAX, NVME_BYTES_MIN, NVME_INDEX_BYTES_MIN, NVME_PATHS_MAX, STAGING_BYTES_MAX,
-    STAGING_BYTES_MIN, STAGING_PERCENT_MAX,
+    STAGING_BYTES_MIN,
 };
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::HostLimits;
@@ -210,7 +210,7 @@ impl RawConfig {
             "off" => false,
             other => return Err(invalid("local.plane", format!("{other:?} is not \"on\" or \"off\""))),
         };
-        let (local_spin, local_staging_bytes) = self.local.check(&host)?;
+        let (local_spin, local_staging_bytes) = self.local.check()?;
         let log_format = match self.log.format.as_str() {
             "human" => LogFormat::Human,
             "json" => LogFormat::Json,
@@ -302,7 +302,7 @@ fn size_or_auto(key: &str, text: &str) -> Result<Option<u64>, ConfigError> {
 }
 
 impl RawLocal {
-    fn check(&self, host: &HostLimits) -> Result<(Duration, u64), ConfigError> {
+    fn check(&self) -> Result<(Duration, u64), ConfigError> {
         let spin = humantime::parse_duration(&self.spin)
             .map_err(|_| invalid("local.spin", format!("{:?} is not a time such as \"50us\"", self.spin)))?;
         if spin > caps::LOCAL_SPIN_MAX {
@@ -313,13 +313,11 @@ impl RawLocal {
         let bytes = ByteSize::from_str(&self.staging_bytes)
             .map_err(|_| invalid(key, format!("{:?} is not a size such as \"4MiB\"", self.staging_bytes)))?
             .as_u64();
-        // A small tier has less to spare; the least are two pieces, so that one is copied while the other is filled.
-        let most = host.bytes / 100 * STAGING_PERCENT_MAX / 2;
         if !(STAGING_BYTES_MIN..=STAGING_BYTES_MAX).contains(&bytes) {
             let (least, largest) = (ByteSize(STAGING_BYTES_MIN), ByteSize(STAGING_BYTES_MAX));
             return Err(invalid(key, format!("{} is not within {least} and {largest}", ByteSize(bytes))));
         }
-        Ok((spin, bytes.min(most.max(STAGING_BYTES_MIN))))
+        Ok((spin, bytes))
     }
 }
 

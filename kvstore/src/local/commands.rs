@@ -15,7 +15,7 @@ use tonic::Status;
 use super::client::{LocalClient, Task};
 use super::stage::{self, Piece};
 use crate::daemon::{Daemon, InFlight};
-use crate::verbs::promote::Promoter;
+use crate::verbs::promote::{Coming, Promoter};
 use crate::verbs::put::Target;
 use crate::verbs::{delete, lookup, pin, prefetch, register_layout};
 use crate::{caps, clock, telemetry, wire};
@@ -218,11 +218,23 @@ impl Promotion {
                     priority: Priority::Demand,
                     deadline,
                 };
-                let mut coming = Vec::with_capacity(self.hashes.len());
+                // As many as there is room for: those that come are kept until the client has leased them.
+                let mut under_way = Vec::with_capacity(self.hashes.len());
                 for hash in &self.hashes {
-                    coming.push((*hash, promoter.start(*hash).await));
+                    let coming = promoter.start(*hash).await;
+                    let no_room = matches!(coming, Coming::Later);
+                    if no_room && !under_way.is_empty() {
+                        break;
+                    }
+                    under_way.push((*hash, coming));
+                    if no_room {
+                        break;
+                    }
                 }
-                for (hash, coming) in coming {
+                if under_way.len() < self.hashes.len() {
+                    next = GetStatus::InFlight;
+                }
+                for (hash, coming) in under_way {
                     match promoter.finish(hash, coming).await {
                         Leasing::Leased(block) => ready.push(block),
                         Leasing::Miss if is_lost(hash) => {

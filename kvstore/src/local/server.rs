@@ -12,6 +12,7 @@ use kvstore_plane::{
     AttachmentView, FromClient, FromDaemon, PLANE_VERSION, RingReader, Welcome, fall_asleep, wake_up,
 };
 use kvstore_tiers::Slab;
+use kvstore_tiers::caps::{STAGING_BYTES_MIN, STAGING_PERCENT_MAX};
 use kvstore_tiers::host::NamespaceId;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
@@ -488,7 +489,10 @@ impl Server {
         runtime.spawn_blocking(move || {
             let _task = task;
             let staging = client.staging().or_else(|| {
-                let staging = Arc::new(daemon.host.staging(daemon.config().local_staging_bytes)?);
+                // A small tier has less to spare: two clients can put at least.
+                let most = daemon.host.limits().bytes / 100 * STAGING_PERCENT_MAX / 2;
+                let bytes = daemon.config().local_staging_bytes.min(most.max(STAGING_BYTES_MIN));
+                let staging = Arc::new(daemon.host.staging(bytes)?);
                 client.set_staging(Arc::clone(&staging));
                 Some(staging)
             });

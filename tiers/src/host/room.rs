@@ -50,7 +50,8 @@ pub(super) enum Room {
     Taken(Arc<Slab>),
     /// A slot is free now.
     Evicted,
-    /// Memory is on its way: a slab is being made, or readers have yet to unmap one that left.
+    /// Memory is on its way: a slab is being made, readers have yet to unmap one that left, or what would leave is still being
+    /// written or sent.
     Wait,
     /// Everything is leased, pinned, or on its way.
     Busy,
@@ -93,15 +94,17 @@ impl HostTier {
         }
         // What is on its way already is waited for, or every slab would leave before the first is unmapped.
         let retiring = state.retiring_bytes();
-        let awaited = retiring >= state.slab_bytes.min(state.limits.bytes / 2);
+        let awaited = retiring >= state.slab_bytes / 2;
         if !awaited && let Some(slab) = state.take_from_others(namespace, pool, now) {
             state.slabs_moved += 1;
             return Room::Taken(slab);
         }
         let evicted = state.namespace_mut(namespace).is_some_and(|namespace| namespace.evict(pool));
+        // A block that is written to disk or sent just now keeps its whole prefix in memory, and leaves soon.
+        let kept_for_now = state.namespace(namespace).is_some_and(|namespace| namespace.residency.has_parked());
         match evicted {
             true => Room::Evicted,
-            false if awaited => Room::Wait,
+            false if awaited || kept_for_now => Room::Wait,
             false => Room::Busy,
         }
     }

@@ -67,6 +67,11 @@ impl<S: SlabMemory> Residency<S> {
         victims
     }
 
+    /// True where a block would have left, were it not leased or demoting.
+    pub fn has_parked(&self) -> bool {
+        !self.parked.is_empty()
+    }
+
     /// Evicts blocks by name, where nothing keeps them: how the shards of one block leave together.
     pub fn evict_keys(&mut self, keys: impl Iterator<Item = SlotKey>) -> Vec<Evicted> {
         let slots: Vec<SlotRef> = keys.filter_map(|key| self.find(&key).map(|(slot, _)| slot)).collect();
