@@ -352,7 +352,8 @@ async fn floods_and_clients_that_never_read_stay_bounded() {
         witness.checks().await;
     }
     let grown = resident_bytes().saturating_sub(before);
-    assert!(grown < 96 << 20, "{grown} bytes for {sent} commands of clients that never read");
+    // The tier's 64 MiB count twice here, once for each of the daemon's and the client's mappings.
+    assert!(grown < 160 << 20, "{grown} bytes for {sent} commands of clients that never read");
     assert!(sent > 1000);
 }
 

@@ -314,6 +314,8 @@ impl Server {
             PeerState::Attached(attached) => {
                 let _ = epoll::delete(&self.epoll, &attached.client.socket);
                 let _ = epoll::delete(&self.epoll, &attached.kick);
+                // The client kept the descriptor alive: it learns from this that it is cut off.
+                let _ = rustix::net::shutdown(&attached.client.socket, rustix::net::Shutdown::Both);
                 attached.client.leave();
                 let slabs = attached.slabs.into_values().map(|(_, slab)| slab).chain(attached.leaving.into_values());
                 PeerState::Lingering(attached.client, slabs.collect())
@@ -490,7 +492,7 @@ impl Server {
             let _task = task;
             let staging = client.staging().or_else(|| {
                 // A small tier has less to spare: two clients can put at least.
-                let most = daemon.host.limits().bytes / 100 * STAGING_PERCENT_MAX / 2;
+                let most = daemon.host.limits().bytes / 100 * STAGING_PERCENT_MAX / 2 / 4096 * 4096;
                 let bytes = daemon.config().local_staging_bytes.min(most.max(STAGING_BYTES_MIN));
                 let staging = Arc::new(daemon.host.staging(bytes)?);
                 client.set_staging(Arc::clone(&staging));
