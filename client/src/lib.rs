@@ -30,5 +30,5 @@ pub use error::Error;
 pub use get::{GetOptions, GetOutcome};
 pub use kvstore_proto::v1;
 pub use local::{LeasedBlock, Leases};
-pub use put::{PutBlock, PutOptions};
+pub use put::{PutBlock, PutOptions, PutSlice};
 pub use verbs::{GroupRef, RegisteredLayout};

@@ -40,6 +40,17 @@ impl PutBlock {
     }
 }
 
+/// A block to store, from wherever its bytes are.
+#[derive(Clone, Copy, Debug)]
+pub struct PutSlice<'a> {
+    /// Names the block and its whole prefix: 1 to 32 bytes.
+    pub hash: &'a [u8],
+    /// The hash of the block before it; `None` for the first of a prefix.
+    pub parent: Option<&'a [u8]>,
+    /// Its bytes.
+    pub bytes: &'a [u8],
+}
+
 /// How a put is done.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PutOptions {
@@ -80,6 +91,28 @@ impl Client {
             }
             results => results,
         }
+    }
+
+    /// Stores blocks from borrowed memory; the outcome of each, in order. Over the local plane nothing is copied but into the
+    /// daemon's memory; over gRPC each block is copied once more, since the connection keeps what it sends.
+    pub async fn put_from(
+        &self,
+        group: &GroupRef,
+        blocks: &[PutSlice<'_>],
+        options: PutOptions,
+    ) -> Result<Vec<v1::PutResult>, Error> {
+        let deadline_ms = self.deadline_ms();
+        if let Some(local) = self.local_group(group).await?
+            && let Some(results) = self.within(local.put_from(blocks, options, deadline_ms)).await?
+        {
+            return Ok(results);
+        }
+        let owned = |block: &PutSlice<'_>| PutBlock {
+            hash: Bytes::copy_from_slice(block.hash),
+            parent: block.parent.map(Bytes::copy_from_slice),
+            bytes: Bytes::copy_from_slice(block.bytes),
+        };
+        self.put_with(group, blocks.iter().map(owned).collect(), options).await
     }
 
     async fn put_over_grpc(

@@ -23,7 +23,7 @@ pub(crate) use attachment::{Attachment, LocalLayout};
 pub(crate) use fork::forks;
 pub use read::{LeasedBlock, Leases};
 
-use crate::{Client, Error, GetOptions, GetOutcome, GroupRef, PutBlock, PutOptions};
+use crate::{Client, Error, GetOptions, GetOutcome, GroupRef, PutBlock, PutOptions, PutSlice};
 use calls::failure;
 use copy::{Copy, copy_all};
 use put::{LocalPut, PutInto};
@@ -364,6 +364,22 @@ impl LocalGroup {
             .map(|block| {
                 let parent = block.parent.as_deref().map(sequence_hash).transpose()?;
                 Ok(LocalPut { hash: sequence_hash(&block.hash)?, parent, bytes: &block.bytes })
+            })
+            .collect::<Result<Vec<_>, Error>>()?;
+        self.put_slices(&blocks, options, deadline_ms).await
+    }
+
+    pub(crate) async fn put_from(
+        &self,
+        blocks: &[PutSlice<'_>],
+        options: PutOptions,
+        deadline_ms: u32,
+    ) -> Result<Option<Vec<v1::PutResult>>, Error> {
+        let blocks = blocks
+            .iter()
+            .map(|block| {
+                let parent = block.parent.map(sequence_hash).transpose()?;
+                Ok(LocalPut { hash: sequence_hash(block.hash)?, parent, bytes: block.bytes })
             })
             .collect::<Result<Vec<_>, Error>>()?;
         self.put_slices(&blocks, options, deadline_ms).await

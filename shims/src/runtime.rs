@@ -1,0 +1,84 @@
+//! The runtime that calls run on: one a process, made with the first call; a child of a fork makes its own.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwapOption;
+use kvstore_client::Error;
+use pyo3::prelude::*;
+use tokio::runtime::Runtime;
+
+/// Threads of it: calls wait, copies run on the caller's thread.
+const THREADS: usize = 2;
+
+struct Own {
+    process: u32,
+    runtime: Runtime,
+}
+
+static OWN: ArcSwapOption<Own> = ArcSwapOption::const_empty();
+
+fn own() -> Result<Arc<Own>, Error> {
+    let process = std::process::id();
+    if let Some(own) = OWN.load_full() {
+        if own.process == process {
+            return Ok(own);
+        }
+        // The parent's threads are not here; ending them would wait for ever.
+        std::mem::forget(own);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(THREADS)
+        .thread_name("kvstore-python")
+        .enable_all()
+        .build()
+        .map_err(|error| Error::Other(format!("no threads for calls: {error}")))?;
+    let own = Arc::new(Own { process, runtime });
+    // Two threads may come here at once: the second's is in force, the first's goes when its calls end.
+    if let Some(old) = OWN.swap(Some(Arc::clone(&own))) {
+        std::mem::forget(old);
+    }
+    Ok(own)
+}
+
+/// Runs a call on this thread, without the GIL.
+pub fn wait<T: Send>(py: Python<'_>, call: impl Future<Output = Result<T, Error>> + Send) -> Result<T, Error> {
+    py.detach(|| own()?.runtime.block_on(call))
+}
+
+/// Runs a call on the runtime; an asyncio future of its result. Cancelling the future cancels the call.
+pub fn awaitable<'py, T: Send + 'static>(
+    py: Python<'py>,
+    call: impl Future<Output = Result<T, Error>> + Send + 'static,
+    convert: impl FnOnce(Python<'_>, T) -> PyResult<Py<PyAny>> + Send + 'static,
+) -> PyResult<Bound<'py, PyAny>> {
+    let event_loop = py.import("asyncio")?.call_method0("get_running_loop")?;
+    let future = event_loop.call_method0("create_future")?;
+    let (to_loop, to_future) = (event_loop.unbind(), future.clone().unbind());
+    let own = own().map_err(crate::errors::raise)?;
+    let task = own.runtime.spawn(async move {
+        let result = call.await;
+        Python::attach(|py| {
+            let outcome = result.map_err(crate::errors::raise).and_then(|value| convert(py, value));
+            let set = py.import("kvstore").and_then(|module| module.getattr("_set_future"));
+            let delivered = set.and_then(|set| {
+                let arguments = match outcome {
+                    Ok(value) => (set, to_future.bind(py), value, py.None()),
+                    Err(error) => (set, to_future.bind(py), py.None(), error.into_value(py).into_any()),
+                };
+                to_loop.bind(py).call_method1("call_soon_threadsafe", arguments)
+            });
+            // A loop that was closed meanwhile has nobody who waits.
+            drop(delivered);
+        });
+    });
+    let abort = task.abort_handle();
+    let on_done = pyo3::types::PyCFunction::new_closure(py, None, None, move |arguments, _| -> PyResult<()> {
+        let cancelled = arguments.get_item(0)?.call_method0("cancelled")?.is_truthy()?;
+        if cancelled {
+            abort.abort();
+        }
+        Ok(())
+    })?;
+    future.call_method1("add_done_callback", (on_done,))?;
+    Ok(future)
+}

@@ -1,0 +1,253 @@
+import asyncio
+import gc
+import hashlib
+import os
+import threading
+import time
+
+import numpy
+import pytest
+from conftest import register
+
+import kvstore
+
+
+def hashes(ids):
+    return [hashlib.sha256(str(at).encode()).digest() for at in ids]
+
+
+def block(at, size):
+    return numpy.random.default_rng(at).integers(0, 256, size, dtype=numpy.uint8).tobytes()
+
+
+def blocks(ids, size):
+    return [block(at, size) for at in ids]
+
+
+def test_blocks_come_back_as_they_went_in(group):
+    size = group.block_bytes
+    stored = group.put_from(hashes(range(8)), blocks(range(8), size))
+    assert stored == [kvstore.PutResult("stored", "memory")] * 8
+    assert group.put_from(hashes(range(8)), blocks(range(8), size))[0].status == "present"
+    assert group.lookup(hashes(range(12))) == 8
+    into = [bytearray(size) for _ in range(12)]
+    assert group.get_into(hashes(range(12)), into) == 8
+    assert [bytes(buffer) for buffer in into[:8]] == blocks(range(8), size)
+    assert not any(into[8])
+    assert group.get(hashes(range(12))) == blocks(range(8), size)
+
+
+def test_every_kind_of_buffer(group):
+    size = group.block_bytes
+    names, expected = hashes(range(4)), blocks(range(4), size)
+    whole = b"".join(expected)
+    array = numpy.frombuffer(whole, dtype=numpy.uint8).reshape(4, size)
+    for at, buffers in enumerate([expected, tuple(expected), whole, memoryview(whole), bytearray(whole), array, list(array)]):
+        group.delete(names)
+        assert [result.status for result in group.put_from(names, buffers)] == ["stored"] * 4, at
+        out = numpy.zeros((4, size), dtype=numpy.uint8)
+        assert group.get_into(names, out) == 4
+        assert out.tobytes() == whole
+        wide = numpy.zeros((4, size // 4), dtype=numpy.float32)
+        assert group.get_into(names, list(wide)) == 4
+        assert wide.tobytes() == whole
+
+
+def test_tensors_of_torch(group):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    size = group.block_bytes
+    tensors = [torch.randn(size // 2).to(torch.bfloat16) for _ in range(3)]
+    group.put_from(hashes(range(3)), tensors)
+    into = torch.zeros(3, size // 2, dtype=torch.bfloat16)
+    assert group.get_into(hashes(range(3)), into) == 3
+    assert torch.equal(into, torch.stack(tensors))
+    with pytest.raises(kvstore.Invalid, match="contiguous"):
+        group.get_into(hashes(range(1)), [torch.zeros(10, 10).t()])
+
+
+def test_mistakes_are_named(group):
+    names, size = hashes(range(2)), group.block_bytes
+    group.put_from(names, blocks(range(2), size))
+    with pytest.raises(TypeError, match="writable"):
+        group.get_into(names, [bytes(size), bytes(size)])
+    with pytest.raises(ValueError, match="1 for 2 hashes"):
+        group.get_into(names, [bytearray(size)])
+    with pytest.raises(kvstore.Invalid, match=str(size)):
+        group.get_into(names, [bytearray(10), bytearray(10)])
+    with pytest.raises(ValueError, match=str(size)):
+        group.put_from(hashes([9]), [bytes(7)])
+    with pytest.raises(TypeError, match="a hash is bytes, not str"):
+        group.lookup(["text"])
+    with pytest.raises(TypeError, match="a sequence of hashes"):
+        group.lookup(b"one")
+    with pytest.raises(kvstore.Invalid, match="33"):
+        group.lookup([bytes(33)])
+    with pytest.raises(ValueError, match="level"):
+        group.put_from(names, blocks(range(2), size), level="forever")
+    with pytest.raises(kvstore.Unsupported, match="object store"):
+        group.put_from(hashes([9]), blocks([9], size), level="durable")
+    with pytest.raises(TypeError, match="contiguous"):
+        group.get_into(names, list(numpy.zeros((size, 4), dtype=numpy.uint8).T[:2]))
+    assert issubclass(kvstore.Unavailable, ConnectionError) and issubclass(kvstore.DeadlineExceeded, TimeoutError)
+    with pytest.raises(kvstore.Unavailable, match="kvstore serve"):
+        kvstore.Client("unix:/nowhere/at/all.sock")
+    with pytest.raises(kvstore.Invalid, match="not an address"):
+        kvstore.Client("nowhere")
+    assert group.lookup(names) == 2
+
+
+def test_leases_are_views_that_keep_their_block(daemon):
+    group = register(kvstore.Client(daemon.address, plane="local"), 1 << 20)
+    size = group.block_bytes
+    group.put_from(hashes(range(4)), blocks(range(4), size))
+    leases = group.leases(hashes(range(6)))
+    assert len(leases) == 4
+    view = leases[3]
+    assert view.readonly and view.nbytes == size and isinstance(view, memoryview)
+    assert leases[-1] == view and bytes(leases[0]) == block(0, size)
+    with pytest.raises(IndexError):
+        leases[4]
+    with pytest.raises(TypeError):
+        view[0] = 1
+    with pytest.raises(BufferError, match="views"):
+        leases.release()
+    del leases
+    gc.collect()
+    for turn in range(1, 5):
+        ids = range(turn * 1000, turn * 1000 + 60)
+        group.put_from(hashes(ids), blocks(ids, size))
+    assert bytes(view) == block(3, size), "a view keeps its block while the memory turns over"
+    array = numpy.frombuffer(view, dtype=numpy.float32)
+    del view
+    gc.collect()
+    assert array.tobytes() == block(3, size), "an array of a view keeps it, too"
+    del array
+    with group.leases(hashes([4000])) as views:
+        assert [view.nbytes for view in views] == [size]
+        del views
+    grpc = register(kvstore.Client(daemon.address, plane="grpc"), 1 << 20)
+    with pytest.raises(kvstore.Unsupported, match="local plane"):
+        grpc.leases(hashes([0]))
+
+
+def test_pins_prefetches_and_deletes(group):
+    names, size = hashes(range(5)), group.block_bytes
+    group.put_from(names, blocks(range(5), size))
+    with group.pin(names, ttl=60) as pin:
+        assert pin.blocks == 5
+        assert group.delete(names) == kvstore.Deleted(0, 5)
+    ended = group.prefetch(names).wait()
+    assert ended == kvstore.PrefetchProgress("done", 5, 5, 0)
+    group.hint(names)
+    assert group.delete(names) == kvstore.Deleted(5, 0)
+    assert group.lookup(names) == 0
+
+
+def test_blocks_on_disk(disk_daemon):
+    group = register(kvstore.Client(disk_daemon.address), 256 * 1024)
+    ids, size = range(150), group.block_bytes
+    stored = group.put_from(hashes(ids), blocks(ids, size), level="local")
+    assert {result.level for result in stored} == {"local"}
+    out = numpy.zeros((len(ids), size), dtype=numpy.uint8)
+    assert group.get_into(hashes(ids), out) == len(ids)
+    assert all(out[at].tobytes() == block(at, size) for at in ids)
+    disk_daemon.kill()
+    disk_daemon.start()
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            assert group.lookup(hashes(ids)) == len(ids), "what was local is found again by the same client"
+            break
+        except kvstore.Unavailable:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    with group.leases(hashes(range(20))) as views:
+        assert len(views) == 20 and bytes(views[19]) == block(19, size)
+
+
+def test_the_daemon_goes_and_comes_back(daemon):
+    client = kvstore.Client(daemon.address)
+    group = register(client, 64 * 1024)
+    group.put_from(hashes(range(2)), blocks(range(2), group.block_bytes))
+    view = group.leases(hashes(range(2)))[1]
+    daemon.kill()
+    with pytest.raises(kvstore.Unavailable):
+        group.put_from(hashes([5]), blocks([5], group.block_bytes))
+    assert bytes(view) == block(1, group.block_bytes), "what is leased outlives the daemon"
+    daemon.start()
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            assert group.lookup(hashes(range(2))) == 0, "what is lost is a miss"
+            break
+        except kvstore.Unavailable:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    group.put_from(hashes(range(2)), blocks(range(2), group.block_bytes))
+    assert group.get(hashes(range(2))) == blocks(range(2), group.block_bytes)
+
+
+def test_async_calls(group):
+    size = group.block_bytes
+
+    async def run():
+        ids = [range(turn * 10, turn * 10 + 4) for turn in range(8)]
+        await asyncio.gather(*(group.put_from_async(hashes(turn), blocks(turn, size)) for turn in ids))
+        out = [numpy.zeros((4, size), dtype=numpy.uint8) for _ in ids]
+        found = await asyncio.gather(*(group.get_into_async(hashes(turn), buffer) for turn, buffer in zip(ids, out)))
+        assert found == [4] * 8
+        for turn, buffer in zip(ids, out):
+            assert buffer.tobytes() == b"".join(blocks(turn, size))
+        assert await group.lookup_async(hashes(range(6))) == 4
+        pin = await group.pin_async(hashes(range(4)), ttl=5)
+        assert pin.blocks == 4 and await pin.unpin_async()
+        assert (await (await group.prefetch_async(hashes(range(4)))).wait_async()).ready == 4
+        with pytest.raises(kvstore.Invalid):
+            await group.lookup_async([bytes(33)])
+        waiting = asyncio.ensure_future(group.put_from_async(hashes(range(100, 300)), blocks(range(100, 300), size)))
+        await asyncio.sleep(0.001)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert (await group.delete_async(hashes(range(4)))).deleted == 4
+
+    asyncio.run(run())
+
+
+def test_threads_share_a_client_and_the_gil_is_free_meanwhile(group):
+    size, wrong = group.block_bytes, []
+
+    def work(thread):
+        for turn in range(10):
+            ids = range(thread * 1000 + turn * 4, thread * 1000 + turn * 4 + 4)
+            group.put_from(hashes(ids), blocks(ids, size))
+            if group.get(hashes(ids)) != blocks(ids, size):
+                wrong.append(ids)
+
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_child_of_a_fork_attaches_anew(daemon):
+    client = kvstore.Client(daemon.address)
+    group = register(client, 64 * 1024)
+    group.put_from(hashes(range(3)), blocks(range(3), group.block_bytes))
+    leases = group.leases(hashes(range(3)))
+    child = os.fork()
+    if child == 0:
+        try:
+            ok = group.get(hashes(range(3))) == blocks(range(3), group.block_bytes)
+            ok &= group.put_from(hashes([7]), blocks([7], group.block_bytes))[0].status == "stored"
+            ok &= len(group.leases(hashes([7]))) == 1
+            os._exit(0 if ok else 1)
+        except BaseException:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0, "the child read something else"
+    assert bytes(leases[2]) == block(2, group.block_bytes), "the parent's leases are as they were"
+    del leases
+    assert group.get(hashes([7])) == [block(7, group.block_bytes)], "what the child put is there"
