@@ -9,7 +9,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use kvstore::replay;
 use kvstore_client::v1::BlockKind;
-use kvstore_client::{Client, GroupRef, PutBlock};
+use kvstore_client::{Client, GroupRef, Plane, PutBlock};
 use redis::Commands;
 use tokio::runtime::Runtime;
 
@@ -54,7 +54,7 @@ impl Ours {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let layout = replay::layout("kvstore benches", BLOCK_BYTES as u32, BlockKind::Attention);
         let (client, group) = runtime.block_on(async {
-            let client = Client::connect(&format!("unix:{}", socket.display())).await?;
+            let client = Client::connect_over(&format!("unix:{}", socket.display()), Plane::Grpc).await?;
             let group = client.register_layout(layout).await?.group(0);
             anyhow::Ok((client, group))
         })?;

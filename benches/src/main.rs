@@ -7,6 +7,7 @@ mod eviction;
 mod figure;
 mod grpc;
 mod index;
+mod local;
 mod nvme;
 mod process;
 mod restart;
@@ -19,8 +20,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Measure figures.
 #[derive(Parser)]
 struct Arguments {
-    /// Groups, separated by commas: grpc, index, eviction, nvme, restart.
-    #[arg(long, default_value = "grpc,index,eviction,nvme,restart", value_delimiter = ',')]
+    /// Groups, separated by commas: grpc, index, eviction, nvme, restart, local.
+    #[arg(long, default_value = "grpc,index,eviction,nvme,restart,local", value_delimiter = ',')]
     figures: Vec<String>,
     /// Rounds of each paired measurement.
     #[arg(long, default_value_t = 15)]
@@ -40,6 +41,9 @@ struct Arguments {
 }
 
 fn main() -> anyhow::Result<()> {
+    if local::is_helper()? {
+        return Ok(());
+    }
     let arguments = Arguments::parse();
     if arguments.figures.len() > 1 {
         return in_processes_of_their_own(&arguments.figures);
@@ -51,7 +55,8 @@ fn main() -> anyhow::Result<()> {
             "eviction" => eviction::measure(&arguments.trace)?,
             "nvme" => nvme::measure(&arguments.disk, arguments.rounds)?,
             "restart" => restart::measure(&arguments.daemon, &arguments.disk, &arguments.trace)?,
-            other => anyhow::bail!("unknown group {other:?}: valid are grpc, index, eviction, nvme, restart"),
+            "local" => local::measure(&arguments.daemon, arguments.rounds)?,
+            other => anyhow::bail!("unknown group {other:?}: valid are grpc, index, eviction, nvme, restart, local"),
         };
         if let Some(path) = &arguments.write {
             figure::write(path, group, &figures)?;

@@ -176,12 +176,9 @@ impl Client {
         }
         let shared = Shared { target, plane, life: ArcSwap::new(Life::new()), layouts: ArcSwap::default() };
         let client = Self { shared: Arc::new(shared), deadline: DEADLINE };
-        client.within(client.connection()).await?;
-        if plane == Plane::Local {
-            client.attach()?;
-        } else {
-            // Without it, gRPC does.
-            let _ = client.attached();
+        // Attached, it dials for gRPC when a call needs that.
+        if client.attached_for_calls()?.is_none() {
+            client.within(client.connection()).await?;
         }
         Ok(client)
     }
