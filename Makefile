@@ -1,17 +1,22 @@
 # Two commands do everything: `make demo` and `make test`.
-.PHONY: demo test lint bench audit help
+.PHONY: demo test test-models test-python wheel lint bench bench-peers audit help
 
-# Figures to measure: grpc, index, eviction, nvme, restart, or several with commas.
-FIGURES ?= grpc,index,eviction,nvme,restart
+# Figures to measure: grpc, index, eviction, nvme, restart, local, or several with commas.
+FIGURES ?= grpc,index,eviction,nvme,restart,local
 TARGET := $(or $(CARGO_TARGET_DIR),$(shell cargo metadata --no-deps --format-version 1 2>/dev/null | sed 's/.*"target_directory":"\([^"]*\)".*/\1/'),target)
 # A folder on the disk that nvme and restart measure; needs 20 GiB.
 DISK ?= $(TARGET)
+# Python for the shims' tests, and for the peers that benches compare with.
+VENV := $(TARGET)/python
+PEERS := $(TARGET)/peers
 
 help:
 	@echo "make demo    run a real trace of LLM requests, kill -9 in the middle, every byte verified"
 	@echo "make test    all tests"
 	@echo "make lint    formatting, clippy, licences and sources of dependencies"
+	@echo "make wheel   the Python package, for Python 3.10 and newer"
 	@echo "make bench   measure the figures of benches/RESULTS.md (FIGURES=grpc for one group)"
+	@echo "make bench-peers  beside Mooncake Store and Redis, from Python (installs them into a scratch environment)"
 	@echo "make audit   known vulnerabilities in dependencies (needs the network)"
 
 demo:
@@ -21,15 +26,39 @@ demo:
 	@echo
 	@echo "A production trace of LLM requests, as an engine would send it: look up, get the hits, put the rest."
 	@echo "In the middle of it the daemon is killed with -9, and starts again."
-	$(TARGET)/release/kvstore replay examples/conversation_slice.jsonl --block-bytes 64KiB --host-bytes 256MiB --nvme-bytes 4GiB --crash --verify
+	$(TARGET)/release/kvstore replay examples/conversation_slice.jsonl --block-bytes 64KiB --host-bytes 256MiB --nvme-bytes 4GiB --crash --verify --plane local
+	@echo
+	@echo "The same over gRPC, as from another node, without the crash."
+	$(TARGET)/release/kvstore replay examples/conversation_slice.jsonl --block-bytes 64KiB --host-bytes 256MiB --nvme-bytes 4GiB --verify --plane grpc
 	@echo
 	@echo "The same requests on metadata alone: the eviction policy beside LRU and the optimum."
 	$(TARGET)/release/kvstore replay examples/conversation_slice.jsonl --simulate --capacity-blocks 5000
 
-test:
-	@scripts/setup.sh build nextest
+test: test-models
+	@scripts/setup.sh build nextest python
 	cargo test --locked --package kvstore-client --doc --quiet
 	cargo nextest run --locked --workspace
+	$(MAKE) --no-print-directory test-python
+
+# The shared-memory protocol in every order that the memory model allows (loom), and in many interleavings (shuttle).
+test-models:
+	@scripts/setup.sh build
+	RUSTFLAGS="--cfg loom" cargo test --locked --package kvstore-plane --release --test loom --target-dir $(TARGET)/models --quiet
+	RUSTFLAGS="--cfg shuttle" cargo test --locked --package kvstore-plane --release --test shuttle --target-dir $(TARGET)/models --quiet
+
+# The Python package against a real daemon: that of the Rust tests, or KVSTORE_BIN.
+test-python: wheel
+	cargo build --locked --quiet --package kvstore
+	$(VENV)/bin/pip install --quiet --force-reinstall --no-deps $(TARGET)/wheels/*.whl
+	cd shims && KVSTORE_BIN=$${KVSTORE_BIN:-$(abspath $(TARGET))/debug/kvstore} $(abspath $(VENV))/bin/python -m pytest -q -rs
+
+wheel:
+	@scripts/setup.sh build python
+	@[ -x $(VENV)/bin/python ] || python3 -m venv $(VENV)
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement shims/tests/requirements.txt
+	@rm -rf $(TARGET)/wheels
+	cd shims && CARGO_TARGET_DIR=$(abspath $(TARGET)) $(abspath $(VENV))/bin/maturin --quiet build --release --locked --out $(abspath $(TARGET))/wheels
+	@ls $(TARGET)/wheels/*.whl
 
 lint:
 	@scripts/setup.sh build lint deny
@@ -45,3 +74,12 @@ bench:
 	@scripts/setup.sh build redis fio
 	cargo build --release --locked --quiet --package kvstore --package kvstore-benches
 	$(TARGET)/release/kvstore-benches --figures $(FIGURES) --daemon $(TARGET)/release/kvstore --disk $(DISK) --write benches/RESULTS.md
+
+bench-peers: wheel
+	@scripts/setup.sh redis
+	cargo build --release --locked --quiet --package kvstore
+	@[ -x $(PEERS)/bin/python ] || python3 -m venv $(PEERS)
+	@echo "Installing the peers' published packages (once, some 100 MB) ..."
+	@$(PEERS)/bin/pip install --quiet --disable-pip-version-check --requirement benches/peers/requirements.txt
+	$(PEERS)/bin/pip install --quiet --force-reinstall --no-deps $(TARGET)/wheels/*.whl
+	$(PEERS)/bin/python benches/peers/bench.py --daemon $(TARGET)/release/kvstore --write benches/RESULTS.md

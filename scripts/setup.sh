@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing of the named tools, and nothing else: build, lint, nextest, deny, redis, fio.
+# Installs what is missing of the named tools, and nothing else: build, lint, nextest, deny, python, redis, fio.
 set -euo pipefail
 
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -41,6 +41,10 @@ for tool in "$@"; do
       ;;
     nextest) have cargo-nextest || { echo "Installing cargo-nextest (once, some minutes) ..."; cargo install --locked --quiet cargo-nextest; } ;;
     deny) have cargo-deny || { echo "Installing cargo-deny (once, some minutes) ..."; cargo install --locked --quiet cargo-deny; } ;;
+    python)
+      have python3 || debian python3
+      python3 -c 'import ensurepip, venv' 2>/dev/null || debian python3-venv
+      ;;
     redis) have redis-server || debian redis-server ;;
     fio) have fio || debian fio ;;
     *) echo "setup.sh: unknown tool $tool" >&2; exit 2 ;;

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use kvstore::replay;
 use kvstore_client::v1::{BlockKind, PutStatus};
 use kvstore_client::{Client, GroupRef, Leases, Plane, PutBlock, PutOptions, PutSlice};
+use kvstore_plane::stream_copy;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use tokio::runtime::Runtime;
@@ -85,31 +86,6 @@ fn unpin(cores: usize) {
     let mut set = CpuSet::new();
     (0..cores).for_each(|core| set.set(core));
     let _ = sched_setaffinity(None, &set);
-}
-
-/// Copies with stores that go past the cache: what the machine does at best.
-fn stream_copy(from: &[u8], to: &mut [u8]) {
-    #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") && to.as_ptr().align_offset(32) == 0 {
-        // SAFETY: AVX2 is there, and `to` is aligned.
-        return unsafe { stream_lines(from, to) };
-    }
-    to.copy_from_slice(from);
-}
-
-/// # Safety
-/// AVX2 is there; `to` is aligned to 32 bytes.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-unsafe fn stream_lines(from: &[u8], to: &mut [u8]) {
-    use std::arch::x86_64::{_mm_sfence, _mm256_loadu_si256, _mm256_stream_si256};
-    for (from, to) in from.chunks_exact(32).zip(to.chunks_exact_mut(32)) {
-        // SAFETY: 32 bytes are there.
-        let word = unsafe { _mm256_loadu_si256(from.as_ptr().cast()) };
-        // SAFETY: 32 bytes are there, aligned.
-        unsafe { _mm256_stream_si256(to.as_mut_ptr().cast(), word) };
-    }
-    _mm_sfence();
 }
 
 fn seconds(work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<f64> {
@@ -375,7 +351,8 @@ fn commands(daemon: &Daemon, rounds: usize) -> anyhow::Result<Vec<Figure>> {
 /// This program again, for another part.
 fn helper(part: &str, stdin: Option<&OwnedFd>, argument: &str) -> anyhow::Result<Child> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.env(HELPER, part).arg("--").arg(argument);
+    // One arena: clients are measured here, not an allocator's habits.
+    command.env(HELPER, part).env("_RJEM_MALLOC_CONF", "narenas:1,tcache:false").arg("--").arg(argument);
     if let Some(stdin) = stdin {
         command.stdin(std::process::Stdio::from(stdin.try_clone()?));
     }

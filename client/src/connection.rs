@@ -230,10 +230,15 @@ impl Client {
 
     /// The same, or why there is none.
     pub(crate) fn attach(&self) -> Result<Arc<Attachment>, Error> {
-        let life = self.life();
-        if let Some(attachment) = life.local.load_full().filter(|attachment| attachment.is_live()) {
+        // What every read passes: no reference is counted but the attachment's own.
+        let life = self.shared.life.load();
+        if life.forks == forks()
+            && let Some(attachment) = life.local.load_full().filter(|attachment| attachment.is_live())
+        {
             return Ok(attachment);
         }
+        drop(life);
+        let life = self.life();
         let Target::Unix(path) = &self.shared.target else {
             return Err(Error::Unsupported(format!("{} has no local plane", self.shared.target)));
         };

@@ -115,6 +115,15 @@ impl SlotEntry {
         self.key() == *key
     }
 
+    /// True where the entry seems to be `key`'s: one word of its hash, its group and its layout. What a reader looks at before it names
+    /// the slot; [`Self::read`] then tells.
+    pub fn seems(&self, key: &SlotKey) -> bool {
+        let [word, ..] = key.hash.words();
+        let [first, ..] = &self.hash;
+        let group = self.group_and_hash_len.load(Ordering::Relaxed) as u16;
+        first.load(Ordering::Relaxed) == word && group == key.group && self.layout.load(Ordering::Relaxed) == key.layout
+    }
+
     /// The key, as the daemon reads it under its lock.
     pub fn key(&self) -> SlotKey {
         let packed = self.group_and_hash_len.load(Ordering::Relaxed);

@@ -20,19 +20,22 @@ pub struct SequenceHash {
     len: u8,
 }
 
+/// Room for a hash that is yet to come: equal to none.
+pub const NO_HASH: SequenceHash = SequenceHash { words: [0; 4], len: 0 };
+
 impl SequenceHash {
     /// Checks the length and copies the bytes.
     pub fn new(bytes: &[u8]) -> Result<Self, InvalidHash> {
         if bytes.is_empty() || bytes.len() > SEQUENCE_HASH_BYTES_MAX {
             return Err(InvalidHash(bytes.len()));
         }
+        let mut padded = [0u8; SEQUENCE_HASH_BYTES_MAX];
+        if let Some(to) = padded.get_mut(..bytes.len()) {
+            to.copy_from_slice(bytes);
+        }
         let mut words = [0u64; 4];
-        for (word, chunk) in words.iter_mut().zip(bytes.chunks(8)) {
-            let mut padded = [0u8; 8];
-            for (to, from) in padded.iter_mut().zip(chunk) {
-                *to = *from;
-            }
-            *word = u64::from_le_bytes(padded);
+        for (word, chunk) in words.iter_mut().zip(padded.as_chunks::<8>().0) {
+            *word = u64::from_le_bytes(*chunk);
         }
         Ok(Self { words, len: bytes.len() as u8 })
     }

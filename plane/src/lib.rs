@@ -15,6 +15,7 @@ mod key_table;
 mod lease;
 mod ring;
 mod sleep;
+mod stream;
 mod sync;
 mod touch;
 
@@ -27,11 +28,12 @@ pub use attachment::{
 pub use commands::{BadCommand, Command, Completion, StageBlock, verbs};
 pub use directory::{SLOT_ENTRY_BYTES, SlotEntry, SlotRecord, SlotState};
 pub use header::{HEADER_BYTES, HeaderError, SLAB_VERSION, SlabGeometry, SlabHeader};
-pub use key::{InvalidHash, SEQUENCE_HASH_BYTES_MAX, SequenceHash, SlotKey};
+pub use key::{InvalidHash, NO_HASH, SEQUENCE_HASH_BYTES_MAX, SequenceHash, SlotKey};
 pub use key_table::{HeapTable, KeyTable, PROBE_BUCKETS_MAX, SlotRef, TableFull, TableMemory, TableView};
 pub use lease::{LeaseWords, announce, withdrawn};
 pub use ring::{Corrupt, Push, RecordHead, RingReader, RingView, RingWriter};
 pub use sleep::{fall_asleep, must_kick, wake_up};
+pub use stream::stream_copy;
 pub use touch::{TouchRing, Touched};
 
 /// Asks the processor to load the cache line of `item`; nothing where that can't be said.

@@ -26,11 +26,16 @@ impl<'a> TouchRing<'a> {
         Self { written, words }
     }
 
+    /// Rings have as many words as a power of two.
+    fn word(&self, at: u64) -> Option<&AtomicU64> {
+        self.words.get(at as usize & self.words.len().wrapping_sub(1))
+    }
+
     /// Client, one thread at a time: a request read `slots`; the leaf of its prefix first.
     pub fn push(&self, slots: impl Iterator<Item = SlotRef>) {
         let mut at = self.written.load(Ordering::Relaxed);
         for slot in slots {
-            if let Some(word) = self.words.get(at as usize % self.words.len().max(1)) {
+            if let Some(word) = self.word(at) {
                 word.store(slot.to_word(), Ordering::Relaxed);
             }
             at = at.wrapping_add(1);
@@ -47,7 +52,7 @@ impl<'a> TouchRing<'a> {
         let taken = behind.min(capacity);
         for at in 0..taken {
             let at = written.wrapping_sub(taken).wrapping_add(at);
-            if let Some(word) = self.words.get(at as usize % self.words.len().max(1)) {
+            if let Some(word) = self.word(at) {
                 each(SlotRef::from_word(word.load(Ordering::Relaxed)));
             }
         }

@@ -85,7 +85,13 @@ impl SharedMemory {
         }
         let words = self.words().get(offset as usize / 8..).unwrap_or_default();
         let (whole, rest) = to.as_chunks_mut::<8>();
-        for (to, from) in whole.iter_mut().zip(words) {
+        // A line at a time: the loads of a line do not wait for each other.
+        let (lines, tail) = whole.as_chunks_mut::<8>();
+        for (to, from) in lines.iter_mut().zip(words.as_chunks::<8>().0) {
+            let line: [u64; 8] = std::array::from_fn(|word| from.get(word).map_or(0, |word| word.load(Ordering::Relaxed)));
+            to.iter_mut().zip(line).for_each(|(to, word)| *to = word.to_ne_bytes());
+        }
+        for (to, from) in tail.iter_mut().zip(words.get(lines.len() * 8..).unwrap_or_default()) {
             *to = from.load(Ordering::Relaxed).to_ne_bytes();
         }
         if let Some(last) = words.get(whole.len()).filter(|_| !rest.is_empty()) {

@@ -13,6 +13,11 @@ use crate::sums::SectionSums;
 /// the cache.
 const STEP_BYTES: usize = 32 << 10;
 
+/// Bytes that are fetched from shared memory in one go: half of a first-level cache.
+const BOUNCE_BYTES: usize = 16 << 10;
+/// From this many bytes on a slot is written past the cache: smaller blocks are read again soon, by many at once.
+const STREAM_FROM_BYTES: usize = 64 << 10;
+
 /// More bytes than were announced.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{given} bytes given where {room} are left of the block")]
@@ -84,15 +89,24 @@ impl SlotFill {
         if !offset.is_multiple_of(8) || offset.checked_add(bytes as u64).is_none_or(|end| end > source.byte_len()) {
             return Ok(false);
         }
+        // By way of a few KiB of our own, which stay in the nearest cache: the checksum is taken of what can no longer change,
+        // and the slot is written past the cache, without being read first.
+        let mut own = [0u8; BOUNCE_BYTES];
         let mut copied = 0;
         while copied < bytes {
-            let step = STEP_BYTES.min(bytes - copied);
+            let step = BOUNCE_BYTES.min(bytes - copied);
+            let own = own.get_mut(..step).unwrap_or_default();
+            source.copy_racy(offset + copied as u64, own);
+            self.sums.update(own);
             // SAFETY: filled + step <= length <= slot_bytes: inside the mapped slot.
             let to = unsafe { self.start.add(self.filled) };
             // SAFETY: mapped, initialised, and the slot is ours alone (new).
             let to = unsafe { std::slice::from_raw_parts_mut(to.as_ptr(), step) };
-            source.copy_racy(offset + copied as u64, to);
-            self.sums.update(to);
+            if bytes >= STREAM_FROM_BYTES {
+                kvstore_plane::stream_copy(own, to);
+            } else {
+                to.copy_from_slice(own);
+            }
             self.filled += step;
             copied += step;
         }

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use kvstore_plane::{
     AttachmentView, CLIENT_PAGE_BYTES, DAEMON_PAGE_BYTES, FromClient, FromDaemon, PLANE_VERSION, TableView, Welcome,
 };
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::calls::Calls;
@@ -47,13 +47,16 @@ pub(crate) struct Attachment {
     pub(super) calls: Calls,
     pub(super) staging: Staging,
     /// The daemon's numbers for layouts, and bytes of their groups' blocks, by digest.
-    pub(super) layouts: RwLock<HashMap<Bytes, LocalLayout>>,
+    pub(super) layouts: ArcSwap<LocalLayouts>,
     receiving: Mutex<()>,
     staging_came: Notify,
     lost: AtomicBool,
     draining: AtomicBool,
     forks: u64,
 }
+
+/// Looked at by every call, changed by few.
+pub(super) type LocalLayouts = HashMap<Bytes, LocalLayout, foldhash::fast::RandomState>;
 
 /// A layout, as this attachment's daemon numbers it.
 #[derive(Clone, Debug)]
@@ -94,7 +97,7 @@ impl Attachment {
             touching: Mutex::default(),
             calls: Calls::default(),
             staging: Staging::default(),
-            layouts: RwLock::default(),
+            layouts: ArcSwap::default(),
             receiving: Mutex::default(),
             staging_came: Notify::new(),
             lost: AtomicBool::new(false),

@@ -148,7 +148,8 @@ impl Waiting {
             if Instant::now() >= until {
                 break;
             }
-            std::hint::spin_loop();
+            // Others on this thread have their turn meanwhile.
+            tokio::task::yield_now().await;
         }
         let calls = &self.attachment.calls;
         calls.asleep.fetch_add(1, Ordering::AcqRel);

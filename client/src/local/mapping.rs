@@ -88,10 +88,17 @@ impl Drop for Mapping {
     }
 }
 
+// SAFETY: a mapping, and a pointer into it to atomics.
+unsafe impl Send for MappedSlab {}
+// SAFETY: as above.
+unsafe impl Sync for MappedSlab {}
+
 /// One slab, mapped for reading.
 pub(crate) struct MappedSlab {
     mapping: Mapping,
     header: SlabHeader,
+    /// The slot directory, which the mapping holds.
+    entries: NonNull<SlotEntry>,
     /// Told apart by this where a number is used again.
     pub(crate) serial: u64,
 }
@@ -111,19 +118,16 @@ impl MappedSlab {
             return Err(wrong("it is of another life of the daemon, or of another namespace".into()));
         }
         let mapping = Mapping::new(fd, header.geometry.slab_bytes, Access::Read)?;
-        Ok(Self { mapping, header, serial })
+        let range = header.geometry.directory();
+        let entries = mapping.at(range.start, range.end - range.start).ok_or_else(|| wrong("it is too short".into()))?;
+        let entries = entries.cast();
+        Ok(Self { mapping, header, entries, serial })
     }
 
     /// The slot directory.
     pub(crate) fn directory(&self) -> &[SlotEntry] {
-        let range = self.header.geometry.directory();
-        match self.mapping.at(range.start, range.end - range.start) {
-            // SAFETY: inside the mapping; 64-byte aligned (page + 64 n); SlotEntry is atomics alone.
-            Some(first) => unsafe {
-                std::slice::from_raw_parts(first.as_ptr().cast(), self.header.geometry.slot_count as usize)
-            },
-            None => &[],
-        }
+        // SAFETY: slot_count entries are inside the mapping (new), 64-byte aligned (page + 64 n), and atomics alone.
+        unsafe { std::slice::from_raw_parts(self.entries.as_ptr(), self.header.geometry.slot_count as usize) }
     }
 
     /// Where the first `length` bytes of a slot are; `None` where a slot has not that many.

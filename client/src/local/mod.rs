@@ -45,6 +45,23 @@ pub(crate) struct LocalGroup {
     group: u16,
 }
 
+/// What names a block: an engine's bytes, checked as they are used, or checked before.
+pub(crate) trait Name {
+    fn hash(&self) -> Result<SequenceHash, Error>;
+}
+
+impl Name for SequenceHash {
+    fn hash(&self) -> Result<SequenceHash, Error> {
+        Ok(*self)
+    }
+}
+
+impl Name for Bytes {
+    fn hash(&self) -> Result<SequenceHash, Error> {
+        sequence_hash(self)
+    }
+}
+
 fn sequence_hash(bytes: &[u8]) -> Result<SequenceHash, Error> {
     SequenceHash::new(bytes).map_err(|error| Error::Invalid(format!("sequence_hashes: {error}")))
 }
@@ -75,10 +92,6 @@ impl Attachment {
         }
     }
 
-    fn known_layout(&self, digest: &Bytes) -> Option<LocalLayout> {
-        self.layouts.read().get(digest).cloned()
-    }
-
     /// Registers a layout with this attachment's daemon, and keeps its number.
     pub(crate) async fn register(
         self: &Arc<Self>,
@@ -93,7 +106,11 @@ impl Attachment {
             .ok_or_else(|| Error::Invalid("layout: is larger than a command may be".into()))?;
         let known =
             LocalLayout { ordinal: response.ordinal, block_bytes: response.block_bytes.as_slice().into() };
-        self.layouts.write().insert(response.layout_digest.clone(), known);
+        self.layouts.rcu(|layouts| {
+            let mut layouts = attachment::LocalLayouts::clone(layouts);
+            layouts.insert(response.layout_digest.clone(), known.clone());
+            layouts
+        });
         Ok(response)
     }
 }
@@ -106,10 +123,12 @@ impl Client {
     /// The group on the local plane, where it was used there before: never waits.
     fn local_group_now(&self, group: &GroupRef) -> Option<LocalGroup> {
         let attachment = self.attached()?;
-        let layout = attachment.known_layout(&group.layout_digest)?;
+        let layouts = attachment.layouts.load();
+        let layout = layouts.get(&group.layout_digest)?;
         // A group that the layout has not is refused by the daemon, over gRPC.
-        layout.block_bytes.get(group.group as usize)?;
-        Some(LocalGroup { attachment, layout: layout.ordinal, group: group.group as u16 })
+        let ordinal = layout.block_bytes.get(group.group as usize).map(|_| layout.ordinal)?;
+        drop(layouts);
+        Some(LocalGroup { attachment, layout: ordinal, group: group.group as u16 })
     }
 
     /// The group on the local plane; `None` where its calls go over gRPC.
@@ -137,7 +156,7 @@ impl Client {
     /// [`Self::leases`].
     pub fn leases_now(&self, group: &GroupRef, hashes: &[Bytes]) -> Option<Result<Leases, Error>> {
         let local = self.local_group_now(group)?;
-        Some(sequence_hashes(hashes).and_then(|hashes| local.lease_run(&hashes)))
+        Some(local.attachment.lease_run(local.layout, local.group, hashes))
     }
 
     /// Leases the leading blocks of a prefix, to be read where they lie; what is in a lower tier alone is brought into memory

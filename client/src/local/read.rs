@@ -6,9 +6,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use arc_swap::Guard;
-use kvstore_plane::{SequenceHash, SlotEntry, SlotKey, SlotRef, announce};
+use kvstore_plane::{NO_HASH, SequenceHash, SlotEntry, SlotKey, SlotRef, announce};
 
-use super::attachment::{Attachment, Slabs};
+use super::Name;
+use super::attachment::{Attachment, Slabs, WordPool};
 use super::mapping::MappedSlab;
 use crate::Error;
 
@@ -16,6 +17,8 @@ use crate::Error;
 const SIDE_BY_SIDE: usize = 64;
 /// An entry that changes under the look is looked at again this often; then the daemon is asked.
 const LOOKS: usize = 3;
+/// Up to so many keys are leased with less room on the stack.
+const FEW: usize = 4;
 
 /// One leased block.
 #[derive(Clone, Copy)]
@@ -28,12 +31,13 @@ struct Held {
 /// Blocks of a prefix that stay as they are until this is dropped.
 pub struct Leases {
     attachment: Arc<Attachment>,
-    /// The slabs that the blocks are in.
+    /// The slabs that the blocks are in: mostly one.
+    slab: Option<Arc<MappedSlab>>,
     slabs: Vec<Arc<MappedSlab>>,
     held: Vec<Held>,
 }
 
-// SAFETY: the pointers are into slabs that `slabs` keeps mapped, at bytes that nobody writes while the words name them.
+// SAFETY: the pointers are into slabs that the value keeps mapped, at bytes that nobody writes while the words name them.
 unsafe impl Send for Leases {}
 // SAFETY: as above; a shared reference only reads.
 unsafe impl Sync for Leases {}
@@ -66,6 +70,7 @@ impl Leases {
 
     /// Adds the blocks that follow.
     pub(super) fn join(&mut self, mut more: Self) {
+        self.slabs.extend(more.slab.take());
         self.slabs.append(&mut more.slabs);
         self.held.append(&mut more.held);
     }
@@ -137,18 +142,25 @@ impl Attachment {
     }
 
     /// Takes `count` lease words, or fewer where the page is nearly full.
-    fn take_words(&self, count: usize, into: &mut Vec<u32>) {
+    fn take_words(&self, count: usize, into: &mut [u32]) -> usize {
         let mut pool = self.words.lock();
-        let free = pool.free.len();
-        let reused = count.min(free);
-        into.extend(pool.free.drain(free - reused..));
-        let leases = self.view().leases();
-        let fresh = (count - reused).min(leases.capacity() - pool.used as usize) as u32;
-        if fresh > 0 {
-            into.extend(pool.used..pool.used + fresh);
-            pool.used += fresh;
-            leases.use_words(pool.used as usize);
+        let mut taken = 0;
+        for place in into.iter_mut().take(count) {
+            let Some(word) = pool.free.pop().or_else(|| self.fresh_word(&mut pool)) else { break };
+            *place = word;
+            taken += 1;
         }
+        taken
+    }
+
+    fn fresh_word(&self, pool: &mut WordPool) -> Option<u32> {
+        let (leases, word) = (self.view().leases(), pool.used);
+        if word as usize >= leases.capacity() {
+            return None;
+        }
+        pool.used += 1;
+        leases.use_words(pool.used as usize);
+        Some(word)
     }
 
     /// How many leading blocks of a prefix are in memory: a look, nothing is kept.
@@ -179,7 +191,7 @@ impl Attachment {
         layout: u32,
         group: u16,
         hashes: &[SequenceHash],
-        into: &mut [u64; SIDE_BY_SIDE],
+        into: &mut [u64],
     ) {
         let (table, seed) = (self.table(), self.seed());
         for (to, hash) in into.iter_mut().zip(hashes) {
@@ -199,15 +211,34 @@ impl Attachment {
         self: &Arc<Self>,
         layout: u32,
         group: u16,
-        hashes: &[SequenceHash],
+        names: &[impl Name],
     ) -> Result<Leases, Error> {
-        let mut leases =
-            Leases { attachment: Arc::clone(self), slabs: Vec::new(), held: Vec::with_capacity(hashes.len()) };
-        let mut words = Vec::with_capacity(hashes.len().min(SIDE_BY_SIDE));
-        let mut table_hashes = [0u64; SIDE_BY_SIDE];
-        for chunk in hashes.chunks(SIDE_BY_SIDE) {
-            words.clear();
-            self.take_words(chunk.len(), &mut words);
+        // A few blocks are not worth the room of many.
+        if names.len() <= FEW {
+            self.lease_run_by::<FEW>(layout, group, names)
+        } else {
+            self.lease_run_by::<SIDE_BY_SIDE>(layout, group, names)
+        }
+    }
+
+    fn lease_run_by<const N: usize>(
+        self: &Arc<Self>,
+        layout: u32,
+        group: u16,
+        names: &[impl Name],
+    ) -> Result<Leases, Error> {
+        let held = Vec::with_capacity(names.len());
+        let mut leases = Leases { attachment: Arc::clone(self), slab: None, slabs: Vec::new(), held };
+        let mut words = [0u32; N];
+        let mut chunk = [NO_HASH; N];
+        let mut table_hashes = [0u64; N];
+        for names in names.chunks(N) {
+            for (hash, name) in chunk.iter_mut().zip(names) {
+                *hash = name.hash()?;
+            }
+            let chunk = chunk.get(..names.len()).unwrap_or_default();
+            let taken = self.take_words(chunk.len(), &mut words);
+            let words = words.get(..taken).unwrap_or_default();
             if words.is_empty() && leases.is_empty() {
                 return Err(Error::Busy(format!(
                     "this process reads {} blocks at once, the most one may: drop some leases",
@@ -215,14 +246,13 @@ impl Attachment {
                 )));
             }
             let before = leases.held.len();
-            let whole = self.lease_chunk(layout, group, chunk, &words, &mut table_hashes, &mut leases);
-            let taken = leases.held.len() - before;
-            let unused: Vec<Held> = words
-                .iter()
-                .skip(taken)
-                .map(|word| Held { word: *word, length: 0, start: NonNull::dangling() })
-                .collect();
-            self.release(&unused);
+            let whole = self.lease_chunk(layout, group, chunk, words, &mut table_hashes, &mut leases);
+            let unused = words.get(leases.held.len() - before..).unwrap_or_default();
+            if !unused.is_empty() {
+                let page = self.view().leases();
+                unused.iter().for_each(|word| page.clear(*word as usize));
+                self.words.lock().free.extend(unused);
+            }
             if !whole {
                 break;
             }
@@ -232,23 +262,23 @@ impl Attachment {
     }
 
     /// Leases blocks of `chunk` with one word each; true where all of them were leased.
-    fn lease_chunk(
+    fn lease_chunk<const N: usize>(
         &self,
         layout: u32,
         group: u16,
         chunk: &[SequenceHash],
         words: &[u32],
-        table_hashes: &mut [u64; SIDE_BY_SIDE],
+        table_hashes: &mut [u64; N],
         leases: &mut Leases,
     ) -> bool {
         let mut slabs = self.slabs.load();
         self.load_side_by_side(&slabs, layout, group, chunk, table_hashes);
         let (table, page) = (self.table(), self.view().leases());
-        let mut found = [None; SIDE_BY_SIDE];
+        let mut found = [None; N];
         let mut named = 0;
         for (((hash, table_hash), word), found) in chunk.iter().zip(&*table_hashes).zip(words).zip(&mut found) {
             let key = SlotKey { layout, group, hash: *hash };
-            *found = table.find(*table_hash, |slot| entry(&slabs, slot).is_some_and(|entry| entry.is_key(&key)));
+            *found = table.find(*table_hash, |slot| entry(&slabs, slot).is_some_and(|entry| entry.seems(&key)));
             let Some(slot) = *found else { break };
             page.name(*word as usize, slot);
             named += 1;
@@ -266,7 +296,7 @@ impl Attachment {
                 // It is on its way out, or came back, or lies in a slab that was announced just now.
                 self.receive();
                 slabs = self.slabs.load();
-                let again = table.find(*table_hash, |slot| entry(&slabs, slot).is_some_and(|e| e.is_key(&key)));
+                let again = table.find(*table_hash, |slot| entry(&slabs, slot).is_some_and(|e| e.seems(&key)));
                 let Some(slot) = again else { break };
                 page.name(*word as usize, slot);
                 announce();
@@ -304,8 +334,11 @@ fn confirm(slabs: &Guard<Arc<Slabs>>, slot: SlotRef, key: &SlotKey, word: u32, l
         return Look::Absent;
     }
     let Some(start) = slab.slot(slot.slot, record.length) else { return Look::Absent };
-    if !leases.slabs.iter().rev().any(|known| Arc::ptr_eq(known, slab)) {
-        leases.slabs.push(Arc::clone(slab));
+    match &leases.slab {
+        Some(known) if Arc::ptr_eq(known, slab) => {}
+        None => leases.slab = Some(Arc::clone(slab)),
+        Some(_) if leases.slabs.iter().any(|known| Arc::ptr_eq(known, slab)) => {}
+        Some(_) => leases.slabs.push(Arc::clone(slab)),
     }
     Look::Held(Held { word, length: record.length, start })
 }
