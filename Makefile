@@ -57,7 +57,7 @@ wheel:
 	@[ -x $(VENV)/bin/python ] || python3 -m venv $(VENV)
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement shims/tests/requirements.txt
 	@rm -rf $(TARGET)/wheels
-	cd shims && CARGO_TARGET_DIR=$(abspath $(TARGET)) $(abspath $(VENV))/bin/maturin --quiet build --release --locked --out $(abspath $(TARGET))/wheels
+	cd shims && CARGO_TARGET_DIR=$(abspath $(TARGET)) $(abspath $(VENV))/bin/maturin build --quiet --release --locked --out $(abspath $(TARGET))/wheels
 	@ls $(TARGET)/wheels/*.whl
 
 lint:

@@ -160,11 +160,8 @@ fn puts(daemon: &Daemon, rounds: usize) -> anyhow::Result<Vec<Figure>> {
     let bytes = (BLOCKS * BLOCK_BYTES) as f64;
     let client = &daemon.client;
     let put = async |names: &[Bytes], contents: &[Bytes]| {
-        let blocks: Vec<PutSlice<'_>> = names
-            .iter()
-            .zip(contents)
-            .map(|(hash, bytes)| PutSlice { hash, parent: None, bytes })
-            .collect();
+        let blocks: Vec<PutSlice<'_>> =
+            names.iter().zip(contents).map(|(hash, bytes)| PutSlice { hash, parent: None, bytes }).collect();
         let stored = client.put_from(&group, &blocks, PutOptions::default()).await?;
         anyhow::ensure!(stored.iter().all(|result| result.status() == PutStatus::Stored), "a block was not stored");
         anyhow::Ok(())
@@ -303,12 +300,8 @@ fn cache_line_us() -> f64 {
 fn commands(daemon: &Daemon, rounds: usize) -> anyhow::Result<Vec<Figure>> {
     let group = daemon.group(4096)?;
     let cores = std::thread::available_parallelism()?.get();
-    let (socket, echo) = rustix::net::socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::empty(),
-        None,
-    )?;
+    let (socket, echo) =
+        rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::empty(), None)?;
     let mut echo = helper("echo", Some(&echo), "")?;
     let name = hashes(2 << 20, 1);
     let block = [PutSlice { hash: &name[0], parent: None, bytes: &replay::content(1, 4096) }];

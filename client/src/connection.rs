@@ -113,6 +113,8 @@ pub(crate) struct Shared {
     target: Target,
     pub(crate) plane: Plane,
     life: ArcSwap<Life>,
+    /// What every read passes; a child finds its parent's here, which says that it is not its own.
+    local: ArcSwapOption<Attachment>,
     /// Every layout that was registered, by digest: to be registered again with the next daemon.
     pub(crate) layouts: ArcSwap<HashMap<Bytes, Layout>>,
 }
@@ -121,7 +123,6 @@ pub(crate) struct Shared {
 pub(crate) struct Life {
     forks: u64,
     connection: Mutex<Dialled>,
-    local: ArcSwapOption<Attachment>,
     attaching: parking_lot::Mutex<Backoff>,
 }
 
@@ -152,12 +153,7 @@ impl Backoff {
 
 impl Life {
     fn new() -> Arc<Self> {
-        Arc::new(Self {
-            forks: forks(),
-            connection: Mutex::default(),
-            local: ArcSwapOption::empty(),
-            attaching: parking_lot::Mutex::default(),
-        })
+        Arc::new(Self { forks: forks(), connection: Mutex::default(), attaching: parking_lot::Mutex::default() })
     }
 }
 
@@ -174,7 +170,8 @@ impl Client {
         if plane == Plane::Local && matches!(target, Target::Tcp(_)) {
             return Err(Error::Unsupported(format!("{target} has no local plane: connect to a Unix socket")));
         }
-        let shared = Shared { target, plane, life: ArcSwap::new(Life::new()), layouts: ArcSwap::default() };
+        let life = ArcSwap::new(Life::new());
+        let shared = Shared { target, plane, life, local: ArcSwapOption::empty(), layouts: ArcSwap::default() };
         let client = Self { shared: Arc::new(shared), deadline: DEADLINE };
         // Attached, it dials for gRPC when a call needs that.
         if client.attached_for_calls()?.is_none() {
@@ -228,22 +225,31 @@ impl Client {
         self.attach().ok()
     }
 
+    fn live_attachment(&self) -> Option<Arc<Attachment>> {
+        let attachment = self.shared.local.load();
+        attachment.as_ref().filter(|attachment| attachment.is_live()).map(Arc::clone)
+    }
+
+    fn set_attachment(&self, attachment: Option<Arc<Attachment>>) {
+        if let Some(old) = self.shared.local.swap(attachment)
+            && !old.is_ours()
+        {
+            // The parent's, and not even to be dropped here.
+            std::mem::forget(old);
+        }
+    }
+
     /// The same, or why there is none.
     pub(crate) fn attach(&self) -> Result<Arc<Attachment>, Error> {
-        // What every read passes: no reference is counted but the attachment's own.
-        let life = self.shared.life.load();
-        if life.forks == forks()
-            && let Some(attachment) = life.local.load_full().filter(|attachment| attachment.is_live())
-        {
+        if let Some(attachment) = self.live_attachment() {
             return Ok(attachment);
         }
-        drop(life);
         let life = self.life();
         let Target::Unix(path) = &self.shared.target else {
             return Err(Error::Unsupported(format!("{} has no local plane", self.shared.target)));
         };
         let mut backoff = life.attaching.lock();
-        if let Some(attachment) = life.local.load_full().filter(|attachment| attachment.is_live()) {
+        if let Some(attachment) = self.live_attachment() {
             return Ok(attachment);
         }
         if let Some(left) = backoff.left() {
@@ -254,12 +260,12 @@ impl Client {
         match Attachment::open(std::path::Path::new(&plane)) {
             Ok(attachment) => {
                 *backoff = Backoff::default();
-                life.local.store(Some(Arc::clone(&attachment)));
+                self.set_attachment(Some(Arc::clone(&attachment)));
                 Ok(attachment)
             }
             Err(error) => {
                 backoff.failed();
-                life.local.store(None);
+                self.set_attachment(None);
                 Err(error)
             }
         }
@@ -273,7 +279,9 @@ impl Client {
         }
         if let Some(left) = slot.backoff.left() {
             let target = &self.shared.target;
-            return Err(Error::Unavailable(format!("no daemon answered at {target} a moment ago; next try in {left:?}")));
+            return Err(Error::Unavailable(format!(
+                "no daemon answered at {target} a moment ago; next try in {left:?}"
+            )));
         }
         match self.dial().await {
             Ok(connection) => {
@@ -289,7 +297,10 @@ impl Client {
 
     async fn dial(&self) -> Result<Connection, Error> {
         let failed = |error: std::io::Error| {
-            Error::Unavailable(format!("no daemon answers at {}: {error}; start one with `kvstore serve`", self.shared.target))
+            Error::Unavailable(format!(
+                "no daemon answers at {}: {error}; start one with `kvstore serve`",
+                self.shared.target
+            ))
         };
         let mut builder = Builder::new(TokioExecutor::new());
         builder

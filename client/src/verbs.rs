@@ -211,8 +211,7 @@ impl Client {
     /// Ends a pin before its time; false when it had ended.
     pub async fn unpin(&self, pin: Bytes) -> Result<bool, Error> {
         let request = UnpinRequest { pin };
-        let answer =
-            self.call(verbs::UNPIN, request, async |mut client, request| client.unpin(request).await).await?;
+        let answer = self.call(verbs::UNPIN, request, async |mut client, request| client.unpin(request).await).await?;
         Ok(answer.unpinned)
     }
 

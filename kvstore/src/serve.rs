@@ -11,8 +11,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::daemon::{Daemon, Sources};
 use crate::config::Address;
+use crate::daemon::{Daemon, Sources};
 use crate::{http, local, server, telemetry};
 
 /// After the drain, connections that stay open get this much longer to close.
@@ -73,8 +73,8 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
             let path = local::plane_path(path);
             let namespace = daemon.namespace(&listener.namespace).context("the namespace is not configured")?;
             let at = path.display().to_string();
-            let plane =
-                local::PlaneListener::bind(path).with_context(|| format!("cannot listen on {at} for the local plane"))?;
+            let plane = local::PlaneListener::bind(path)
+                .with_context(|| format!("cannot listen on {at} for the local plane"))?;
             planes.push((plane, namespace));
         }
         tasks.spawn(server::serve(Arc::clone(&daemon), bound, stopping.clone()));

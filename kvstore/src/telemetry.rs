@@ -222,7 +222,11 @@ pub const METRICS: [(&str, &str, &str); 64] = [
     ),
     ("kvstore_local_clients", "gauge", "Clients attached to the local plane"),
     ("kvstore_local_leases", "gauge", "Blocks that local clients read now"),
-    ("kvstore_local_waiting_slots", "gauge", "Slots that would be free, or blocks that would leave, were they not read"),
+    (
+        "kvstore_local_waiting_slots",
+        "gauge",
+        "Slots that would be free, or blocks that would leave, were they not read",
+    ),
     ("kvstore_local_staging_bytes", "gauge", "Staging memory of local clients, bytes"),
     ("kvstore_host_published_blocks_total", "counter", "Blocks that became readable in memory"),
     ("kvstore_host_evicted_blocks_total", "counter", "Blocks evicted from memory"),

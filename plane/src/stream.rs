@@ -30,9 +30,7 @@ pub fn stream_copy(from: &[u8], to: &mut [u8]) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 unsafe fn stream_lines(from: &[u8], to: &mut [u8]) {
-    use std::arch::x86_64::{
-        __m256i, _MM_HINT_T0, _mm_prefetch, _mm_sfence, _mm256_loadu_si256, _mm256_stream_si256,
-    };
+    use std::arch::x86_64::{__m256i, _MM_HINT_T0, _mm_prefetch, _mm_sfence, _mm256_loadu_si256, _mm256_stream_si256};
     for (from, to) in from.chunks_exact(64).zip(to.chunks_exact_mut(64)) {
         let (from, to) = (from.as_ptr().cast::<__m256i>(), to.as_mut_ptr().cast::<__m256i>());
         // A prefetch of any address reads nothing and cannot fault.

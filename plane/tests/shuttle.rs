@@ -8,7 +8,8 @@
 
 use kvstore_plane::{
     Completion, HeapTable, KeyTable, LeaseWords, RecordHead, RingReader, RingView, RingWriter, SequenceHash, SlotEntry,
-    SlotKey, SlotRef, SlotState, TableMemory, TableView, TouchRing, announce, fall_asleep, must_kick, wake_up, withdrawn,
+    SlotKey, SlotRef, SlotState, TableMemory, TableView, TouchRing, announce, fall_asleep, must_kick, wake_up,
+    withdrawn,
 };
 use shuttle::rand::Rng;
 use shuttle::sync::atomic::{AtomicU64, Ordering};

@@ -118,7 +118,8 @@ pub struct Buffers {
 impl Buffers {
     /// Borrows `object`: a sequence of buffers, or one buffer.
     pub fn borrow(object: &Bound<'_, PyAny>, blocks: usize, writable: bool) -> PyResult<Self> {
-        let is_sequence = object.is_instance_of::<pyo3::types::PyList>() || object.is_instance_of::<pyo3::types::PyTuple>();
+        let is_sequence =
+            object.is_instance_of::<pyo3::types::PyList>() || object.is_instance_of::<pyo3::types::PyTuple>();
         if !is_sequence {
             let buffer = Buffer::borrow(object, writable, "buffers")?;
             if blocks == 0 || !buffer.len().is_multiple_of(blocks) {

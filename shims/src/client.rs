@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use kvstore_client::v1::{self, Level, PutStatus};
 use kvstore_client::{Error, GroupRef, Plane, PutOptions, PutSlice};
-use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::IntoPyObjectExt;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 

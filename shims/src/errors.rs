@@ -5,12 +5,32 @@ use pyo3::create_exception;
 use pyo3::exceptions::{PyConnectionError, PyException, PyTimeoutError, PyValueError};
 use pyo3::prelude::*;
 
-create_exception!(kvstore, KvStoreError, PyException, "Something is wrong. Misses and blocks on their way are values, not this.");
+create_exception!(
+    kvstore,
+    KvStoreError,
+    PyException,
+    "Something is wrong. Misses and blocks on their way are values, not this."
+);
 create_exception!(kvstore, Busy, KvStoreError, "A bound is reached: try again later, or with less.");
-create_exception!(kvstore, DataLoss, KvStoreError, "Pinned data cannot be read from any tier any more, or bytes came that were not stored.");
-create_exception!(kvstore, Unavailable, KvStoreError, "No daemon answers, or it drains: try again later. Also a ConnectionError.");
+create_exception!(
+    kvstore,
+    DataLoss,
+    KvStoreError,
+    "Pinned data cannot be read from any tier any more, or bytes came that were not stored."
+);
+create_exception!(
+    kvstore,
+    Unavailable,
+    KvStoreError,
+    "No daemon answers, or it drains: try again later. Also a ConnectionError."
+);
 create_exception!(kvstore, DeadlineExceeded, KvStoreError, "The call's time is over. Also a TimeoutError.");
-create_exception!(kvstore, Invalid, KvStoreError, "The request is wrong; the message names what, and what would be valid. Also a ValueError.");
+create_exception!(
+    kvstore,
+    Invalid,
+    KvStoreError,
+    "The request is wrong; the message names what, and what would be valid. Also a ValueError."
+);
 create_exception!(kvstore, NotFound, KvStoreError, "The layout or ticket is unknown to the daemon.");
 create_exception!(kvstore, Unsupported, KvStoreError, "The daemon, or the plane, has no such thing.");
 

@@ -90,9 +90,7 @@ unsafe extern "C" fn get_buffer(object: *mut ffi::PyObject, view: *mut RawBuffer
     let readonly = 1;
     debug_assert_eq!(WRITABLE, 1);
     // SAFETY: bytes that stay mapped and unchanged while the leases live; the view takes a reference to the object.
-    unsafe {
-        PyBuffer_FillInfo(view, object, bytes.as_ptr().cast_mut().cast(), bytes.len() as isize, readonly, flags)
-    }
+    unsafe { PyBuffer_FillInfo(view, object, bytes.as_ptr().cast_mut().cast(), bytes.len() as isize, readonly, flags) }
 }
 
 unsafe extern "C" fn dealloc(object: *mut ffi::PyObject) {

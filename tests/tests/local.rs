@@ -88,10 +88,7 @@ async fn leased_blocks_stay_while_the_memory_turns_over() {
     for round in 20..40u64 {
         client.put(&group, chain(round * 1000..round * 1000 + 40, bytes)).await.unwrap();
     }
-    eventually("blocks leave once nobody reads them", || {
-        daemon.running.daemon.host.local_leases() == (0, 0)
-    })
-    .await;
+    eventually("blocks leave once nobody reads them", || daemon.running.daemon.host.local_leases() == (0, 0)).await;
     assert_eq!(client.readable_blocks(&group, &hashes(0..32)).await.unwrap(), 0);
 }
 
@@ -264,7 +261,8 @@ async fn many_tasks_share_one_attachment() {
                 for round in 0..12u64 {
                     // Half of the keys are shared by all tasks.
                     let own = task * 10_000 + round * 10;
-                    let ids = if round % 2 == 0 { own..own + 5 } else { 900_000 + round * 10..900_000 + round * 10 + 5 };
+                    let ids =
+                        if round % 2 == 0 { own..own + 5 } else { 900_000 + round * 10..900_000 + round * 10 + 5 };
                     let stored = client.put(&group, chain(ids.clone(), bytes)).await.unwrap();
                     assert!(stored.iter().all(|result| result.level() == Level::Memory), "{stored:?}");
                     for (id, got) in ids.clone().zip(client.get(&group, &hashes(ids)).await.unwrap()) {

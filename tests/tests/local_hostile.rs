@@ -180,7 +180,8 @@ async fn what_is_passed_cannot_be_written_resized_or_reopened_for_writing() {
             assert!(rustix::io::write(&again, b"x").is_err(), "{name} was reopened and written to");
         }
     }
-    for (name, fd) in [("daemon's page", daemon_page), ("key table", table), ("slab", &slab[0]), ("page", client_page)] {
+    for (name, fd) in [("daemon's page", daemon_page), ("key table", table), ("slab", &slab[0]), ("page", client_page)]
+    {
         for size in [0, 1 << 30] {
             assert!(rustix::fs::ftruncate(fd, size).is_err(), "{name} was resized to {size}");
         }

@@ -88,7 +88,8 @@ impl SharedMemory {
         // A line at a time: the loads of a line do not wait for each other.
         let (lines, tail) = whole.as_chunks_mut::<8>();
         for (to, from) in lines.iter_mut().zip(words.as_chunks::<8>().0) {
-            let line: [u64; 8] = std::array::from_fn(|word| from.get(word).map_or(0, |word| word.load(Ordering::Relaxed)));
+            let line: [u64; 8] =
+                std::array::from_fn(|word| from.get(word).map_or(0, |word| word.load(Ordering::Relaxed)));
             to.iter_mut().zip(line).for_each(|(to, word)| *to = word.to_ne_bytes());
         }
         for (to, from) in tail.iter_mut().zip(words.get(lines.len() * 8..).unwrap_or_default()) {

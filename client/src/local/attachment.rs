@@ -42,8 +42,6 @@ pub(crate) struct Attachment {
     socket: OwnedFd,
     pub(super) slabs: ArcSwap<Slabs>,
     pub(super) words: Mutex<WordPool>,
-    /// One thread at a time writes touches.
-    pub(super) touching: Mutex<()>,
     pub(super) calls: Calls,
     pub(super) staging: Staging,
     /// The daemon's numbers for layouts, and bytes of their groups' blocks, by digest.
@@ -94,7 +92,6 @@ impl Attachment {
             socket,
             slabs: ArcSwap::default(),
             words: Mutex::default(),
-            touching: Mutex::default(),
             calls: Calls::default(),
             staging: Staging::default(),
             layouts: ArcSwap::default(),
@@ -106,7 +103,10 @@ impl Attachment {
         });
         let weak = Arc::downgrade(&attachment);
         let listening = rustix::io::fcntl_dupfd_cloexec(&attachment.socket, 0).map_err(|error| failed(error.into()))?;
-        std::thread::Builder::new().name("kvstore-client".into()).spawn(move || listen(&weak, &listening)).map_err(failed)?;
+        std::thread::Builder::new()
+            .name("kvstore-client".into())
+            .spawn(move || listen(&weak, &listening))
+            .map_err(failed)?;
         attachment.receive();
         Ok(attachment)
     }
@@ -181,8 +181,7 @@ impl Attachment {
         match datagram {
             FromDaemon::SlabCame { slab, serial } => {
                 let Some(descriptor) = descriptor else { return };
-                let mapped =
-                    MappedSlab::new(&descriptor, serial, self.welcome.epoch, &self.welcome.namespace_digest);
+                let mapped = MappedSlab::new(&descriptor, serial, self.welcome.epoch, &self.welcome.namespace_digest);
                 // Without it its blocks are read through the daemon.
                 if let Ok(mapped) = mapped {
                     self.set_slab(slab, Some(Arc::new(mapped)));

@@ -18,7 +18,7 @@ use crate::Error;
 
 /// A caller looks for its completion this long before it sleeps: a command that a busy daemon answers takes a few
 /// microseconds, a wake-up twenty times that.
-const SPIN: Duration = Duration::from_micros(40);
+const SPIN: Duration = Duration::from_micros(200);
 /// A full submission ring is tried again this often.
 const FULL_POLL: Duration = Duration::from_micros(100);
 

@@ -119,7 +119,8 @@ impl MappedSlab {
         }
         let mapping = Mapping::new(fd, header.geometry.slab_bytes, Access::Read)?;
         let range = header.geometry.directory();
-        let entries = mapping.at(range.start, range.end - range.start).ok_or_else(|| wrong("it is too short".into()))?;
+        let entries =
+            mapping.at(range.start, range.end - range.start).ok_or_else(|| wrong("it is too short".into()))?;
         let entries = entries.cast();
         Ok(Self { mapping, header, entries, serial })
     }
@@ -132,10 +133,10 @@ impl MappedSlab {
 
     /// Where the first `length` bytes of a slot are; `None` where a slot has not that many.
     pub(crate) fn slot(&self, slot: u32, length: u32) -> Option<NonNull<u8>> {
-        let range = self.header.geometry.slot(slot)?;
-        if u64::from(length) > range.end - range.start {
+        let geometry = &self.header.geometry;
+        if slot >= geometry.slot_count || u64::from(length) > geometry.slot_bytes {
             return None;
         }
-        self.mapping.at(range.start, u64::from(length))
+        self.mapping.at(geometry.slots_offset + u64::from(slot) * geometry.slot_bytes, u64::from(length))
     }
 }

@@ -104,8 +104,7 @@ impl Attachment {
             .verb(verb, &request, deadline_ms)
             .await?
             .ok_or_else(|| Error::Invalid("layout: is larger than a command may be".into()))?;
-        let known =
-            LocalLayout { ordinal: response.ordinal, block_bytes: response.block_bytes.as_slice().into() };
+        let known = LocalLayout { ordinal: response.ordinal, block_bytes: response.block_bytes.as_slice().into() };
         self.layouts.rcu(|layouts| {
             let mut layouts = attachment::LocalLayouts::clone(layouts);
             layouts.insert(response.layout_digest.clone(), known.clone());
@@ -163,7 +162,8 @@ impl Client {
     /// first. Fewer blocks than asked where one is nowhere, or on its way. Needs the local plane. Blocks stay as they are until
     /// the leases are dropped.
     pub async fn leases(&self, group: &GroupRef, hashes: &[Bytes]) -> Result<Leases, Error> {
-        let unsupported = || Error::Unsupported("leases need the local plane: connect to a Unix socket of this node".into());
+        let unsupported =
+            || Error::Unsupported("leases need the local plane: connect to a Unix socket of this node".into());
         let local = self.local_group(group).await?.ok_or_else(unsupported)?;
         let hashes = sequence_hashes(hashes)?;
         self.within(async {

@@ -87,9 +87,7 @@ impl<'a> Putting<'a> {
 
     fn file(&mut self, tag: u64, completion: Completion) {
         let decided = match completion {
-            Completion::Stored { status, level } => {
-                Ok(v1::PutResult { status: status as i32, level: level as i32 })
-            }
+            Completion::Stored { status, level } => Ok(v1::PutResult { status: status as i32, level: level as i32 }),
             Completion::Failed { code, message } => Err(failure(code, message)),
             _ => return,
         };

@@ -6,7 +6,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use arc_swap::Guard;
-use kvstore_plane::{NO_HASH, SequenceHash, SlotEntry, SlotKey, SlotRef, announce};
+use kvstore_plane::{NO_HASH, SequenceHash, SlotEntry, SlotKey, SlotRef, TableView, announce};
+use smallvec::SmallVec;
 
 use super::Name;
 use super::attachment::{Attachment, Slabs, WordPool};
@@ -31,10 +32,9 @@ struct Held {
 /// Blocks of a prefix that stay as they are until this is dropped.
 pub struct Leases {
     attachment: Arc<Attachment>,
-    /// The slabs that the blocks are in: mostly one.
-    slab: Option<Arc<MappedSlab>>,
-    slabs: Vec<Arc<MappedSlab>>,
-    held: Vec<Held>,
+    /// The slabs that the blocks are in.
+    slabs: SmallVec<[Arc<MappedSlab>; 1]>,
+    held: SmallVec<[Held; 4]>,
 }
 
 // SAFETY: the pointers are into slabs that the value keeps mapped, at bytes that nobody writes while the words name them.
@@ -70,7 +70,6 @@ impl Leases {
 
     /// Adds the blocks that follow.
     pub(super) fn join(&mut self, mut more: Self) {
-        self.slabs.extend(more.slab.take());
         self.slabs.append(&mut more.slabs);
         self.held.append(&mut more.held);
     }
@@ -136,9 +135,14 @@ impl Attachment {
         if held.is_empty() || !self.is_ours() {
             return;
         }
-        let leases = self.view().leases();
-        held.iter().for_each(|held| leases.clear(held.word as usize));
-        self.words.lock().free.extend(held.iter().map(|held| held.word));
+        let page = self.view().leases();
+        let mut pool = self.words.lock();
+        // For the eviction policy, the leaf first; the lock makes this the only thread that does.
+        self.view().touches().push(held.iter().rev().filter_map(|held| page.slot_of(held.word as usize)));
+        for held in held {
+            page.clear(held.word as usize);
+            pool.free.push(held.word);
+        }
     }
 
     /// Takes `count` lease words, or fewer where the page is nearly full.
@@ -169,14 +173,22 @@ impl Attachment {
         let mut table_hashes = [0u64; SIDE_BY_SIDE];
         let mut run = 0;
         for hashes in hashes.chunks(SIDE_BY_SIDE) {
-            self.load_side_by_side(&slabs, layout, group, hashes, &mut table_hashes);
+            for (to, hash) in table_hashes.iter_mut().zip(hashes) {
+                *to = SlotKey { layout, group, hash: *hash }.table_hash(seed);
+                table.prefetch(*to);
+            }
+            for table_hash in table_hashes.iter().take(hashes.len()) {
+                if let Some(candidate) = table.hint(*table_hash).and_then(|slot| candidate(&slabs, slot)) {
+                    kvstore_plane::prefetch(candidate.entry);
+                }
+            }
             for (hash, table_hash) in hashes.iter().zip(table_hashes) {
                 let key = SlotKey { layout, group, hash: *hash };
-                debug_assert_eq!(table_hash, key.table_hash(seed));
-                let found = table.find(table_hash, |slot| {
-                    entry(&slabs, slot).and_then(SlotEntry::read).is_some_and(|record| record.key == key)
-                });
-                if found.is_none() {
+                let is_key = |slot| {
+                    let record = candidate(&slabs, slot).and_then(|candidate| candidate.entry.read());
+                    record.is_some_and(|record| record.key == key)
+                };
+                if table.find(table_hash, is_key).is_none() {
                     return run;
                 }
                 run += 1;
@@ -185,34 +197,9 @@ impl Attachment {
         run
     }
 
-    fn load_side_by_side(
-        &self,
-        slabs: &Guard<Arc<Slabs>>,
-        layout: u32,
-        group: u16,
-        hashes: &[SequenceHash],
-        into: &mut [u64],
-    ) {
-        let (table, seed) = (self.table(), self.seed());
-        for (to, hash) in into.iter_mut().zip(hashes) {
-            *to = SlotKey { layout, group, hash: *hash }.table_hash(seed);
-            table.prefetch(*to);
-        }
-        for hash in into.iter().take(hashes.len()) {
-            if let Some(entry) = table.hint(*hash).and_then(|slot| entry(slabs, slot)) {
-                kvstore_plane::prefetch(entry);
-            }
-        }
-    }
-
     /// Leases the leading blocks of a prefix that are in memory. Fewer where one is not, or cannot be told without the
     /// daemon; an error where the lease page is full before the first.
-    pub(crate) fn lease_run(
-        self: &Arc<Self>,
-        layout: u32,
-        group: u16,
-        names: &[impl Name],
-    ) -> Result<Leases, Error> {
+    pub(crate) fn lease_run(self: &Arc<Self>, layout: u32, group: u16, names: &[impl Name]) -> Result<Leases, Error> {
         // A few blocks are not worth the room of many.
         if names.len() <= FEW {
             self.lease_run_by::<FEW>(layout, group, names)
@@ -227,11 +214,10 @@ impl Attachment {
         group: u16,
         names: &[impl Name],
     ) -> Result<Leases, Error> {
-        let held = Vec::with_capacity(names.len());
-        let mut leases = Leases { attachment: Arc::clone(self), slab: None, slabs: Vec::new(), held };
+        let held = SmallVec::with_capacity(names.len());
+        let mut leases = Leases { attachment: Arc::clone(self), slabs: SmallVec::new(), held };
         let mut words = [0u32; N];
         let mut chunk = [NO_HASH; N];
-        let mut table_hashes = [0u64; N];
         for names in names.chunks(N) {
             for (hash, name) in chunk.iter_mut().zip(names) {
                 *hash = name.hash()?;
@@ -246,7 +232,7 @@ impl Attachment {
                 )));
             }
             let before = leases.held.len();
-            let whole = self.lease_chunk(layout, group, chunk, words, &mut table_hashes, &mut leases);
+            let whole = self.lease_chunk::<N>(layout, group, chunk, words, &mut leases);
             let unused = words.get(leases.held.len() - before..).unwrap_or_default();
             if !unused.is_empty() {
                 let page = self.view().leases();
@@ -257,7 +243,6 @@ impl Attachment {
                 break;
             }
         }
-        self.touch(&leases);
         Ok(leases)
     }
 
@@ -268,77 +253,102 @@ impl Attachment {
         group: u16,
         chunk: &[SequenceHash],
         words: &[u32],
-        table_hashes: &mut [u64; N],
         leases: &mut Leases,
     ) -> bool {
-        let mut slabs = self.slabs.load();
-        self.load_side_by_side(&slabs, layout, group, chunk, table_hashes);
-        let (table, page) = (self.table(), self.view().leases());
-        let mut found = [None; N];
+        let slabs = self.slabs.load();
+        let (table, seed, page) = (self.table(), self.seed(), self.view().leases());
+        let key_of = |hash: &SequenceHash| SlotKey { layout, group, hash: *hash };
+        let mut table_hashes = [0u64; N];
+        for (to, hash) in table_hashes.iter_mut().zip(chunk) {
+            *to = key_of(hash).table_hash(seed);
+            table.prefetch(*to);
+        }
+        let mut candidates = [None; N];
+        for (to, table_hash) in candidates.iter_mut().zip(&table_hashes).take(chunk.len()) {
+            *to = table.hint(*table_hash).and_then(|slot| candidate(&slabs, slot));
+            if let Some(candidate) = to {
+                kvstore_plane::prefetch(candidate.entry);
+            }
+        }
         let mut named = 0;
-        for (((hash, table_hash), word), found) in chunk.iter().zip(&*table_hashes).zip(words).zip(&mut found) {
-            let key = SlotKey { layout, group, hash: *hash };
-            *found = table.find(*table_hash, |slot| entry(&slabs, slot).is_some_and(|entry| entry.seems(&key)));
-            let Some(slot) = *found else { break };
-            page.name(*word as usize, slot);
+        for (((hash, table_hash), to), word) in chunk.iter().zip(&table_hashes).zip(&mut candidates).zip(words) {
+            let key = key_of(hash);
+            if !to.is_some_and(|candidate| candidate.entry.seems(&key)) {
+                // The hint was another's: the table has the same fingerprint further on, or nothing.
+                *to = find(&table, *table_hash, &slabs, &key);
+            }
+            let Some(candidate) = to else { break };
+            page.name(*word as usize, candidate.slot);
             named += 1;
         }
         announce();
-        for (((hash, table_hash), word), slot) in
-            chunk.iter().zip(&*table_hashes).zip(words).zip(found.iter().take(named).flatten())
+        for (((hash, table_hash), candidate), word) in
+            chunk.iter().zip(&table_hashes).zip(candidates.iter().take(named).flatten()).zip(words)
         {
-            let key = SlotKey { layout, group, hash: *hash };
-            let mut look = confirm(&slabs, *slot, &key, *word, leases);
-            for _ in 1..LOOKS {
-                if !matches!(look, Look::Unsure) {
-                    break;
-                }
-                // It is on its way out, or came back, or lies in a slab that was announced just now.
-                self.receive();
-                slabs = self.slabs.load();
-                let again = table.find(*table_hash, |slot| entry(&slabs, slot).is_some_and(|e| e.seems(&key)));
-                let Some(slot) = again else { break };
-                page.name(*word as usize, slot);
-                announce();
-                look = confirm(&slabs, slot, &key, *word, leases);
-            }
-            match look {
-                Look::Held(held) => leases.held.push(held),
-                Look::Absent | Look::Unsure => return false,
-            }
+            let key = key_of(hash);
+            let held = match confirm(candidate, &key, *word, leases) {
+                Look::Unsure => self.look_again(&key, *table_hash, *word, leases),
+                Look::Held(held) => Some(held),
+                Look::Absent => None,
+            };
+            let Some(held) = held else { return false };
+            leases.held.push(held);
         }
-        named == chunk.len()
+        named == chunk.len() && named == words.len()
     }
 
-    /// Tells the eviction policy, some time.
-    fn touch(&self, leases: &Leases) {
-        if leases.is_empty() {
-            return;
+    /// A block that is on its way out, or came back, or lies in a slab that was announced just now.
+    #[cold]
+    fn look_again(&self, key: &SlotKey, table_hash: u64, word: u32, leases: &mut Leases) -> Option<Held> {
+        for _ in 1..LOOKS {
+            self.receive();
+            let slabs = self.slabs.load();
+            let candidate = find(&self.table(), table_hash, &slabs, key)?;
+            self.view().leases().name(word as usize, candidate.slot);
+            announce();
+            match confirm(&candidate, key, word, leases) {
+                Look::Held(held) => return Some(held),
+                Look::Absent => return None,
+                Look::Unsure => {}
+            }
         }
-        let _touching = self.touching.lock();
-        let page = self.view().leases();
-        let slots = leases.held.iter().rev().filter_map(|held| page.slot_of(held.word as usize));
-        self.view().touches().push(slots);
+        None
     }
 }
 
-fn entry(slabs: &Guard<Arc<Slabs>>, slot: SlotRef) -> Option<&SlotEntry> {
-    slabs.get(slot.slab as usize)?.as_ref()?.directory().get(slot.slot as usize)
+/// Where a block may be.
+#[derive(Clone, Copy)]
+struct Candidate<'a> {
+    slot: SlotRef,
+    slab: &'a Arc<MappedSlab>,
+    entry: &'a SlotEntry,
+}
+
+fn candidate(slabs: &Guard<Arc<Slabs>>, slot: SlotRef) -> Option<Candidate<'_>> {
+    let slab = slabs.get(slot.slab as usize)?.as_ref()?;
+    Some(Candidate { slot, slab, entry: slab.directory().get(slot.slot as usize)? })
+}
+
+fn find<'a>(
+    table: &TableView<'_>,
+    table_hash: u64,
+    slabs: &'a Guard<Arc<Slabs>>,
+    key: &SlotKey,
+) -> Option<Candidate<'a>> {
+    let seems = |slot| candidate(slabs, slot).is_some_and(|candidate| candidate.entry.seems(key));
+    candidate(slabs, table.find(table_hash, seems)?)
 }
 
 /// Whether the slot, which a word names by now, holds the block.
-fn confirm(slabs: &Guard<Arc<Slabs>>, slot: SlotRef, key: &SlotKey, word: u32, leases: &mut Leases) -> Look {
-    let Some(slab) = slabs.get(slot.slab as usize).and_then(Option::as_ref) else { return Look::Unsure };
-    let Some(record) = slab.directory().get(slot.slot as usize).and_then(SlotEntry::read) else { return Look::Unsure };
+fn confirm(candidate: &Candidate<'_>, key: &SlotKey, word: u32, leases: &mut Leases) -> Look {
+    let Candidate { slot, slab, entry } = candidate;
+    let Some(record) = entry.read() else { return Look::Unsure };
     if record.key != *key {
         return Look::Absent;
     }
     let Some(start) = slab.slot(slot.slot, record.length) else { return Look::Absent };
-    match &leases.slab {
-        Some(known) if Arc::ptr_eq(known, slab) => {}
-        None => leases.slab = Some(Arc::clone(slab)),
-        Some(_) if leases.slabs.iter().any(|known| Arc::ptr_eq(known, slab)) => {}
-        Some(_) => leases.slabs.push(Arc::clone(slab)),
+    if !leases.slabs.iter().rev().any(|known| Arc::ptr_eq(known, slab)) {
+        leases.slabs.push(Arc::clone(slab));
     }
     Look::Held(Held { word, length: record.length, start })
 }

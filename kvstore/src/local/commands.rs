@@ -141,9 +141,7 @@ fn call(
 ) -> Result<(), Status> {
     let namespace = client.namespace();
     let response = match verb {
-        call::REGISTER_LAYOUT => {
-            register_layout::register_layout(daemon, namespace, decode(request)?)?.encode_to_vec()
-        }
+        call::REGISTER_LAYOUT => register_layout::register_layout(daemon, namespace, decode(request)?)?.encode_to_vec(),
         call::LOOKUP => lookup::lookup(daemon, namespace, &decode(request)?)?.encode_to_vec(),
         call::RELEASE_TICKET => lookup::release_ticket(daemon, namespace, &decode(request)?)?.encode_to_vec(),
         call::PREFETCH => {
@@ -207,9 +205,7 @@ impl Promotion {
                 }
             }
             Some(nvme) => {
-                let is_lost = |hash| {
-                    nvme.is_pinned(&kvstore_tiers::nvme::BlockRef { layout: &layout, group, hash })
-                };
+                let is_lost = |hash| nvme.is_pinned(&kvstore_tiers::nvme::BlockRef { layout: &layout, group, hash });
                 let promoter = Promoter {
                     daemon: Arc::clone(&daemon),
                     nvme: Arc::clone(&nvme),

@@ -8,9 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kvstore_plane::caps::DATAGRAM_BYTES_MAX;
-use kvstore_plane::{
-    AttachmentView, FromClient, FromDaemon, PLANE_VERSION, RingReader, Welcome, fall_asleep, wake_up,
-};
+use kvstore_plane::{AttachmentView, FromClient, FromDaemon, PLANE_VERSION, RingReader, Welcome, fall_asleep, wake_up};
 use kvstore_tiers::Slab;
 use kvstore_tiers::caps::{STAGING_BYTES_MIN, STAGING_PERCENT_MAX};
 use kvstore_tiers::host::NamespaceId;
@@ -183,8 +181,7 @@ impl Server {
                 let timeout = if self.active.is_empty() { self.sleep_for() } else { Duration::ZERO };
                 let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
                 events.clear();
-                let waited =
-                    epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&timeout));
+                let waited = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&timeout));
                 if let Err(error) = waited
                     && error != rustix::io::Errno::INTR
                 {
@@ -402,8 +399,7 @@ impl Server {
             table_seed: view.table_seed,
             table_bytes: view.table_bytes(),
         });
-        let descriptors =
-            [attached.client_page.as_fd(), attached.daemon_page.as_fd(), view.table_fd(), kick.as_fd()];
+        let descriptors = [attached.client_page.as_fd(), attached.daemon_page.as_fd(), view.table_fd(), kick.as_fd()];
         // Edge-triggered and never read: a client shares the eventfd, and could make a read of it wait.
         let added = self.add(kick.as_fd(), Source::Kick, number, EventFlags::IN | EventFlags::ET);
         fall_asleep(attached.view().daemon_sleeps());
@@ -552,8 +548,8 @@ impl Server {
             self.payload = payload;
             return (false, false);
         }
-        self.blocked |= outcome == (true, false)
-            && self.attached_mut(number).is_some_and(|attached| attached.client.flush());
+        self.blocked |=
+            outcome == (true, false) && self.attached_mut(number).is_some_and(|attached| attached.client.flush());
         self.payload = payload;
         outcome
     }
@@ -587,8 +583,9 @@ impl Server {
     }
 
     fn activate_if_waiting(&mut self, number: u32) {
-        let waiting =
-            self.attached_mut(number).is_some_and(|attached| attached.reader.has_record(&attached.view().submissions()));
+        let waiting = self
+            .attached_mut(number)
+            .is_some_and(|attached| attached.reader.has_record(&attached.view().submissions()));
         if waiting {
             self.activate(number);
         }

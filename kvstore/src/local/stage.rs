@@ -159,8 +159,7 @@ async fn wait_for_slot(
             let Some(Stage::Pending { pieces, .. }) = stages.remove(&tag) else { return };
             stages.insert(tag, Stage::Filling(Box::new(filling)));
             // Under the lock: pieces that come now come after these.
-            let copied: Vec<Copied> =
-                pieces.into_iter().map(|piece| apply(&client, &mut stages, tag, piece)).collect();
+            let copied: Vec<Copied> = pieces.into_iter().map(|piece| apply(&client, &mut stages, tag, piece)).collect();
             drop(stages);
             client.complete(tag, &Completion::Staged);
             copied.into_iter().for_each(|copied| report(&daemon, &runtime, &client, tag, copied));
@@ -212,13 +211,7 @@ pub fn expire(client: &LocalClient, now: Instant) {
 }
 
 /// The next piece of a staged block lies in staging memory.
-pub fn copy(
-    daemon: &Arc<Daemon>,
-    runtime: &tokio::runtime::Handle,
-    client: &Arc<LocalClient>,
-    tag: u64,
-    piece: Piece,
-) {
+pub fn copy(daemon: &Arc<Daemon>, runtime: &tokio::runtime::Handle, client: &Arc<LocalClient>, tag: u64, piece: Piece) {
     let mut stages = client.stages.lock();
     if let Some(Stage::Pending { pieces, .. }) = stages.get_mut(&tag)
         && pieces.len() < caps::PIECES_PENDING_MAX
@@ -259,13 +252,7 @@ fn apply(client: &LocalClient, stages: &mut HashMap<u64, Stage>, tag: u64, piece
     }
 }
 
-fn report(
-    daemon: &Arc<Daemon>,
-    runtime: &tokio::runtime::Handle,
-    client: &Arc<LocalClient>,
-    tag: u64,
-    copied: Copied,
-) {
+fn report(daemon: &Arc<Daemon>, runtime: &tokio::runtime::Handle, client: &Arc<LocalClient>, tag: u64, copied: Copied) {
     client.complete(tag, &Completion::Copied);
     match copied {
         Copied::Partly => {}

@@ -270,9 +270,7 @@ pub fn publish(
             telemetry::add(&daemon.traffic.put_bytes, bytes);
             written_back(daemon, target, hash, parent, sums, PutStatus::Stored)
         }
-        Publish::Superseded => {
-            Finished { status: PutStatus::Superseded, level: Level::Unspecified, local: None }
-        }
+        Publish::Superseded => Finished { status: PutStatus::Superseded, level: Level::Unspecified, local: None },
     }
 }
 

@@ -12,8 +12,8 @@ mod lease;
 mod namespace;
 mod room;
 
-use std::sync::{Arc, Weak};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use kvstore_plane::{SequenceHash, SlotKey};
 use kvstore_transfer::{HugePages, Slab, SlabError};
