@@ -304,7 +304,8 @@ fn commands(daemon: &Daemon, rounds: usize) -> anyhow::Result<Vec<Figure>> {
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::empty(), None)?;
     let mut echo = helper("echo", Some(&echo), "")?;
     let name = hashes(2 << 20, 1);
-    let block = [PutSlice { hash: &name[0], parent: None, bytes: &replay::content(1, 4096) }];
+    let name = name.first().context("one hash")?;
+    let block = [PutSlice { hash: name, parent: None, bytes: &replay::content(1, 4096) }];
     daemon.runtime.block_on(daemon.client.put_from(&group, &block, PutOptions::default()))?;
     pin_to(0);
     let (mut ratios, mut rings, mut sockets) = (Vec::new(), Vec::new(), Vec::new());
@@ -380,7 +381,7 @@ fn hold(address: &str) -> anyhow::Result<()> {
                 let client = Client::connect_over(address, Plane::Local).await?;
                 let layout = replay::layout("kvstore local benches", 4096, BlockKind::Attention);
                 let group = client.register_layout(layout).await?.group(0);
-                let names = hashes(1 << 20 | number % CHAINS as u64, LEASES_EACH);
+                let names = hashes((1 << 20) | (number % CHAINS as u64), LEASES_EACH);
                 let leases = client.leases(&group, &names).await?;
                 anyhow::ensure!(leases.len() == LEASES_EACH, "a block was not there");
                 anyhow::Ok((client, leases))

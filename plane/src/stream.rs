@@ -54,7 +54,7 @@ mod tests {
 
     #[test]
     fn every_alignment_and_length_comes_out_whole() {
-        let source: Vec<u8> = (0..5000u32).map(|i| (i * 7 >> 2) as u8).collect();
+        let source: Vec<u8> = (0..5000u32).map(|i| ((i * 7) >> 2) as u8).collect();
         for (from, to, len) in [(0, 0, 4096), (1, 3, 4000), (63, 1, 129), (5, 64, 63), (0, 7, 0), (9, 0, 64)] {
             let mut target = vec![0u8; 5000];
             stream_copy(&source[from..from + len], &mut target[to..to + len]);

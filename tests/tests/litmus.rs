@@ -146,15 +146,17 @@ fn race(fenced: bool, until_wrong: bool) -> (u64, u64, u64, u64) {
             evictions += u64::from(region.replace(slot, id));
         }
         if id % 4096 < SLOTS as u64 {
-            if let Some(status) = reader.try_wait().unwrap() {
-                assert!(status.success(), "the reader failed: {status}");
+            if reader.try_wait().unwrap().is_some() {
                 break;
             }
             if until_wrong && region.0[WRONG].load(Ordering::Relaxed) > 0 {
                 region.0[STOP].store(1, Ordering::Relaxed);
+                break;
             }
         }
     }
+    let status = reader.wait().unwrap();
+    assert!(status.success(), "the reader failed: {status}");
     let word = |at: usize| region.0[at].load(Ordering::Relaxed);
     (word(READ), word(HITS), word(WRONG), evictions)
 }

@@ -318,7 +318,7 @@ async fn a_lease_page_full_of_garbage_keeps_what_it_names_and_no_more() {
     }
     // It names every slot that there can be: nothing may be evicted, puts say Busy, reads go on.
     for (at, word) in raw.client[512..512 + 8192].iter().enumerate() {
-        word.store(1 << 63 | (at as u64 / 2048) << 28 | at as u64 % 2048, Ordering::Relaxed);
+        word.store((1 << 63) | ((at as u64 / 2048) << 28) | (at as u64 % 2048), Ordering::Relaxed);
     }
     raw.client[0].store(u64::MAX, Ordering::Release);
     let mut busy = false;

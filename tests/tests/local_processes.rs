@@ -27,7 +27,7 @@ fn client_process() {
         let group = client.register_layout(replay::layout("test", BYTES, BlockKind::Attention)).await.unwrap().group(0);
         if role == "put" {
             for round in 0u64.. {
-                let first = 1 << 40 | u64::from(std::process::id()) << 20 | round * 8;
+                let first = (1 << 40) | (u64::from(std::process::id()) << 20) | (round * 8);
                 let _ = client.put(&group, chain(first..first + 8, BYTES)).await;
                 if round == 3 {
                     println!("ready");
@@ -105,7 +105,7 @@ async fn within(limit: Duration, what: &str, mut done: impl FnMut() -> bool) {
 async fn turn_over(daemon: &TestDaemon, round: u64) {
     let (client, group) = daemon.group_over(Plane::Local, BYTES).await;
     for at in 0..30u64 {
-        let first = (round + 1) << 30 | at * 100;
+        let first = ((round + 1) << 30) | (at * 100);
         client.put(&group, chain(first..first + 60, BYTES)).await.unwrap();
     }
 }
@@ -166,7 +166,7 @@ async fn a_stopped_client_that_keeps_slabs_mapped_costs_room_and_nothing_else() 
     let large = client.register_layout(replay::layout("large", 1 << 20, BlockKind::Attention)).await.unwrap().group(0);
     for at in 0..20u64 {
         let started = Instant::now();
-        client.put(&large, chain(1 << 50 | at..(1 << 50 | at) + 1, 1 << 20)).await.unwrap();
+        client.put(&large, chain([(1 << 50) | at], 1 << 20)).await.unwrap();
         assert!(started.elapsed() < Duration::from_secs(4), "a put waited for a process that is stopped");
         assert!(daemon.mapped() <= 32 << 20);
     }
