@@ -69,15 +69,21 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
         let bound = server::bind(listener).await?;
         tracing::info!(address = bound.address, namespace = listener.namespace, "listening");
         addresses.push(bound.address.clone());
+        tasks.spawn(server::serve(Arc::clone(&daemon), bound, stopping.clone()));
         if let (Address::Unix(path), true) = (&listener.address, config.local_plane) {
             let path = local::plane_path(path);
+            // sun_path has 108 bytes with its final zero.
+            if path.as_os_str().len() > 107 {
+                let path = path.display();
+                tracing::warn!(%path, "no local plane here: its socket's path is longer than 107 bytes");
+                continue;
+            }
             let namespace = daemon.namespace(&listener.namespace).context("the namespace is not configured")?;
             let at = path.display().to_string();
             let plane = local::PlaneListener::bind(path)
                 .with_context(|| format!("cannot listen on {at} for the local plane"))?;
             planes.push((plane, namespace));
         }
-        tasks.spawn(server::serve(Arc::clone(&daemon), bound, stopping.clone()));
     }
     let mut http_address = None;
     if let Some(address) = config.http {

@@ -378,16 +378,15 @@ impl LocalGroup {
         options: PutOptions,
         deadline_ms: u32,
     ) -> Result<Option<Vec<v1::PutResult>>, Error> {
-        let blocks = blocks
-            .iter()
-            .map(|block| {
-                let parent = block.parent.as_deref().map(sequence_hash).transpose()?;
-                Ok(LocalPut { hash: sequence_hash(&block.hash)?, parent, bytes: &block.bytes })
-            })
-            .collect::<Result<Vec<_>, Error>>()?;
-        self.put_slices(&blocks, options, deadline_ms).await
+        let slice = |block| {
+            let PutBlock { hash, parent, bytes }: &PutBlock = block;
+            PutSlice { hash, parent: parent.as_deref(), bytes }
+        };
+        let blocks: Vec<PutSlice<'_>> = blocks.iter().map(slice).collect();
+        self.put_from(&blocks, options, deadline_ms).await
     }
 
+    /// Stores blocks from wherever their bytes are. `None`: the local plane cannot take them now.
     pub(crate) async fn put_from(
         &self,
         blocks: &[PutSlice<'_>],
@@ -401,18 +400,8 @@ impl LocalGroup {
                 Ok(LocalPut { hash: sequence_hash(block.hash)?, parent, bytes: block.bytes })
             })
             .collect::<Result<Vec<_>, Error>>()?;
-        self.put_slices(&blocks, options, deadline_ms).await
-    }
-
-    /// Stores blocks from wherever their bytes are. `None`: the local plane cannot take them now.
-    pub(crate) async fn put_slices(
-        &self,
-        blocks: &[LocalPut<'_>],
-        options: PutOptions,
-        deadline_ms: u32,
-    ) -> Result<Option<Vec<v1::PutResult>>, Error> {
         let known = matches!(options.level, v1::Level::Unspecified | v1::Level::Memory | v1::Level::Local);
-        if blocks.is_empty() || !known || !put::can_put(blocks) {
+        if blocks.is_empty() || !known || !put::can_put(&blocks) {
             return Ok(None);
         }
         if !self.attachment.wait_for_staging().await {
@@ -426,7 +415,7 @@ impl LocalGroup {
             more_follows: options.more_follows,
             deadline_ms,
         };
-        self.attachment.put(into, blocks).await.map(Some)
+        self.attachment.put(into, &blocks).await.map(Some)
     }
 }
 

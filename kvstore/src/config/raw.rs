@@ -87,7 +87,7 @@ struct RawLocal {
 
 impl Default for RawLocal {
     fn default() -> Self {
-        Self { plane: "on".into(), spin: "50us".into(), staging_bytes: "4MiB".into() }
+        Self { plane: "on".into(), spin: "50us".into(), staging_bytes: "512KiB".into() }
     }
 }
 
@@ -311,7 +311,7 @@ impl RawLocal {
         }
         let key = "local.staging_bytes";
         let bytes = ByteSize::from_str(&self.staging_bytes)
-            .map_err(|_| invalid(key, format!("{:?} is not a size such as \"4MiB\"", self.staging_bytes)))?
+            .map_err(|_| invalid(key, format!("{:?} is not a size such as \"512KiB\"", self.staging_bytes)))?
             .as_u64();
         if !(STAGING_BYTES_MIN..=STAGING_BYTES_MAX).contains(&bytes) {
             let (least, largest) = (ByteSize(STAGING_BYTES_MIN), ByteSize(STAGING_BYTES_MAX));

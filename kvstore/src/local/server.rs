@@ -195,7 +195,8 @@ impl Server {
                 }
             }
             self.poll_rings();
-            if tidied.elapsed() >= caps::LOCAL_TIDY || self.blocked {
+            let due = if self.blocked { caps::LOCAL_BLOCKED_POLL } else { caps::LOCAL_TIDY };
+            if tidied.elapsed() >= due {
                 tidied = Instant::now();
                 self.tidy();
             }
