@@ -1,9 +1,10 @@
 """Gets and puts from Python beside Mooncake Store and Redis, in one run, interleaved: `make bench-peers`.
 
 Every side moves blocks between memory of this process and its store, with the calls that its users would take: ours
-`get_into`/`put_from`; Mooncake's `batch_get_into`/`batch_put_from` on registered memory, once with the store's segment in this
-process (local: it copies) and once in another (cross-process: its TCP transport on loopback); redis-py's `mget` and a pipeline
-of `set` over a Unix socket. Rounds alternate who goes first; ratios are medians of rounds.
+`get_into`/`put_from`; Mooncake's `get_into`/`put_from` on registered memory, once with the store's segment in this process (local:
+it copies) and once in another (cross-process: its TCP transport on loopback); redis-py's `get` and `set` over a Unix socket. A block
+a call; and, as `batch`, all blocks of a round in one call (`batch_get_into`/`batch_put_from`, `mget` and a pipeline). Rounds
+alternate who goes first; ratios are medians of rounds.
 """
 
 import argparse
@@ -24,6 +25,8 @@ import numpy
 
 SIZES = {"64KiB": 64 << 10, "1MiB": 1 << 20, "4MiB": 4 << 20}
 BYTES_PER_ROUND = 64 << 20
+SOURCE = numpy.random.default_rng(7).integers(0, 256, BYTES_PER_ROUND, dtype=numpy.uint8)
+INTO = numpy.ones(BYTES_PER_ROUND, dtype=numpy.uint8)
 
 
 def free_port():
@@ -64,19 +67,28 @@ class Ours:
             self.groups[size] = layout.group()
         self.group, self.source, self.into = self.groups[size], list(source), list(into)
 
-    def put(self, keys):
+    def put(self, keys, batch):
         names = [hashlib.sha256(key.encode()).digest() for key in keys]
-        return timed(lambda: self._check(self.group.put_from(names, self.source)))
+
+        def each():
+            for name, block in zip(names, self.source):
+                self._check(self.group.put_from([name], [block]))
+
+        return timed(lambda: self._check(self.group.put_from(names, self.source)) if batch else each())
 
     @staticmethod
     def _check(results):
         assert all(result.status == "stored" for result in results), results
 
-    def get(self, keys):
+    def get(self, keys, batch):
         names = [hashlib.sha256(key.encode()).digest() for key in keys]
 
         def work():
-            assert self.group.get_into(names, self.into) == len(names)
+            if batch:
+                assert self.group.get_into(names, self.into) == len(names)
+                return
+            for name, into in zip(names, self.into):
+                assert self.group.get_into([name], [into]) == 1
 
         return timed(work)
 
@@ -107,8 +119,12 @@ class Redis:
         # redis-py takes bytes-like values; what comes back is copied to where it is wanted.
         self.source, self.into = [memoryview(block) for block in source], list(into)
 
-    def put(self, keys):
+    def put(self, keys, batch):
         def work():
+            if not batch:
+                for key, block in zip(keys, self.source):
+                    assert self.client.set(key, block)
+                return
             pipe = self.client.pipeline(transaction=False)
             for key, block in zip(keys, self.source):
                 pipe.set(key, block)
@@ -116,9 +132,10 @@ class Redis:
 
         return timed(work)
 
-    def get(self, keys):
+    def get(self, keys, batch):
         def work():
-            for value, into in zip(self.client.mget(keys), self.into):
+            values = self.client.mget(keys) if batch else map(self.client.get, keys)
+            for value, into in zip(values, self.into):
                 into[:] = numpy.frombuffer(value, dtype=numpy.uint8)
 
         return timed(work)
@@ -165,21 +182,29 @@ class Mooncake:
                 self.registered.add(array.ctypes.data)
         self.size, self.source, self.into = size, source, into
 
-    def put(self, keys):
+    def put(self, keys, batch):
         pointers = [self.source[at].ctypes.data for at in range(len(keys))]
         sizes = [self.size] * len(keys)
 
         def work():
+            if not batch:
+                for key, pointer in zip(keys, pointers):
+                    assert self.store.put_from(key, pointer, self.size) == 0
+                return
             statuses = self.store.batch_put_from(keys, pointers, sizes)
             assert all(status == 0 for status in statuses), statuses
 
         return timed(work)
 
-    def get(self, keys):
+    def get(self, keys, batch):
         pointers = [self.into[at].ctypes.data for at in range(len(keys))]
         sizes = [self.size] * len(keys)
 
         def work():
+            if not batch:
+                for key, pointer in zip(keys, pointers):
+                    assert self.store.get_into(key, pointer, self.size) == self.size
+                return
             got = self.store.batch_get_into(keys, pointers, sizes)
             assert all(size == self.size for size in got), got
 
@@ -268,23 +293,24 @@ def leases(ours, figures, rounds):
 TARGETS = {"mooncake_local": ">= 3", "mooncake_tcp": ">= 8", "redis": ">= 8"}
 
 
-def compare(ours, peers, figures, rounds):
+def compare(ours, peers, figures, rounds, batch):
+    infix = "batch_" if batch else ""
     for label, size in SIZES.items():
         count = BYTES_PER_ROUND // size
-        source = numpy.random.default_rng(size).integers(0, 256, (count, size), dtype=numpy.uint8)
-        into = numpy.ones((count, size), dtype=numpy.uint8)
+        # The same memory throughout: Mooncake has it registered.
+        source, into = SOURCE.reshape(count, size), INTO.reshape(count, size)
         sides = [ours, *peers]
         times = {side.name: {"put": [], "get": []} for side in sides}
         for side in sides:
             side.prepare(size, source, into)
         for turn in range(rounds + 1):
             order = sides[turn % len(sides) :] + sides[: turn % len(sides)]
-            keys = [f"{label}-{turn}-{at}" for at in range(count)]
-            put = {side.name: side.put(keys) for side in order}
+            keys = [f"{infix}{label}-{turn}-{at}" for at in range(count)]
+            put = {side.name: side.put(keys, batch) for side in order}
             got = {}
             for side in order:
                 into[:] = 1
-                got[side.name] = side.get(keys)
+                got[side.name] = side.get(keys, batch)
                 assert numpy.array_equal(into, source), f"{side.name} gave other bytes"
             for side in order:
                 side.remove(keys)
@@ -295,10 +321,11 @@ def compare(ours, peers, figures, rounds):
         for verb in ("get", "put"):
             for side in sides:
                 gbps = count * size / statistics.median(times[side.name][verb]) / 1e9
-                figures.add(f"{verb}_{label}_{side.name}_gbps", gbps)
+                figures.add(f"{verb}_{infix}{label}_{side.name}_gbps", gbps)
             for side in peers:
                 pairs = zip(times[side.name][verb], times[ours.name][verb])
-                figures.add(f"{verb}_{label}_of_{side.name}", statistics.median(a / b for a, b in pairs), TARGETS[side.name])
+                ratio = statistics.median(a / b for a, b in pairs)
+                figures.add(f"{verb}_{infix}{label}_of_{side.name}", ratio, "none" if batch else TARGETS[side.name])
 
 
 def main():
@@ -320,7 +347,8 @@ def main():
         try:
             peers += [Redis(folder), Mooncake(local=True), Mooncake(local=False)]
             leases(ours, figures, arguments.rounds)
-            compare(ours, peers, figures, arguments.rounds)
+            compare(ours, peers, figures, arguments.rounds, batch=False)
+            compare(ours, peers, figures, arguments.rounds, batch=True)
         finally:
             for side in [ours, *peers]:
                 side.stop()

@@ -158,6 +158,21 @@ impl Client {
         Some(local.attachment.lease_run(local.layout, local.group, hashes))
     }
 
+    /// Reads whole blocks into buffers, where all of them are in memory now: without waiting, and without asking the daemon.
+    /// `None` where one is not, and [`Self::get_into`] may do better.
+    pub fn get_into_now(
+        &self,
+        group: &GroupRef,
+        hashes: &[Bytes],
+        buffers: &mut [&mut [u8]],
+    ) -> Option<Result<usize, Error>> {
+        if buffers.len() != hashes.len() || hashes.len() > BLOCKS_PER_STEP {
+            return None;
+        }
+        let leases = self.leases_now(group, hashes)?.ok()?;
+        (leases.len() == hashes.len()).then(|| copy_out(&leases, buffers, 0))
+    }
+
     /// Leases the leading blocks of a prefix, to be read where they lie; what is in a lower tier alone is brought into memory
     /// first. Fewer blocks than asked where one is nowhere, or on its way. Needs the local plane. Blocks stay as they are until
     /// the leases are dropped.
