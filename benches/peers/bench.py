@@ -166,7 +166,7 @@ class Mooncake:
             self.processes.append(self._spawn([sys.executable, __file__, "--mooncake-segment", master]))
             time.sleep(4)
         self.store = MooncakeDistributedStore()
-        segment = 1 << 30 if local else 0
+        segment = 4 << 30 if local else 0
         status = self.store.setup("127.0.0.1", "P2PHANDSHAKE", segment, 512 << 20, "tcp", "", master)
         assert status == 0, f"mooncake's setup answers {status}"
         self.registered = set()
@@ -226,7 +226,7 @@ def serve_segment(master):
     from mooncake.store import MooncakeDistributedStore
 
     store = MooncakeDistributedStore()
-    assert store.setup("127.0.0.1", "P2PHANDSHAKE", 1 << 30, 64 << 20, "tcp", "", master) == 0
+    assert store.setup("127.0.0.1", "P2PHANDSHAKE", 4 << 30, 64 << 20, "tcp", "", master) == 0
     while True:
         time.sleep(3600)
 
