@@ -24,6 +24,19 @@ use crate::touch::TouchRing;
 /// The version of the local plane that this build speaks; the only one.
 pub const PLANE_VERSION: u16 = 1;
 
+/// What one side can do beside reading, as bits of a u64. Both say what they can; what both can is used, and unknown bits are
+/// passed over: a later daemon offers more under the same version.
+pub mod capabilities {
+    /// Stage, Copy, Abandon: puts through staging memory.
+    pub const PUT: u64 = 1;
+    /// Promote, Release, Hint: blocks of lower tiers.
+    pub const PROMOTE: u64 = 2;
+    /// Call: the verbs of `kvstore.v1.Blocks`.
+    pub const CALL: u64 = 4;
+    /// All that this build can.
+    pub const ALL: u64 = PUT | PROMOTE | CALL;
+}
+
 /// The first bytes of every datagram.
 const MAGIC: [u8; 6] = *b"KVPLAN";
 
@@ -105,6 +118,8 @@ pub enum FromClient {
         version_min: u16,
         /// The highest.
         version_max: u16,
+        /// See [`capabilities`].
+        capabilities: u64,
     },
     /// It wants staging memory.
     WantsStaging,
@@ -162,6 +177,8 @@ pub struct Welcome {
     pub table_seed: u64,
     /// Bytes of the key table.
     pub table_bytes: u64,
+    /// What the daemon can: see [`capabilities`].
+    pub capabilities: u64,
 }
 
 /// A datagram that is none of this protocol.
@@ -189,9 +206,9 @@ impl FromClient {
     /// As a datagram.
     pub fn encode(&self) -> Vec<u8> {
         match self {
-            Self::Hello { version_min, version_max } => {
+            Self::Hello { version_min, version_max, capabilities } => {
                 let mut writer = start(1);
-                writer.u16(*version_min).u16(*version_max);
+                writer.u16(*version_min).u16(*version_max).u64(*capabilities);
                 writer.0
             }
             Self::WantsStaging => start(2).0,
@@ -209,7 +226,9 @@ impl FromClient {
         let (kind, mut reader) = open(bytes)?;
         let mut fields = || {
             Some(match kind {
-                1 => Self::Hello { version_min: reader.u16()?, version_max: reader.u16()? },
+                1 => {
+                    Self::Hello { version_min: reader.u16()?, version_max: reader.u16()?, capabilities: reader.u64()? }
+                }
                 2 => Self::WantsStaging,
                 3 => Self::Unmapped { serial: reader.u64()? },
                 4 => Self::Goodbye,
@@ -235,7 +254,7 @@ impl FromDaemon {
         match self {
             Self::Welcome(welcome) => {
                 writer.u16(welcome.version).u64(welcome.epoch).put(welcome.namespace_digest);
-                writer.u64(welcome.table_seed).u64(welcome.table_bytes);
+                writer.u64(welcome.table_seed).u64(welcome.table_bytes).u64(welcome.capabilities);
             }
             Self::Refused(reason) => writer.0.extend(reason.bytes().take(caps::DATAGRAM_BYTES_MAX / 2)),
             Self::SlabCame { slab, serial } | Self::SlabLeft { slab, serial } => {
@@ -260,6 +279,7 @@ impl FromDaemon {
                     namespace_digest: reader.take()?,
                     table_seed: reader.u64()?,
                     table_bytes: reader.u64()?,
+                    capabilities: reader.u64()?,
                 }),
                 2 => Self::Refused(String::from_utf8_lossy(reader.rest()).into_owned()),
                 3 => Self::SlabCame { slab: reader.u32()?, serial: reader.u64()? },
@@ -280,7 +300,8 @@ mod tests {
 
     #[test]
     fn datagrams_survive_a_round_trip() {
-        let welcome = Welcome { version: 1, epoch: 2, namespace_digest: [3; 32], table_seed: 4, table_bytes: 5 };
+        let welcome =
+            Welcome { version: 1, epoch: 2, namespace_digest: [3; 32], table_seed: 4, table_bytes: 5, capabilities: 6 };
         for datagram in [
             FromDaemon::Welcome(welcome),
             FromDaemon::Refused("no room".into()),
@@ -295,7 +316,7 @@ mod tests {
             assert!((0..8).all(|cut| FromDaemon::decode(&bytes[..cut]).is_err()));
         }
         for datagram in [
-            FromClient::Hello { version_min: 1, version_max: 3 },
+            FromClient::Hello { version_min: 1, version_max: 3, capabilities: 7 },
             FromClient::WantsStaging,
             FromClient::Unmapped { serial: 9 },
             FromClient::Goodbye,

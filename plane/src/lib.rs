@@ -24,6 +24,7 @@ pub const SOCKET_SUFFIX: &str = ".plane";
 
 pub use attachment::{
     AttachmentView, BadDatagram, CLIENT_PAGE_BYTES, DAEMON_PAGE_BYTES, FromClient, FromDaemon, PLANE_VERSION, Welcome,
+    capabilities,
 };
 pub use commands::{BadCommand, Command, Completion, StageBlock, verbs};
 pub use directory::{SLOT_ENTRY_BYTES, SlotEntry, SlotRecord, SlotState};

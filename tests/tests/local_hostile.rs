@@ -76,7 +76,7 @@ fn map(fd: &OwnedFd, bytes: usize, write: bool) -> Option<&'static [AtomicU64]> 
 impl Raw {
     fn attach(daemon: &TestDaemon) -> Self {
         let socket = connect(daemon);
-        send(&socket, &FromClient::Hello { version_min: 1, version_max: 1 }.encode());
+        send(&socket, &FromClient::Hello { version_min: 1, version_max: 1, capabilities: u64::MAX }.encode());
         let (FromDaemon::Welcome(welcome), descriptors) = receive(&socket).unwrap() else { panic!("no welcome") };
         let client = map(&descriptors[0], CLIENT_PAGE_BYTES, true).unwrap();
         let daemon = map(&descriptors[1], DAEMON_PAGE_BYTES, false).unwrap();
@@ -371,7 +371,7 @@ async fn strangers_at_the_socket_are_turned_away() {
     send(&socket, b"GET / HTTP/1.1\r\n\r\n");
     assert!(receive(&socket).is_none(), "hung up");
     let socket = connect(&daemon);
-    send(&socket, &FromClient::Hello { version_min: 2, version_max: 9 }.encode());
+    send(&socket, &FromClient::Hello { version_min: 2, version_max: 9, capabilities: 0 }.encode());
     let (FromDaemon::Refused(why), _) = receive(&socket).unwrap() else { panic!() };
     assert!(why.contains("version 1"), "{why}");
     let socket = connect(&daemon);
@@ -387,7 +387,7 @@ async fn strangers_at_the_socket_are_turned_away() {
         let mut control = SendAncillaryBuffer::new(&mut space);
         let passed = [file.as_fd()];
         control.push(rustix::net::SendAncillaryMessage::ScmRights(&passed));
-        let hello = FromClient::Hello { version_min: 1, version_max: 1 }.encode();
+        let hello = FromClient::Hello { version_min: 1, version_max: 1, capabilities: u64::MAX }.encode();
         let _ = rustix::net::sendmsg(&socket, &[IoSlice::new(&hello)], &mut control, SendFlags::NOSIGNAL);
     }
     eventually("passed descriptors are closed", || fds() < before + 15).await;

@@ -15,6 +15,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use kvstore_plane::{
     AttachmentView, CLIENT_PAGE_BYTES, DAEMON_PAGE_BYTES, FromClient, FromDaemon, PLANE_VERSION, TableView, Welcome,
+    capabilities,
 };
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -78,8 +79,9 @@ impl Attachment {
             Error::Unavailable(format!("no local plane answers at {}: {error}", path.display()))
         };
         let socket = socket::connect(path).map_err(failed)?;
-        socket::send(&socket, &FromClient::Hello { version_min: PLANE_VERSION, version_max: PLANE_VERSION })
-            .map_err(failed)?;
+        let (version_min, version_max) = (PLANE_VERSION, PLANE_VERSION);
+        let hello = FromClient::Hello { version_min, version_max, capabilities: capabilities::ALL };
+        socket::send(&socket, &hello).map_err(failed)?;
         let (welcome, descriptors) = Self::until_welcome(&socket, failed)?;
         let [client_page, daemon_page, table, kick] = <[OwnedFd; 4]>::try_from(descriptors)
             .map_err(|_| Error::Unavailable("the daemon's welcome came without its memory".into()))?;
@@ -146,6 +148,11 @@ impl Attachment {
     /// True once the daemon said that it ends.
     pub(crate) fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
+    }
+
+    /// Whether the daemon can do this too: see [`capabilities`].
+    pub(super) fn can(&self, capability: u64) -> bool {
+        self.welcome.capabilities & capability != 0
     }
 
     pub(super) fn view(&self) -> AttachmentView<'_> {

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kvstore_plane::caps::HASHES_PER_PROMOTE_MAX;
-use kvstore_plane::{Command, Completion, SequenceHash};
+use kvstore_plane::{Command, Completion, SequenceHash, capabilities};
 use kvstore_proto::v1;
 use prost::Message;
 
@@ -79,7 +79,8 @@ impl Attachment {
         deadline_ms: u32,
     ) -> Result<Option<M>, Error> {
         let request = request.encode_to_vec();
-        if request.len() + 64 > self.view().submissions().payload_bytes_max() {
+        let fits = request.len() + 64 <= self.view().submissions().payload_bytes_max();
+        if !fits || !self.can(capabilities::CALL) {
             return Ok(None);
         }
         match self.call(&Command::Call { verb, deadline_ms, request }).await? {
@@ -416,7 +417,8 @@ impl LocalGroup {
             })
             .collect::<Result<Vec<_>, Error>>()?;
         let known = matches!(options.level, v1::Level::Unspecified | v1::Level::Memory | v1::Level::Local);
-        if blocks.is_empty() || !known || !put::can_put(&blocks) {
+        let can = self.attachment.can(capabilities::PUT) && put::can_put(&blocks);
+        if blocks.is_empty() || !known || !can {
             return Ok(None);
         }
         if !self.attachment.wait_for_staging().await {

@@ -37,6 +37,8 @@ struct Putting<'a> {
     attachment: &'a Arc<Attachment>,
     waiting: Waiting,
     results: Vec<Option<Result<v1::PutResult, Error>>>,
+    /// Which blocks have a slot.
+    has_slot: Vec<bool>,
     staged: usize,
 }
 
@@ -49,7 +51,8 @@ impl Attachment {
     ) -> Result<Vec<v1::PutResult>, Error> {
         let waiting = self.wait_for(blocks.len() as u64);
         let results = blocks.iter().map(|_| None).collect();
-        let mut putting = Putting { attachment: self, waiting, results, staged: 0 };
+        let has_slot = vec![false; blocks.len()];
+        let mut putting = Putting { attachment: self, waiting, results, has_slot, staged: 0 };
         for (at, block) in blocks.iter().enumerate() {
             putting.stage_ahead(into, blocks, at).await?;
             putting.bring(at, block.bytes).await?;
@@ -86,12 +89,19 @@ impl<'a> Putting<'a> {
     }
 
     fn file(&mut self, tag: u64, completion: Completion) {
+        let at = (tag - self.waiting.first()) as usize;
         let decided = match completion {
+            Completion::Staged => {
+                if let Some(has_slot) = self.has_slot.get_mut(at) {
+                    *has_slot = true;
+                }
+                return;
+            }
             Completion::Stored { status, level } => Ok(v1::PutResult { status: status as i32, level: level as i32 }),
             Completion::Failed { code, message } => Err(failure(code, message)),
             _ => return,
         };
-        if let Some(place) = self.results.get_mut((tag - self.waiting.first()) as usize) {
+        if let Some(place) = self.results.get_mut(at) {
             place.get_or_insert(decided);
         }
     }
@@ -106,6 +116,11 @@ impl<'a> Putting<'a> {
     /// Leaves a block's bytes for the daemon, unless it turns out not to want them.
     async fn bring(&mut self, at: usize, bytes: &[u8]) -> Result<(), Error> {
         let tag = self.tag(at);
+        // Staging memory is for blocks that have a slot: those that wait for another writer would keep its pieces out.
+        while !self.is_decided(at) && !self.has_slot.get(at).copied().unwrap_or(false) {
+            let (tag, completion) = self.waiting.next().await?;
+            self.file(tag, completion);
+        }
         let mut rest = bytes;
         while !rest.is_empty() {
             if self.is_decided(at) {

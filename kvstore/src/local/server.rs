@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kvstore_plane::caps::DATAGRAM_BYTES_MAX;
-use kvstore_plane::{AttachmentView, FromClient, FromDaemon, PLANE_VERSION, RingReader, Welcome, fall_asleep, wake_up};
+use kvstore_plane::{
+    AttachmentView, FromClient, FromDaemon, PLANE_VERSION, RingReader, Welcome, capabilities, fall_asleep, wake_up,
+};
 use kvstore_tiers::Slab;
 use kvstore_tiers::caps::{STAGING_BYTES_MIN, STAGING_PERCENT_MAX};
 use kvstore_tiers::host::NamespaceId;
@@ -346,7 +348,7 @@ impl Server {
     fn on_datagram(&mut self, number: u32, datagram: FromClient) {
         let Some(peer) = self.peers.get_mut(&number) else { return };
         match (&mut peer.state, datagram) {
-            (PeerState::Greeting(..), FromClient::Hello { version_min, version_max }) => {
+            (PeerState::Greeting(..), FromClient::Hello { version_min, version_max, capabilities: _ }) => {
                 self.attach(number, version_min, version_max);
             }
             (PeerState::Attached(attached), FromClient::WantsStaging) => {
@@ -399,6 +401,7 @@ impl Server {
             namespace_digest: view.namespace_digest,
             table_seed: view.table_seed,
             table_bytes: view.table_bytes(),
+            capabilities: capabilities::ALL,
         });
         let descriptors = [attached.client_page.as_fd(), attached.daemon_page.as_fd(), view.table_fd(), kick.as_fd()];
         // Edge-triggered and never read: a client shares the eventfd, and could make a read of it wait.

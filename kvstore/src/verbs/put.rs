@@ -264,7 +264,9 @@ pub fn publish(
 ) -> Finished {
     let sums = if daemon.nvme.is_some() { fill.section_sums() } else { Vec::new() };
     let bytes = fill.length() as u64;
-    match fill.commit(tail) {
+    // Leased until it is queued for the disk: under pressure it would be the first to leave, as the newest leaf of its chain.
+    let (published, _leased) = fill.commit_leased(tail);
+    match published {
         Publish::Published => {
             telemetry::add(&daemon.traffic.put_blocks, 1);
             telemetry::add(&daemon.traffic.put_bytes, bytes);

@@ -224,17 +224,31 @@ impl BlockFill {
 
     /// Makes the block readable; `tail` for the last of its request. It must be complete: with bytes missing
     /// nothing is published.
-    pub fn commit(mut self, tail: bool) -> Publish {
-        let Some((ticket, fill)) = self.fill.take() else { return Publish::Superseded };
+    pub fn commit(self, tail: bool) -> Publish {
+        self.commit_leased(tail).0
+    }
+
+    /// The same, and leases the block, so that it is still there when it goes to disk.
+    pub fn commit_leased(mut self, tail: bool) -> (Publish, Option<LeasedBlock>) {
+        let Some((ticket, fill)) = self.fill.take() else { return (Publish::Superseded, None) };
         let (length, crc32, complete) = (fill.length() as u32, fill.crc32(), fill.room() == 0);
         drop(fill);
         let mut state = self.tier.state.lock();
-        let Some(namespace) = state.namespace_mut(self.namespace) else { return Publish::Superseded };
-        if complete {
-            return namespace.residency.publish(ticket, length, crc32, tail);
+        let Some(namespace) = state.namespace_mut(self.namespace) else { return (Publish::Superseded, None) };
+        if !complete {
+            namespace.residency.abort(ticket);
+            return (Publish::Superseded, None);
         }
-        namespace.residency.abort(ticket);
-        Publish::Superseded
+        let key = namespace.residency.key_of(&ticket);
+        let published = namespace.residency.publish(ticket, length, crc32, tail);
+        let leased = match key.filter(|_| published == Publish::Published) {
+            Some(key) => self.tier.lease_in(namespace, self.namespace, &key),
+            None => Leasing::Miss,
+        };
+        match leased {
+            Leasing::Leased(block) => (published, Some(block)),
+            _ => (published, None),
+        }
     }
 }
 

@@ -150,6 +150,8 @@ struct State {
     slabs_moved: u64,
     /// Slabs that left and that somebody still has mapped.
     retired: Vec<Weak<Slab>>,
+    /// When a pool took a slab from another last.
+    taken: BootTime,
 }
 
 impl State {
@@ -194,6 +196,7 @@ impl HostTier {
                 making: Vec::new(),
                 slabs_moved: 0,
                 retired: Vec::new(),
+                taken: BootTime::default(),
             }),
             mapped: Arc::new(AtomicU64::new(0)),
             staging: Arc::new(AtomicU64::new(0)),

@@ -51,7 +51,7 @@ pub(super) enum Room {
     /// A slot is free now.
     Evicted,
     /// Memory is on its way: a slab is being made, readers have yet to unmap one that left, or what would leave is still being
-    /// written or sent.
+    /// filled, written or sent.
     Wait,
     /// Everything is leased, pinned, or on its way.
     Busy,
@@ -97,11 +97,18 @@ impl HostTier {
         let awaited = retiring >= state.slab_bytes / 2;
         if !awaited && let Some(slab) = state.take_from_others(namespace, pool, now) {
             state.slabs_moved += 1;
+            state.taken = now;
             return Room::Taken(slab);
         }
+        // Clients unmap within milliseconds, and a block is worth more than that; one that is stopped is not waited for.
+        if awaited && now.ms_since(state.taken) < UNMAP_MS {
+            return Room::Wait;
+        }
         let evicted = state.namespace_mut(namespace).is_some_and(|namespace| namespace.evict(pool));
-        // A block that is written to disk or sent just now keeps its whole prefix in memory, and leaves soon.
-        let kept_for_now = state.namespace(namespace).is_some_and(|namespace| namespace.residency.has_parked());
+        // A block that is written to disk or sent just now keeps its whole prefix in memory, and leaves soon; so may one
+        // that is being filled.
+        let on_its_way = |residency: &crate::residency::Residency<_>| residency.has_parked() || residency.flights() > 0;
+        let kept_for_now = state.namespace(namespace).is_some_and(|namespace| on_its_way(&namespace.residency));
         match evicted {
             true => Room::Evicted,
             false if awaited || kept_for_now => Room::Wait,
@@ -134,6 +141,8 @@ impl HostTier {
 const SLABS_TRIED: usize = 4;
 /// A pool looks at the others for a slab this often at most: it costs the lock a look at one slab's slots.
 const LOOK_EVERY_MS: u64 = 50;
+/// How long a pool waits for readers to unmap the slab that it took, before it evicts a block of its own.
+const UNMAP_MS: u64 = 100;
 
 impl State {
     /// Takes a slab from another pool for `pool`, where that is right.
