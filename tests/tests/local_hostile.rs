@@ -363,6 +363,33 @@ fn resident_bytes() -> u64 {
     statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
 
+/// What was promoted stayed leased for a second, and counted nowhere: a client that promoted as fast as it could, and never
+/// released, had the daemon keep millions of leases.
+#[tokio::test(flavor = "multi_thread")]
+async fn promotions_that_are_never_released_are_bounded() {
+    let daemon = TestDaemon::start(&[]).await;
+    let mut witness = Witness::new(&daemon).await;
+    let mut raw = Raw::attach(&daemon);
+    let block = kvstore_client::PutBlock::new(vec![7; 20], vec![7; BLOCK_BYTES as usize]);
+    witness.client.put(&witness.group, vec![block]).await.unwrap();
+    let promote = Command::Promote { layout: 0, group: 0, deadline_ms: 0, ticket: 0, hashes: vec![hash(7); 256] };
+    let (mut promoted, mut busy) = (0, 0);
+    for tag in 0..150 {
+        assert!(raw.submit(tag, &promote));
+        match raw.next().1 {
+            Completion::Promoted { ready: 256, .. } => promoted += 1,
+            Completion::Failed { message, .. } if message.contains("busy") => busy += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(promoted <= 128 && busy > 0, "{promoted} promotions of 256 blocks each are kept at once");
+    witness.checks().await;
+    let leasable = &daemon.running.daemon.leasable;
+    eventually("leases end by themselves", || leasable.available_permits() == 4 * 4096).await;
+    assert!(raw.submit(999, &promote));
+    assert_eq!(raw.next().0, 999);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn strangers_at_the_socket_are_turned_away() {
     let daemon = TestDaemon::start(&[]).await;

@@ -35,7 +35,7 @@ pub const EVICT_BATCH: usize = 32;
 /// ... and at most one part in this many of a pool, and one.
 pub const EVICT_PARTS: usize = 128;
 /// Clients of the local plane at once, over all namespaces: engine workers of a node, and their children. Each has four
-/// descriptors here, one for each slab on its way to it, and up to 320 KiB of pages, of which it mostly uses little.
+/// descriptors here, one for each slab on its way to it, and up to 360 KiB of pages, of which it mostly uses little.
 pub const ATTACHMENTS_MAX: usize = 1024;
 /// At most this part of the Host tier is staging memory, in percent.
 pub const STAGING_PERCENT_MAX: u64 = 12;

@@ -90,7 +90,10 @@ impl Calls {
     /// The same, on the listening thread: as long as somebody sleeps, the daemon is to wake this process again.
     pub(super) fn deliver_and_sleep(&self, view: &AttachmentView<'_>, staging: &Staging) {
         loop {
-            self.deliver(view, staging, true);
+            // Nonsense in the ring would be there for ever: whoever waits finds it, too, and gives the attachment up.
+            if !self.deliver(view, staging, true) {
+                return;
+            }
             if self.asleep.load(Ordering::Acquire) == 0 {
                 return;
             }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use kvstore_plane::{Completion, FromDaemon, Push, RecordHead, RingWriter, must_kick, wake_up};
 use kvstore_tiers::host::{Attached, LeasedBlock, NamespaceId, StagingMemory};
 use parking_lot::Mutex;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -24,12 +25,21 @@ pub struct LocalClient {
     pub socket: OwnedFd,
     /// Blocks that it stages, by tag.
     pub stages: Mutex<HashMap<u64, Stage>>,
-    /// Blocks that were promoted for it and that it has yet to lease, by tag, until a time.
-    pub promoted: Mutex<HashMap<u64, (Instant, Vec<LeasedBlock>)>>,
+    /// Blocks that were promoted for it and that it has yet to lease, by tag.
+    pub promoted: Mutex<HashMap<u64, Promoted>>,
     staging: Mutex<Option<Arc<StagingMemory>>>,
     outbox: Mutex<Outbox>,
     in_flight: AtomicUsize,
     gone: AtomicBool,
+}
+
+/// Blocks that stay in memory for a client. They count among the leases that all calls may have, for as long as they stay:
+/// a client that promotes and never releases is answered Busy, as everybody is then.
+pub struct Promoted {
+    /// Dropped then, released or not.
+    pub until: Instant,
+    /// The blocks, and a permit for each.
+    pub _kept: (Vec<LeasedBlock>, OwnedSemaphorePermit),
 }
 
 #[derive(Default)]

@@ -12,7 +12,7 @@ use prost::Message;
 use tokio::time::Instant;
 use tonic::Status;
 
-use super::client::{LocalClient, Task};
+use super::client::{LocalClient, Promoted, Task};
 use super::stage::{self, Piece};
 use crate::daemon::{Daemon, InFlight};
 use crate::verbs::promote::{Coming, Promoter};
@@ -188,7 +188,7 @@ impl Promotion {
     async fn run(self, daemon: Arc<Daemon>, layout: Arc<RegisteredLayout>, group: u16, deadline: Instant) {
         let mut ready = Vec::with_capacity(self.hashes.len());
         let mut next = GetStatus::Hit;
-        let Ok(permits) = Arc::clone(&daemon.leasable).try_acquire_many_owned(self.hashes.len() as u32) else {
+        let Ok(mut permits) = Arc::clone(&daemon.leasable).try_acquire_many_owned(self.hashes.len() as u32) else {
             let problem = "busy: too many blocks are leased by calls at once";
             return self.client.fail(self.tag, &Status::resource_exhausted(problem));
         };
@@ -250,10 +250,12 @@ impl Promotion {
         }
         let promoted = Completion::Promoted { ready: ready.len() as u32, next: next as u32 };
         if !ready.is_empty() && !self.client.is_gone() {
-            self.client.promoted.lock().insert(self.tag, (Instant::now() + caps::PROMOTED_KEPT, ready));
+            let until = Instant::now() + caps::PROMOTED_KEPT;
+            if let Some(permits) = permits.split(ready.len()) {
+                self.client.promoted.lock().insert(self.tag, Promoted { until, _kept: (ready, permits) });
+            }
         }
         self.client.complete(self.tag, &promoted);
-        drop(permits);
     }
 }
 

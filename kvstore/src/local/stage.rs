@@ -207,7 +207,7 @@ pub fn expire(client: &LocalClient, now: Instant) {
             client.fail(tag, &late());
         }
     }
-    client.promoted.lock().retain(|_, (until, _)| *until > now);
+    client.promoted.lock().retain(|_, promoted| promoted.until > now);
 }
 
 /// The next piece of a staged block lies in staging memory.
