@@ -11,7 +11,6 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::config::Address;
 use crate::daemon::{Daemon, Sources};
 use crate::{http, local, server, telemetry};
 
@@ -32,6 +31,8 @@ pub struct Running {
     stop: watch::Sender<bool>,
     tasks: JoinSet<anyhow::Result<()>>,
     plane: Option<local::Plane>,
+    /// Let go after all else: fields are dropped in order.
+    _owned: Vec<server::Owned>,
 }
 
 /// How a daemon is started.
@@ -64,26 +65,21 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
     let (stop, stopping) = watch::channel(false);
     let mut tasks = JoinSet::new();
     let mut addresses = Vec::new();
-    let mut planes = Vec::new();
+    let (mut planes, mut owned) = (Vec::new(), Vec::new());
+    let mut bound = Vec::new();
     for listener in &config.listeners {
-        let bound = server::bind(listener).await?;
-        tracing::info!(address = bound.address, namespace = listener.namespace, "listening");
-        addresses.push(bound.address.clone());
-        tasks.spawn(server::serve(Arc::clone(&daemon), bound, stopping.clone()));
-        if let (Address::Unix(path), true) = (&listener.address, config.local_plane) {
-            let path = local::plane_path(path);
-            // sun_path has 108 bytes with its final zero.
-            if path.as_os_str().len() > 107 {
-                let path = path.display();
-                tracing::warn!(%path, "no local plane here: its socket's path is longer than 107 bytes");
-                continue;
-            }
-            let namespace = daemon.namespace(&listener.namespace).context("the namespace is not configured")?;
-            let at = path.display().to_string();
-            let plane = local::PlaneListener::bind(path)
-                .with_context(|| format!("cannot listen on {at} for the local plane"))?;
-            planes.push((plane, namespace));
+        let mut one = server::bind(listener, config.local_plane).await?;
+        if let Some(plane) = one.plane.take() {
+            planes.push((plane, daemon.namespace(&listener.namespace).context("the namespace is not configured")?));
         }
+        owned.extend(one.owned.take());
+        bound.push(one);
+    }
+    let plane = local::start(&daemon, planes).context("cannot start the local plane")?;
+    for (one, listener) in bound.into_iter().zip(&config.listeners) {
+        tracing::info!(address = one.address, namespace = listener.namespace, "listening");
+        addresses.push(one.address.clone());
+        tasks.spawn(server::serve(Arc::clone(&daemon), one, stopping.clone()));
     }
     let mut http_address = None;
     if let Some(address) = config.http {
@@ -95,9 +91,8 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
         let (daemon, stopping) = (Arc::clone(&daemon), stopping.clone());
         tasks.spawn(async move { Ok(http::serve(daemon, listener, stopping).await?) });
     }
-    let plane = local::start(&daemon, planes).context("cannot start the local plane")?;
     tokio::spawn(Arc::clone(&daemon).tick_forever());
-    Ok(Running { daemon, addresses, http: http_address, stop, tasks, plane: Some(plane) })
+    Ok(Running { daemon, addresses, http: http_address, stop, tasks, plane: Some(plane), _owned: owned })
 }
 
 impl Running {

@@ -1,7 +1,8 @@
 //! Listeners: sockets, their folders, the bound on connections, and the servers behind them.
 
+use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -21,15 +22,24 @@ use tonic::transport::server::Connected;
 use crate::caps;
 use crate::config::{Address, Listener};
 use crate::daemon::Daemon;
+use crate::local::{PlaneListener, plane_path};
 use crate::service::{self, Context};
 
 /// A listener that is bound and not yet served.
 pub struct Bound {
     /// Where, as clients name it: a TCP port 0 is the chosen one here.
     pub address: String,
+    /// The local plane's listener beside it.
+    pub plane: Option<PlaneListener>,
+    /// Held until both sockets are gone.
+    pub owned: Option<Owned>,
     listener: Listener,
     socket: Socket,
 }
+
+/// The right to a Unix socket's path and to what lies beside it. Its file stays: removed, two daemons could each lock one.
+#[derive(Debug)]
+pub struct Owned(#[expect(dead_code, reason = "closing it lets the lock go")] File);
 
 enum Socket {
     Unix(UnixListener, SocketFile),
@@ -45,35 +55,69 @@ impl Drop for SocketFile {
     }
 }
 
-/// Binds a listener. A Unix socket's folder is made, and must be this user's alone.
-pub async fn bind(listener: &Listener) -> anyhow::Result<Bound> {
-    let (address, socket) = match &listener.address {
+/// Binds a listener and, where `local_plane` says so, the local plane's beside a Unix socket. The socket's folder is made,
+/// and must be this user's alone.
+pub async fn bind(listener: &Listener, local_plane: bool) -> anyhow::Result<Bound> {
+    let listener = listener.clone();
+    match &listener.address {
         Address::Unix(path) => {
-            let socket = bind_unix(path).await.with_context(|| format!("cannot listen on unix:{}", path.display()))?;
-            (format!("unix:{}", path.display()), Socket::Unix(socket, SocketFile(path.clone())))
+            let address = format!("unix:{}", path.display());
+            let (owned, plane, socket) =
+                bind_unix(path, local_plane).await.with_context(|| format!("cannot listen on {address}"))?;
+            let socket = Socket::Unix(socket, SocketFile(path.clone()));
+            Ok(Bound { address, plane, owned: Some(owned), listener, socket })
         }
         Address::Tcp(address) => {
             let socket = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
-            (format!("http://{}", socket.local_addr()?), Socket::Tcp(socket))
+            let address = format!("http://{}", socket.local_addr()?);
+            Ok(Bound { address, plane: None, owned: None, listener, socket: Socket::Tcp(socket) })
         }
-    };
-    Ok(Bound { address, listener: listener.clone(), socket })
+    }
 }
 
-async fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
+async fn bind_unix(path: &Path, local_plane: bool) -> anyhow::Result<(Owned, Option<PlaneListener>, UnixListener)> {
     let folder = path.parent().unwrap_or(Path::new("/"));
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
     check_private(folder)?;
+    let owned = own(path)?;
     if path.symlink_metadata().is_ok() {
-        if UnixStream::connect(path).await.is_ok() {
-            anyhow::bail!("another daemon serves there: stop it, or choose another socket with --listen");
-        }
+        anyhow::ensure!(UnixStream::connect(path).await.is_err(), TAKEN);
         // Nobody answers: a daemon that was killed left it.
         std::fs::remove_file(path)?;
     }
+    // Before the other, so that whoever finds a daemon finds its local plane.
+    let plane = if local_plane { bind_plane(path).context("cannot listen for the local plane")? } else { None };
     let socket = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(socket)
+    Ok((owned, plane, socket))
+}
+
+const TAKEN: &str = "another daemon serves there: stop it, or choose another socket with --listen";
+
+/// Takes the right to `path` until it is dropped or the process ends.
+fn own(path: &Path) -> anyhow::Result<Owned> {
+    let mut lock = path.as_os_str().to_owned();
+    lock.push(".lock");
+    let mut options = File::options();
+    options.create(true).truncate(false).write(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+    let file = options.open(&lock).with_context(|| format!("cannot open {}", Path::new(&lock).display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Owned(file)),
+        Err(TryLockError::WouldBlock) => anyhow::bail!(TAKEN),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", Path::new(&lock).display()))
+        }
+    }
+}
+
+fn bind_plane(path: &Path) -> io::Result<Option<PlaneListener>> {
+    let path = plane_path(path);
+    // sun_path has 108 bytes with its final zero.
+    if path.as_os_str().len() > 107 {
+        tracing::warn!(path = %path.display(), "no local plane here: its socket's path is longer than 107 bytes");
+        return Ok(None);
+    }
+    PlaneListener::bind(path).map(Some)
 }
 
 /// The kernel does not protect sockets in folders that others may write to.

@@ -5,9 +5,11 @@
 use std::time::{Duration, Instant};
 
 use kvstore::replay;
+use kvstore::serve::{StartOptions, start};
 use kvstore_client::v1::{GetStatus, Level, PutStatus};
-use kvstore_client::{Error, GetOptions, GetOutcome, Plane, PutBlock, PutOptions};
+use kvstore_client::{Client, Error, GetOptions, GetOutcome, Plane, PutBlock, PutOptions};
 use kvstore_tests::{BLOCK_BYTES, TestDaemon, chain, hashes};
+use rustix::fs::inotify;
 
 /// Within this time, or the test fails: background work of the daemon comes ten times a second.
 async fn eventually(what: &str, mut done: impl FnMut() -> bool) {
@@ -46,6 +48,64 @@ async fn blocks_put_and_read_over_either_plane_are_the_same() {
         }
         let again = local.put(&group, chain(0..blocks, bytes)).await.unwrap();
         assert!(again.iter().all(|result| result.status() == PutStatus::Present));
+    }
+}
+
+/// A client that found the gRPC socket and asked for the local plane at once was told that there is none: its socket came
+/// a moment later. Whoever finds a daemon now finds its local plane.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_local_plane_is_there_before_the_grpc_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let watch = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC).unwrap();
+    inotify::add_watch(&watch, folder.path(), inotify::WatchFlags::CREATE).unwrap();
+    let options = StartOptions {
+        settings: ["host.bytes=8MiB", "http.address=off", "log.level=error", "nvme.paths=off"].map(String::from).into(),
+        listen: vec![format!("unix:{}/a.sock", folder.path().display())],
+        ..StartOptions::default()
+    };
+    let running = start(options).await.unwrap();
+    let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+    let mut events = inotify::Reader::new(&watch, &mut buffer);
+    let mut made = Vec::new();
+    while let Ok(event) = events.next() {
+        made.push(event.file_name().unwrap().to_str().unwrap().to_owned());
+    }
+    assert_eq!(made, ["a.sock.lock", "a.sock.plane", "a.sock"]);
+    running.shut_down().await;
+    let left: Vec<_> = folder.path().read_dir().unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["a.sock.lock"], "a stopped daemon leaves the lock's empty file alone");
+}
+
+/// Two daemons that are started at once beside what a killed one left: each removed the other's socket. One serves now, both
+/// planes, and the other says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn of_two_daemons_on_one_socket_one_serves() {
+    for _ in 0..10 {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("a.sock");
+        drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+        let address = format!("unix:{}", socket.display());
+        let options = || StartOptions {
+            settings: ["host.bytes=8MiB", "http.address=off", "log.level=error", "nvme.paths=off"]
+                .map(String::from)
+                .into(),
+            listen: vec![address.clone()],
+            ..StartOptions::default()
+        };
+        let two = [tokio::spawn(start(options())), tokio::spawn(start(options()))];
+        let (mut serving, mut refused) = (Vec::new(), Vec::new());
+        for one in two {
+            match one.await.unwrap() {
+                Ok(running) => serving.push(running),
+                Err(error) => refused.push(format!("{error:#}")),
+            }
+        }
+        assert_eq!(serving.len(), 1, "{refused:?}");
+        assert!(refused[0].contains("another daemon serves there"), "{refused:?}");
+        for plane in [Plane::Local, Plane::Grpc] {
+            Client::connect_over(&address, plane).await.unwrap();
+        }
+        serving.pop().unwrap().shut_down().await;
     }
 }
 

@@ -446,3 +446,55 @@ proptest! {
         });
     }
 }
+
+/// A drain left behind what was on its way in over the local plane: the clients of gRPC were waited for, these were cut off.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_waits_for_blocks_that_are_on_their_way_in() {
+    let daemon = TestDaemon::start(&[]).await;
+    let _witness = Witness::new(&daemon).await;
+    let mut raw = Raw::attach(&daemon);
+    send(&raw.socket, &FromClient::WantsStaging.encode());
+    let staging = std::iter::from_fn(|| receive(&raw.socket)).find(|(it, _)| matches!(it, FromDaemon::Staging { .. }));
+    assert_eq!(staging.unwrap().1.len(), 1, "staging memory is passed");
+    raw.submit(1, &stage(1, BLOCK_BYTES));
+    assert_eq!(raw.next(), (1, Completion::Staged));
+    let serving = std::sync::Arc::clone(&daemon.running.daemon);
+    let drain = tokio::spawn(async move { serving.drain(Duration::from_secs(20)).await });
+    eventually("the daemon drains", || daemon.running.daemon.is_draining()).await;
+    raw.submit(2, &stage(2, BLOCK_BYTES));
+    assert!(raw.failure().1.contains("draining"), "what comes later is refused");
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!drain.is_finished(), "a block is on its way");
+    raw.submit(1, &Command::Copy { offset: 0, bytes: BLOCK_BYTES, last: true, crc32: None });
+    assert_eq!(raw.next(), (1, Completion::Copied));
+    assert!(matches!(raw.next(), (1, Completion::Stored { .. })));
+    assert_eq!(drain.await.unwrap(), 0, "all was finished");
+}
+
+/// A client whose socket was full when its staging memory came waited for it until the deadline of its put.
+#[tokio::test(flavor = "multi_thread")]
+async fn staging_memory_that_found_a_full_socket_comes_later() {
+    let daemon = TestDaemon::start(&[]).await;
+    let _witness = Witness::new(&daemon).await;
+    let mut raw = Raw::attach(&daemon);
+    // As long as the client sleeps, every completion wakes it with a datagram.
+    let (mut tag, mut before, mut waiting) = (0, 0, 1);
+    while before != waiting {
+        before = waiting;
+        for _ in 0..64 {
+            tag += 1;
+            kvstore_plane::fall_asleep(raw.view().client_sleeps());
+            raw.submit(tag, &stage(9, 1));
+            raw.failure();
+        }
+        waiting = rustix::io::ioctl_fionread(&raw.socket).unwrap();
+        assert!(tag < 100_000, "the socket takes everything");
+    }
+    send(&raw.socket, &FromClient::WantsStaging.encode());
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let within = Some(Duration::from_secs(5));
+    rustix::net::sockopt::set_socket_timeout(&raw.socket, rustix::net::sockopt::Timeout::Recv, within).unwrap();
+    let mut said = std::iter::from_fn(|| receive(&raw.socket));
+    let staging = said.find(|(datagram, _)| matches!(datagram, FromDaemon::Staging { .. }));
+    assert_eq!(staging.expect("the staging memory never came").1.len(), 1);
+}

@@ -27,7 +27,7 @@ use super::socket;
 use super::staging::Staging;
 use crate::Error;
 
-/// The daemon has this long to answer a Hello.
+/// The daemon has this long to accept, and as long again to answer a Hello.
 const HELLO_WITHIN: Duration = Duration::from_secs(2);
 
 /// The mapped slabs, by number.
@@ -78,7 +78,7 @@ impl Attachment {
         let failed = |error: std::io::Error| {
             Error::Unavailable(format!("no local plane answers at {}: {error}", path.display()))
         };
-        let socket = socket::connect(path).map_err(failed)?;
+        let socket = socket::connect(path, HELLO_WITHIN).map_err(failed)?;
         let (version_min, version_max) = (PLANE_VERSION, PLANE_VERSION);
         let hello = FromClient::Hello { version_min, version_max, capabilities: capabilities::ALL };
         socket::send(&socket, &hello).map_err(failed)?;
@@ -200,7 +200,7 @@ impl Attachment {
                     self.set_slab(slab, None);
                 }
                 // Leases of it that this process still has keep it mapped; the daemon saw none when it let it go.
-                let _ = socket::send(&self.socket, &FromClient::Unmapped { serial });
+                let _ = socket::send_surely(&self.socket, &FromClient::Unmapped { serial });
             }
             FromDaemon::Staging { bytes } => {
                 let mapped = descriptor.and_then(|fd| Mapping::new(&fd, bytes, Access::Write).ok());
@@ -275,7 +275,7 @@ impl Drop for Attachment {
     fn drop(&mut self) {
         if self.is_ours() {
             // Nothing is leased any more: leases hold the attachment.
-            let _ = socket::send(&self.socket, &FromClient::Goodbye);
+            let _ = socket::send_surely(&self.socket, &FromClient::Goodbye);
             let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
         }
     }

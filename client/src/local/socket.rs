@@ -4,7 +4,7 @@ use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvstore_plane::caps::{DATAGRAM_BYTES_MAX, DESCRIPTORS_MAX};
 use kvstore_plane::{FromClient, FromDaemon};
@@ -14,9 +14,14 @@ use rustix::net::{
     SocketType,
 };
 
+/// A daemon reads its sockets many times in this long.
+const ROOM_WITHIN: Duration = Duration::from_millis(100);
+
 /// Connects to a daemon's local plane.
-pub(crate) fn connect(path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn connect(path: &Path, within: Duration) -> io::Result<OwnedFd> {
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    // Where too many wait to be accepted, connecting waits as sending does.
+    rustix::net::sockopt::set_socket_timeout(&socket, rustix::net::sockopt::Timeout::Send, Some(within))?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket)
 }
@@ -27,11 +32,30 @@ pub(crate) fn send(socket: &OwnedFd, datagram: &FromClient) -> io::Result<()> {
     Ok(())
 }
 
+/// The same, for what the daemon would miss: waits a moment for room.
+pub(crate) fn send_surely(socket: &OwnedFd, datagram: &FromClient) -> io::Result<()> {
+    let until = Instant::now() + ROOM_WITHIN;
+    loop {
+        let sent = send(socket, datagram);
+        let left = until.saturating_duration_since(Instant::now());
+        match sent {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && !left.is_zero() => {
+                wait_for(socket, PollFlags::OUT, Some(left))?;
+            }
+            sent => return sent,
+        }
+    }
+}
+
 /// Waits for the socket to have something to read.
 pub(crate) fn wait(socket: &OwnedFd, timeout: Option<Duration>) -> io::Result<bool> {
+    wait_for(socket, PollFlags::IN, timeout)
+}
+
+fn wait_for(socket: &OwnedFd, what: PollFlags, timeout: Option<Duration>) -> io::Result<bool> {
     let timeout =
         timeout.map(|timeout| Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() });
-    match poll(&mut [PollFd::new(socket, PollFlags::IN)], timeout.as_ref()) {
+    match poll(&mut [PollFd::new(socket, what)], timeout.as_ref()) {
         Ok(ready) => Ok(ready > 0),
         Err(rustix::io::Errno::INTR) => Ok(false),
         Err(error) => Err(error.into()),

@@ -2,20 +2,23 @@
 //! memory, the blocks that it stages, and the way back to it.
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use kvstore_plane::{Completion, FromDaemon, Push, RecordHead, RingWriter, must_kick, wake_up};
+use kvstore_tiers::caps::{STAGING_BYTES_MIN, STAGING_PERCENT_MAX};
 use kvstore_tiers::host::{Attached, LeasedBlock, NamespaceId, StagingMemory};
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tonic::Status;
 
-use super::socket;
+use super::socket::{self, Now};
 use super::stage::Stage;
 use crate::caps;
+use crate::daemon::Daemon;
 
 /// See the head of this file.
 pub struct LocalClient {
@@ -28,6 +31,8 @@ pub struct LocalClient {
     /// Blocks that were promoted for it and that it has yet to lease, by tag.
     pub promoted: Mutex<HashMap<u64, Promoted>>,
     staging: Mutex<Option<Arc<StagingMemory>>>,
+    /// It has yet to be told what became of its staging memory.
+    staging_unsent: AtomicBool,
     outbox: Mutex<Outbox>,
     in_flight: AtomicUsize,
     gone: AtomicBool,
@@ -57,6 +62,7 @@ impl LocalClient {
             stages: Mutex::default(),
             promoted: Mutex::default(),
             staging: Mutex::default(),
+            staging_unsent: AtomicBool::new(false),
             outbox: Mutex::default(),
             in_flight: AtomicUsize::new(0),
             gone: AtomicBool::new(false),
@@ -73,8 +79,39 @@ impl LocalClient {
         self.staging.lock().clone()
     }
 
-    pub(super) fn set_staging(&self, staging: Arc<StagingMemory>) {
-        *self.staging.lock() = Some(staging);
+    /// Gives it staging memory, on a thread that may wait, and says so: none where there is no room.
+    pub(super) fn give_staging(self: &Arc<Self>, daemon: &Arc<Daemon>, runtime: &Handle) {
+        let Some(task) = self.begin_task() else { return };
+        let (client, daemon) = (Arc::clone(self), Arc::clone(daemon));
+        runtime.spawn_blocking(move || {
+            let _task = task;
+            if client.staging().is_none() {
+                // A small tier has less to spare: two clients can put at least.
+                let most = daemon.host.limits().bytes / 100 * STAGING_PERCENT_MAX / 2 / 4096 * 4096;
+                let bytes = daemon.config().local_staging_bytes.min(most.max(STAGING_BYTES_MIN));
+                *client.staging.lock() = daemon.host.staging(bytes).map(Arc::new);
+            }
+            if client.is_gone() {
+                return client.leave();
+            }
+            client.send_staging();
+        });
+    }
+
+    fn send_staging(&self) {
+        let staging = self.staging();
+        let bytes = staging.as_ref().map_or(0, |staging| staging.memory.byte_len());
+        let descriptors: Vec<BorrowedFd<'_>> = staging.iter().map(|staging| staging.memory.as_fd()).collect();
+        let sent = socket::send(&self.socket, &FromDaemon::Staging { bytes }.encode(), &descriptors);
+        self.staging_unsent.store(matches!(sent, Now::Later), Ordering::Release);
+    }
+
+    /// Says again what its full socket had no room for. False where there is still no room.
+    pub(super) fn send_staging_again(&self) -> bool {
+        if self.staging_unsent.load(Ordering::Acquire) {
+            self.send_staging();
+        }
+        !self.staging_unsent.load(Ordering::Acquire)
     }
 
     /// Counts a command that a task works for; `None` where too many are.

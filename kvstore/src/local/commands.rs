@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use super::client::{LocalClient, Promoted, Task};
-use super::stage::{self, Piece};
+use super::stage::{self, Batch, Piece};
 use crate::daemon::{Daemon, InFlight};
 use crate::verbs::promote::{Coming, Promoter};
 use crate::verbs::put::Target;
@@ -33,7 +33,7 @@ pub fn run(
     let tag = head.tag;
     match command {
         Command::Copy { offset, bytes, last, crc32 } => {
-            stage::copy(daemon, runtime, client, tag, Piece { offset, bytes, last, crc32 });
+            stage::copy(client, tag, Piece { offset, bytes, last, crc32 });
         }
         Command::Abandon => stage::abandon(client, tag),
         Command::Release => drop(client.promoted.lock().remove(&tag)),
@@ -62,7 +62,8 @@ fn start(
             let (layout, group) = known(daemon, client, layout, group)?;
             let target = Target { layout, group, local };
             let expires = Instant::now() + deadline(daemon, deadline_ms);
-            stage::stage(daemon, runtime, client, tag, &target, &blocks, expires);
+            let (daemon, runtime) = (Arc::clone(daemon), runtime.clone());
+            Batch { daemon, runtime, target, expires, _call: call }.stage(client, tag, &blocks);
         }
         Command::Promote { layout, group, deadline_ms, ticket, hashes } => {
             let (layout, group) = known(daemon, client, layout, group)?;

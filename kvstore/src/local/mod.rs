@@ -7,6 +7,7 @@
 
 mod client;
 mod commands;
+mod peer;
 mod server;
 mod socket;
 mod stage;

@@ -8,18 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kvstore_plane::caps::DATAGRAM_BYTES_MAX;
-use kvstore_plane::{
-    AttachmentView, FromClient, FromDaemon, PLANE_VERSION, RingReader, Welcome, capabilities, fall_asleep, wake_up,
-};
-use kvstore_tiers::Slab;
-use kvstore_tiers::caps::{STAGING_BYTES_MIN, STAGING_PERCENT_MAX};
+use kvstore_plane::{FromClient, FromDaemon, PLANE_VERSION, Welcome, capabilities, fall_asleep, wake_up};
 use kvstore_tiers::host::NamespaceId;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use tokio::runtime::Handle;
 
 use super::client::LocalClient;
-use super::commands;
+use super::peer::{AttachedPeer, Peer, PeerState};
 use super::socket::{self, Now, PlaneListener};
 use super::stage;
 use crate::caps;
@@ -113,43 +109,6 @@ impl Plane {
 impl Drop for Plane {
     fn drop(&mut self) {
         self.end();
-    }
-}
-
-/// A connection.
-struct Peer {
-    namespace: NamespaceId,
-    process: OwnedFd,
-    state: PeerState,
-}
-
-enum PeerState {
-    /// It has yet to say Hello, by then.
-    Greeting(OwnedFd, Instant),
-    /// Attached.
-    Attached(Box<AttachedPeer>),
-    /// It hung up, or broke the protocol; what it names stays until its process ends.
-    Lingering(Arc<LocalClient>, #[expect(dead_code, reason = "kept mapped for accounting")] Vec<Arc<Slab>>),
-}
-
-struct AttachedPeer {
-    client: Arc<LocalClient>,
-    kick: OwnedFd,
-    reader: RingReader,
-    /// Slabs that it was told of, by serial number.
-    slabs: HashMap<u64, (u32, Arc<Slab>)>,
-    /// Slabs that left, and that it has yet to unmap.
-    leaving: HashMap<u64, Arc<Slab>>,
-    /// Datagrams wait for room in its socket.
-    behind: bool,
-    wants_staging: bool,
-    active: bool,
-    last_command: Instant,
-}
-
-impl AttachedPeer {
-    fn view(&self) -> AttachmentView<'_> {
-        self.client.attached.view()
     }
 }
 
@@ -317,8 +276,8 @@ impl Server {
                 // The client kept the descriptor alive: it learns from this that it is cut off.
                 let _ = rustix::net::shutdown(&attached.client.socket, rustix::net::Shutdown::Both);
                 attached.client.leave();
-                let slabs = attached.slabs.into_values().map(|(_, slab)| slab).chain(attached.leaving.into_values());
-                PeerState::Lingering(attached.client, slabs.collect())
+                let (client, slabs) = attached.into_slabs();
+                PeerState::Lingering(client, slabs)
             }
             lingering => lingering,
         };
@@ -352,8 +311,7 @@ impl Server {
                 self.attach(number, version_min, version_max);
             }
             (PeerState::Attached(attached), FromClient::WantsStaging) => {
-                attached.wants_staging = true;
-                self.give_staging(number);
+                attached.client.give_staging(&self.daemon, &self.runtime);
             }
             (PeerState::Attached(attached), FromClient::Unmapped { serial }) => {
                 drop(attached.leaving.remove(&serial));
@@ -413,17 +371,7 @@ impl Server {
             return;
         }
         let client = Arc::new(LocalClient::new(attached, socket));
-        let attached = AttachedPeer {
-            client,
-            kick,
-            reader: RingReader::new(),
-            slabs: HashMap::new(),
-            leaving: HashMap::new(),
-            behind: false,
-            wants_staging: false,
-            active: false,
-            last_command: Instant::now(),
-        };
+        let attached = AttachedPeer::new(client, kick);
         self.peers.insert(number, Peer { namespace, process, state: PeerState::Attached(Box::new(attached)) });
         self.sync_slabs(number);
     }
@@ -442,71 +390,14 @@ impl Server {
 
     /// Tells a client which slabs came and left since it was told last.
     fn sync_slabs(&mut self, number: u32) {
-        let daemon = Arc::clone(&self.daemon);
-        let Some(Peer { namespace, .. }) = self.peers.get(&number) else { return };
-        let now: HashMap<u64, (u32, Arc<Slab>)> = daemon
-            .host
-            .slabs_of(*namespace)
-            .into_iter()
-            .map(|(slab, memory)| (u64::from(memory.header().slab), (slab, memory)))
-            .collect();
-        let Some(attached) = self.attached_mut(number) else { return };
-        attached.behind = false;
-        let left: Vec<u64> = attached.slabs.keys().filter(|serial| !now.contains_key(serial)).copied().collect();
-        for serial in left {
-            let Some((slab, memory)) = attached.slabs.remove(&serial) else { continue };
-            match socket::send(&attached.client.socket, &FromDaemon::SlabLeft { slab, serial }.encode(), &[]) {
-                Now::Done(()) => drop(attached.leaving.insert(serial, memory)),
-                Now::Later => {
-                    attached.slabs.insert(serial, (slab, memory));
-                    attached.behind = true;
-                    break;
-                }
-                Now::Gone => return self.hang_up(number),
-            }
+        let Some(Peer { namespace, state: PeerState::Attached(attached), .. }) = self.peers.get_mut(&number) else {
+            return;
+        };
+        match attached.sync_slabs(self.daemon.host.slabs_of(*namespace)) {
+            Now::Done(()) => {}
+            Now::Later => self.blocked = true,
+            Now::Gone => self.hang_up(number),
         }
-        for (serial, (slab, memory)) in now {
-            if attached.behind || attached.slabs.contains_key(&serial) {
-                continue;
-            }
-            let came = FromDaemon::SlabCame { slab, serial }.encode();
-            match socket::send(&attached.client.socket, &came, &[memory.as_fd()]) {
-                Now::Done(()) => drop(attached.slabs.insert(serial, (slab, memory))),
-                Now::Later => attached.behind = true,
-                Now::Gone => return self.hang_up(number),
-            }
-        }
-        if attached.behind {
-            self.blocked = true;
-        }
-    }
-
-    /// Gives a client staging memory, on a thread that may wait.
-    fn give_staging(&mut self, number: u32) {
-        let (daemon, runtime) = (Arc::clone(&self.daemon), self.runtime.clone());
-        let Some(attached) = self.attached_mut(number).filter(|attached| attached.wants_staging) else { return };
-        attached.wants_staging = false;
-        let client = Arc::clone(&attached.client);
-        let Some(task) = client.begin_task() else { return };
-        runtime.spawn_blocking(move || {
-            let _task = task;
-            let staging = client.staging().or_else(|| {
-                // A small tier has less to spare: two clients can put at least.
-                let most = daemon.host.limits().bytes / 100 * STAGING_PERCENT_MAX / 2 / 4096 * 4096;
-                let bytes = daemon.config().local_staging_bytes.min(most.max(STAGING_BYTES_MIN));
-                let staging = Arc::new(daemon.host.staging(bytes)?);
-                client.set_staging(Arc::clone(&staging));
-                Some(staging)
-            });
-            if client.is_gone() {
-                return client.leave();
-            }
-            let bytes = staging.as_ref().map_or(0, |staging| staging.memory.byte_len());
-            let descriptors: Vec<BorrowedFd<'_>> = staging.iter().map(|staging| staging.memory.as_fd()).collect();
-            let datagram = FromDaemon::Staging { bytes }.encode();
-            // A client that does not read its socket asks again.
-            let _ = socket::send(&client.socket, &datagram, &descriptors);
-        });
     }
 
     fn activate(&mut self, number: u32) {
@@ -572,7 +463,7 @@ impl Server {
                 Some(PeerState::Attached(attached)) => {
                     stage::expire(&attached.client, tokio::time::Instant::now());
                     let (behind, waits) = (attached.behind, attached.client.flush());
-                    self.blocked |= waits;
+                    self.blocked |= waits | !attached.client.send_staging_again();
                     if behind {
                         self.sync_slabs(number);
                     }
@@ -593,52 +484,5 @@ impl Server {
         if waiting {
             self.activate(number);
         }
-    }
-}
-
-impl AttachedPeer {
-    fn poll_ring(
-        &mut self,
-        daemon: &Arc<Daemon>,
-        runtime: &Handle,
-        spin: Duration,
-        payload: &mut Vec<u8>,
-    ) -> (bool, bool) {
-        let client = Arc::clone(&self.client);
-        let view = client.attached.view();
-        for _ in 0..caps::LOCAL_COMMANDS_PER_TURN {
-            if client.flush() {
-                // It does not read its completions: no more commands until it does.
-                return (true, self.sleep(&view));
-            }
-            match self.reader.pop(&view.submissions(), payload) {
-                Err(_) => return (false, false),
-                Ok(None) => {
-                    if self.last_command.elapsed() < spin {
-                        return (true, true);
-                    }
-                    fall_asleep(view.daemon_sleeps());
-                    if self.reader.has_record(&view.submissions()) {
-                        wake_up(view.daemon_sleeps());
-                        return (true, true);
-                    }
-                    self.active = false;
-                    return (true, false);
-                }
-                Ok(Some(head)) => {
-                    if !commands::run(daemon, runtime, &client, head, payload) {
-                        return (false, false);
-                    }
-                    self.last_command = Instant::now();
-                }
-            }
-        }
-        (true, true)
-    }
-
-    fn sleep(&mut self, view: &AttachmentView<'_>) -> bool {
-        fall_asleep(view.daemon_sleeps());
-        self.active = false;
-        false
     }
 }

@@ -33,7 +33,7 @@ pub struct PlaneListener {
 
 impl PlaneListener {
     /// Listens at `path`, in a folder that was checked to be private. What a daemon that was killed left there goes:
-    /// whoever binds the gRPC socket beside it owns both.
+    /// the caller owns the gRPC socket's path and this one beside it.
     pub fn bind(path: PathBuf) -> io::Result<Self> {
         let socket = rustix::net::socket_with(
             AddressFamily::UNIX,

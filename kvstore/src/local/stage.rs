@@ -10,15 +10,29 @@ use std::sync::Arc;
 
 use kvstore_plane::{Completion, StageBlock};
 use kvstore_proto::v1::{Level, PutStatus};
-use kvstore_tiers::SequenceHash;
 use kvstore_tiers::host::{BeginFill, BlockFill};
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 use tonic::Status;
 
 use super::client::{LocalClient, Task};
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, InFlight};
 use crate::verbs::put::{self, Finished, Into, Target};
 use crate::{caps, clock, wire};
+
+/// What the blocks of one Stage command have in common.
+pub struct Batch {
+    /// Who stores them.
+    pub daemon: Arc<Daemon>,
+    /// Where what waits is done.
+    pub runtime: Handle,
+    /// Where they go.
+    pub target: Target,
+    /// What is not whole then is dropped.
+    pub expires: Instant,
+    /// A drain waits until the last block is decided.
+    pub _call: InFlight,
+}
 
 /// A block on its way in.
 pub enum Stage {
@@ -26,8 +40,8 @@ pub enum Stage {
     Pending {
         /// What came meanwhile.
         pieces: Vec<Piece>,
-        /// Dropped then.
-        expires: Instant,
+        /// What it came with.
+        batch: Arc<Batch>,
     },
     /// It has one.
     Filling(Box<Filling>),
@@ -36,8 +50,8 @@ pub enum Stage {
 impl Stage {
     pub(super) fn expires(&self) -> Instant {
         match self {
-            Self::Pending { expires, .. } => *expires,
-            Self::Filling(filling) => filling.expires,
+            Self::Pending { batch, .. } => batch.expires,
+            Self::Filling(filling) => filling.batch.expires,
         }
     }
 }
@@ -46,8 +60,7 @@ impl Stage {
 pub struct Filling {
     fill: BlockFill,
     block: StageBlock,
-    target: Target,
-    expires: Instant,
+    batch: Arc<Batch>,
 }
 
 /// Bytes in staging memory.
@@ -63,120 +76,122 @@ pub struct Piece {
     pub crc32: Option<u32>,
 }
 
-/// Reserves slots for blocks; those that are decided at once are answered at once.
-pub fn stage(
-    daemon: &Arc<Daemon>,
-    runtime: &tokio::runtime::Handle,
-    client: &Arc<LocalClient>,
-    first_tag: u64,
-    target: &Target,
-    blocks: &[StageBlock],
-    expires: Instant,
-) {
-    for (tag, block) in (first_tag..).zip(blocks) {
-        if let Err(status) = stage_one(daemon, runtime, client, tag, target, block, expires) {
+impl Batch {
+    /// Reserves slots for blocks; those that are decided at once are answered at once.
+    pub fn stage(self, client: &Arc<LocalClient>, first_tag: u64, blocks: &[StageBlock]) {
+        let batch = Arc::new(self);
+        for (tag, block) in (first_tag..).zip(blocks) {
+            if let Err(status) = batch.stage_one(client, tag, block) {
+                client.fail(tag, &status);
+            }
+        }
+    }
+
+    fn stage_one(self: &Arc<Self>, client: &Arc<LocalClient>, tag: u64, block: &StageBlock) -> Result<(), Status> {
+        let Self { daemon, target, .. } = &**self;
+        put::checked_length(target, u64::from(block.length))?;
+        if target.local && daemon.nvme.is_none() {
+            return Err(put::no_tier("LOCAL", "an Nvme tier"));
+        }
+        {
+            let stages = client.stages.lock();
+            if stages.contains_key(&tag) {
+                return Err(wire::invalid("tag", "a block is staged under it already"));
+            }
+            if stages.len() >= caps::STAGES_PER_CLIENT_MAX {
+                let problem = format!("busy: {} blocks are staged, the most at once", caps::STAGES_PER_CLIENT_MAX);
+                return Err(Status::resource_exhausted(problem));
+            }
+        }
+        let has_room = daemon.nvme.as_ref().is_none_or(|nvme| nvme.has_dirty_room());
+        if has_room {
+            let request = put::fill_request(target, block.hash, block.parent, block.length, self.expires);
+            match daemon.host.begin_fill(&request, clock::now()) {
+                BeginFill::Fill(fill, ahead) => {
+                    if let Some(plan) = ahead {
+                        let host = Arc::clone(&daemon.host);
+                        self.runtime.spawn_blocking(move || host.make_slab(plan));
+                    }
+                    let filling = Filling { fill, block: *block, batch: Arc::clone(self) };
+                    client.stages.lock().insert(tag, Stage::Filling(Box::new(filling)));
+                    client.complete(tag, &Completion::Staged);
+                    return Ok(());
+                }
+                BeginFill::Resident => {
+                    let finished = put::present(daemon, target, block.hash, block.parent, PutStatus::Present);
+                    self.finish(client, tag, block, finished);
+                    return Ok(());
+                }
+                BeginFill::NeedsSlab(plan) => daemon.host.drop_plan(plan),
+                BeginFill::InFlight | BeginFill::Busy | BeginFill::Wait => {}
+            }
+        }
+        let Some(task) = client.begin_task() else {
+            return Err(Status::resource_exhausted("busy: too many commands of this client wait"));
+        };
+        client.stages.lock().insert(tag, Stage::Pending { pieces: Vec::new(), batch: Arc::clone(self) });
+        self.runtime.spawn(Arc::clone(self).wait_for_slot(Arc::clone(client), task, tag, *block));
+        Ok(())
+    }
+
+    /// Until there is room, and no other writer is at work.
+    async fn wait_for_slot(self: Arc<Self>, client: Arc<LocalClient>, _task: Task, tag: u64, block: StageBlock) {
+        let Self { daemon, target, .. } = &*self;
+        let begun = tokio::time::timeout_at(self.expires, async {
+            if !put::wait_for_dirty_room(daemon).await {
+                return Ok(put::busy(daemon));
+            }
+            let request = put::fill_request(target, block.hash, block.parent, block.length, self.expires);
+            put::begin(daemon, &request).await
+        });
+        let status = match begun.await {
+            Ok(Ok(Into::Slot(fill))) => {
+                let filling = Filling { fill: *fill, block, batch: Arc::clone(&self) };
+                let mut stages = client.stages.lock();
+                let Some(Stage::Pending { pieces, .. }) = stages.remove(&tag) else { return };
+                stages.insert(tag, Stage::Filling(Box::new(filling)));
+                // Under the lock: pieces that come now come after these.
+                let copied: Vec<Copied> =
+                    pieces.into_iter().map(|piece| apply(&client, &mut stages, tag, piece)).collect();
+                drop(stages);
+                client.complete(tag, &Completion::Staged);
+                copied.into_iter().for_each(|copied| report(&client, tag, copied));
+                return;
+            }
+            Ok(Ok(Into::Past(status))) => {
+                if unstage(&client, tag) {
+                    let finished = put::present(daemon, target, block.hash, block.parent, status);
+                    self.finish(&client, tag, &block, finished);
+                }
+                return;
+            }
+            Ok(Err(status)) => status,
+            Err(_) => late(),
+        };
+        if unstage(&client, tag) {
             client.fail(tag, &status);
         }
     }
-}
 
-fn stage_one(
-    daemon: &Arc<Daemon>,
-    runtime: &tokio::runtime::Handle,
-    client: &Arc<LocalClient>,
-    tag: u64,
-    target: &Target,
-    block: &StageBlock,
-    expires: Instant,
-) -> Result<(), Status> {
-    put::checked_length(target, u64::from(block.length))?;
-    if target.local && daemon.nvme.is_none() {
-        return Err(put::no_tier("LOCAL", "an Nvme tier"));
-    }
-    {
-        let stages = client.stages.lock();
-        if stages.contains_key(&tag) {
-            return Err(wire::invalid("tag", "a block is staged under it already"));
+    /// Answers for a block, once it is as safe as was asked.
+    fn finish(self: &Arc<Self>, client: &Arc<LocalClient>, tag: u64, block: &StageBlock, finished: Finished) {
+        if block.tail && finished.level == Level::Memory {
+            self.daemon.host.refresh_chain(&self.target.layout, self.target.group, block.hash);
         }
-        if stages.len() >= caps::STAGES_PER_CLIENT_MAX {
-            let problem = format!("busy: {} blocks are staged, the most at once", caps::STAGES_PER_CLIENT_MAX);
-            return Err(Status::resource_exhausted(problem));
-        }
-    }
-    let has_room = daemon.nvme.as_ref().is_none_or(|nvme| nvme.has_dirty_room());
-    if has_room {
-        let request = put::fill_request(target, block.hash, block.parent, block.length, expires);
-        match daemon.host.begin_fill(&request, clock::now()) {
-            BeginFill::Fill(fill, ahead) => {
-                if let Some(plan) = ahead {
-                    let host = Arc::clone(&daemon.host);
-                    runtime.spawn_blocking(move || host.make_slab(plan));
-                }
-                let filling = Filling { fill, block: *block, target: target.clone(), expires };
-                client.stages.lock().insert(tag, Stage::Filling(Box::new(filling)));
-                client.complete(tag, &Completion::Staged);
-                return Ok(());
-            }
-            BeginFill::Resident => {
-                let finished = put::present(daemon, target, block.hash, block.parent, PutStatus::Present);
-                finish(daemon, runtime, client, tag, target, block, finished);
-                return Ok(());
-            }
-            BeginFill::NeedsSlab(plan) => daemon.host.drop_plan(plan),
-            BeginFill::InFlight | BeginFill::Busy | BeginFill::Wait => {}
-        }
-    }
-    let Some(task) = client.begin_task() else {
-        return Err(Status::resource_exhausted("busy: too many commands of this client wait"));
-    };
-    client.stages.lock().insert(tag, Stage::Pending { pieces: Vec::new(), expires });
-    runtime.spawn(wait_for_slot(Arc::clone(daemon), Arc::clone(client), task, tag, target.clone(), *block, expires));
-    Ok(())
-}
-
-/// Until there is room, and no other writer is at work.
-async fn wait_for_slot(
-    daemon: Arc<Daemon>,
-    client: Arc<LocalClient>,
-    _task: Task,
-    tag: u64,
-    target: Target,
-    block: StageBlock,
-    expires: Instant,
-) {
-    let begun = tokio::time::timeout_at(expires, async {
-        if !put::wait_for_dirty_room(&daemon).await {
-            return Ok(put::busy(&daemon));
-        }
-        let request = put::fill_request(&target, block.hash, block.parent, block.length, expires);
-        put::begin(&daemon, &request).await
-    });
-    let runtime = tokio::runtime::Handle::current();
-    let status = match begun.await {
-        Ok(Ok(Into::Slot(fill))) => {
-            let filling = Filling { fill: *fill, block, target, expires };
-            let mut stages = client.stages.lock();
-            let Some(Stage::Pending { pieces, .. }) = stages.remove(&tag) else { return };
-            stages.insert(tag, Stage::Filling(Box::new(filling)));
-            // Under the lock: pieces that come now come after these.
-            let copied: Vec<Copied> = pieces.into_iter().map(|piece| apply(&client, &mut stages, tag, piece)).collect();
-            drop(stages);
-            client.complete(tag, &Completion::Staged);
-            copied.into_iter().for_each(|copied| report(&daemon, &runtime, &client, tag, copied));
-            return;
-        }
-        Ok(Ok(Into::Past(status))) => {
-            if unstage(&client, tag) {
-                let finished = put::present(&daemon, &target, block.hash, block.parent, status);
-                finish(&daemon, &runtime, &client, tag, &target, &block, finished);
-            }
-            return;
-        }
-        Ok(Err(status)) => status,
-        Err(_) => late(),
-    };
-    if unstage(&client, tag) {
-        client.fail(tag, &status);
+        let stored = |level: Level| Completion::Stored { status: finished.status as u32, level: level as u32 };
+        let Some(local) = finished.local.filter(|_| self.target.local) else {
+            return client.complete(tag, &stored(finished.level));
+        };
+        let Some(task) = client.begin_task() else {
+            return client.complete(tag, &stored(finished.level));
+        };
+        let (client, memory, on_disk) = (Arc::clone(client), stored(finished.level), stored(Level::Local));
+        let batch = Arc::clone(self);
+        self.runtime.spawn(async move {
+            let synced = local.await == Ok(true);
+            client.complete(tag, if synced { &on_disk } else { &memory });
+            drop((task, batch));
+        });
     }
 }
 
@@ -211,7 +226,7 @@ pub fn expire(client: &LocalClient, now: Instant) {
 }
 
 /// The next piece of a staged block lies in staging memory.
-pub fn copy(daemon: &Arc<Daemon>, runtime: &tokio::runtime::Handle, client: &Arc<LocalClient>, tag: u64, piece: Piece) {
+pub fn copy(client: &Arc<LocalClient>, tag: u64, piece: Piece) {
     let mut stages = client.stages.lock();
     if let Some(Stage::Pending { pieces, .. }) = stages.get_mut(&tag)
         && pieces.len() < caps::PIECES_PENDING_MAX
@@ -220,7 +235,7 @@ pub fn copy(daemon: &Arc<Daemon>, runtime: &tokio::runtime::Handle, client: &Arc
     }
     let copied = apply(client, &mut stages, tag, piece);
     drop(stages);
-    report(daemon, runtime, client, tag, copied);
+    report(client, tag, copied);
 }
 
 /// What a piece came to.
@@ -252,15 +267,15 @@ fn apply(client: &LocalClient, stages: &mut HashMap<u64, Stage>, tag: u64, piece
     }
 }
 
-fn report(daemon: &Arc<Daemon>, runtime: &tokio::runtime::Handle, client: &Arc<LocalClient>, tag: u64, copied: Copied) {
+fn report(client: &Arc<LocalClient>, tag: u64, copied: Copied) {
     client.complete(tag, &Completion::Copied);
     match copied {
         Copied::Partly => {}
         Copied::Failed(status) => client.fail(tag, &status),
         Copied::Whole(filling) => {
-            let Filling { fill, block, target, .. } = *filling;
-            let finished = put::publish(daemon, &target, fill, block.hash, block.parent, block.tail);
-            finish(daemon, runtime, client, tag, &target, &block, finished);
+            let Filling { fill, block, batch } = *filling;
+            let finished = put::publish(&batch.daemon, &batch.target, fill, block.hash, block.parent, block.tail);
+            batch.finish(client, tag, &block, finished);
         }
     }
 }
@@ -292,36 +307,4 @@ fn copy_piece(client: &LocalClient, filling: &mut Filling, piece: Piece) -> Resu
         ))),
         None => Ok(()),
     }
-}
-
-/// Answers for a block, once it is as safe as was asked.
-fn finish(
-    daemon: &Arc<Daemon>,
-    runtime: &tokio::runtime::Handle,
-    client: &Arc<LocalClient>,
-    tag: u64,
-    target: &Target,
-    block: &StageBlock,
-    finished: Finished,
-) {
-    if block.tail && finished.level == Level::Memory {
-        refresh(daemon, target, block.hash);
-    }
-    let stored = |level: Level| Completion::Stored { status: finished.status as u32, level: level as u32 };
-    let Some(local) = finished.local.filter(|_| target.local) else {
-        return client.complete(tag, &stored(finished.level));
-    };
-    let Some(task) = client.begin_task() else {
-        return client.complete(tag, &stored(finished.level));
-    };
-    let (client, memory, on_disk) = (Arc::clone(client), stored(finished.level), stored(Level::Local));
-    runtime.spawn(async move {
-        let synced = local.await == Ok(true);
-        client.complete(tag, if synced { &on_disk } else { &memory });
-        drop(task);
-    });
-}
-
-fn refresh(daemon: &Daemon, target: &Target, last: SequenceHash) {
-    daemon.host.refresh_chain(&target.layout, target.group, last);
 }
