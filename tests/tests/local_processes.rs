@@ -52,7 +52,11 @@ struct Process {
 
 impl Process {
     fn start(daemon: &TestDaemon, role: &str) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        Self::start_by(Command::new(std::env::current_exe().unwrap()), daemon, role)
+    }
+
+    fn start_by(mut command: Command, daemon: &TestDaemon, role: &str) -> Self {
+        let mut child = command
             .args(["--exact", "client_process", "--ignored", "--nocapture", "-q"])
             .env("LOCAL_CLIENT_OF", &daemon.address)
             .env("LOCAL_CLIENT_ROLE", role)
@@ -129,6 +133,38 @@ async fn clients_that_are_killed_free_what_they_read_within_seconds() {
     .await;
     turn_over(&daemon, 2).await;
     assert_eq!(client.readable_blocks(&group, &hashes(0..BLOCKS)).await.unwrap(), 0, "their blocks may leave");
+}
+
+/// A container: the socket is in its file system, its process numbers are its own, and it shares no more with the daemon.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_in_other_pid_and_mount_namespaces_read_and_are_cleaned_up_after() {
+    let contain = || {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--mount", "--ipc", "--fork", "--kill-child"]);
+        command
+    };
+    if !contain().arg("true").stderr(Stdio::null()).status().is_ok_and(|status| status.success()) {
+        println!("skipped: this user may not make PID and mount namespaces here");
+        return;
+    }
+    let daemon = TestDaemon::start(&["host.bytes=16MiB", "host.eviction=lru"]).await;
+    let (client, group) = daemon.group_over(Plane::Local, BYTES).await;
+    client.put(&group, chain(0..BLOCKS, BYTES)).await.unwrap();
+    let contained = |role| {
+        let mut command = contain();
+        command.arg(std::env::current_exe().unwrap());
+        Process::start_by(command, &daemon, role)
+    };
+    let (mut reader, writer) = (contained("read"), contained("put"));
+    let host = &daemon.running.daemon.host;
+    assert_eq!((host.attached(), host.local_leases().0), (3, BLOCKS as usize));
+    turn_over(&daemon, 1).await;
+    reader.check();
+    [&reader, &writer].iter().for_each(|process| process.signal(Signal::KILL));
+    within(Duration::from_secs(5), "what the dead held", || {
+        host.local_leases() == (0, 0) && host.attached() == 1 && host.status().flights == 0
+    })
+    .await;
 }
 
 /// A lease is never taken from a living process, however long it does nothing; and it stops nobody else.
