@@ -447,6 +447,27 @@ proptest! {
     }
 }
 
+/// A client that closed with something unread was taken for one that broke off: its pages stayed, and what they named, until
+/// its process ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_goodbye_is_heard_whatever_was_left_unread() {
+    let daemon = TestDaemon::start(&[]).await;
+    let mut witness = Witness::new(&daemon).await;
+    let host = &daemon.running.daemon.host;
+    for round in 0..20 {
+        let raw = Raw::attach(&daemon);
+        witness.checks().await;
+        // Said at once, and there is no reading of it; in every other round slabs come while it leaves.
+        send(&raw.socket, &FromClient::WantsStaging.encode());
+        if round % 2 == 0 {
+            eventually("something is unread", || rustix::io::ioctl_fionread(&raw.socket).unwrap() > 0).await;
+        }
+        send(&raw.socket, &FromClient::Goodbye.encode());
+        drop(raw);
+        eventually("its pages have gone", || host.attached() == 1).await;
+    }
+}
+
 /// A drain left behind what was on its way in over the local plane: the clients of gRPC were waited for, these were cut off.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_drain_waits_for_blocks_that_are_on_their_way_in() {

@@ -396,7 +396,8 @@ impl Server {
         match attached.sync_slabs(self.daemon.host.slabs_of(*namespace)) {
             Now::Done(()) => {}
             Now::Later => self.blocked = true,
-            Now::Gone => self.hang_up(number),
+            // What it sent before it left comes first: its Goodbye, perhaps.
+            Now::Gone => self.on_datagrams(number),
         }
     }
 

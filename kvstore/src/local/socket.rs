@@ -135,7 +135,11 @@ pub fn receive<'a>(socket: &OwnedFd, buffer: &'a mut [u8; DATAGRAM_BYTES_MAX]) -
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-    let received = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, flags);
+    let mut received = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, flags);
+    if matches!(received, Err(rustix::io::Errno::CONNRESET)) {
+        // It closed with something unread. That is said once, before what it sent last: its Goodbye, perhaps.
+        received = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, flags);
+    }
     // Dropping what was received closes it.
     control.drain().for_each(drop);
     match received {
