@@ -160,8 +160,9 @@ fn puts(daemon: &Daemon, rounds: usize) -> anyhow::Result<Vec<Figure>> {
     let bytes = (BLOCKS * BLOCK_BYTES) as f64;
     let client = &daemon.client;
     let put = async |names: &[Bytes], contents: &[Bytes]| {
-        let blocks: Vec<PutSlice<'_>> =
-            names.iter().zip(contents).map(|(hash, bytes)| PutSlice { hash, parent: None, bytes }).collect();
+        let bytes: Vec<&[u8]> = contents.iter().map(AsRef::as_ref).collect();
+        let slice = |(hash, bytes)| PutSlice { hash, parent: None, parts: std::slice::from_ref(bytes) };
+        let blocks: Vec<PutSlice<'_>> = names.iter().map(AsRef::as_ref).zip(&bytes).map(slice).collect();
         let stored = client.put_from(&group, &blocks, PutOptions::default()).await?;
         anyhow::ensure!(stored.iter().all(|result| result.status() == PutStatus::Stored), "a block was not stored");
         anyhow::Ok(())
@@ -305,7 +306,7 @@ fn commands(daemon: &Daemon, rounds: usize) -> anyhow::Result<Vec<Figure>> {
     let mut echo = helper("echo", Some(&echo), "")?;
     let name = hashes(2 << 20, 1);
     let name = name.first().context("one hash")?;
-    let block = [PutSlice { hash: name, parent: None, bytes: &replay::content(1, 4096) }];
+    let block = [PutSlice { hash: name, parent: None, parts: &[&replay::content(1, 4096)] }];
     daemon.runtime.block_on(daemon.client.put_from(&group, &block, PutOptions::default()))?;
     pin_to(0);
     let (mut ratios, mut rings, mut sockets) = (Vec::new(), Vec::new(), Vec::new());

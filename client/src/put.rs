@@ -40,15 +40,15 @@ impl PutBlock {
     }
 }
 
-/// A block to store, from wherever its bytes are.
+/// A block to store, from wherever its bytes are: an engine keeps each layer's in a place of its own.
 #[derive(Clone, Copy, Debug)]
 pub struct PutSlice<'a> {
     /// Names the block and its whole prefix: 1 to 32 bytes.
     pub hash: &'a [u8],
     /// The hash of the block before it; `None` for the first of a prefix.
     pub parent: Option<&'a [u8]>,
-    /// Its bytes.
-    pub bytes: &'a [u8],
+    /// Its bytes, in order: in one part (`std::slice::from_ref`) or in several.
+    pub parts: &'a [&'a [u8]],
 }
 
 /// How a put is done.
@@ -110,7 +110,7 @@ impl Client {
         let owned = |block: &PutSlice<'_>| PutBlock {
             hash: Bytes::copy_from_slice(block.hash),
             parent: block.parent.map(Bytes::copy_from_slice),
-            bytes: Bytes::copy_from_slice(block.bytes),
+            bytes: block.parts.concat().into(),
         };
         self.put_with(group, blocks.iter().map(owned).collect(), options).await
     }

@@ -81,6 +81,11 @@ impl Buffer {
         self.view.len.max(0) as usize
     }
 
+    /// Where it begins.
+    pub fn start(&self) -> *mut u8 {
+        self.view.buf.cast()
+    }
+
     /// The bytes, to be copied from. Another Python thread that writes to them meanwhile decides itself what is copied.
     pub fn bytes(&self) -> &[u8] {
         if self.len() == 0 {

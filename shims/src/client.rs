@@ -11,7 +11,11 @@ use pyo3::types::{PyBytes, PyList, PyTuple};
 use crate::buffer::Buffers;
 use crate::errors::raise;
 use crate::leases::Leases;
+use crate::pages::{self, Pages};
 use crate::runtime::{awaitable, wait};
+
+/// The bit of a look-up's residency that says Host.
+const RESIDENT_IN_HOST: u32 = 2;
 
 /// A connection to one daemon, in one namespace: that of the socket.
 #[pyclass(frozen, module = "kvstore")]
@@ -47,7 +51,7 @@ fn hashes_of(hashes: &Bound<'_, PyAny>) -> PyResult<Vec<Bytes>> {
     hashes.try_iter()?.map(|hash| hash_of(&hash?)).collect()
 }
 
-fn seconds(name: &str, seconds: f64) -> PyResult<std::time::Duration> {
+pub fn seconds(name: &str, seconds: f64) -> PyResult<std::time::Duration> {
     let duration = std::time::Duration::try_from_secs_f64(seconds).ok().filter(|duration| !duration.is_zero());
     duration.ok_or_else(|| PyValueError::new_err(format!("{name}: {seconds} is not a time in seconds")))
 }
@@ -149,6 +153,38 @@ impl Client {
         Ok((PyBytes::new(py, &registered.digest).unbind(), groups.collect()))
     }
 
+    /// How far a prefix can be used in all of `groups` (none: all of the layout's), and in all shards where that is asked;
+    /// (blocks, those of them in memory, ticket). A ticket holds the blocks for `hold` seconds.
+    #[pyo3(signature = (digest, groups, hashes, all_shards, hold))]
+    fn lookup(
+        &self,
+        py: Python<'_>,
+        digest: Vec<u8>,
+        groups: Vec<u32>,
+        hashes: &Bound<'_, PyAny>,
+        all_shards: bool,
+        hold: f64,
+    ) -> PyResult<(u32, usize, Option<Py<PyBytes>>)> {
+        let ticket_ttl_ms = if hold == 0.0 { 0 } else { seconds("hold", hold)?.as_millis() as u32 };
+        let request = v1::LookupRequest {
+            layout_digest: digest.into(),
+            groups,
+            sequence_hashes: hashes_of(hashes)?,
+            all_shards,
+            ticket_ttl_ms,
+        };
+        let found = wait(py, self.client.lookup(request)).map_err(raise)?;
+        let in_host = |tiers: &&u32| **tiers & RESIDENT_IN_HOST != 0;
+        let in_memory = found.residency.iter().take(found.readable_blocks as usize).take_while(in_host).count();
+        let ticket = (!found.ticket.is_empty()).then(|| PyBytes::new(py, &found.ticket).unbind());
+        Ok((found.readable_blocks, in_memory, ticket))
+    }
+
+    /// Ends a look-up's ticket.
+    fn release_ticket(&self, py: Python<'_>, ticket: Vec<u8>) -> PyResult<bool> {
+        wait(py, self.client.release_ticket(ticket.into())).map_err(raise)
+    }
+
     /// Ends a pin.
     fn unpin(&self, py: Python<'_>, pin: Vec<u8>) -> PyResult<bool> {
         wait(py, self.client.unpin(pin.into())).map_err(raise)
@@ -213,8 +249,11 @@ impl Put {
             .hashes
             .iter()
             .zip(parents)
-            .zip(slices)
-            .map(|((hash, parent), bytes)| PutSlice { hash, parent: parent.map(AsRef::as_ref), bytes })
+            .zip(&slices)
+            .map(|((hash, parent), bytes)| {
+                let parts = std::slice::from_ref(bytes);
+                PutSlice { hash, parent: parent.map(AsRef::as_ref), parts }
+            })
             .collect();
         client.put_from(group, &blocks, self.options).await
     }
@@ -290,6 +329,44 @@ impl Group {
         let put = Put::new(hashes, buffers, parent, level, more_follows)?;
         let (client, group) = (self.client.clone(), self.group.clone());
         awaitable(py, async move { put.run(&client, &group).await.map(|stored| results(&stored)) }, plain)
+    }
+
+    fn get_pages(
+        &self,
+        py: Python<'_>,
+        hashes: &Bound<'_, PyAny>,
+        pages: &Bound<'_, Pages>,
+        numbers: Vec<u32>,
+    ) -> PyResult<usize> {
+        pages::get(py, &self.client, &self.group, hashes_of(hashes)?, pages.get(), numbers)
+    }
+
+    fn start_get_pages(
+        &self,
+        hashes: &Bound<'_, PyAny>,
+        pages: Py<Pages>,
+        numbers: Vec<u32>,
+    ) -> PyResult<pages::PagesLoad> {
+        pages::start_get(&self.client, &self.group, hashes_of(hashes)?, pages, numbers)
+    }
+
+    #[pyo3(signature = (hashes, pages, numbers, parent, level, more_follows))]
+    #[expect(clippy::too_many_arguments, reason = "a put's options, and where its bytes are")]
+    fn put_pages(
+        &self,
+        py: Python<'_>,
+        hashes: &Bound<'_, PyAny>,
+        pages: &Bound<'_, Pages>,
+        numbers: Vec<u32>,
+        parent: Option<&Bound<'_, PyAny>>,
+        level: &str,
+        more_follows: bool,
+    ) -> PyResult<Vec<(&'static str, Option<&'static str>)>> {
+        let (hashes, parent) = (hashes_of(hashes)?, parent.map(hash_of).transpose()?);
+        let options = PutOptions { level: level_of(level)?, more_follows, ..PutOptions::default() };
+        let stored =
+            pages::put(py, (&self.client, &self.group), &hashes, pages.get(), &numbers, parent.as_deref(), options)?;
+        Ok(results(&stored))
     }
 
     fn leases(&self, py: Python<'_>, hashes: &Bound<'_, PyAny>) -> PyResult<Leases> {

@@ -4,6 +4,7 @@ mod buffer;
 mod client;
 mod errors;
 mod leases;
+mod pages;
 mod runtime;
 
 use pyo3::prelude::*;
@@ -15,5 +16,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<client::Client>()?;
     module.add_class::<client::Group>()?;
     module.add_class::<leases::Leases>()?;
+    module.add_class::<pages::Pages>()?;
+    module.add_class::<pages::PagesLoad>()?;
     errors::add(module)
 }

@@ -45,6 +45,17 @@ pub fn wait<T: Send>(py: Python<'_>, call: impl Future<Output = Result<T, Error>
     py.detach(|| own()?.runtime.block_on(call))
 }
 
+/// Runs a call on this thread, which has not the GIL.
+pub fn block_on<T>(call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    own()?.runtime.block_on(call)
+}
+
+/// Runs `work` on a thread that may wait.
+pub fn spawn_blocking(work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+    drop(own()?.runtime.spawn_blocking(work));
+    Ok(())
+}
+
 /// Runs a call on the runtime; an asyncio future of its result. Cancelling the future cancels the call.
 pub fn awaitable<'py, T: Send + 'static>(
     py: Python<'py>,

@@ -394,11 +394,12 @@ impl LocalGroup {
         options: PutOptions,
         deadline_ms: u32,
     ) -> Result<Option<Vec<v1::PutResult>>, Error> {
-        let slice = |block| {
-            let PutBlock { hash, parent, bytes }: &PutBlock = block;
-            PutSlice { hash, parent: parent.as_deref(), bytes }
+        let bytes: Vec<&[u8]> = blocks.iter().map(|block| &*block.bytes).collect();
+        let slice = |(block, bytes)| {
+            let PutBlock { hash, parent, .. }: &PutBlock = block;
+            PutSlice { hash, parent: parent.as_deref(), parts: std::slice::from_ref(bytes) }
         };
-        let blocks: Vec<PutSlice<'_>> = blocks.iter().map(slice).collect();
+        let blocks: Vec<PutSlice<'_>> = blocks.iter().zip(&bytes).map(slice).collect();
         self.put_from(&blocks, options, deadline_ms).await
     }
 
@@ -413,7 +414,7 @@ impl LocalGroup {
             .iter()
             .map(|block| {
                 let parent = block.parent.map(sequence_hash).transpose()?;
-                Ok(LocalPut { hash: sequence_hash(block.hash)?, parent, bytes: block.bytes })
+                Ok(LocalPut::new(sequence_hash(block.hash)?, parent, block.parts))
             })
             .collect::<Result<Vec<_>, Error>>()?;
         let known = matches!(options.level, v1::Level::Unspecified | v1::Level::Memory | v1::Level::Local);

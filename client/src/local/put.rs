@@ -19,7 +19,14 @@ const STAGED_AHEAD: usize = 8;
 pub(crate) struct LocalPut<'a> {
     pub(crate) hash: SequenceHash,
     pub(crate) parent: Option<SequenceHash>,
-    pub(crate) bytes: &'a [u8],
+    parts: &'a [&'a [u8]],
+    bytes: usize,
+}
+
+impl<'a> LocalPut<'a> {
+    pub(crate) fn new(hash: SequenceHash, parent: Option<SequenceHash>, parts: &'a [&'a [u8]]) -> Self {
+        Self { hash, parent, parts, bytes: parts.iter().map(|part| part.len()).sum() }
+    }
 }
 
 /// Where blocks go, and how.
@@ -55,7 +62,7 @@ impl Attachment {
         let mut putting = Putting { attachment: self, waiting, results, has_slot, staged: 0 };
         for (at, block) in blocks.iter().enumerate() {
             putting.stage_ahead(into, blocks, at).await?;
-            putting.bring(at, block.bytes).await?;
+            putting.bring(at, block).await?;
         }
         putting.until_decided().await
     }
@@ -77,7 +84,7 @@ impl<'a> Putting<'a> {
         let stage = |(at, block): (usize, &LocalPut<'_>)| StageBlock {
             hash: block.hash,
             parent: block.parent,
-            length: block.bytes.len() as u32,
+            length: block.bytes as u32,
             tail: at == last && !into.more_follows,
         };
         let staged = blocks.iter().enumerate().take(end).skip(self.staged).map(stage).collect();
@@ -114,23 +121,33 @@ impl<'a> Putting<'a> {
     }
 
     /// Leaves a block's bytes for the daemon, unless it turns out not to want them.
-    async fn bring(&mut self, at: usize, bytes: &[u8]) -> Result<(), Error> {
+    async fn bring(&mut self, at: usize, block: &LocalPut<'_>) -> Result<(), Error> {
         let tag = self.tag(at);
         // Staging memory is for blocks that have a slot: those that wait for another writer would keep its pieces out.
         while !self.is_decided(at) && !self.has_slot.get(at).copied().unwrap_or(false) {
             let (tag, completion) = self.waiting.next().await?;
             self.file(tag, completion);
         }
-        let mut rest = bytes;
-        while !rest.is_empty() {
+        let (mut left, mut parts, mut part) = (block.bytes, block.parts.iter(), [].as_slice());
+        while left > 0 {
             if self.is_decided(at) {
                 return Ok(());
             }
             let place = self.place().await?;
-            let (piece, left) = rest.split_at(place.bytes.min(rest.len()));
-            place.fill(piece);
-            rest = left;
-            self.announce(tag, place, piece.len() as u32, rest.is_empty()).await?;
+            let bytes = place.bytes.min(left);
+            let mut filled = 0;
+            while filled < bytes {
+                if part.is_empty() {
+                    part = parts.next().copied().unwrap_or_default();
+                    continue;
+                }
+                let (now, later) = part.split_at(part.len().min(bytes - filled));
+                place.fill(filled, now);
+                filled += now.len();
+                part = later;
+            }
+            left -= bytes;
+            self.announce(tag, place, bytes as u32, left == 0).await?;
         }
         Ok(())
     }
@@ -201,5 +218,5 @@ impl Drop for Putting<'_> {
 
 /// Whether all of `blocks` could go over the local plane: none is empty.
 pub(crate) fn can_put(blocks: &[LocalPut<'_>]) -> bool {
-    blocks.iter().all(|block| !block.bytes.is_empty() && block.bytes.len() < u32::MAX as usize)
+    blocks.iter().all(|block| block.bytes > 0 && block.bytes < u32::MAX as usize)
 }

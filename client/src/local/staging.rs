@@ -46,10 +46,11 @@ pub(crate) struct Place<'a> {
 }
 
 impl Place<'_> {
-    /// Leaves `source`, which is no longer than the place, in it.
-    pub(crate) fn fill(&self, source: &[u8]) {
-        debug_assert!(source.len() <= self.bytes);
-        if let Some(to) = self.memory.at(self.offset, source.len() as u64) {
+    /// Leaves `source` in it from byte `from` on; what would lie behind its end is left out.
+    pub(crate) fn fill(&self, from: usize, source: &[u8]) {
+        debug_assert!(from + source.len() <= self.bytes);
+        let source = source.get(..self.bytes.saturating_sub(from).min(source.len())).unwrap_or_default();
+        if let Some(to) = self.memory.at(self.offset + from as u64, source.len() as u64) {
             // SAFETY: inside the mapping; the place is this caller's alone until it is announced; source is elsewhere.
             unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), to.as_ptr(), source.len()) };
         }

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from . import _native
-from ._native import Busy, DataLoss, Error, Leases, NotFound, Unsupported, __version__
+from ._native import Busy, DataLoss, Error, Leases, NotFound, PagesLoad, Unsupported, __version__
 
 __all__ = [
     "Busy",
@@ -30,7 +30,10 @@ __all__ = [
     "Layout",
     "LayerGroup",
     "Leases",
+    "Lookup",
     "NotFound",
+    "Pages",
+    "PagesLoad",
     "Pin",
     "Prefetch",
     "PrefetchProgress",
@@ -100,6 +103,15 @@ class PutResult(NamedTuple):
 
     status: str
     level: str | None
+
+
+class Lookup(NamedTuple):
+    """How far a prefix can be used. ``blocks``: its leading blocks that can be read; ``in_memory``: the leading ones of those
+    that need no disk; ``ticket``: what holds them, where that was asked and there are some."""
+
+    blocks: int
+    in_memory: int
+    ticket: bytes | None
 
 
 class Deleted(NamedTuple):
@@ -188,15 +200,28 @@ class Client:
         name = model.encode() if isinstance(model, str) else bytes(model)
         fields = [group._fields() for group in groups]
         digest, natives = self._native.register(name, weights_digest, dtype, block_tokens, fields, shard, extra)
-        return Layout(digest, [Group(self._native, native) for native in natives])
+        return Layout(self._native, digest, [Group(self._native, native) for native in natives])
+
+    def release_ticket(self, ticket: bytes) -> bool:
+        """Lets go of what a look-up holds; False where its time was over."""
+        return self._native.release_ticket(ticket)
 
 
 class Layout:
     """A registered layout. ``digest``: 32 bytes that name it everywhere."""
 
-    def __init__(self, digest: bytes, groups: list[Group]):
+    def __init__(self, client: _native.Client, digest: bytes, groups: list[Group]):
+        self._client = client
         self.digest = digest
         self.groups = groups
+
+    def lookup(self, hashes, *, groups: list[int] | None = None, all_shards: bool = False, hold: float = 0.0) -> Lookup:
+        """How far a prefix can be used in every one of ``groups`` (all of the layout's by default).
+
+        ``all_shards``: in every shard of the tensor-parallel group too. ``hold``: keeps what was found for so many seconds
+        (30 at most), for whoever reads it next, until :meth:`Client.release_ticket`.
+        """
+        return Lookup(*self._client.lookup(self.digest, groups or [], hashes, all_shards, hold))
 
     def group(self, number: int = 0) -> Group:
         """One of its layer groups."""
@@ -262,6 +287,32 @@ class Group:
         stored = await self._native.put_from_async(hashes, _buffers(buffers), parent, level, more_follows)
         return [PutResult(*result) for result in stored]
 
+    def get_pages(self, hashes, pages: Pages, numbers: list[int]) -> int:
+        """Reads the leading blocks into pages of an engine's memory, block ``numbers[i]`` for ``hashes[i]``. How many were
+        read; pages of those after them are left alone.
+
+        Nobody else may touch those pages meanwhile. Raises Invalid where a block has not the pages' size.
+        """
+        return self._native.get_pages(hashes, pages._native, numbers)
+
+    def start_get_pages(self, hashes, pages: Pages, numbers: list[int]) -> PagesLoad:
+        """The same in the background, region by region: see :class:`PagesLoad`. It goes on even where nobody waits."""
+        return self._native.start_get_pages(hashes, pages._native, numbers)
+
+    def put_pages(
+        self,
+        hashes,
+        pages: Pages,
+        numbers: list[int],
+        *,
+        parent: bytes | None = None,
+        level: str = "memory",
+        more_follows: bool = False,
+    ) -> list[PutResult]:
+        """Stores blocks from pages of an engine's memory, which must not change meanwhile: see :meth:`put_from`."""
+        stored = self._native.put_pages(hashes, pages._native, numbers, parent, level, more_follows)
+        return [PutResult(*result) for result in stored]
+
     def leases(self, hashes) -> Leases:
         """The leading blocks, where they lie: read-only memoryviews, without a copy. Needs the local plane.
 
@@ -300,6 +351,29 @@ class Group:
     async def delete_async(self, hashes) -> Deleted:
         """See :meth:`delete`."""
         return Deleted(*await self._native.delete_async(hashes))
+
+
+class Pages:
+    """An engine's own memory, where a block is one page of each of several regions (a layer's cache, say).
+
+    ``regions``: (buffer, offset, stride, bytes) each: block ``n`` has ``bytes`` bytes at ``offset + n * stride`` of the buffer,
+    which is writable and contiguous, or a CPU tensor. A block in the store is those, in the order of the regions.
+    ``blocks``: how many blocks there are. The buffers stay where they are, and alive, as long as this.
+    """
+
+    def __init__(self, regions, blocks: int):
+        plain = [(_plain(buffer), offset, stride, length) for buffer, offset, stride, length in regions]
+        self._native = _native.Pages(plain, blocks)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return self._native.block_bytes
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return self._native.blocks
 
 
 class Prefetch:
