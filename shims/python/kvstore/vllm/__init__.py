@@ -1,0 +1,13 @@
+"""kvstore under vLLM: prefixes outlive the engine.
+
+.. code-block:: sh
+
+    vllm serve MODEL --kv-transfer-config '{"kv_connector": "KvStoreConnector", "kv_connector_module_path": "kvstore.vllm",
+        "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}'
+
+``docs/engines.md`` of the project says what to tune and what is not supported.
+"""
+
+from .connector import KvStoreConnector
+
+__all__ = ["KvStoreConnector"]

@@ -1,0 +1,178 @@
+"""An engine's cache as the store sees it: which bytes make a block, and what must be the same for it to be read again."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import platform
+from dataclasses import dataclass
+
+import torch
+import vllm
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+
+import kvstore
+from kvstore import weights
+
+from .messages import RankLayout
+from .options import Options
+
+__all__ = ["Group", "describe", "groups_of", "regions_of"]
+
+logger = logging.getLogger("vllm.kvstore")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A layer group of the engine's that is stored."""
+
+    # vLLM's number for it.
+    number: int
+    layers: tuple[str, ...]
+    block_tokens: int
+    # Tokens that a new one looks back to; 0: all.
+    window: int
+
+
+def groups_of(kv_cache_config) -> tuple[list[Group], str]:
+    """The groups that hits need, and why they cannot be stored: empty where they can."""
+    ids = getattr(kv_cache_config, "prefix_cacheable_group_ids", range(len(kv_cache_config.kv_cache_groups)))
+    groups, refused = [], ""
+    for number in ids:
+        group = kv_cache_config.kv_cache_groups[number]
+        spec = group.kv_cache_spec
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            spec = next(iter(spec.kv_cache_specs.values()))
+        # Exactly these: what derives from them keeps more, or other things, than its pages.
+        is_sliding = type(spec) is SlidingWindowSpec
+        if not is_sliding and not isinstance(spec, FullAttentionSpec):
+            refused = refused or f"layers of kind {type(spec).__name__} are not supported"
+        window = spec.sliding_window if is_sliding else 0
+        groups.append(Group(number, tuple(group.layer_names), spec.block_size, window))
+    sizes = {group.block_tokens for group in groups}
+    if len(sizes) > 1:
+        refused = refused or f"layer groups with blocks of {sorted(sizes)} tokens: all must have one size"
+    return groups, refused or ("" if groups else "no layers that can be cached")
+
+
+def regions_of(cache: torch.Tensor, blocks: int) -> list[tuple[torch.Tensor, int, int, int]]:
+    """The runs of bytes that are a block's page of one layer: (the whole storage as bytes, offset, stride, bytes) each.
+
+    ``cache``: dimension 0 counts blocks, or equal parts of blocks; the others may lie in memory in any order.
+    """
+    if cache.shape[0] != blocks:
+        if cache.shape[0] % blocks:
+            raise ValueError(f"a cache of {cache.shape[0]} blocks, where the engine has {blocks}")
+        cache = cache.unflatten(0, (blocks, -1))
+    size = cache.element_size()
+    storage = torch.empty(0, dtype=torch.uint8, device=cache.device).set_(cache.untyped_storage())
+    inner = sorted((stride, count) for stride, count in zip(cache.stride()[1:], cache.shape[1:]) if count > 1)
+    run, outer = 1, []
+    for stride, count in inner:
+        # What lies directly behind what there is so far makes one run of it.
+        if not outer and stride == run:
+            run *= count
+        else:
+            outer.append((stride, count))
+    start = cache.storage_offset()
+    steps = itertools.product(*([stride * at for at in range(count)] for stride, count in reversed(outer)))
+    return [(storage, (start + sum(step)) * size, cache.stride(0) * size, run * size) for step in steps]
+
+
+def describe(vllm_config, kv_cache_config, options: Options, block_bytes: list[int], caches) -> RankLayout:
+    """What this worker stores. ``block_bytes``: of each group's block, in the groups' order."""
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    groups, refused = groups_of(kv_cache_config)
+    parts = getattr(parallel, "decode_context_parallel_size", 1) * getattr(parallel, "prefill_context_parallel_size", 1)
+    if parts > 1:
+        refused = refused or "context parallelism splits blocks between ranks, which is not supported"
+    replicas = getattr(kv_cache_config, "kv_tp_replicas", 1)
+    device = next(iter(caches)).device.type
+    told = [
+        "vllm block 1",
+        # The CPU backend orders a block's inside as its kernels of this version and machine like it.
+        f"{device} {platform.machine()} {_isa()} {vllm.__version__}" if device == "cpu" else device,
+        f"layout {getattr(kv_cache_config, 'kv_cache_layout', None)}",
+        f"cache {cache.cache_dtype}",
+        f"pp {_pipeline_rank()}/{parallel.pipeline_parallel_size}",
+        *(f"{tuple(tensor.shape[1:])} {tuple(tensor.stride()[1:])} {tensor.dtype}" for tensor in caches),
+        *(f"{group.number} {group.layers} {group.window}" for group in groups),
+    ]
+    layer_groups = []
+    for group, size in zip(groups, block_bytes):
+        if size % group.block_tokens:
+            refused = refused or f"a block of {size} bytes is not {group.block_tokens} equal tokens"
+        layer_groups.append(
+            kvstore.LayerGroup(
+                layers=1,
+                planes=1,
+                heads=1,
+                head_bytes=max(size // group.block_tokens, 1),
+                kind="sliding_window" if group.window else "attention",
+                window_tokens=group.window,
+                order="opaque",
+            )
+        )
+    return RankLayout(
+        model=_short(model.served_model_name if isinstance(model.served_model_name, str) else model.model),
+        weights=_weights(vllm_config, options),
+        dtype=str(model.dtype).removeprefix("torch."),
+        block_tokens=groups[0].block_tokens if groups else 1,
+        groups=tuple(layer_groups),
+        shard=(_tensor_rank() // replicas, max(parallel.tensor_parallel_size // replicas, 1)),
+        extra=hashlib.blake2b("\n".join(told).encode(), digest_size=32).digest(),
+        refused=refused,
+    )
+
+
+def _short(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1].encode()[-64:].decode(errors="ignore") or "model"
+
+
+def _weights(vllm_config, options: Options) -> bytes:
+    """Names the weights: see `kvstore.weights`."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    digest = hashlib.blake2b(digest_size=32, person=b"vllm weights")
+    load_format = str(getattr(load.load_format, "value", load.load_format))
+    digest.update(repr((options.weights_version, model.quantization, load_format == "dummy")).encode())
+    digest.update(repr(sorted((model.hf_overrides or {}).items()) if isinstance(model.hf_overrides, dict) else "").encode())
+    folder = None
+    if load_format == "dummy":
+        digest.update(repr((model.model, model.hf_config.to_json_string(), model.seed)).encode())
+    else:
+        folder = weights.folder_of(getattr(model, "model_weights", None) or model.model, model.revision, load.download_dir)
+        try:
+            digest.update(weights.fingerprint(folder) if folder else b"")
+        except OSError:
+            folder = None
+        if folder is None:
+            if not options.weights_version:
+                logger.warning(
+                    "kvstore: the files of %s are not on this machine: its blocks are named by its name and revision %s. "
+                    "Say weights_version where the weights can change under that name.",
+                    model.model,
+                    model.revision,
+                )
+            digest.update(repr((model.model, model.revision, model.hf_config.to_json_string())).encode())
+    return digest.digest()
+
+
+def _isa() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _tensor_rank() -> int:
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return get_tensor_model_parallel_rank()
+
+
+def _pipeline_rank() -> int:
+    from vllm.distributed import get_pp_group
+
+    return get_pp_group().rank_in_group

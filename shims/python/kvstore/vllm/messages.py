@@ -1,0 +1,102 @@
+"""What the scheduler's side and the workers' sides of the connector tell each other, by way of vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+import kvstore
+
+__all__ = ["BlockRun", "Load", "RankLayout", "Save", "StepPlan", "WorkerReport"]
+
+
+@dataclass(frozen=True)
+class RankLayout(KVConnectorHandshakeMetadata):
+    """What a worker stores, as it registers it: the scheduler asks for the same."""
+
+    model: str
+    weights: bytes
+    dtype: str
+    block_tokens: int
+    groups: tuple[kvstore.LayerGroup, ...]
+    shard: tuple[int, int]
+    extra: bytes
+    # Why this engine's blocks cannot be stored; empty where they can.
+    refused: str = ""
+
+    def register(self, client: kvstore.Client, version: bytes) -> kvstore.Layout:
+        """Makes it known to the daemon. ``version`` is of the weights, where they changed since they were loaded."""
+        return client.register_layout(
+            self.model,
+            dtype=self.dtype,
+            block_tokens=self.block_tokens,
+            groups=list(self.groups),
+            weights_digest=version or self.weights,
+            shard=self.shard,
+            extra=self.extra,
+        )
+
+
+@dataclass
+class BlockRun:
+    """Blocks of one group that follow each other, and where they lie in the engine's cache."""
+
+    group: int
+    hashes: list[bytes]
+    numbers: list[int]
+    # The hash before the first.
+    parent: bytes | None = None
+
+
+@dataclass
+class Load:
+    """Blocks to bring for a request."""
+
+    request: str
+    runs: list[BlockRun]
+    # The step waits for them, layer by layer; otherwise the request waits, and no step does.
+    in_step: bool
+
+
+@dataclass
+class Save:
+    """Blocks to store, once the step has computed them."""
+
+    job: int
+    runs: list[BlockRun]
+
+
+@dataclass
+class StepPlan(KVConnectorMetadata):
+    """A step's work for every worker."""
+
+    loads: list[Load] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+    # Of the weights, where they changed since they were loaded.
+    version: bytes = b""
+    # Failed loads that the scheduler knew of when it planned this, by rank: what a step computed after others is garbage.
+    failures_known: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """What workers did since their last report."""
+
+    # How many ranks have ended a save, by job.
+    saved: dict[int, int] = field(default_factory=dict)
+    # Loads within a step that failed so far, by rank.
+    failures: dict[int, int] = field(default_factory=dict)
+    # Requests whose loads within a step have ended.
+    brought: set[str] = field(default_factory=set)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
+        assert isinstance(other, WorkerReport)
+        saved = dict(self.saved)
+        for job, ranks in other.saved.items():
+            saved[job] = saved.get(job, 0) + ranks
+        return WorkerReport(saved, {**self.failures, **other.failures}, self.brought | other.brought)

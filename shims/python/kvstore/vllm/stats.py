@@ -1,0 +1,60 @@
+"""The connector's counts, through vLLM's own hooks: its log line, and its Prometheus endpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+__all__ = ["COUNTS", "KvStorePromMetrics", "KvStoreStats"]
+
+COUNTS = {
+    "loaded_blocks": "Blocks loaded from the store, of all layer groups and ranks",
+    "loaded_bytes": "Bytes of them",
+    "load_seconds": "Time of loads, from their start to their end, summed",
+    "failed_loads": "Loads that brought fewer blocks than were promised: the rest was recomputed",
+    "saved_blocks": "Blocks that were stored",
+    "present_blocks": "Blocks that were in the store already, or came from another writer",
+    "dropped_blocks": "Blocks that were not stored: the store was full, slow or away",
+}
+
+
+class KvStoreStats(KVConnectorStats):
+    """Counts since the last report: sums over ranks and steps."""
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def add(self, name: str, count: float) -> None:
+        self.data[name] = self.data.get(name, 0) + count
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        for name, count in other.data.items():
+            self.add(name, count)
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        return {name: round(count, 3) for name, count in self.data.items()}
+
+    def is_empty(self) -> bool:
+        return not any(self.data.values())
+
+
+class KvStorePromMetrics(KVConnectorPromMetrics):
+    """A counter for each."""
+
+    def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues):
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._counters = {}
+        for name, meaning in COUNTS.items():
+            counter = self._counter_cls(name=f"vllm:kvstore_{name}", documentation=meaning, labelnames=labelnames)
+            self._counters[name] = {
+                engine: counter.labels(*values) for engine, values in per_engine_labelvalues.items()
+            }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        for name, count in transfer_stats_data.items():
+            if name in self._counters and count > 0:
+                self._counters[name][engine_idx].inc(count)
+
+

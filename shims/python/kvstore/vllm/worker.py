@@ -1,0 +1,280 @@
+"""The connector in a worker: brings blocks into the engine's cache, and stores what a step has computed, in the background."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+import kvstore
+
+from .layout import describe, groups_of, regions_of
+from .messages import BlockRun, Load, RankLayout, Save, StepPlan, WorkerReport
+from .options import Options
+from .stats import KvStoreStats
+from .store import Store
+
+__all__ = ["WorkerSide"]
+
+logger = logging.getLogger("vllm.kvstore")
+
+# A worker that ends waits so long for what it is saving.
+SHUTDOWN_SECONDS = 5.0
+
+
+@dataclass
+class _Loading:
+    """A load under way."""
+
+    load: Load
+    since: float
+    # (run, its native load; None where it could not begin)
+    parts: list[tuple[BlockRun, kvstore.PagesLoad | None]] = field(default_factory=list)
+
+    def done(self) -> bool:
+        return all(part is None or part.done() for _, part in self.parts)
+
+
+class WorkerSide:
+    """See the head of this file."""
+
+    def __init__(self, vllm_config, kv_cache_config, options: Options, rank: int):
+        self._vllm_config, self._kv_cache_config, self._options = vllm_config, kv_cache_config, options
+        self._rank = rank
+        self._store = Store(options.address, options.plane, options.deadline)
+        self._pages: list[kvstore.Pages] = []
+        # By layer: its group, and the last of its regions there.
+        self._last_region: dict[str, tuple[int, int]] = {}
+        self.layout: RankLayout | None = None
+        self._saves_here = True
+        self._plan = StepPlan()
+        self._loading: list[_Loading] = []
+        self._in_step: list[_Loading] = []
+        self._invalid: set[int] = set()
+        self._failed: set[str] = set()
+        self._failures = 0
+        self._failures_told = 0
+        self._brought: set[str] = set()
+        self._lock = threading.Lock()
+        self._saved: collections.Counter[int] = collections.Counter()
+        self._stats = KvStoreStats()
+        self._queue: queue.SimpleQueue[tuple[Save, bytes] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    # ---------------------------------------------------------------- the engine's memory
+
+    def register_kv_caches(self, kv_caches) -> None:
+        """Learns where the engine's cache lies."""
+        groups, _ = groups_of(self._kv_cache_config)
+        blocks = self._kv_cache_config.num_blocks
+        self._pages, self._last_region, tensors = [], {}, []
+        for at, group in enumerate(groups):
+            regions = []
+            for layer in group.layers:
+                # A layer that shares another's cache has none of its own.
+                caches = kv_caches.get(layer)
+                for cache in [] if caches is None else [caches] if isinstance(caches, torch.Tensor) else caches:
+                    if cache.device.type != "cpu":
+                        raise RuntimeError(
+                            f"kvstore: the engine's cache is on {cache.device}; this version's connector reads CPU memory alone"
+                        )
+                    tensors.append(cache)
+                    regions += regions_of(cache, blocks)
+                self._last_region[layer] = (at, len(regions) - 1)
+            self._pages.append(kvstore.Pages(regions, blocks))
+        sizes = [pages.block_bytes for pages in self._pages]
+        self.layout = describe(self._vllm_config, self._kv_cache_config, self._options, sizes, tensors)
+        replicas = getattr(self._kv_cache_config, "kv_tp_replicas", 1)
+        self._saves_here = self._rank % replicas == 0
+        if self.layout.refused:
+            logger.warning("kvstore: this engine's blocks are not stored: %s", self.layout.refused)
+        # Registered here, off the first request's path.
+        elif self._store.layout(self.layout, b"") is not None:
+            logger.info("kvstore: blocks of %s bytes, layer groups %d", sizes, len(sizes))
+
+    def unregister_kv_caches(self) -> None:
+        """The engine gives its cache up (sleep mode): nothing of it may be touched from here on."""
+        self._finish_loads()
+        self._drain()
+        self._pages = []
+
+    # ---------------------------------------------------------------- a step
+
+    def bind(self, plan: StepPlan) -> None:
+        """A step begins."""
+        self._plan = plan
+
+    def start_loads(self) -> None:
+        """Starts what the step brings."""
+        for load in self._plan.loads:
+            loading = _Loading(load, time.monotonic())
+            layout = self._store.layout(self.layout, self._plan.version) if self._pages else None
+            for run in load.runs:
+                part = None
+                if layout is not None:
+                    try:
+                        group = layout.group(run.group)
+                        part = group.start_get_pages(run.hashes, self._pages[run.group], run.numbers)
+                    except kvstore.Error as error:
+                        self._store.failed(error)
+                loading.parts.append((run, part))
+            (self._in_step if load.in_step else self._loading).append(loading)
+        self._plan.loads = []
+
+    def wait_for_layer(self, layer: str) -> None:
+        """Waits until a layer's blocks are there, of the loads that this step needs."""
+        if not self._in_step:
+            return
+        group, region = self._last_region.get(layer, (0, -1))
+        for loading in self._in_step:
+            for run, part in loading.parts:
+                # It ends by the client's deadlines, whatever happens to the daemon.
+                while part is not None and run.group == group and region >= 0 and not part.wait_region(region, 60.0):
+                    pass
+
+    def finish_step(self) -> None:
+        """The step has been computed: hands over what it saves."""
+        for loading in self._in_step:
+            self._end(loading)
+            self._brought.add(loading.load.request)
+        self._in_step = []
+        known = self._plan.failures_known.get(self._rank, 0)
+        for save in self._plan.saves:
+            # After a load that failed, this step's blocks, and those of steps that were planned before the scheduler
+            # knew, may have been computed from garbage.
+            if not self._saves_here or not self._pages or self._failures > known:
+                self._end_save(save, dropped=self._saves_here)
+            else:
+                self._thread = self._thread or self._start_thread()
+                self._queue.put((save, self._plan.version))
+        self._plan.saves = []
+
+    def transfer_results(self) -> KVConnectorTransferResults:
+        """The requests whose blocks have come, and those whose load failed where single blocks cannot be named."""
+        ended = [loading for loading in self._loading if loading.done()]
+        self._loading = [loading for loading in self._loading if loading not in ended]
+        for loading in ended:
+            self._end(loading)
+        failed, self._failed = self._failed, set()
+        return KVConnectorTransferResults(
+            finished_recving={loading.load.request for loading in ended}, failed_recving=failed
+        )
+
+    def invalid_blocks(self) -> set[int]:
+        """Blocks of the engine's cache that were promised and did not come."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def report(self) -> WorkerReport | None:
+        """For the scheduler's side."""
+        with self._lock:
+            saved, self._saved = self._saved, collections.Counter()
+        brought, self._brought = self._brought, set()
+        if not saved and not brought and self._failures == self._failures_told:
+            return None
+        self._failures_told = self._failures
+        return WorkerReport(dict(saved), {self._rank: self._failures}, brought)
+
+    def stats(self) -> KvStoreStats | None:
+        with self._lock:
+            stats, self._stats = self._stats, KvStoreStats()
+        return None if stats.is_empty() else stats
+
+    # ---------------------------------------------------------------- loads
+
+    def _end(self, loading: _Loading) -> None:
+        """Takes a load's outcome, waiting for it: until it has ended it writes into the cache."""
+        missing: list[int] = []
+        for run, part in loading.parts:
+            loaded = 0
+            while part is not None:
+                try:
+                    loaded = part.result(60.0)
+                except kvstore.DeadlineExceeded as error:
+                    if not part.done():
+                        continue
+                    self._store.failed(error)
+                except kvstore.Error as error:
+                    self._store.failed(error)
+                break
+            missing += run.numbers[loaded:]
+            self._count("loaded_blocks", loaded)
+            self._count("loaded_bytes", loaded * self._pages[run.group].block_bytes if self._pages else 0)
+        self._count("load_seconds", time.monotonic() - loading.since)
+        if missing:
+            self._count("failed_loads", 1)
+            if len(self._kv_cache_config.kv_cache_groups) == 1:
+                self._invalid.update(missing)
+            else:
+                self._failed.add(loading.load.request)
+            if loading.load.in_step:
+                self._failures += 1
+
+    def _finish_loads(self) -> None:
+        for loading in self._loading + self._in_step:
+            for _, part in loading.parts:
+                while part is not None and not part.done():
+                    part.wait_region(1 << 30, 60.0)
+
+    # ---------------------------------------------------------------- saves
+
+    def _start_thread(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run_saves, name="kvstore-save", daemon=True)
+        thread.start()
+        return thread
+
+    def _run_saves(self) -> None:
+        while (item := self._queue.get()) is not None:
+            save, version = item
+            try:
+                self._save(save, version)
+            except Exception:  # Whatever it was, the blocks' places in the cache are given back.
+                logger.exception("kvstore: a save failed")
+            self._end_save(save, dropped=False)
+
+    def _save(self, save: Save, version: bytes) -> None:
+        layout = self._store.layout(self.layout, version)
+        for run in save.runs:
+            stored = collections.Counter()
+            if layout is not None:
+                try:
+                    results = layout.group(run.group).put_pages(
+                        run.hashes, self._pages[run.group], run.numbers, parent=run.parent, level=self._options.level
+                    )
+                    stored.update(result.status for result in results)
+                except kvstore.Error as error:
+                    self._store.failed(error)
+            self._count("saved_blocks", stored["stored"])
+            self._count("present_blocks", stored["present"] + stored["joined"])
+            kept = stored["stored"] + stored["present"] + stored["joined"]
+            self._count("dropped_blocks", len(run.hashes) - kept)
+
+    def _end_save(self, save: Save, dropped: bool) -> None:
+        if dropped:
+            self._count("dropped_blocks", sum(len(run.hashes) for run in save.runs))
+        with self._lock:
+            self._saved[save.job] += 1
+
+    def _drain(self) -> None:
+        """Waits for the saves that were handed over, for a moment."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(SHUTDOWN_SECONDS)
+            if self._thread.is_alive():
+                logger.warning("kvstore: left while blocks were being saved; those are not stored")
+            self._thread = None
+
+    def shutdown(self) -> None:
+        """The worker ends."""
+        self._finish_loads()
+        self._drain()
+
+    def _count(self, name: str, count: float) -> None:
+        with self._lock:
+            self._stats.add(name, count)
