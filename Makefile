@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` and `make test`.
-.PHONY: demo test test-models test-python wheel lint bench bench-peers audit help
+.PHONY: demo test test-models test-python test-engines wheel lint bench bench-peers audit help
 
 # Figures to measure: grpc, index, eviction, nvme, restart, local, or several with commas.
 FIGURES ?= grpc,index,eviction,nvme,restart,local
@@ -9,10 +9,13 @@ DISK ?= $(TARGET)
 # Python for the shims' tests, and for the peers that benches compare with.
 VENV := $(TARGET)/python
 PEERS := $(TARGET)/peers
+# Real engines for the shims' tests.
+ENGINES := $(TARGET)/engines
 
 help:
 	@echo "make demo    run a real trace of LLM requests, kill -9 in the middle, every byte verified"
 	@echo "make test    all tests"
+	@echo "make test-engines  the engine shims on real engines (installs about 3 GB, once)"
 	@echo "make lint    formatting, clippy, licences and sources of dependencies"
 	@echo "make wheel   the Python package, for Python 3.10 and newer"
 	@echo "make bench   measure the figures of benches/RESULTS.md (FIGURES=grpc for one group)"
@@ -51,6 +54,18 @@ test-python: wheel
 	cargo build --locked --quiet --package kvstore
 	$(VENV)/bin/pip install --quiet --force-reinstall --no-deps $(TARGET)/wheels/*.whl
 	cd shims && KVSTORE_BIN=$${KVSTORE_BIN:-$(abspath $(TARGET))/debug/kvstore} $(abspath $(VENV))/bin/python -m pytest -q -rs
+
+# The engine shims on real engines: vLLM on the CPU, with tiny random models.
+test-engines: wheel
+	@scripts/setup.sh engines
+	cargo build --locked --quiet --package kvstore
+	@[ -x $(ENGINES)/bin/python ] || python3 -m venv $(ENGINES)
+	@cmp -s shims/tests/engines/requirements.txt $(ENGINES)/installed.txt || { \
+	  echo "Installing vLLM and what it needs (about 3 GB to download, once) ..."; \
+	  $(ENGINES)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement shims/tests/engines/requirements.txt && \
+	  cp shims/tests/engines/requirements.txt $(ENGINES)/installed.txt; }
+	@$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps $(TARGET)/wheels/*.whl
+	cd shims && KVSTORE_BIN=$${KVSTORE_BIN:-$(abspath $(TARGET))/debug/kvstore} $(abspath $(ENGINES))/bin/python -m pytest -q -rs --durations=5 tests/engines
 
 wheel:
 	@scripts/setup.sh build python

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing of the named tools, and nothing else: build, lint, nextest, deny, python, redis, fio.
+# Installs what is missing of the named tools, and nothing else: build, lint, nextest, deny, python, engines, redis, fio.
 set -euo pipefail
 
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -44,6 +44,12 @@ for tool in "$@"; do
     python)
       have python3 || debian python3
       python3 -c 'import ensurepip, venv' 2>/dev/null || debian python3-venv
+      ;;
+    engines)
+      # vLLM's builds for the CPU are pinned for one version of Python and one processor.
+      [ "$(python3 -c 'import sys; print(*sys.version_info[:2], sep=".")') $(uname -m)" = "3.11 x86_64" ] ||
+        { echo "The engines' tests need Python 3.11 on x86-64 (python3 is $(python3 -V), this is $(uname -m))" >&2; exit 1; }
+      compgen -G '/usr/lib/*/libnuma.so.1*' >/dev/null || compgen -G '/lib/*/libnuma.so.1*' >/dev/null || debian libnuma1
       ;;
     redis) have redis-server || debian redis-server ;;
     fio) have fio || debian fio ;;

@@ -1,0 +1,72 @@
+"""Tiny models with random weights, made where they are needed: no hub, no downloads."""
+
+import pathlib
+
+import torch
+import transformers
+
+VOCABULARY = 1024
+
+_COMMON = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    max_position_embeddings=4096,
+    bos_token_id=1,
+    eos_token_id=2,
+    # Wide enough that every token of a prompt matters to what comes next.
+    initializer_range=0.1,
+    tie_word_embeddings=False,
+)
+
+_CLASSES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
+    # Every layer looks back 256 tokens.
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, dict(sliding_window=256, head_dim=32)),
+    # Layers of both kinds.
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        transformers.Gemma3ForCausalLM,
+        dict(
+            head_dim=32,
+            sliding_window=256,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        ),
+    ),
+}
+
+
+def make(folder: pathlib.Path, kind: str, seed: int = 7) -> pathlib.Path:
+    """A model of this kind in a folder of its own; other seeds, other weights."""
+    path = folder / f"{kind}-{seed}"
+    if not path.exists():
+        torch.manual_seed(seed)
+        config_class, model_class, more = _CLASSES[kind]
+        model = model_class(config_class(**_COMMON, **more)).to(torch.float32)
+        model.save_pretrained(path, safe_serialization=True)
+    return path
+
+
+def make_adapter(folder: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+    """A LoRA adapter for the Llama model."""
+    import json
+
+    from safetensors.torch import save_file
+
+    path = folder / name
+    path.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(_COMMON["num_hidden_layers"]):
+        for module, out in (("q_proj", 256), ("v_proj", 128)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(8, 256, generator=generator) * 0.2
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(out, 8, generator=generator) * 0.2
+    save_file(tensors, path / "adapter_model.safetensors")
+    config = dict(peft_type="LORA", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], bias="none", task_type="CAUSAL_LM")
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path

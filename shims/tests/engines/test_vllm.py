@@ -1,0 +1,223 @@
+"""vLLM over the store. The oracle is always the engine's own tokens without a connector, in a process that stored nothing."""
+
+import threading
+import time
+
+import models
+import pytest
+
+BLOCK = 32
+
+
+def prompt(tokens: int, seed: int = 1, shared: int = 0) -> list[int]:
+    """A prompt; the first `shared` tokens are the same for every seed."""
+
+    def token(at: int, seed: int) -> int:
+        return 3 + (at * at * 31 + at * 17 + seed * 7919) % (models.VOCABULARY - 3)
+
+    return [token(at, 0 if at < shared else seed) for at in range(tokens)]
+
+
+@pytest.fixture(scope="session")
+def oracle(zygote, model):
+    """What an engine says that knows nothing of the store; each answer is made once."""
+    engines, known = {}, {}
+
+    def ask(prompts: list[list[int]], kind: str = "llama", **more) -> list[list[int]]:
+        key = (kind, repr(prompts), repr(sorted(more.items())))
+        if key not in known:
+            if kind not in engines:
+                engines.clear()
+                arguments = dict(enable_lora=True, max_lora_rank=8, max_loras=2) if kind == "llama" else {}
+                engines[kind] = zygote.engine(model(kind), enable_prefix_caching=False, **arguments)
+            known[key] = [output.tokens for output in engines[kind].generate(prompts, **more)]
+        return known[key]
+
+    yield ask
+    for engine in engines.values():
+        engine.close()
+
+
+def tokens(outputs) -> list[list[int]]:
+    return [output.tokens for output in outputs]
+
+
+def whole_blocks(prompts: list[list[int]]) -> int:
+    return sum(len(prompt) // BLOCK for prompt in prompts)
+
+
+def store(zygote, model, address: str, prompts, **more) -> None:
+    """An engine that computes the prompts, stores their blocks, and ends."""
+    with zygote.engine(model, address, **more) as engine:
+        engine.generate(prompts, max_tokens=1)
+        engine.until_saved(whole_blocks(prompts))
+
+
+@pytest.mark.parametrize("layerwise", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_fresh_process_loads_what_another_stored(zygote, model, daemon, oracle, kind, layerwise):
+    prompts = [prompt(500), prompt(333, seed=2)]
+    store(zygote, model(kind), daemon.address, prompts)
+    with zygote.engine(model(kind), daemon.address, extra=dict(layerwise=layerwise)) as engine:
+        outputs = engine.generate(prompts)
+        counts = engine.counts()
+    assert tokens(outputs) == oracle(prompts, kind)
+    assert [output.cached for output in outputs] == [480, 320]
+    assert counts["loaded_blocks"] == 25 and "failed_loads" not in counts
+
+
+def test_loads_are_real(zygote, model, daemon, oracle):
+    """Zeros in the store give other tokens: what is loaded is what is computed with."""
+    prompts = [prompt(500)]
+    with zygote.engine(model(), daemon.address) as engine:
+        engine.call("zero_saves")
+        engine.generate(prompts, max_tokens=1)
+        engine.until_saved(whole_blocks(prompts))
+    with zygote.engine(model(), daemon.address) as engine:
+        outputs = engine.generate(prompts)
+    assert outputs[0].cached == 480
+    assert tokens(outputs) != oracle(prompts)
+
+
+def test_other_weights_of_the_same_shape_find_nothing(zygote, model, daemon):
+    prompts = [prompt(500)]
+    store(zygote, model(), daemon.address, prompts)
+    with zygote.engine(model(seed=8), daemon.address) as engine:
+        assert engine.generate(prompts)[0].cached == 0
+
+
+def test_new_weights_are_named_anew(zygote, model, daemon):
+    """After an update of the weights (RL), which the files do not show, nothing from before is read."""
+    prompts = [prompt(500)]
+    with zygote.engine(model(), daemon.address) as engine:
+        engine.generate(prompts, max_tokens=1)
+        engine.until_saved(15)
+        assert engine.call("reset", connector=False)
+        assert engine.generate(prompts)[0].cached == 480, "the store still has it"
+        assert engine.call("reset", connector=True)
+        assert engine.generate(prompts)[0].cached == 0
+
+
+def test_an_engine_that_is_killed_comes_back_warm(zygote, model, daemon, oracle):
+    prompts = [prompt(700, seed) for seed in range(4)]
+    engine = zygote.engine(model(), daemon.address)
+    engine.generate(prompts[:2], max_tokens=1)
+    engine.until_saved(whole_blocks(prompts[:2]))
+    engine.start("generate", prompts=prompts, max_tokens=400)
+    time.sleep(0.5)
+    engine.kill()
+    with zygote.engine(model(), daemon.address) as engine:
+        outputs = engine.generate(prompts)
+    assert tokens(outputs) == oracle(prompts)
+    assert all(output.cached >= 672 for output in outputs[:2])
+
+
+def test_a_daemon_that_is_killed_costs_hits_and_no_tokens(zygote, model, daemon, oracle):
+    prompts = [prompt(600, seed, shared=300) for seed in range(6)]
+    store(zygote, model(), daemon.address, prompts[:3])
+    with zygote.engine(model(), daemon.address) as engine:
+        engine.call("build")
+        killer = threading.Timer(0.15, daemon.kill)
+        killer.start()
+        outputs = engine.generate(prompts, max_tokens=60)
+        killer.join()
+        assert tokens(outputs) == oracle(prompts, max_tokens=60)
+        # Away, it costs nothing but hits; back, it is used again.
+        others = [prompt(600, seed) for seed in (11, 12)]
+        assert tokens(engine.generate(others)) == oracle(others)
+        daemon.start()
+        time.sleep(1.2)
+        more = [prompt(600, seed) for seed in (13, 14)]
+        before = engine.counts().get("saved_blocks", 0)
+        assert tokens(engine.generate(more)) == oracle(more)
+        engine.until_saved(before + whole_blocks(more))
+    with zygote.engine(model(), daemon.address) as engine:
+        assert all(output.cached == 576 for output in engine.generate(more))
+
+
+def test_a_daemon_that_hangs_holds_nobody_up_for_long(zygote, model, daemon, oracle):
+    import os
+    import signal
+
+    prompts = [prompt(500, seed) for seed in range(3)]
+    with zygote.engine(model(), daemon.address, extra=dict(deadline=1.0)) as engine:
+        engine.generate([prompt(100, 9)], max_tokens=1)
+        os.kill(daemon.process.pid, signal.SIGSTOP)
+        try:
+            begun = time.monotonic()
+            outputs = engine.generate(prompts)
+            assert time.monotonic() - begun < 10
+        finally:
+            os.kill(daemon.process.pid, signal.SIGCONT)
+    assert tokens(outputs) == oracle(prompts)
+
+
+def test_sixteen_requests_at_once_shared_and_not(zygote, model, daemon, oracle):
+    prompts = [prompt(400 + 13 * seed, seed, shared=256) for seed in range(8)]
+    prompts += [prompt(300 + 7 * seed, 100 + seed) for seed in range(8)]
+    store(zygote, model(), daemon.address, prompts[::2])
+    for layerwise in (True, False):
+        with zygote.engine(model(), daemon.address, extra=dict(layerwise=layerwise)) as engine:
+            outputs = engine.generate(prompts)
+        assert tokens(outputs) == oracle(prompts)
+        assert sum(output.cached for output in outputs) > 2000
+
+
+def test_preemption_under_a_tiny_cache(zygote, model, daemon, oracle):
+    prompts = [prompt(200 + seed, seed) for seed in range(6)]
+    for _ in range(2):
+        with zygote.engine(model(), daemon.address, num_gpu_blocks_override=24, max_model_len=512) as engine:
+            outputs = engine.generate(prompts, max_tokens=120)
+            counts = engine.counts()
+        assert tokens(outputs) == oracle(prompts, max_tokens=120)
+    assert counts["loaded_blocks"] > 30, counts
+
+
+def test_prompts_that_are_computed_in_chunks(zygote, model, daemon, oracle):
+    prompts = [prompt(900, seed) for seed in range(3)]
+    arguments = dict(max_num_batched_tokens=128, max_num_seqs=8, enable_chunked_prefill=True)
+    store(zygote, model(), daemon.address, prompts[:2], **arguments)
+    with zygote.engine(model(), daemon.address, **arguments) as engine:
+        outputs = engine.generate(prompts)
+    assert tokens(outputs) == oracle(prompts)
+    assert [output.cached for output in outputs] == [896, 896, 0]
+
+
+def test_prefill_and_decode_in_two_processes(zygote, model, daemon, oracle):
+    prompts = [prompt(800, seed) for seed in range(3)]
+    with (
+        zygote.engine(model(), daemon.address, role="kv_producer") as prefill,
+        zygote.engine(model(), daemon.address, role="kv_consumer") as decode,
+    ):
+        decode.call("build")
+        for one, expected in zip(prompts, oracle(prompts, max_tokens=20)):
+            (output,) = prefill.generate([one], max_tokens=1)
+            assert output.handed_over == {"kvstore_blocks": 25}
+            # As soon as the prefill worker has answered: the blocks are on their way.
+            (output,) = decode.generate([one], max_tokens=20, hand_over=output.handed_over)
+            assert output.tokens == expected and output.cached == 768
+        (output,) = decode.generate([prompt(400, 50)])
+        assert "saved_blocks" not in decode.counts(), "a decode worker stores nothing"
+
+
+def test_salts_and_adapters_keep_apart(zygote, model, daemon, oracle, folder):
+    adapters = [(f"adapter-{at}", at, str(models.make_adapter(folder, f"lora-{at}", at))) for at in (1, 2)]
+    # Other weights under the name of the first.
+    adapters.append(("adapter-1", 3, str(models.make_adapter(folder, "lora-3", 3))))
+    one, arguments = [prompt(500)], dict(enable_lora=True, max_lora_rank=8, max_loras=2)
+    with zygote.engine(model(), daemon.address, **arguments) as engine:
+        engine.generate(one, max_tokens=1, salt="red")
+        engine.generate(one, max_tokens=1, adapter=adapters[0])
+        engine.until_saved(30)
+    with zygote.engine(model(), daemon.address, **arguments) as engine:
+        assert engine.generate(one, max_tokens=1, salt="blue")[0].cached == 0
+        assert engine.generate(one, max_tokens=1)[0].cached == 0
+        assert engine.generate(one, max_tokens=1, salt="red")[0].cached == 480
+        (output,) = engine.generate(one, adapter=adapters[1])
+        assert output.cached == 0 and [output.tokens] == oracle(one, adapter=adapters[1])
+    with zygote.engine(model(), daemon.address, **arguments) as engine:
+        (output,) = engine.generate(one, adapter=adapters[0])
+        assert output.cached == 480 and [output.tokens] == oracle(one, adapter=adapters[0])
+    with zygote.engine(model(), daemon.address, **arguments) as engine:
+        (output,) = engine.generate(one, adapter=adapters[2])
+        assert output.cached == 0, "another adapter under a name that is known"
