@@ -34,3 +34,10 @@ def daemon(tmp_path):
     daemon = Daemon(tmp_path, "nvme.paths=off", "host.bytes=512MiB")
     yield daemon
     daemon.kill()
+
+
+@pytest.fixture
+def disk_daemon(tmp_path):
+    daemon = Daemon(tmp_path, f"nvme.paths={tmp_path}/nvme", "nvme.bytes=512MiB", "host.bytes=512MiB")
+    yield daemon
+    daemon.kill()

@@ -116,12 +116,14 @@ class Zygote:
             text=True,
         )
 
-    def engine(self, model: pathlib.Path, address: str | None = None, *, role: str = "kv_both", extra=None, **arguments):
+    def engine(self, model: pathlib.Path, address: str | None = None, *, role: str = "kv_both", extra=None, environment=None, **arguments):
         """An engine; with the connector to the daemon at `address`, where there is one. `extra` is the connector's."""
         self._engines += 1
         log = self._folder / f"engine-{self._engines}.log"
         connector = address and dict(role=role, extra=dict(address=address, **(extra or {})))
-        spec = dict(model=str(model), connector=connector, arguments=arguments, log=str(log))
+        spec = dict(
+            model=str(model), connector=connector, arguments=arguments, log=str(log), environment=environment or {}
+        )
         self._process.stdin.write(json.dumps(spec) + "\n")
         self._process.stdin.flush()
         connection, _ = self._listener.accept()
@@ -208,8 +210,9 @@ def generate(llm, request: dict) -> list:
 
 
 def step_once(llm) -> None:
-    """One more step of the engine's loop: it reports what was done since the last."""
-    llm.llm_engine.engine_core.get_output()
+    """One more step of the engine's loop, where nobody else makes them: it reports what was done since the last."""
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
+        llm.llm_engine.engine_core.get_output()
 
 
 def serve(spec: dict, path: str) -> None:
@@ -246,6 +249,8 @@ def run(llm, request: dict, counts: dict):
         case "counts":
             step_once(llm)
             return counts
+        case "preemptions":
+            return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
         case "reset":
             for _ in range(200):
                 # Blocks that are being saved are in use.
@@ -270,6 +275,7 @@ def main() -> None:
             log = os.open(spec["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            os.environ.update(spec["environment"])
             try:
                 serve(spec, sys.argv[1])
             finally:
