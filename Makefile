@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` and `make test`.
-.PHONY: demo test test-models test-python test-engines wheel lint bench bench-peers audit help
+.PHONY: demo test test-models test-python test-engines wheel lint bench bench-peers bench-engines engines audit help
 
 # Figures to measure: grpc, index, eviction, nvme, restart, local, or several with commas.
 FIGURES ?= grpc,index,eviction,nvme,restart,local
@@ -20,6 +20,7 @@ help:
 	@echo "make wheel   the Python package, for Python 3.10 and newer"
 	@echo "make bench   measure the figures of benches/RESULTS.md (FIGURES=grpc for one group)"
 	@echo "make bench-peers  beside Mooncake Store and Redis, from Python (installs them into a scratch environment)"
+	@echo "make bench-engines  vLLM on the CPU, with the store and without (installs about 3 GB, once)"
 	@echo "make audit   known vulnerabilities in dependencies (needs the network)"
 
 demo:
@@ -56,16 +57,19 @@ test-python: wheel
 	cd shims && KVSTORE_BIN=$${KVSTORE_BIN:-$(abspath $(TARGET))/debug/kvstore} $(abspath $(VENV))/bin/python -m pytest -q -rs
 
 # The engine shims on real engines: vLLM on the CPU, with tiny random models.
-test-engines: wheel
-	@scripts/setup.sh engines
+test-engines: engines
 	cargo build --locked --quiet --package kvstore
+	cd shims && KVSTORE_BIN=$${KVSTORE_BIN:-$(abspath $(TARGET))/debug/kvstore} $(abspath $(ENGINES))/bin/python -m pytest -q -rs --durations=5 tests/engines
+
+# Real engines, in an environment of their own, with this package.
+engines: wheel
+	@scripts/setup.sh engines
 	@[ -x $(ENGINES)/bin/python ] || python3 -m venv $(ENGINES)
 	@cmp -s shims/tests/engines/requirements.txt $(ENGINES)/installed.txt || { \
 	  echo "Installing vLLM and what it needs (about 3 GB to download, once) ..."; \
 	  $(ENGINES)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement shims/tests/engines/requirements.txt && \
 	  cp shims/tests/engines/requirements.txt $(ENGINES)/installed.txt; }
 	@$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps $(TARGET)/wheels/*.whl
-	cd shims && KVSTORE_BIN=$${KVSTORE_BIN:-$(abspath $(TARGET))/debug/kvstore} $(abspath $(ENGINES))/bin/python -m pytest -q -rs --durations=5 tests/engines
 
 wheel:
 	@scripts/setup.sh build python
@@ -98,3 +102,7 @@ bench-peers: wheel
 	@$(PEERS)/bin/pip install --quiet --disable-pip-version-check --requirement benches/peers/requirements.txt
 	$(PEERS)/bin/pip install --quiet --force-reinstall --no-deps $(TARGET)/wheels/*.whl
 	$(PEERS)/bin/python benches/peers/bench.py --daemon $(TARGET)/release/kvstore --write benches/RESULTS.md
+
+bench-engines: engines
+	cargo build --release --locked --quiet --package kvstore
+	KVSTORE_BIN=$(TARGET)/release/kvstore $(ENGINES)/bin/python benches/engines/bench.py --write benches/RESULTS.md

@@ -8,11 +8,9 @@ alternate who goes first; ratios are medians of rounds.
 """
 
 import argparse
-import datetime
 import hashlib
 import os
 import pathlib
-import platform
 import shutil
 import socket
 import statistics
@@ -22,6 +20,9 @@ import tempfile
 import time
 
 import numpy
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from figures import Figures  # noqa: E402
 
 SIZES = {"64KiB": 64 << 10, "1MiB": 1 << 20, "4MiB": 4 << 20}
 BYTES_PER_ROUND = 64 << 20
@@ -231,38 +232,6 @@ def serve_segment(master):
         time.sleep(3600)
 
 
-class Figures:
-    def __init__(self):
-        self.lines = []
-
-    def add(self, name, value, target="none"):
-        shown = f"{value:.1f}" if abs(value) >= 100 else f"{value:.4f}"
-        self.lines.append(f"figure peers.{name} {shown} target {target}")
-        print(self.lines[-1], flush=True)
-
-    def write(self, path, rounds):
-        text = path.read_text()
-        heading = "## peers\n"
-        before, _, rest = text.partition(heading)
-        cut = rest.find("\n## ")
-        after = rest[cut + 1 :] if cut >= 0 else ""
-        machine = f"{os.cpu_count()} cores of {processor()}, Linux {platform.release()}, virtual machine"
-        head = f"`make bench-peers`, {datetime.date.today()}, {machine}; Python {platform.python_version()}, {rounds} rounds"
-        section = f"{heading}\n{head}\n\n```\n" + "\n".join(self.lines) + "\n```\n"
-        if not rest:
-            # Before what is said of them.
-            before, mark, out = before.partition("## Out of reach")
-            after = mark + out
-        path.write_text(f"{before.rstrip()}\n\n{section}\n{after}".rstrip() + "\n")
-
-
-def processor():
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def leases(ours, figures, rounds):
     """Look-up, lease and release from Python, without a copy."""
     names = [hashlib.sha256(f"prefix {at}".encode()).digest() for at in range(256)]
@@ -340,7 +309,7 @@ def main():
     # Its fastest way within a process.
     os.environ.setdefault("MC_STORE_MEMCPY", "1")
     os.environ.setdefault("GLOG_minloglevel", "2")
-    figures = Figures()
+    figures = Figures("peers", "make bench-peers")
     with tempfile.TemporaryDirectory() as folder:
         ours = Ours(arguments.daemon, folder)
         peers = []

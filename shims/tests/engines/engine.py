@@ -116,11 +116,24 @@ class Zygote:
             text=True,
         )
 
-    def engine(self, model: pathlib.Path, address: str | None = None, *, role: str = "kv_both", extra=None, environment=None, **arguments):
-        """An engine; with the connector to the daemon at `address`, where there is one. `extra` is the connector's."""
+    def engine(
+        self,
+        model: pathlib.Path,
+        address: str | None = None,
+        *,
+        role: str = "kv_both",
+        extra: dict | None = None,
+        connector: dict | None = None,
+        environment: dict | None = None,
+        **arguments,
+    ) -> Engine:
+        """An engine; with the connector to the daemon at `address`, where there is one, or another `connector`. `extra` are
+        the connector's settings."""
         self._engines += 1
         log = self._folder / f"engine-{self._engines}.log"
-        connector = address and dict(role=role, extra=dict(address=address, **(extra or {})))
+        if address:
+            ours = dict(kv_connector="KvStoreConnector", kv_connector_module_path="kvstore.vllm", kv_role=role)
+            connector = dict(ours, extra=dict(address=address, **(extra or {})))
         spec = dict(
             model=str(model), connector=connector, arguments=arguments, log=str(log), environment=environment or {}
         )
@@ -143,13 +156,10 @@ def build(spec: dict):
 
     transfer = None
     if spec["connector"]:
-        transfer = KVTransferConfig(
-            kv_connector="KvStoreConnector",
-            kv_connector_module_path="kvstore.vllm",
-            kv_role=spec["connector"]["role"],
-            kv_load_failure_policy="recompute",
-            kv_connector_extra_config=spec["connector"]["extra"],
-        )
+        more = dict(kv_role="kv_both", kv_load_failure_policy="recompute")
+        more["kv_connector_extra_config"] = spec["connector"].pop("extra")
+        more.update(spec["connector"])
+        transfer = KVTransferConfig(**more)
     defaults = dict(
         max_model_len=2048, dtype="float32", block_size=32, disable_log_stats=False, enable_prefix_caching=True
     )
@@ -185,6 +195,16 @@ def zero_saves() -> None:
         return self.put_from(hashes, [bytes(pages.block_bytes) for _ in numbers], **more)
 
     kvstore.Group.put_pages = put_zeros
+
+
+def break_loads() -> None:
+    """From here on no load of this process can begin, whatever look-ups promise."""
+    import kvstore
+
+    def fail(self, hashes, pages, numbers):
+        raise kvstore.Busy("busy: for ever")
+
+    kvstore.Group.start_get_pages = fail
 
 
 def generate(llm, request: dict) -> list:
@@ -226,9 +246,8 @@ def serve(spec: dict, path: str) -> None:
     for line in connection.makefile("r"):
         request = json.loads(line)
         try:
-            if request["command"] == "zero_saves":
-                zero_saves()
-                value = None
+            if request["command"] in ("zero_saves", "break_loads"):
+                value = globals()[request["command"]]()
             else:
                 llm = llm or build(spec)
                 value = {"build": lambda: None, "generate": lambda: generate(llm, request)}.get(
@@ -249,6 +268,10 @@ def run(llm, request: dict, counts: dict):
         case "counts":
             step_once(llm)
             return counts
+        case "time":
+            begun = time.perf_counter()
+            outputs = generate(llm, request)
+            return time.perf_counter() - begun, outputs[0][1]
         case "preemptions":
             return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
         case "reset":

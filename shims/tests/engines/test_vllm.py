@@ -80,6 +80,28 @@ def test_loads_are_real(zygote, model, daemon, oracle):
     assert tokens(outputs) != oracle(prompts)
 
 
+@pytest.mark.parametrize("layerwise", [True, False])
+def test_loads_that_always_fail_end_in_recomputation(zygote, model, daemon, oracle, layerwise):
+    """A look-up that promises what no load brings would have a request ask for ever. And what a step has computed from blocks
+    that did not come is not stored."""
+    prompts = [prompt(700), prompt(633, seed=2)]
+    store(zygote, model(), daemon.address, [whole[:300] for whole in prompts])
+    with zygote.engine(model(), daemon.address, extra=dict(layerwise=layerwise)) as engine:
+        engine.call("break_loads")
+        outputs = engine.generate(prompts)
+        counts = engine.counts()
+        assert tokens(outputs) == oracle(prompts)
+        assert counts["failed_loads"] >= 2 and counts.get("loaded_blocks", 0) == 0
+        # Later blocks are stored again.
+        more = [prompt(400, seed=5)]
+        assert tokens(engine.generate(more)) == oracle(more)
+        engine.until_saved(whole_blocks(prompts + more) - 2 * 9)
+    with zygote.engine(model(), daemon.address) as engine:
+        outputs = engine.generate(prompts)
+    assert tokens(outputs) == oracle(prompts)
+    assert sum(output.cached for output in outputs) >= 1200
+
+
 def test_other_weights_of_the_same_shape_find_nothing(zygote, model, daemon):
     prompts = [prompt(500)]
     store(zygote, model(), daemon.address, prompts)

@@ -100,7 +100,7 @@ def describe(vllm_config, kv_cache_config, options: Options, block_bytes: list[i
         f"layout {getattr(kv_cache_config, 'kv_cache_layout', None)}",
         f"cache {cache.cache_dtype}",
         f"pp {_pipeline_rank()}/{parallel.pipeline_parallel_size}",
-        *(f"{tuple(tensor.shape[1:])} {tuple(tensor.stride()[1:])} {tensor.dtype}" for tensor in caches),
+        *(f"{tuple(tensor.shape[1:])} {_order(tensor)} {tensor.dtype}" for tensor in caches),
         *(f"{group.number} {group.layers} {group.window}" for group in groups),
     ]
     layer_groups = []
@@ -160,6 +160,11 @@ def _weights(vllm_config, options: Options) -> bytes:
                 )
             digest.update(repr((model.model, model.revision, model.hf_config.to_json_string())).encode())
     return digest.digest()
+
+
+def _order(cache: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions of a block, the slowest in memory first. Strides themselves can depend on how many blocks there are."""
+    return tuple(sorted(range(1, cache.dim()), key=lambda at: -cache.stride(at)))
 
 
 def _isa() -> str:

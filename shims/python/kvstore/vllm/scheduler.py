@@ -87,6 +87,7 @@ class SchedulerSide:
         self._pool = None
         self._hits: dict[str, _Hit] = {}
         self._waiting_since: dict[str, float] = {}
+        self._attempts: dict[str, int] = {}
         self._loads: dict[str, Load] = {}
         self._held: dict[str, list[bytes]] = {}
         self._tracked: dict[str, _Tracked] = {}
@@ -157,6 +158,9 @@ class SchedulerSide:
     def matched_tokens(self, request, computed: int) -> tuple[int | None, bool]:
         """Tokens that the store has beyond those that the engine has; None: ask again. And whether the request waits."""
         if self._refused or not self._layouts or request.skip_reading_prefix_cache or computed % self._block_tokens:
+            return 0, False
+        if self._attempts.get(request.request_id, 0) > request.num_preemptions + 1:
+            # Promised twice and not brought: whatever the reason is, it would come again.
             return 0, False
         start = computed // self._block_tokens
         # The last token is computed, whatever is stored: its output is the next one.
@@ -229,6 +233,7 @@ class SchedulerSide:
             # vLLM asks before it allocates; without an answer of ours there is nothing to bring, and it must be told so.
             raise RuntimeError(f"kvstore: {external_tokens} tokens of {request_id} are expected that no look-up found")
         count = external_tokens // self._block_tokens
+        self._attempts[request_id] = self._attempts.get(request_id, 0) + 1
         numbers = blocks.get_block_ids()
         runs = []
         for at, group in enumerate(self._groups):
@@ -338,6 +343,7 @@ class SchedulerSide:
         request_id = request.request_id
         self._forget(request_id)
         self._waiting_since.pop(request_id, None)
+        self._attempts.pop(request_id, None)
         self._loads.pop(request_id, None)
         self._release(self._held.pop(request_id, []))
         tracked = self._tracked.pop(request_id, None)
