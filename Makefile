@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` and `make test`.
-.PHONY: demo test test-models test-python test-engines wheel lint bench bench-peers bench-engines engines audit help
+.PHONY: demo test test-models test-python test-engines python wheel lint bench bench-peers bench-engines engines audit help
 
 # Figures to measure: grpc, index, eviction, nvme, restart, local, or several with commas.
 FIGURES ?= grpc,index,eviction,nvme,restart,local
@@ -8,6 +8,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(shell cargo metadata --no-deps --format-ver
 DISK ?= $(TARGET)
 # Python for the shims' tests, and for the peers that benches compare with.
 VENV := $(TARGET)/python
+PYTHON_SOURCES := shims/python shims/tests benches examples
 PEERS := $(TARGET)/peers
 # Real engines for the shims' tests.
 ENGINES := $(TARGET)/engines
@@ -71,16 +72,22 @@ engines: wheel
 	  cp shims/tests/engines/requirements.txt $(ENGINES)/installed.txt; }
 	@$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps $(TARGET)/wheels/*.whl
 
-wheel:
-	@scripts/setup.sh build python
-	@[ -x $(VENV)/bin/python ] || python3 -m venv $(VENV)
-	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement shims/tests/requirements.txt
+wheel: python
+	@scripts/setup.sh build
 	@rm -rf $(TARGET)/wheels
 	cd shims && CARGO_TARGET_DIR=$(abspath $(TARGET)) $(abspath $(VENV))/bin/maturin build --quiet --release --locked --out $(abspath $(TARGET))/wheels
 	@ls $(TARGET)/wheels/*.whl
 
-lint:
+# Tools for the Python package: they are not needed to use it.
+python:
+	@scripts/setup.sh python
+	@[ -x $(VENV)/bin/python ] || python3 -m venv $(VENV)
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement shims/tests/requirements.txt
+
+lint: python
 	@scripts/setup.sh build lint deny
+	$(VENV)/bin/ruff format --quiet --check $(PYTHON_SOURCES)
+	$(VENV)/bin/ruff check --quiet $(PYTHON_SOURCES)
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- --deny warnings
 	cargo deny --log-level error check bans licenses sources

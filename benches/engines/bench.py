@@ -1,7 +1,7 @@
 """vLLM on the CPU with the store and without, in one run, interleaved: `make bench-engines`.
 
 Time to first token of a prompt of 2,000 tokens, of which the first 1,500 were seen before: from vLLM's own prefix cache; from
-the store in memory; from the store's disk, after a daemon that was killed has started again; by vLLM's ExampleConnector (which
+the store in memory; from the store's disk, after a daemon that was killed has started again; by vLLM's ExampleConnector (it
 finds a prompt that was seen whole, and nothing less); and computed from nothing. Then a prompt that was seen whole. Then
 throughput where nothing is reused. Every measure is of one engine that does nothing else; the other engines wait, and use no CPU time.
 """
@@ -41,7 +41,7 @@ class Bench:
         self.seed = 0
         big = models.make_large(folder)
         arguments = dict(max_model_len=4096, max_num_batched_tokens=4096)
-        engine = lambda *more, **others: self.zygote.engine(big, *more, **arguments, **others)  # noqa: E731
+        engine = lambda *more, **others: self.zygote.engine(big, *more, **arguments, **others)
         self.plain = engine(enable_prefix_caching=False)
         self.own = engine()
         self.ours = engine(self.daemon.address)
@@ -91,7 +91,6 @@ class Bench:
             if round_number:
                 for name, seconds in got.items():
                     times[name].append(seconds)
-
 
         def ratio(name: str, of: str = "vllm") -> float:
             return statistics.median(one / other for one, other in zip(times[name], times[of]))

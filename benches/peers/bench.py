@@ -158,8 +158,13 @@ class Mooncake:
         self.name = "mooncake_local" if local else "mooncake_tcp"
         port, metrics = free_port(), free_port()
         self.processes = [
-            self._spawn([shutil.which("mooncake_master") or str(pathlib.Path(sys.executable).parent / "mooncake_master"),
-                         f"--rpc_port={port}", f"--metrics_port={metrics}"])
+            self._spawn(
+                [
+                    shutil.which("mooncake_master") or str(pathlib.Path(sys.executable).parent / "mooncake_master"),
+                    f"--rpc_port={port}",
+                    f"--metrics_port={metrics}",
+                ]
+            )
         ]
         time.sleep(2)
         master = f"127.0.0.1:{port}"

@@ -1,9 +1,10 @@
 """A real daemon for every test."""
 
 import pytest
-from daemon import Daemon
 
 import kvstore
+
+from daemon import Daemon
 
 BLOCK_TOKENS = 16
 

@@ -40,6 +40,7 @@ __all__ = [
     "PutResult",
     "Unavailable",
     "Unsupported",
+    "__version__",
     "default_address",
 ]
 

@@ -149,7 +149,7 @@ class Attached:
         config = kwargs.get("generation_config") or self._model.generation_config
         mask = kwargs.get("attention_mask")
         own = ("past_key_values", "inputs_embeds", "assistant_model", "prompt_lookup_num_tokens", "cache_implementation")
-        said = lambda name, default: kwargs.get(name, getattr(config, name, None)) or default  # noqa: E731
+        said = lambda name, default: kwargs.get(name, getattr(config, name, None)) or default
         if (
             not isinstance(inputs, torch.Tensor)
             or inputs.dim() != 2
@@ -289,7 +289,9 @@ class Attached:
         encoded = json.dumps(header).encode()
         state = struct.pack("<Q", len(encoded)) + encoded + b"".join(tail)
         if len(state) > groups[1].block_bytes:
-            raise kvstore.Invalid(f"output: a state of {len(state)} bytes is larger than {groups[1].block_bytes}: too many tokens")
+            raise kvstore.Invalid(
+                f"output: a state of {len(state)} bytes is larger than {groups[1].block_bytes}: too many tokens"
+            )
         # A name stands for what was saved under it last.
         groups[1].delete([_state_name(name)])
         (result,) = groups[1].put_from([_state_name(name)], [state], level=self._level)
@@ -383,5 +385,3 @@ def _name_weights(model, version: str) -> bytes:
         for start in {0, len(flat) // 2, max(len(flat) - 16, 0)}:
             digest.update(flat[start : start + 16].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.digest()
-
-

@@ -134,9 +134,7 @@ class Zygote:
         if address:
             ours = dict(kv_connector="KvStoreConnector", kv_connector_module_path="kvstore.vllm", kv_role=role)
             connector = dict(ours, extra=dict(address=address, **(extra or {})))
-        spec = dict(
-            model=str(model), connector=connector, arguments=arguments, log=str(log), environment=environment or {}
-        )
+        spec = dict(model=str(model), connector=connector, arguments=arguments, log=str(log), environment=environment or {})
         self._process.stdin.write(json.dumps(spec) + "\n")
         self._process.stdin.flush()
         connection, _ = self._listener.accept()
@@ -160,9 +158,7 @@ def build(spec: dict):
         more["kv_connector_extra_config"] = spec["connector"].pop("extra")
         more.update(spec["connector"])
         transfer = KVTransferConfig(**more)
-    defaults = dict(
-        max_model_len=2048, dtype="float32", block_size=32, disable_log_stats=False, enable_prefix_caching=True
-    )
+    defaults = dict(max_model_len=2048, dtype="float32", block_size=32, disable_log_stats=False, enable_prefix_caching=True)
     return LLM(
         model=spec["model"],
         skip_tokenizer_init=True,
@@ -223,10 +219,7 @@ def generate(llm, request: dict) -> list:
         prompts = [dict(prompt, cache_salt=request["salt"]) for prompt in prompts]
     lora = LoRARequest(*request["adapter"]) if "adapter" in request else None
     outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
-    return [
-        (list(output.outputs[0].token_ids), output.num_cached_tokens or 0, output.kv_transfer_params)
-        for output in outputs
-    ]
+    return [(list(output.outputs[0].token_ids), output.num_cached_tokens or 0, output.kv_transfer_params) for output in outputs]
 
 
 def step_once(llm) -> None:
@@ -238,7 +231,7 @@ def step_once(llm) -> None:
 def serve(spec: dict, path: str) -> None:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
-    send = lambda value: connection.sendall((json.dumps(value) + "\n").encode())  # noqa: E731
+    send = lambda value: connection.sendall((json.dumps(value) + "\n").encode())
     send(dict(pid=os.getpid()))
     counts: dict[str, float] = {}
     count_into(counts)
@@ -250,9 +243,7 @@ def serve(spec: dict, path: str) -> None:
                 value = globals()[request["command"]]()
             else:
                 llm = llm or build(spec)
-                value = {"build": lambda: None, "generate": lambda: generate(llm, request)}.get(
-                    request["command"], lambda: run(llm, request, counts)
-                )()
+                value = run(llm, request, counts)
             send(dict(value=value))
         except Exception as error:
             import traceback
@@ -265,6 +256,10 @@ def serve(spec: dict, path: str) -> None:
 
 def run(llm, request: dict, counts: dict):
     match request["command"]:
+        case "build":
+            return None
+        case "generate":
+            return generate(llm, request)
         case "counts":
             step_once(llm)
             return counts

@@ -48,7 +48,7 @@ def test_prefixes_are_reused(load, daemon, kind, dtype):
 def test_loads_are_real(load, daemon, monkeypatch):
     model = load()
     expected = greedy(model)
-    zeros = lambda self, hashes, pages, numbers, **more: self.put_from(  # noqa: E731
+    zeros = lambda self, hashes, pages, numbers, **more: self.put_from(
         hashes, [bytes(pages.block_bytes) for _ in numbers], **more
     )
     with monkeypatch.context() as patched:
@@ -117,7 +117,8 @@ model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 attached = kvstore.transformers.attach(model, sys.argv[2], level="local")
 torch.manual_seed(99)
 state = attached.load_state("chat")
-output = model.generate(**state.inputs(), max_new_tokens=30, do_sample=True, top_k=50, repetition_penalty=1.3, pad_token_id=0, eos_token_id=None)
+sampling = dict(do_sample=True, top_k=50, repetition_penalty=1.3, pad_token_id=0, eos_token_id=None)
+output = model.generate(**state.inputs(), max_new_tokens=30, **sampling)
 print("TOKENS", json.dumps(output[0].tolist()))
 """
 

@@ -3,8 +3,9 @@
 import threading
 import time
 
-import models
 import pytest
+
+import models
 
 BLOCK = 32
 
@@ -307,3 +308,20 @@ def test_layers_that_look_back_a_window(zygote, model, daemon, oracle, kind):
     assert tokens(outputs) == oracle(prompts, kind)
     assert outputs[0].cached == 896, outputs
     assert counts.get("failed_loads", 0) == 0
+
+
+def test_a_tensor_parallel_group_shares_a_look_up(zygote, model, daemon):
+    """Two ranks, each with its half of the heads: a hit is as long as both have it. Their sums are rounded otherwise than one
+    rank's: the oracle is such a group without the store."""
+    prompts = [prompt(500), prompt(333, seed=2)]
+    group = dict(tensor_parallel_size=2, environment=dict(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1"))
+    with zygote.engine(model(), **group) as engine:
+        expected = tokens(engine.generate(prompts))
+    for cached in ([0, 0], [480, 320]):
+        with zygote.engine(model(), daemon.address, **group) as engine:
+            outputs = engine.generate(prompts)
+            assert tokens(outputs) == expected
+            assert [output.cached for output in outputs] == cached
+            assert engine.call("reset", connector=False)
+    with zygote.engine(model(), daemon.address) as engine:
+        assert engine.generate(prompts)[0].cached == 0, "one rank has other blocks than two"

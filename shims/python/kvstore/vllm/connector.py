@@ -135,9 +135,7 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(self, request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return False, self._scheduler.finished(request)
 
-    def request_finished_all_groups(
-        self, request, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(self, request, block_ids: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
         return False, self._scheduler.finished(request)
 
     def has_pending_push_work(self) -> bool:
@@ -159,7 +157,5 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):
         return KvStoreStats(data=data) if data else KvStoreStats()
 
     @classmethod
-    def build_prom_metrics(
-        cls, vllm_config, metric_types, labelnames, per_engine_labelvalues
-    ) -> KvStorePromMetrics:
+    def build_prom_metrics(cls, vllm_config, metric_types, labelnames, per_engine_labelvalues) -> KvStorePromMetrics:
         return KvStorePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

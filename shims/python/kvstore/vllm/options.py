@@ -35,9 +35,7 @@ class Options:
         """Raises ValueError, which names what is wrong and what would be valid."""
         valid = {field.name for field in fields(cls)}
         if unknown := sorted(set(extra) - valid):
-            raise ValueError(
-                f"kv_connector_extra_config: {', '.join(unknown)}: not known; valid are {', '.join(sorted(valid))}"
-            )
+            raise ValueError(f"kv_connector_extra_config: {', '.join(unknown)}: not known; valid are {', '.join(sorted(valid))}")
         options = cls(**extra)
         for name, good in (
             ("plane", options.plane in ("auto", "local", "grpc")),

@@ -48,13 +48,9 @@ class KvStorePromMetrics(KVConnectorPromMetrics):
         self._counters = {}
         for name, meaning in COUNTS.items():
             counter = self._counter_cls(name=f"vllm:kvstore_{name}", documentation=meaning, labelnames=labelnames)
-            self._counters[name] = {
-                engine: counter.labels(*values) for engine, values in per_engine_labelvalues.items()
-            }
+            self._counters[name] = {engine: counter.labels(*values) for engine, values in per_engine_labelvalues.items()}
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for name, count in transfer_stats_data.items():
             if name in self._counters and count > 0:
                 self._counters[name][engine_idx].inc(count)
-
-

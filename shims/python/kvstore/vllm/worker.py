@@ -162,9 +162,7 @@ class WorkerSide:
         for loading in ended:
             self._end(loading)
         failed, self._failed = self._failed, set()
-        return KVConnectorTransferResults(
-            finished_recving={loading.load.request for loading in ended}, failed_recving=failed
-        )
+        return KVConnectorTransferResults(finished_recving={loading.load.request for loading in ended}, failed_recving=failed)
 
     def invalid_blocks(self) -> set[int]:
         """Blocks of the engine's cache that were promised and did not come."""
