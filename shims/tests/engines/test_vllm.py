@@ -63,6 +63,8 @@ def test_a_fresh_process_loads_what_another_stored(zygote, model, daemon, oracle
     with zygote.engine(model(kind), daemon.address, extra=dict(layerwise=layerwise)) as engine:
         outputs = engine.generate(prompts)
         counts = engine.counts()
+        # An operator sees the same.
+        assert engine.call("metric", name="vllm:kvstore_loaded_blocks") == 25
     assert tokens(outputs) == oracle(prompts, kind)
     assert [output.cached for output in outputs] == [480, 320]
     assert counts["loaded_blocks"] == 25 and "failed_loads" not in counts
@@ -193,7 +195,7 @@ def test_preemption_under_a_tiny_cache(zygote, model, daemon, oracle):
         with zygote.engine(model(), daemon.address, num_gpu_blocks_override=24, max_model_len=512) as engine:
             outputs = engine.generate(prompts, max_tokens=120)
             counts = engine.counts()
-            assert engine.call("preemptions") > 0
+            assert engine.call("metric", name="vllm:num_preemptions") > 0
         assert tokens(outputs) == oracle(prompts, max_tokens=120)
     assert counts["loaded_blocks"] >= 6, counts
 
