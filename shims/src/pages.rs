@@ -14,8 +14,8 @@ use crate::buffer::Buffer;
 use crate::errors::raise;
 use crate::runtime::{block_on, spawn_blocking};
 
-/// Blocks that are leased at a time.
-const BLOCKS_PER_STEP: usize = 512;
+/// Blocks that are leased at a time: a process has some thousand lease words, and several loads share them.
+const BLOCKS_PER_STEP: usize = 256;
 /// Without the local plane, blocks come by way of a buffer of this size.
 const BOUNCE_BYTES: usize = 32 << 20;
 /// From this many bytes on, pages are written past the cache, and by two threads.

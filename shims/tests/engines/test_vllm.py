@@ -161,6 +161,27 @@ def test_a_daemon_that_is_killed_costs_hits_and_no_tokens(zygote, model, daemon,
         assert all(output.cached == 576 for output in engine.generate(more))
 
 
+def test_an_engine_starts_without_a_daemon_and_finds_it_later(zygote, model, daemon, oracle):
+    prompts = [prompt(500)]
+    daemon.kill()
+    with zygote.engine(model(), daemon.address) as engine:
+        assert tokens(engine.generate(prompts)) == oracle(prompts)
+        daemon.start()
+        time.sleep(1.2)
+        more = [prompt(400, seed=2)]
+        assert tokens(engine.generate(more)) == oracle(more)
+        engine.until_saved(12)
+
+
+def test_more_loads_than_run_at_a_time(zygote, model, daemon, oracle):
+    prompts = [prompt(200 + seed, seed) for seed in range(20)]
+    store(zygote, model(), daemon.address, prompts)
+    with zygote.engine(model(), daemon.address, extra=dict(layerwise=False)) as engine:
+        outputs = engine.generate(prompts)
+    assert tokens(outputs) == oracle(prompts)
+    assert [output.cached for output in outputs] == [192] * 20
+
+
 def test_a_daemon_that_hangs_holds_nobody_up_for_long(zygote, model, daemon, oracle):
     import os
     import signal

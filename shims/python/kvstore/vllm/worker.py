@@ -26,6 +26,10 @@ logger = logging.getLogger("vllm.kvstore")
 
 # A worker that ends waits so long for what it is saving.
 SHUTDOWN_SECONDS = 5.0
+# Loads at a time, beside those that a step waits for: enough for a disk; each has a thread of its own.
+LOADS_MAX = 8
+# A call's worth of saves: it must end within the deadline on a slow disk, too.
+SAVE_BYTES = 64 << 20
 
 
 @dataclass
@@ -55,6 +59,7 @@ class WorkerSide:
         self._saves_here = True
         self._plan = StepPlan()
         self._loading: list[_Loading] = []
+        self._queued: collections.deque[tuple[Load, bytes]] = collections.deque()
         self._in_step: list[_Loading] = []
         self._invalid: set[int] = set()
         self._failed: set[str] = set()
@@ -113,19 +118,30 @@ class WorkerSide:
     def start_loads(self) -> None:
         """Starts what the step brings."""
         for load in self._plan.loads:
-            loading = _Loading(load, time.monotonic())
-            layout = self._store.layout(self.layout, self._plan.version) if self._pages else None
-            for run in load.runs:
-                part = None
-                if layout is not None:
-                    try:
-                        group = layout.group(run.group)
-                        part = group.start_get_pages(run.hashes, self._pages[run.group], run.numbers)
-                    except kvstore.Error as error:
-                        self._store.failed(error)
-                loading.parts.append((run, part))
-            (self._in_step if load.in_step else self._loading).append(loading)
+            if load.in_step:
+                self._in_step.append(self._start(load, self._plan.version))
+            else:
+                self._queued.append((load, self._plan.version))
         self._plan.loads = []
+        self._start_queued()
+
+    def _start_queued(self) -> None:
+        while self._queued and len(self._loading) < LOADS_MAX:
+            self._loading.append(self._start(*self._queued.popleft()))
+
+    def _start(self, load: Load, version: bytes) -> _Loading:
+        loading = _Loading(load, time.monotonic())
+        layout = self._store.layout(self.layout, version) if self._pages else None
+        for run in load.runs:
+            part = None
+            if layout is not None:
+                try:
+                    group = layout.group(run.group)
+                    part = group.start_get_pages(run.hashes, self._pages[run.group], run.numbers)
+                except kvstore.Error as error:
+                    self._store.failed(error)
+            loading.parts.append((run, part))
+        return loading
 
     def wait_for_layer(self, layer: str) -> None:
         """Waits until a layer's blocks are there, of the loads that this step needs."""
@@ -161,6 +177,7 @@ class WorkerSide:
         self._loading = [loading for loading in self._loading if loading not in ended]
         for loading in ended:
             self._end(loading)
+        self._start_queued()
         failed, self._failed = self._failed, set()
         return KVConnectorTransferResults(finished_recving={loading.load.request for loading in ended}, failed_recving=failed)
 
@@ -240,14 +257,22 @@ class WorkerSide:
         layout = self._store.layout(self.layout, version)
         for run in save.runs:
             stored = collections.Counter()
-            if layout is not None:
+            each = max(SAVE_BYTES // self._pages[run.group].block_bytes, 1)
+            for first in range(0, len(run.hashes), each) if layout is not None else ():
+                last = first + each
                 try:
                     results = layout.group(run.group).put_pages(
-                        run.hashes, self._pages[run.group], run.numbers, parent=run.parent, level=self._options.level
+                        run.hashes[first:last],
+                        self._pages[run.group],
+                        run.numbers[first:last],
+                        parent=run.hashes[first - 1] if first else run.parent,
+                        level=self._options.level,
+                        more_follows=last < len(run.hashes),
                     )
                     stored.update(result.status for result in results)
                 except kvstore.Error as error:
                     self._store.failed(error)
+                    break
             self._count("saved_blocks", stored["stored"])
             self._count("present_blocks", stored["present"] + stored["joined"])
             kept = stored["stored"] + stored["present"] + stored["joined"]
