@@ -182,6 +182,16 @@ fn a_killed_daemon_is_replaced_and_a_living_one_is_not() {
     assert_eq!(daemon.json(&["status"])["host"]["blocks"], 0);
 }
 
+/// `kvstore status | head -1` ended with a panic.
+#[test]
+fn a_reader_that_has_enough_ends_a_command_quietly() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = binary().args(["config", "show", "--sample"]).stdout(writer).output().unwrap();
+    assert_eq!(output.status.code(), Some(141), "{output:?}");
+    assert!(output.stderr.is_empty(), "{output:?}");
+}
+
 #[test]
 fn a_folder_that_others_may_write_to_is_refused() {
     use std::os::unix::fs::PermissionsExt;

@@ -126,6 +126,7 @@ pub fn default_address() -> String {
 
 /// Runs a command. 0: done; 1: it failed; 2: wrong usage (clap's).
 pub fn main(cli: Cli) -> ExitCode {
+    end_quietly_without_a_reader();
     let threads =
         if matches!(cli.command, Command::Serve(_) | Command::Replay(_) | Command::Bench(_)) { None } else { Some(1) };
     let mut builder = tokio::runtime::Builder::new_multi_thread();
@@ -144,6 +145,19 @@ pub fn main(cli: Cli) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// `kvstore status | head`: whoever read the output has enough. Ends as other programs do, by the exit status of SIGPIPE,
+/// instead of panicking.
+fn end_quietly_without_a_reader() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let message = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
+        if message.starts_with("failed printing to stdout") && message.contains("Broken pipe") {
+            std::process::exit(128 + libc::SIGPIPE);
+        }
+        usual(panic);
+    }));
 }
 
 async fn run(command: Command) -> anyhow::Result<ExitCode> {
