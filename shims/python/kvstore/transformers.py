@@ -29,6 +29,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import kvstore
+from kvstore import weights
 
 __all__ = ["Attached", "State", "attach"]
 
@@ -62,7 +63,7 @@ def attach(
     Raises Unsupported where the model's layers keep less than every token (sliding windows, states), Invalid where an argument
     is wrong.
 
-    The weights are looked at once, here: after training them further, detach and attach again.
+    The weights are hashed here, once, some gigabytes a second: after training them further, detach and attach again.
     """
     return Attached(model, address, plane, block_tokens, level, weights_version, deadline)
 
@@ -373,15 +374,15 @@ def _state_name(name: str) -> bytes:
 
 
 def _name_weights(model, version: str) -> bytes:
-    digest = hashlib.blake2b(digest_size=32, person=b"hf weights")
-    config = model.config
-    digest.update(repr((version, str(getattr(config, "_attn_implementation", "")))).encode())
-    told = {key: value for key, value in config.to_dict().items() if key not in _SAYS_NOTHING}
-    digest.update(json.dumps(told, sort_keys=True, default=str).encode())
-    # The weights as they are in memory: a file says nothing of what was trained since.
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        digest.update(repr((name, tuple(parameter.shape), str(parameter.dtype))).encode())
-        for start in {0, len(flat) // 2, max(len(flat) - 16, 0)}:
-            digest.update(flat[start : start + 16].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.digest()
+    told = {key: value for key, value in model.config.to_dict().items() if key not in _SAYS_NOTHING}
+    kernel = str(getattr(model.config, "_attn_implementation", ""))
+    config = json.dumps([version, kernel, told], sort_keys=True, default=str).encode()
+
+    def parts():
+        yield b"config", config
+        # The weights as they are in memory: a file says nothing of what was trained since.
+        for name, tensor in sorted(model.state_dict().items()):
+            named = repr((name, tuple(tensor.shape), str(tensor.dtype))).encode()
+            yield named, memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    return weights.combine(parts())

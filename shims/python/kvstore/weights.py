@@ -1,27 +1,35 @@
-"""What names a model's weights: a fingerprint that differs where any tensor differs, without reading all of them.
+"""What names a model's weights: a fingerprint of their bytes, all of them.
 
-Blocks are reused between processes and nodes; a block of other weights would be wrong tokens. A model's name does not tell
-(a folder is trained further, a name is pushed again), and hashing hundreds of gigabytes takes minutes. Training changes
-whole tensors: of each tensor its name, type, shape and three short samples are taken.
+Blocks are reused between processes and nodes; a block of other weights would be wrong tokens. A model's name does not tell (a
+folder is trained further, a name is pushed again), and samples miss a few rows of an embedding. So every byte is hashed: some
+gigabytes a second on several cores, of files that the engine reads anyway, and once: digests are kept in
+``$XDG_CACHE_HOME/kvstore/weights``, by the file's device, inode, size and times. Files in the Hugging Face cache have their
+digest as their name.
 """
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
+import contextlib
 import hashlib
-import json
 import os
 import pathlib
+import re
+import tempfile
+import time
+from collections.abc import Iterable
 
-__all__ = ["fingerprint", "folder_of"]
+__all__ = ["combine", "fingerprint", "folder_of"]
 
-# Bytes of a sample, and samples a tensor: its beginning, its middle, its end.
-_SAMPLE = 64
-# Samples of a file that does not say where its tensors are.
-_SAMPLES = 256
-# Headers of safetensors files are not believed beyond this.
-_HEADER_MAX = 256 << 20
+# Pieces that threads hash side by side: a digest is of the pieces' digests.
+_PIECE = 64 << 20
+# Parts that are hashed at a time.
+_WAITING = 16
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 _CONFIGS = ("config.json", "adapter_config.json", "hf_quant_config.json", "quantize_config.json")
+# A file that was written so lately could be written again without its times telling.
+_SETTLED_SECONDS = 2.0
 
 
 def folder_of(model: str, revision: str | None = None, cache: str | None = None) -> pathlib.Path | None:
@@ -46,46 +54,70 @@ def fingerprint(path: str | os.PathLike) -> bytes:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in _WEIGHTS)
     if not files:
         raise FileNotFoundError(f"{path}: no weights ({', '.join(_WEIGHTS)})")
-    digest = hashlib.blake2b(digest_size=32, person=b"kvstore weights")
     configs = [] if path.is_file() else [path / name for name in _CONFIGS if (path / name).is_file()]
-    for file in configs:
-        _field(digest, file.name.encode())
-        _field(digest, file.read_bytes())
-    for file in files:
-        with open(file, "rb", buffering=0) as opened:
-            size = os.fstat(opened.fileno()).st_size
-            _field(digest, b"%d" % size)
-            if file.suffix != ".safetensors" or not _sample_tensors(digest, opened.fileno(), size):
-                _sample(digest, opened.fileno(), 0, size, _SAMPLES)
+    parts = [(file.name.encode(), file.read_bytes()) for file in configs]
+    return combine([*parts, *((b"", _content(file)) for file in files)])
+
+
+def combine(parts: Iterable[tuple[bytes, bytes | memoryview]]) -> bytes:
+    """32 bytes that name these parts, each a name and its bytes, in this order. Large ones are hashed by several threads."""
+    digest = hashlib.sha256(b"kvstore weights 2")
+    waiting: collections.deque[tuple[bytes, int, list[concurrent.futures.Future]]] = collections.deque()
+
+    def take_oldest() -> None:
+        name, length, pieces = waiting.popleft()
+        digest.update(b"%d %d " % (len(name), length) + name)
+        for piece in pieces:
+            digest.update(piece.result())
+
+    with concurrent.futures.ThreadPoolExecutor(_threads()) as threads:
+        for name, content in parts:
+            view = memoryview(content).cast("B")
+            pieces = [view[at : at + _PIECE] for at in range(0, max(len(view), 1), _PIECE)]
+            waiting.append((name, len(view), [threads.submit(_sha256, piece) for piece in pieces]))
+            # Parts may be copies that live as long as they wait.
+            while len(waiting) > _WAITING:
+                take_oldest()
+        while waiting:
+            take_oldest()
     return digest.digest()
 
 
-def _field(digest, content: bytes) -> None:
-    digest.update(len(content).to_bytes(8, "little"))
-    digest.update(content)
+def _sha256(content) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
-def _sample(digest, file: int, start: int, end: int, samples: int) -> None:
-    last = max(end - start - _SAMPLE, 0)
-    for at in range(samples):
-        offset = start + last * at // max(samples - 1, 1)
-        _field(digest, os.pread(file, min(_SAMPLE, end - offset), offset))
+def _threads() -> int:
+    return min(len(os.sched_getaffinity(0)), 8)
 
 
-def _sample_tensors(digest, file: int, size: int) -> bool:
-    """False where the file is not what its name says."""
-    length = int.from_bytes(os.pread(file, 8, 0), "little")
-    if not 0 < length <= min(size - 8, _HEADER_MAX):
-        return False
-    try:
-        header = json.loads(os.pread(file, length, 8))
-        tensors = [(name, *tensor["data_offsets"]) for name, tensor in sorted(header.items()) if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return False
-    _field(digest, json.dumps(header, sort_keys=True).encode())
-    for name, start, end in tensors:
-        if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end <= size - 8 - length):
-            return False
-        _field(digest, str(name).encode())
-        _sample(digest, file, 8 + length + start, 8 + length + end, 3)
-    return True
+def _content(file: pathlib.Path) -> bytes:
+    """32 bytes that name a file's content."""
+    real = file.resolve()
+    if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
+        return bytes.fromhex(real.name)
+    status = real.stat()
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    kept = _cache_folder() / hashlib.sha256(repr(identity).encode()).hexdigest()
+    settled = time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED_SECONDS
+    with contextlib.suppress(OSError):
+        if settled and len(digest := kept.read_bytes()) == 32:
+            return digest
+    with open(real, "rb", buffering=0) as opened:
+        offsets = range(0, max(status.st_size, 1), _PIECE)
+        with concurrent.futures.ThreadPoolExecutor(_threads()) as threads:
+            pieces = list(threads.map(lambda at: _sha256(os.pread(opened.fileno(), _PIECE, at)), offsets))
+    digest = _sha256(b"%d " % status.st_size + b"".join(pieces))
+    if settled:
+        # Without a place to keep it, it is hashed again.
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as written:
+                written.write(digest)
+            os.replace(written.name, kept)
+    return digest
+
+
+def _cache_folder() -> pathlib.Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(cache) / "kvstore" / "weights"
