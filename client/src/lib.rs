@@ -1,4 +1,4 @@
-//! The one client of kvstore, over gRPC: on a Unix socket of this node, or TCP.
+//! The one client of kvstore: through shared memory where the daemon is on this node, over gRPC for the rest and elsewhere.
 //!
 //! ```no_run
 //! # async fn example(layout: kvstore_client::v1::Layout) -> Result<(), kvstore_client::Error> {
@@ -30,7 +30,8 @@ pub use error::Error;
 pub use get::{GetOptions, GetOutcome};
 pub use kvstore_proto::v1;
 pub use local::{LeasedBlock, Leases};
-// What leased blocks are copied out with, where they are many: past the cache.
+/// What leased blocks are copied out with where they are many: past the cache.
+#[doc(inline)]
 pub use kvstore_plane::stream_copy;
 pub use put::{PutBlock, PutOptions, PutSlice};
 pub use verbs::{GroupRef, RegisteredLayout};

@@ -182,6 +182,17 @@ def test_more_loads_than_run_at_a_time(zygote, model, daemon, oracle):
     assert [output.cached for output in outputs] == [192] * 20
 
 
+def test_settings_that_are_wrong_are_named(zygote, model, daemon):
+    for extra, said in [
+        (dict(adress="unix:/a"), "adress: not known; valid are address, deadline"),
+        (dict(level="disk"), "level: 'disk' is not valid"),
+        (dict(pending_share=2), "pending_share: 2 is not valid"),
+    ]:
+        with zygote.engine(model(), daemon.address, extra=extra) as engine:
+            with pytest.raises(RuntimeError, match=said):
+                engine.call("build")
+
+
 def test_a_daemon_that_hangs_holds_nobody_up_for_long(zygote, model, daemon, oracle):
     import os
     import signal
