@@ -28,10 +28,10 @@ mod verbs;
 pub use connection::{Client, Plane};
 pub use error::Error;
 pub use get::{GetOptions, GetOutcome};
-pub use kvstore_proto::v1;
-pub use local::{LeasedBlock, Leases};
 /// What leased blocks are copied out with where they are many: past the cache.
 #[doc(inline)]
 pub use kvstore_plane::stream_copy;
+pub use kvstore_proto::v1;
+pub use local::{LeasedBlock, Leases};
 pub use put::{PutBlock, PutOptions, PutSlice};
 pub use verbs::{GroupRef, RegisteredLayout};
