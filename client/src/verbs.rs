@@ -14,6 +14,9 @@ use tonic::{Request, Response, Status};
 use crate::connection::Connection;
 use crate::{Client, Error};
 
+/// The bits of a look-up's residency that name a tier: Device, Host, Nvme, Object.
+const RESIDENT_IN_SOME_TIER: u32 = 1 | 2 | 4 | 8;
+
 /// A layout that the daemon knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegisteredLayout {
@@ -140,6 +143,24 @@ impl Client {
             ..LookupRequest::default()
         };
         Ok(self.lookup(request).await?.readable_blocks as usize)
+    }
+
+    /// Which of these blocks can be read, each by itself: holes and all.
+    pub async fn contains(&self, group: &GroupRef, hashes: &[Bytes]) -> Result<Vec<bool>, Error> {
+        // Where all are in memory, the daemon need not be asked.
+        if let Some(resident) = self.resident_now(group, hashes)
+            && resident? == hashes.len()
+        {
+            return Ok(vec![true; hashes.len()]);
+        }
+        let request = LookupRequest {
+            layout_digest: group.layout_digest.clone(),
+            groups: vec![group.group],
+            sequence_hashes: hashes.to_vec(),
+            ..LookupRequest::default()
+        };
+        let residency = self.lookup(request).await?.residency;
+        Ok(residency.iter().map(|tiers| tiers & RESIDENT_IN_SOME_TIER != 0).collect())
     }
 
     /// Ends a look-up's ticket before its time; false when it had ended.

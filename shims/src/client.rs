@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use kvstore_client::v1::{self, Level, PutStatus};
-use kvstore_client::{Error, GroupRef, Plane, PutOptions, PutSlice};
+use kvstore_client::{Error, GetOptions, GetOutcome, GroupRef, Plane, PutOptions, PutSlice};
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -215,6 +215,17 @@ fn progress(progress: v1::PrefetchProgress) -> (String, u32, u32, u32) {
     (progress.state().as_str_name().to_lowercase(), progress.blocks, progress.ready, progress.missing)
 }
 
+/// The bytes of the leading hits. A pinned block that is lost is an error.
+fn leading(outcomes: &[GetOutcome]) -> PyResult<Vec<&Bytes>> {
+    let blocks: Vec<&Bytes> = outcomes.iter().map_while(GetOutcome::bytes).collect();
+    match outcomes.get(blocks.len()) {
+        Some(GetOutcome::DataLoss) => {
+            Err(raise(Error::DataLoss(format!("block {} is pinned, and in no tier any more", blocks.len()))))
+        }
+        _ => Ok(blocks),
+    }
+}
+
 /// A value that converts by itself.
 fn plain<T: for<'py> IntoPyObject<'py>>(py: Python<'_>, value: T) -> PyResult<Py<PyAny>> {
     value.into_py_any(py)
@@ -274,6 +285,24 @@ impl Group {
     fn lookup_async<'py>(&self, py: Python<'py>, hashes: &Bound<'_, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         let (hashes, client, group) = (hashes_of(hashes)?, self.client.clone(), self.group.clone());
         awaitable(py, async move { client.readable_blocks(&group, &hashes).await }, plain)
+    }
+
+    fn contains(&self, py: Python<'_>, hashes: &Bound<'_, PyAny>) -> PyResult<Vec<bool>> {
+        let hashes = hashes_of(hashes)?;
+        wait(py, self.client.contains(&self.group, &hashes)).map_err(raise)
+    }
+
+    fn contains_async<'py>(&self, py: Python<'py>, hashes: &Bound<'_, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let (hashes, client, group) = (hashes_of(hashes)?, self.client.clone(), self.group.clone());
+        awaitable(py, async move { client.contains(&group, &hashes).await }, plain)
+    }
+
+    /// The leading blocks, each as long as it is.
+    fn get<'py>(&self, py: Python<'py>, hashes: &Bound<'_, PyAny>) -> PyResult<Vec<Bound<'py, PyBytes>>> {
+        let hashes = hashes_of(hashes)?;
+        let options = GetOptions { leading_run: true, ..GetOptions::default() };
+        let outcomes = wait(py, self.client.get_with(&self.group, &hashes, options)).map_err(raise)?;
+        leading(&outcomes).map(|blocks| blocks.into_iter().map(|block| PyBytes::new(py, block)).collect())
     }
 
     fn get_into(&self, py: Python<'_>, hashes: &Bound<'_, PyAny>, buffers: &Bound<'_, PyAny>) -> PyResult<usize> {

@@ -254,6 +254,14 @@ class Group:
         """See :meth:`lookup`."""
         return await self._native.lookup_async(hashes)
 
+    def contains(self, hashes) -> list[bool]:
+        """Which of these blocks can be read, from whatever tier: each by itself, holes and all."""
+        return self._native.contains(hashes)
+
+    async def contains_async(self, hashes) -> list[bool]:
+        """See :meth:`contains`."""
+        return await self._native.contains_async(hashes)
+
     def get_into(self, hashes, buffers) -> int:
         """Reads blocks into writable buffers. How many leading blocks were read; buffers after those are left alone.
 
@@ -266,9 +274,9 @@ class Group:
         return await self._native.get_into_async(hashes, _buffers(buffers))
 
     def get(self, hashes) -> list[bytes]:
-        """The leading blocks, as bytes of their own. Copies: see :meth:`leases` and :meth:`get_into` for less."""
-        buffers = [bytearray(self.block_bytes) for _ in hashes]
-        return [bytes(buffer) for buffer in buffers[: self.get_into(hashes, buffers)]]
+        """The leading blocks, as bytes of their own, each as long as it is. Copies: see :meth:`leases` and :meth:`get_into`
+        for less."""
+        return self._native.get(hashes)
 
     def put_from(
         self, hashes, buffers, *, parent: bytes | None = None, level: str = "memory", more_follows: bool = False

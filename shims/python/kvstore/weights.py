@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import contextlib
 import hashlib
+import logging
 import os
 import pathlib
 import re
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 
-__all__ = ["combine", "fingerprint", "folder_of"]
+__all__ = ["combine", "fingerprint", "folder_of", "name"]
 
 # Pieces that threads hash side by side: a digest is of the pieces' digests.
 _PIECE = 64 << 20
@@ -57,6 +58,25 @@ def fingerprint(path: str | os.PathLike) -> bytes:
     configs = [] if path.is_file() else [path / name for name in _CONFIGS if (path / name).is_file()]
     parts = [(file.name.encode(), file.read_bytes()) for file in configs]
     return combine([*parts, *((b"", _content(file)) for file in files)])
+
+
+def name(model: str, version: str, logger: logging.Logger, *, revision: str | None = None) -> bytes:
+    """32 bytes that name a model's weights, for an engine that tells nothing but ``model``: of its files' bytes where they are on
+    this machine, else of its name and ``version``."""
+    digest = hashlib.sha256(repr((version, revision)).encode())
+    folder = folder_of(model, revision)
+    try:
+        digest.update(fingerprint(folder) if folder else repr(model).encode())
+    except OSError:
+        folder = None
+        digest.update(repr(model).encode())
+    if folder is None and not version:
+        logger.warning(
+            "kvstore: the files of %s are not on this machine: its blocks are named by its name. Say weights_version where the "
+            "weights can change under that name.",
+            model,
+        )
+    return digest.digest()
 
 
 def combine(parts: Iterable[tuple[bytes, bytes | memoryview]]) -> bytes:

@@ -185,8 +185,8 @@ def test_more_loads_than_run_at_a_time(zygote, model, daemon, oracle):
 def test_settings_that_are_wrong_are_named(zygote, model, daemon):
     for extra, said in [
         (dict(adress="unix:/a"), "adress: not known; valid are address, deadline"),
-        (dict(level="disk"), "level: 'disk' is not valid"),
-        (dict(pending_share=2), "pending_share: 2 is not valid"),
+        (dict(level="disk"), "level: 'disk' is not memory or local"),
+        (dict(pending_share=2), "pending_share: 2 is not more than 0"),
     ]:
         with zygote.engine(model(), daemon.address, extra=extra) as engine:
             with pytest.raises(RuntimeError, match=said):

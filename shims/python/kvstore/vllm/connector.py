@@ -35,7 +35,7 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config, role: KVConnectorRole, kv_cache_config):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        options = Options.of(transfer.kv_connector_extra_config or {})
+        options = Options.of(transfer.kv_connector_extra_config or {}, "kv_connector_extra_config")
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:

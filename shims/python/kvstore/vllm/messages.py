@@ -10,36 +10,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-import kvstore
+from kvstore.store import BlockLayout
 
 __all__ = ["BlockRun", "Load", "RankLayout", "Save", "StepPlan", "WorkerReport"]
 
 
 @dataclass(frozen=True)
-class RankLayout(KVConnectorHandshakeMetadata):
-    """What a worker stores, as it registers it: the scheduler asks for the same."""
+class RankLayout(BlockLayout, KVConnectorHandshakeMetadata):
+    """What a worker stores: the scheduler asks for the same."""
 
-    model: str
-    weights: bytes
-    dtype: str
-    block_tokens: int
-    groups: tuple[kvstore.LayerGroup, ...]
-    shard: tuple[int, int]
-    extra: bytes
     # Why this engine's blocks cannot be stored; empty where they can.
     refused: str = ""
-
-    def register(self, client: kvstore.Client, version: bytes) -> kvstore.Layout:
-        """Makes it known to the daemon. ``version`` is of the weights, where they changed since they were loaded."""
-        return client.register_layout(
-            self.model,
-            dtype=self.dtype,
-            block_tokens=self.block_tokens,
-            groups=list(self.groups),
-            weights_digest=version or self.weights,
-            shard=self.shard,
-            extra=self.extra,
-        )
 
 
 @dataclass

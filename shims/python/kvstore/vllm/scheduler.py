@@ -17,11 +17,11 @@ from vllm.distributed.kv_transfer.kv_connector.utils import yield_req_data
 
 import kvstore
 from kvstore import weights
+from kvstore.store import Store
 
 from .layout import groups_of
 from .messages import BlockRun, Load, RankLayout, Save, StepPlan, WorkerReport
 from .options import Options
-from .store import Store
 
 __all__ = ["HANDED_OVER", "SchedulerSide"]
 
@@ -72,7 +72,7 @@ class SchedulerSide:
         transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
         self._options = options
         self._groups, self._refused = groups_of(kv_cache_config)
-        self._store = Store(options.address, options.plane, options.lookup_deadline)
+        self._store = Store(options.address, options.plane, options.lookup_deadline, logger)
         self._layouts: list[RankLayout] = []
         self._ranks = parallel.world_size
         # A producer reads, too: its prompts share prefixes.

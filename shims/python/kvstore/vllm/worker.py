@@ -13,12 +13,12 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 import kvstore
+from kvstore.store import Store
 
 from .layout import describe, groups_of, regions_of
 from .messages import BlockRun, Load, RankLayout, Save, StepPlan, WorkerReport
 from .options import Options
 from .stats import KvStoreStats
-from .store import Store
 
 __all__ = ["WorkerSide"]
 
@@ -51,7 +51,7 @@ class WorkerSide:
     def __init__(self, vllm_config, kv_cache_config, options: Options, rank: int):
         self._vllm_config, self._kv_cache_config, self._options = vllm_config, kv_cache_config, options
         self._rank = rank
-        self._store = Store(options.address, options.plane, options.deadline)
+        self._store = Store(options.address, options.plane, options.deadline, logger)
         self._pages: list[kvstore.Pages] = []
         # By layer: its group, and the last of its regions there.
         self._last_region: dict[str, tuple[int, int]] = {}

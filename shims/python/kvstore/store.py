@@ -1,37 +1,63 @@
-"""The daemon, as both sides of the connector see it: there, or away for a while. An engine never waits for it to come back."""
+"""The daemon, as the shims see it: there, or away for a while. An engine never waits for it to come back."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from dataclasses import dataclass
 
 import kvstore
 
-from .messages import RankLayout
-
-__all__ = ["Store"]
-
-logger = logging.getLogger("vllm.kvstore")
+__all__ = ["BlockLayout", "Store"]
 
 # A daemon that was away, or did not answer in time, is left alone so long.
 AWAY_SECONDS = 1.0
 
 
-class Store:
-    """A connection, and the layouts that are registered over it. Threads may share it."""
+@dataclass(frozen=True)
+class BlockLayout:
+    """What an engine stores, as it registers it: see `kvstore.Client.register_layout`."""
 
-    def __init__(self, address: str | None, plane: str, deadline: float):
+    model: str
+    weights: bytes
+    dtype: str
+    block_tokens: int
+    groups: tuple[kvstore.LayerGroup, ...]
+    shard: tuple[int, int]
+    extra: bytes
+
+    def register(self, client: kvstore.Client, version: bytes) -> kvstore.Layout:
+        """Makes it known to the daemon. ``version`` is of the weights, where they changed since they were loaded."""
+        return client.register_layout(
+            self.model,
+            dtype=self.dtype,
+            block_tokens=self.block_tokens,
+            groups=list(self.groups),
+            weights_digest=version or self.weights,
+            shard=self.shard,
+            extra=self.extra,
+        )
+
+
+class Store:
+    """A connection, and the layouts that are registered over it. Threads may share it.
+
+    ``logger``: says once that the daemon is away.
+    """
+
+    def __init__(self, address: str | None, plane: str, deadline: float, logger: logging.Logger):
         self._address, self._plane, self._deadline = address, plane, deadline
+        self._logger = logger
         self._lock = threading.Lock()
         self._client: kvstore.Client | None = None
-        self._layouts: dict[tuple[RankLayout, bytes], kvstore.Layout] = {}
+        self._layouts: dict[tuple[BlockLayout, bytes], kvstore.Layout] = {}
         self._away_until = 0.0
         self._said = False
 
-    def layout(self, layout: RankLayout, version: bytes) -> kvstore.Layout | None:
+    def layout(self, layout: BlockLayout, version: bytes) -> kvstore.Layout | None:
         """The registered layout; None while the daemon is away."""
-        if time.monotonic() < self._away_until:
+        if self.is_away:
             return None
         with self._lock:
             if (known := self._layouts.get((layout, version))) is not None:
@@ -49,9 +75,14 @@ class Store:
             self._said = False
             return registered
 
+    @property
+    def is_away(self) -> bool:
+        """Whether the daemon is left alone now."""
+        return time.monotonic() < self._away_until
+
     def release(self, ticket: bytes) -> None:
         """Lets go of what a look-up holds. It ends by itself, too."""
-        if self._client is not None and time.monotonic() >= self._away_until:
+        if self._client is not None and not self.is_away:
             try:
                 self._client.release_ticket(ticket)
             except kvstore.Error as error:
@@ -63,4 +94,4 @@ class Store:
             self._away_until = time.monotonic() + AWAY_SECONDS
         if not self._said and not isinstance(error, kvstore.Busy):
             self._said = True
-            logger.warning("kvstore: %s; prompts are recomputed until it answers", error)
+            self._logger.warning("kvstore: %s; prompts are recomputed until it answers", error)

@@ -1,0 +1,105 @@
+"""LMCache's chunks as blocks: any length up to the largest that the store takes, each read as it was stored."""
+
+from __future__ import annotations
+
+import hashlib
+
+import kvstore
+from kvstore.store import BlockLayout, Store
+
+__all__ = ["Chunks", "is_kept", "layout"]
+
+# What the daemon takes at most for a block.
+CHUNK_BYTES_MAX = 1 << 30
+
+
+def layout(model: str, weights: bytes, dtype: str, shard: tuple[int, int], told: str) -> BlockLayout:
+    """``told``: what else must match."""
+    # Of this kind a block has its own length.
+    group = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=CHUNK_BYTES_MAX, kind="encoder_output", order="opaque")
+    return BlockLayout(
+        model=model.rstrip("/").rsplit("/", 1)[-1].encode()[-64:].decode(errors="ignore") or "model",
+        weights=weights,
+        dtype=dtype,
+        block_tokens=1,
+        groups=(group,),
+        shard=shard,
+        extra=hashlib.blake2b(f"lmcache chunk 1\n{told}".encode(), digest_size=32).digest(),
+    )
+
+
+def is_kept(result: kvstore.PutResult) -> bool:
+    """Whether a block is in the store after a put."""
+    return result.status in ("stored", "present", "joined")
+
+
+class Chunks:
+    """Chunks of one layout. A daemon that is away has none."""
+
+    def __init__(self, store: Store, of: BlockLayout):
+        self._store, self._layout = store, of
+
+    def _call(self, otherwise, call):
+        registered = self._store.layout(self._layout, b"")
+        if registered is None:
+            return otherwise
+        try:
+            return call(registered)
+        except kvstore.Error as error:
+            self._store.failed(error)
+            return otherwise
+
+    def contains(self, hashes: list[bytes]) -> list[bool]:
+        """Which are stored."""
+        return self._call([False] * len(hashes), lambda registered: registered.group().contains(hashes))
+
+    def leading(self, hashes: list[bytes]) -> int:
+        """How many leading ones are stored."""
+        return self._call(0, lambda registered: registered.group().lookup(hashes))
+
+    def hold(self, hashes: list[bytes], seconds: float) -> list[tuple[int, int, bytes]]:
+        """Runs of chunks that are stored, each held for so long: (first, count, ticket)."""
+
+        def find(registered: kvstore.Layout):
+            runs, at = [], 0
+            while at < len(hashes):
+                found = registered.lookup(hashes[at:], hold=seconds)
+                if found.blocks:
+                    runs.append((at, found.blocks, found.ticket))
+                    at += found.blocks
+                # On to the next that is there; never twice to the same, should it come meanwhile.
+                rest = registered.group().contains(hashes[at:]) if at < len(hashes) else []
+                to_next = rest.index(True) if True in rest else len(rest)
+                at += max(to_next, 0 if found.blocks else 1)
+            return runs
+
+        return self._call([], find)
+
+    def get_into(self, hashes: list[bytes], buffers: list) -> list[bool]:
+        """Reads chunks into buffers of just their lengths; which were read. Holes are left alone."""
+        read = [False] * len(hashes)
+
+        def get(registered: kvstore.Layout):
+            group, at = registered.group(), 0
+            while at < len(hashes):
+                done = group.get_into(hashes[at:], buffers[at:])
+                read[at : at + done] = [True] * done
+                at += done
+                present = group.contains(hashes[at + 1 :]) if at + 1 < len(hashes) else []
+                at += 1 + (present.index(True) if True in present else len(present))
+
+        self._call(None, get)
+        return read
+
+    def get(self, hash_: bytes) -> bytes | None:
+        """A chunk of whatever length."""
+        return next(iter(self._call([], lambda registered: registered.group().get([hash_]))), None)
+
+    def put(self, hashes: list[bytes], buffers: list, level: str) -> list[kvstore.PutResult]:
+        """Stores chunks of one prefix, in their order; empty where the daemon is away."""
+        return self._call([], lambda registered: registered.group().put_from(hashes, buffers, level=level))
+
+    def delete(self, hashes: list[bytes]) -> int:
+        """Makes chunks unreadable; how many there were."""
+        deleted = self._call(kvstore.Deleted(0, 0), lambda registered: registered.group().delete(hashes))
+        return deleted.deleted

@@ -1,0 +1,249 @@
+"""The L2 adapter of LMCache's multi-process server: its chunks, one tier below its own memory."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import logging
+import threading
+from collections import defaultdict, deque
+
+from lmcache.lmcache_native import Bitmap
+from lmcache.v1.distributed.api import ObjectKey
+from lmcache.v1.distributed.internal_api import L2StoreResult
+from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
+from lmcache.v1.platform.event_notifier import create_event_notifier
+
+from kvstore import weights
+from kvstore.options import Options
+from kvstore.store import BlockLayout, Store
+
+from .chunks import Chunks, is_kept, layout
+
+__all__ = ["KvStoreL2Adapter"]
+
+logger = logging.getLogger("lmcache.kvstore")
+
+# What a look-up found stays at least so long, until it is unlocked: the longest that a ticket can.
+HOLD_SECONDS = 30.0
+# Copies side by side: two fill the memory of a small machine; look-ups have a thread of their own and wait for none.
+STORES, LOADS = 2, 2
+
+
+@dataclasses.dataclass
+class _Ticket:
+    ticket: bytes
+    locked: int
+
+
+class _Tasks:
+    """Work of one kind: done by threads, announced by an eventfd, taken once."""
+
+    def __init__(self, name: str, threads: int):
+        self.notifier = create_event_notifier()
+        self._threads = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix=f"kvstore-{name}")
+        self._lock = threading.Lock()
+        self._ended: dict[int, object] = {}
+
+    def start(self, number: int, otherwise, work) -> None:
+        """``otherwise``: the outcome where ``work`` raises."""
+
+        def run() -> None:
+            try:
+                outcome = work()
+            except Exception:  # Whatever it was, LMCache waits for an outcome.
+                logger.exception("kvstore: a task failed")
+                outcome = otherwise
+            with self._lock:
+                self._ended[number] = outcome
+            self.notifier.notify()
+
+        self._threads.submit(run)
+
+    def later(self, work) -> None:
+        """Work that nobody waits for."""
+        self._threads.submit(work)
+
+    def take(self, number: int):
+        with self._lock:
+            return self._ended.pop(number, None)
+
+    def take_all(self) -> dict:
+        with self._lock:
+            ended, self._ended = self._ended, {}
+        return ended
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
+        self.notifier.close()
+
+
+class KvStoreL2Adapter(L2AdapterInterface):
+    """The adapter::
+
+        --l2-adapter '{"type": "plugin", "module_path": "kvstore.lmcache", "class_name": "KvStoreL2Adapter", \\
+          "adapter_params": {}}'
+
+    ``adapter_params``: see :class:`kvstore.options.Options`, and ``model_path`` where the model's name in LMCache's keys is not
+    that of its files. The store evicts by itself: there is no capacity for LMCache to keep. Threads may share it.
+    """
+
+    def __init__(self, params: dict, l1_memory_desc=None):
+        super().__init__(max_capacity_bytes=0)
+        params = dict(params)
+        self._model_path = params.pop("model_path", None)
+        self._options = Options.of(params, "adapter_params")
+        self._store = Store(self._options.address, self._options.plane, self._options.deadline, logger)
+        self._stores, self._lookups, self._loads = _Tasks("store", STORES), _Tasks("lookup", 1), _Tasks("load", LOADS)
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._layouts: dict[tuple[str, int, int], BlockLayout] = {}
+        self._tickets: dict[ObjectKey, deque[_Ticket]] = defaultdict(deque)
+        # By layout, the length of its last chunk: what LMCache's accounts of deleted ones go by.
+        self._lengths: dict[BlockLayout, int] = {}
+
+    # ---------------------------------------------------------------- what LMCache polls
+
+    def get_store_event_fd(self) -> int:
+        return self._stores.notifier.fileno()
+
+    def get_lookup_and_lock_event_fd(self) -> int:
+        return self._lookups.notifier.fileno()
+
+    def get_load_event_fd(self) -> int:
+        return self._loads.notifier.fileno()
+
+    # ---------------------------------------------------------------- tasks
+
+    def submit_store_task(self, keys, objects) -> int:
+        """Stores chunks; the memory objects are LMCache's, which keeps them until the task has ended."""
+        number = next(self._numbers)
+        self._stores.start(number, L2StoreResult(False, 0), lambda: self._store_chunks(list(keys), list(objects)))
+        return number
+
+    def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
+        return self._stores.take_all()
+
+    def submit_lookup_and_lock_task(self, keys, group_layout_descs=None) -> int:
+        """Finds chunks, and keeps them from leaving for a while."""
+        number = next(self._numbers)
+        self._lookups.start(number, Bitmap(len(keys)), lambda: self._find_chunks(list(keys)))
+        return number
+
+    def query_lookup_and_lock_result(self, task_id) -> Bitmap | None:
+        return self._lookups.take(task_id)
+
+    def submit_unlock(self, keys) -> None:
+        """Lets chunks go. What cannot be told now ends by itself."""
+        ended = []
+        with self._lock:
+            for key in keys:
+                if tickets := self._tickets.get(key):
+                    ticket = tickets.popleft()
+                    ticket.locked -= 1
+                    if ticket.locked == 0:
+                        ended.append(ticket.ticket)
+                    if not tickets:
+                        del self._tickets[key]
+        if ended:
+            self._lookups.later(lambda: [self._store.release(ticket) for ticket in ended])
+
+    def submit_load_task(self, keys, objects) -> int:
+        """Reads chunks into LMCache's memory objects."""
+        number = next(self._numbers)
+        self._loads.start(number, Bitmap(len(keys)), lambda: self._load_chunks(list(keys), list(objects)))
+        return number
+
+    def query_load_result(self, task_id) -> Bitmap | None:
+        return self._loads.take(task_id)
+
+    # ---------------------------------------------------------------- what threads do
+
+    def _store_chunks(self, keys, objects) -> L2StoreResult:
+        moved, failed, stored = 0, False, []
+        for of, places in self._by_layout(keys).items():
+            buffers = [objects[at].byte_array for at in places]
+            results = Chunks(self._store, of).put([_hash(keys[at]) for at in places], buffers, self._options.level)
+            failed |= len(results) < len(places) or not all(map(is_kept, results))
+            for at, buffer, result in zip(places, buffers, results):
+                if result.status == "stored":
+                    moved += len(buffer)
+                    stored.append((keys[at], len(buffer)))
+                    self._lengths[of] = len(buffer)
+        if stored:
+            self._notify_keys_stored(*map(list, zip(*stored)))
+        return L2StoreResult(not failed, 0 if failed else moved)
+
+    def _find_chunks(self, keys) -> Bitmap:
+        found = Bitmap(len(keys))
+        for of, places in self._by_layout(keys).items():
+            for first, count, ticket in Chunks(self._store, of).hold([_hash(keys[at]) for at in places], HOLD_SECONDS):
+                held = _Ticket(ticket, count)
+                with self._lock:
+                    for at in places[first : first + count]:
+                        found.set(at)
+                        self._tickets[keys[at]].append(held)
+        return found
+
+    def _load_chunks(self, keys, objects) -> Bitmap:
+        loaded, read = Bitmap(len(keys)), []
+        for of, places in self._by_layout(keys).items():
+            buffers = [objects[at].byte_array for at in places]
+            for at, done in zip(places, Chunks(self._store, of).get_into([_hash(keys[at]) for at in places], buffers)):
+                if done:
+                    loaded.set(at)
+                    read.append(keys[at])
+        if read:
+            self._notify_keys_accessed(read)
+        return loaded
+
+    def _by_layout(self, keys) -> dict[BlockLayout, list[int]]:
+        places: dict[BlockLayout, list[int]] = defaultdict(list)
+        for at, key in enumerate(keys):
+            places[self._layout_of(key)].append(at)
+        return places
+
+    def _layout_of(self, key: ObjectKey) -> BlockLayout:
+        name = (key.model_name, key.kv_rank, key.object_group_id)
+        if (known := self._layouts.get(name)) is None:
+            digest = weights.name(self._model_path or key.model_name, self._options.weights_version, logger)
+            # (world size, rank, and both on the node), a byte each.
+            world, rank = key.kv_rank >> 24 & 0xFF, key.kv_rank >> 16 & 0xFF
+            shard = (rank, world) if rank < world else (0, 1)
+            told = f"{key.model_name} rank {key.kv_rank:#x} group {key.object_group_id}"
+            known = self._layouts[name] = layout(key.model_name, digest, "bytes", shard, told)
+        return known
+
+    # ---------------------------------------------------------------- the rest
+
+    def delete(self, keys) -> None:
+        """Makes chunks unreadable, where LMCache keeps a quota by salt."""
+        for of, places in self._by_layout(keys).items():
+            chunks, hashes = Chunks(self._store, of), [_hash(keys[at]) for at in places]
+            there = [keys[at] for at, present in zip(places, chunks.contains(hashes)) if present]
+            if there:
+                chunks.delete([_hash(key) for key in there])
+                self._notify_keys_deleted(there, [self._lengths.get(of, 0)] * len(there))
+
+    def report_status(self) -> dict:
+        """For LMCache's status page."""
+        with self._lock:
+            locked = len(self._tickets)
+        return {"is_healthy": not self._store.is_away, "type": type(self).__name__, "locked_key_count": locked}
+
+    def close(self) -> None:
+        """Ends what is under way, and lets go of all."""
+        with self._lock:
+            keys = [key for key, tickets in self._tickets.items() for _ in tickets]
+        self.submit_unlock(keys)
+        for tasks in (self._stores, self._lookups, self._loads):
+            tasks.close()
+
+
+def _hash(key: ObjectKey) -> bytes:
+    """A chunk's hash, with the salt where there is one."""
+    if not key.cache_salt and 0 < len(key.chunk_hash) <= 32:
+        return key.chunk_hash
+    return hashlib.blake2b(key.chunk_hash, digest_size=32, key=hashlib.sha256(key.cache_salt.encode()).digest()).digest()
