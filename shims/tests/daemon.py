@@ -21,7 +21,7 @@ class Daemon:
         command = [program, "serve", "--listen", self.address]
         for setting in self.settings:
             command += ["--set", setting]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         for _ in range(3000):
             try:
                 kvstore.Client(self.address)

@@ -1,4 +1,4 @@
-"""LMCache's chunks as blocks: any length up to the largest that the store takes, each read as it was stored."""
+"""LMCache's chunks as blocks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from kvstore.store import BlockLayout, Store
 
 __all__ = ["Chunks", "is_kept", "layout"]
 
-# What the daemon takes at most for a block.
-CHUNK_BYTES_MAX = 1 << 30
 
-
-def layout(model: str, weights: bytes, dtype: str, shard: tuple[int, int], told: str) -> BlockLayout:
-    """``told``: what else must match."""
-    # Of this kind a block has its own length.
-    group = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=CHUNK_BYTES_MAX, kind="encoder_output", order="opaque")
+def layout(
+    model: str, weights: bytes, dtype: str, shard: tuple[int, int], told: str, length: int, *, shorter: bool = False
+) -> BlockLayout:
+    """``told``: what else must match. ``length``: bytes of a chunk. ``shorter``: some have less; they take as much room."""
+    # Of an encoder's output a block has its own length.
+    kind = "encoder_output" if shorter else "attention"
+    group = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=length, kind=kind, order="opaque")
     return BlockLayout(
         model=model.rstrip("/").rsplit("/", 1)[-1].encode()[-64:].decode(errors="ignore") or "model",
         weights=weights,
@@ -76,17 +76,22 @@ class Chunks:
         return self._call([], find)
 
     def get_into(self, hashes: list[bytes], buffers: list) -> list[bool]:
-        """Reads chunks into buffers of just their lengths; which were read. Holes are left alone."""
+        """Reads chunks into buffers; which were read. Those that are not there, or have another length, are left alone."""
         read = [False] * len(hashes)
 
         def get(registered: kvstore.Layout):
             group, at = registered.group(), 0
             while at < len(hashes):
-                done = group.get_into(hashes[at:], buffers[at:])
+                try:
+                    done = group.get_into(hashes[at:], buffers[at:])
+                except kvstore.Invalid:
+                    # One of them has another length: which, is seen one by one.
+                    done = _is_read(group, hashes[at], buffers[at])
                 read[at : at + done] = [True] * done
                 at += done
-                present = group.contains(hashes[at + 1 :]) if at + 1 < len(hashes) else []
-                at += 1 + (present.index(True) if True in present else len(present))
+                if not done:
+                    rest = group.contains(hashes[at + 1 :]) if at + 1 < len(hashes) else []
+                    at += 1 + (rest.index(True) if True in rest else len(rest))
 
         self._call(None, get)
         return read
@@ -103,3 +108,10 @@ class Chunks:
         """Makes chunks unreadable; how many there were."""
         deleted = self._call(kvstore.Deleted(0, 0), lambda registered: registered.group().delete(hashes))
         return deleted.deleted
+
+
+def _is_read(group: kvstore.Group, hash_: bytes, buffer) -> int:
+    try:
+        return group.get_into([hash_], [buffer])
+    except kvstore.Invalid:
+        return 0

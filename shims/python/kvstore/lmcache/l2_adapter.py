@@ -99,10 +99,10 @@ class KvStoreL2Adapter(L2AdapterInterface):
         self._stores, self._lookups, self._loads = _Tasks("store", STORES), _Tasks("lookup", 1), _Tasks("load", LOADS)
         self._numbers = itertools.count()
         self._lock = threading.Lock()
-        self._layouts: dict[tuple[str, int, int], BlockLayout] = {}
+        self._layouts: dict[tuple[str, int, int, int], BlockLayout] = {}
+        # By what a key says but its hash, the lengths of chunks that were stored or read here.
+        self._lengths: dict[tuple[str, int, int], set[int]] = defaultdict(set)
         self._tickets: dict[ObjectKey, deque[_Ticket]] = defaultdict(deque)
-        # By layout, the length of its last chunk: what LMCache's accounts of deleted ones go by.
-        self._lengths: dict[BlockLayout, int] = {}
 
     # ---------------------------------------------------------------- what LMCache polls
 
@@ -127,9 +127,14 @@ class KvStoreL2Adapter(L2AdapterInterface):
         return self._stores.take_all()
 
     def submit_lookup_and_lock_task(self, keys, group_layout_descs=None) -> int:
-        """Finds chunks, and keeps them from leaving for a while."""
+        """Finds chunks, and keeps them from leaving for a while.
+
+        A chunk has the length that the descriptions say; one that LMCache stored in another form (compressed, say) is found
+        once this adapter has stored or read one of its length.
+        """
         number = next(self._numbers)
-        self._lookups.start(number, Bitmap(len(keys)), lambda: self._find_chunks(list(keys)))
+        lengths = {group: _length(described) for group, described in (group_layout_descs or {}).items()}
+        self._lookups.start(number, Bitmap(len(keys)), lambda: self._find_chunks(list(keys), lengths))
         return number
 
     def query_lookup_and_lock_result(self, task_id) -> Bitmap | None:
@@ -163,35 +168,50 @@ class KvStoreL2Adapter(L2AdapterInterface):
 
     def _store_chunks(self, keys, objects) -> L2StoreResult:
         moved, failed, stored = 0, False, []
-        for of, places in self._by_layout(keys).items():
-            buffers = [objects[at].byte_array for at in places]
-            results = Chunks(self._store, of).put([_hash(keys[at]) for at in places], buffers, self._options.level)
+        buffers = [one.byte_array for one in objects]
+        for of, places in self._by_layout(keys, map(len, buffers)).items():
+            here = [buffers[at] for at in places]
+            results = Chunks(self._store, of).put([_hash(keys[at]) for at in places], here, self._options.level)
             failed |= len(results) < len(places) or not all(map(is_kept, results))
-            for at, buffer, result in zip(places, buffers, results):
+            for at, result in zip(places, results):
                 if result.status == "stored":
-                    moved += len(buffer)
-                    stored.append((keys[at], len(buffer)))
-                    self._lengths[of] = len(buffer)
+                    moved += len(buffers[at])
+                    stored.append((keys[at], len(buffers[at])))
         if stored:
             self._notify_keys_stored(*map(list, zip(*stored)))
         return L2StoreResult(not failed, 0 if failed else moved)
 
-    def _find_chunks(self, keys) -> Bitmap:
+    def _find_chunks(self, keys, described: dict[int, int]) -> Bitmap:
         found = Bitmap(len(keys))
-        for of, places in self._by_layout(keys).items():
-            for first, count, ticket in Chunks(self._store, of).hold([_hash(keys[at]) for at in places], HOLD_SECONDS):
-                held = _Ticket(ticket, count)
-                with self._lock:
-                    for at in places[first : first + count]:
-                        found.set(at)
-                        self._tickets[keys[at]].append(held)
+        for length, places in self._candidates(keys, described):
+            for of, there in self._by_layout(keys, [length] * len(keys), places).items():
+                hashes = [_hash(keys[at]) for at in there]
+                for first, count, ticket in Chunks(self._store, of).hold(hashes, HOLD_SECONDS):
+                    held = _Ticket(ticket, count)
+                    with self._lock:
+                        for at in there[first : first + count]:
+                            found.set(at)
+                            self._tickets[keys[at]].append(held)
         return found
+
+    def _candidates(self, keys, described: dict[int, int]) -> list[tuple[int, list[int]]]:
+        """Lengths, each with the keys whose chunks may have it."""
+        places: dict[int, list[int]] = defaultdict(list)
+        with self._lock:
+            for at, key in enumerate(keys):
+                lengths = set(self._lengths.get(_family(key), ()))
+                if (length := described.get(key.object_group_id)) is not None:
+                    lengths.add(length)
+                for length in lengths:
+                    places[length].append(at)
+        return sorted(places.items())
 
     def _load_chunks(self, keys, objects) -> Bitmap:
         loaded, read = Bitmap(len(keys)), []
-        for of, places in self._by_layout(keys).items():
-            buffers = [objects[at].byte_array for at in places]
-            for at, done in zip(places, Chunks(self._store, of).get_into([_hash(keys[at]) for at in places], buffers)):
+        buffers = [one.byte_array for one in objects]
+        for of, places in self._by_layout(keys, map(len, buffers)).items():
+            here = [buffers[at] for at in places]
+            for at, done in zip(places, Chunks(self._store, of).get_into([_hash(keys[at]) for at in places], here)):
                 if done:
                     loaded.set(at)
                     read.append(keys[at])
@@ -199,33 +219,39 @@ class KvStoreL2Adapter(L2AdapterInterface):
             self._notify_keys_accessed(read)
         return loaded
 
-    def _by_layout(self, keys) -> dict[BlockLayout, list[int]]:
-        places: dict[BlockLayout, list[int]] = defaultdict(list)
-        for at, key in enumerate(keys):
-            places[self._layout_of(key)].append(at)
-        return places
+    def _by_layout(self, keys, lengths, places=None) -> dict[BlockLayout, list[int]]:
+        """These places of ``keys`` (all by default), by their layouts."""
+        lengths, by_layout = list(lengths), defaultdict(list)
+        for at in range(len(keys)) if places is None else places:
+            by_layout[self._layout_of(keys[at], lengths[at])].append(at)
+        return by_layout
 
-    def _layout_of(self, key: ObjectKey) -> BlockLayout:
-        name = (key.model_name, key.kv_rank, key.object_group_id)
-        if (known := self._layouts.get(name)) is None:
-            digest = weights.name(self._model_path or key.model_name, self._options.weights_version, logger)
-            # (world size, rank, and both on the node), a byte each.
-            world, rank = key.kv_rank >> 24 & 0xFF, key.kv_rank >> 16 & 0xFF
-            shard = (rank, world) if rank < world else (0, 1)
-            told = f"{key.model_name} rank {key.kv_rank:#x} group {key.object_group_id}"
-            known = self._layouts[name] = layout(key.model_name, digest, "bytes", shard, told)
-        return known
+    def _layout_of(self, key: ObjectKey, length: int) -> BlockLayout:
+        with self._lock:
+            if (known := self._layouts.get((*_family(key), length))) is not None:
+                return known
+        digest = weights.name(self._model_path or key.model_name, self._options.weights_version, logger)
+        # (world size, rank, and both on the node), a byte each.
+        world, rank = key.kv_rank >> 24 & 0xFF, key.kv_rank >> 16 & 0xFF
+        shard = (rank, world) if rank < world else (0, 1)
+        told = f"{key.model_name} rank {key.kv_rank:#x} group {key.object_group_id}"
+        made = layout(key.model_name, digest, "bytes", shard, told, length)
+        with self._lock:
+            self._lengths[_family(key)].add(length)
+            return self._layouts.setdefault((*_family(key), length), made)
 
     # ---------------------------------------------------------------- the rest
 
     def delete(self, keys) -> None:
         """Makes chunks unreadable, where LMCache keeps a quota by salt."""
-        for of, places in self._by_layout(keys).items():
-            chunks, hashes = Chunks(self._store, of), [_hash(keys[at]) for at in places]
-            there = [keys[at] for at, present in zip(places, chunks.contains(hashes)) if present]
-            if there:
-                chunks.delete([_hash(key) for key in there])
-                self._notify_keys_deleted(there, [self._lengths.get(of, 0)] * len(there))
+        for length, places in self._candidates(keys, {}):
+            for of, here in self._by_layout(keys, [length] * len(keys), places).items():
+                chunks = Chunks(self._store, of)
+                present = chunks.contains([_hash(keys[at]) for at in here])
+                there = [keys[at] for at, is_there in zip(here, present) if is_there]
+                if there:
+                    chunks.delete([_hash(key) for key in there])
+                    self._notify_keys_deleted(there, [length] * len(there))
 
     def report_status(self) -> dict:
         """For LMCache's status page."""
@@ -240,6 +266,15 @@ class KvStoreL2Adapter(L2AdapterInterface):
         self.submit_unlock(keys)
         for tasks in (self._stores, self._lookups, self._loads):
             tasks.close()
+
+
+def _family(key: ObjectKey) -> tuple[str, int, int]:
+    return key.model_name, key.kv_rank, key.object_group_id
+
+
+def _length(described) -> int:
+    """Bytes of a memory object, from LMCache's description of it."""
+    return sum(shape.numel() * dtype.itemsize for shape, dtype in zip(described.shapes, described.dtypes))
 
 
 def _hash(key: ObjectKey) -> bytes:

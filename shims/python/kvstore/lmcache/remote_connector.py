@@ -65,7 +65,9 @@ class KvStoreConnector(RemoteConnector):
             shard = (key.worker_id, key.world_size) if 0 <= key.worker_id < key.world_size else (0, 1)
             told = f"{name} {[tuple(shape) for shape in self.meta_shapes]} {self.meta_dtypes} {self.meta_fmt}"
             dtype = str(key.dtype).removeprefix("torch.")
-            known = self._layouts[name] = layout(key.model_name, digest, dtype, shard, told)
+            # A prompt's last chunk is shorter.
+            length = self.full_chunk_size_bytes
+            known = self._layouts[name] = layout(key.model_name, digest, dtype, shard, told, length, shorter=True)
         return Chunks(self._store, known)
 
     async def _run(self, call):
@@ -153,7 +155,7 @@ class KvStoreConnector(RemoteConnector):
         found = chunks.get(hash_)
         if not found or len(found) > len(memory.byte_array) or len(found) % self.single_token_size:
             return False
-        memory.byte_array[: len(found)] = found
+        memory.byte_array.cast("B")[: len(found)] = found
         self.reshape_partial_chunk(memory, len(found))
         return True
 
