@@ -12,6 +12,7 @@ PYTHON_SOURCES := shims/python shims/tests benches examples
 PEERS := $(TARGET)/peers
 # Real engines for the shims' tests.
 ENGINES := $(TARGET)/engines
+ENGINE_REQUIREMENTS := shims/tests/engines/requirements.txt shims/tests/engines/requirements-others.txt
 
 help:
 	@echo "make demo    run a real trace of LLM requests, kill -9 in the middle, every byte verified"
@@ -66,10 +67,10 @@ test-engines: engines
 engines: wheel
 	@scripts/setup.sh engines
 	@[ -x $(ENGINES)/bin/python ] || python3 -m venv $(ENGINES)
-	@cmp -s shims/tests/engines/requirements.txt $(ENGINES)/installed.txt || { \
-	  echo "Installing vLLM and what it needs (about 3 GB to download, once) ..."; \
-	  $(ENGINES)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement shims/tests/engines/requirements.txt && \
-	  cp shims/tests/engines/requirements.txt $(ENGINES)/installed.txt; }
+	@cat $(ENGINE_REQUIREMENTS) | cmp -s - $(ENGINES)/installed.txt || { \
+	  echo "Installing vLLM, SGLang, LMCache and what they need (about 3 GB to download, once) ..."; \
+	  $(ENGINES)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes $(ENGINE_REQUIREMENTS:%=--requirement %) && \
+	  cat $(ENGINE_REQUIREMENTS) > $(ENGINES)/installed.txt; }
 	@$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps $(TARGET)/wheels/*.whl
 
 wheel: python
