@@ -126,17 +126,19 @@ class Zygote:
         role: str = "kv_both",
         extra: dict | None = None,
         connector: dict | None = None,
+        encoder: dict | None = None,
         environment: dict | None = None,
         **arguments,
     ) -> Engine:
         """An engine; with the connector to the daemon at `address`, where there is one, or another `connector`. `extra` are
-        the connector's settings."""
+        the connector's settings. `encoder`: the role, the address and settings of the connector of encoder outputs."""
         self._engines += 1
         log = self._folder / f"engine-{self._engines}.log"
         if address:
             ours = dict(kv_connector="KvStoreConnector", kv_connector_module_path="kvstore.vllm", kv_role=role)
             connector = dict(ours, extra=dict(address=address, **(extra or {})))
-        spec = dict(model=str(model), connector=connector, arguments=arguments, log=str(log), environment=environment or {})
+        spec = dict(model=str(model), connector=connector, encoder=encoder, arguments=arguments)
+        spec |= dict(log=str(log), environment=environment or {})
         self._process.stdin.write(json.dumps(spec) + "\n")
         self._process.stdin.flush()
         connection, _ = self._listener.accept()
@@ -152,9 +154,16 @@ class Zygote:
 
 def build(spec: dict):
     from vllm import LLM
-    from vllm.config import KVTransferConfig
+    from vllm.config import ECTransferConfig, KVTransferConfig
 
-    transfer = None
+    transfer = encoder = None
+    if spec["encoder"]:
+        encoder = ECTransferConfig(
+            ec_connector="KvStoreEncoderConnector",
+            ec_connector_module_path="kvstore.vllm",
+            ec_role=spec["encoder"].pop("role"),
+            ec_connector_extra_config=spec["encoder"],
+        )
     if spec["connector"]:
         more = dict(kv_role="kv_both", kv_load_failure_policy="recompute")
         more["kv_connector_extra_config"] = spec["connector"].pop("extra")
@@ -163,9 +172,11 @@ def build(spec: dict):
     defaults = dict(max_model_len=2048, dtype="float32", block_size=32, disable_log_stats=False, enable_prefix_caching=True)
     return LLM(
         model=spec["model"],
-        skip_tokenizer_init=True,
+        # A model with pictures needs its tokenizer.
+        skip_tokenizer_init="llava" not in spec["model"],
         enforce_eager=True,
         kv_transfer_config=transfer,
+        ec_transfer_config=encoder,
         **{**defaults, **spec["arguments"]},
     )
 
@@ -185,6 +196,30 @@ def count_into(counts: dict) -> None:
     connector.KvStoreConnector.get_kv_connector_stats = counting
 
 
+def count_encoded(counts: dict) -> None:
+    """Counts the pictures that this process encodes."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    execute = GPUModelRunner._execute_mm_encoder
+
+    def counting(self, *arguments, **more):
+        outputs = execute(self, *arguments, **more)
+        counts["encoded"] = counts.get("encoded", 0) + len(outputs)
+        return outputs
+
+    GPUModelRunner._execute_mm_encoder = counting
+
+
+def picture(seed: int):
+    """A picture of noise."""
+    import numpy
+    from models import PICTURE_SIZE
+    from PIL import Image
+
+    pixels = numpy.random.default_rng(seed).integers(0, 255, (PICTURE_SIZE, PICTURE_SIZE, 3), dtype=numpy.uint8)
+    return Image.fromarray(pixels)
+
+
 def zero_saves() -> None:
     """From here on this process stores zeros in the place of what it computes."""
     import kvstore
@@ -193,6 +228,14 @@ def zero_saves() -> None:
         return self.put_from(hashes, [bytes(pages.block_bytes) for _ in numbers], **more)
 
     kvstore.Group.put_pages = put_zeros
+
+
+def zero_outputs() -> None:
+    """From here on this process stores zeros in the place of the pictures it encodes."""
+    from kvstore.vllm.encoder import Items
+
+    put = Items.put
+    Items.put = lambda self, identifier, output, level: put(self, identifier, output * 0, level)
 
 
 def break_loads() -> None:
@@ -217,6 +260,9 @@ def generate(llm, request: dict) -> list:
         extra_args={"kv_transfer_params": request["hand_over"]} if "hand_over" in request else None,
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
+    if "pictures" in request:
+        data = [{"image": [picture(seed) for seed in seeds]} for seeds in request["pictures"]]
+        prompts = [dict(prompt, multi_modal_data=pictures) for prompt, pictures in zip(prompts, data)]
     if "salt" in request:
         prompts = [dict(prompt, cache_salt=request["salt"]) for prompt in prompts]
     lora = LoRARequest(*request["adapter"]) if "adapter" in request else None
@@ -237,11 +283,12 @@ def serve(spec: dict, path: str) -> None:
     send(dict(pid=os.getpid()))
     counts: dict[str, float] = {}
     count_into(counts)
+    count_encoded(counts)
     llm = None
     for line in connection.makefile("r"):
         request = json.loads(line)
         try:
-            if request["command"] in ("zero_saves", "break_loads"):
+            if request["command"] in ("zero_saves", "break_loads", "zero_outputs"):
                 value = globals()[request["command"]]()
             else:
                 llm = llm or build(spec)

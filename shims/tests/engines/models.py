@@ -2,6 +2,10 @@
 
 import pathlib
 
+import safetensors.torch
+import tokenizers
+import tokenizers.models
+import tokenizers.pre_tokenizers
 import torch
 import transformers
 
@@ -40,9 +44,15 @@ _CLASSES = {
 }
 
 
+# Llava's token for a picture, and its picture's side.
+PICTURE, PICTURE_SIZE = 1020, 64
+
+
 def make(folder: pathlib.Path, kind: str, seed: int = 7) -> pathlib.Path:
     """A model of this kind in a folder of its own; other seeds, other weights."""
     path = folder / f"{kind}-{seed}"
+    if kind == "llava":
+        return path if path.exists() else _make_llava(path, seed)
     if not path.exists():
         torch.manual_seed(seed)
         config_class, model_class, more = _CLASSES[kind]
@@ -80,4 +90,50 @@ def make_adapter(folder: pathlib.Path, name: str, seed: int) -> pathlib.Path:
     save_file(tensors, path / "adapter_model.safetensors")
     config = dict(peft_type="LORA", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], bias="none", task_type="CAUSAL_LM")
     (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def _make_llava(path: pathlib.Path, seed: int) -> pathlib.Path:
+    """A language model that looks at pictures of 64 patches, with a tokenizer of words and a processor."""
+    words = {f"t{at}": at for at in range(PICTURE)} | {"<image>": PICTURE, "<pad>": 1021, "<unk>": 1022, "<more>": 1023}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    processor = transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": PICTURE_SIZE}, crop_size={"height": PICTURE_SIZE, "width": PICTURE_SIZE}
+        ),
+        tokenizer=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token="t1",
+            eos_token="t2",
+            pad_token="<pad>",
+            unk_token="<unk>",
+            additional_special_tokens=["<image>"],
+        ),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+    processor.save_pretrained(path)
+    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4)
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**_COMMON),
+        vision_config=transformers.CLIPVisionConfig(
+            **vision, image_size=PICTURE_SIZE, patch_size=8, projection_dim=64, initializer_range=0.3
+        ),
+        image_token_index=PICTURE,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+    )
+    torch.manual_seed(seed)
+    transformers.LlavaForConditionalGeneration(config).to(torch.float32).save_pretrained(path)
+    # The vision tower's weights have one more part in their names in what vLLM reads.
+    (file,) = path.glob("*.safetensors")
+    tower = "vision_tower."
+    weights = {
+        name.replace(tower, f"{tower}vision_model.") if not name.startswith(f"{tower}vision_model.") else name: tensor
+        for name, tensor in safetensors.torch.load_file(file).items()
+    }
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
     return path

@@ -9,5 +9,6 @@
 """
 
 from .connector import KvStoreConnector
+from .encoder import KvStoreEncoderConnector
 
-__all__ = ["KvStoreConnector"]
+__all__ = ["KvStoreConnector", "KvStoreEncoderConnector"]

@@ -22,7 +22,7 @@ from kvstore import weights
 from .messages import RankLayout
 from .options import Options
 
-__all__ = ["Group", "describe", "groups_of", "regions_of"]
+__all__ = ["Group", "describe", "groups_of", "regions_of", "short_name", "weights_digest"]
 
 logger = logging.getLogger("vllm.kvstore")
 
@@ -119,8 +119,8 @@ def describe(vllm_config, kv_cache_config, options: Options, block_bytes: list[i
             )
         )
     return RankLayout(
-        model=_short(model.served_model_name if isinstance(model.served_model_name, str) else model.model),
-        weights=_weights(vllm_config, options),
+        model=short_name(model),
+        weights=weights_digest(vllm_config, options),
         dtype=str(model.dtype).removeprefix("torch."),
         block_tokens=groups[0].block_tokens if groups else 1,
         groups=tuple(layer_groups),
@@ -130,11 +130,13 @@ def describe(vllm_config, kv_cache_config, options: Options, block_bytes: list[i
     )
 
 
-def _short(name: str) -> str:
+def short_name(model) -> str:
+    """What the store calls a model, for people: its layout's digest tells models apart."""
+    name = model.served_model_name if isinstance(model.served_model_name, str) else model.model
     return name.rstrip("/").rsplit("/", 1)[-1].encode()[-64:].decode(errors="ignore") or "model"
 
 
-def _weights(vllm_config, options: Options) -> bytes:
+def weights_digest(vllm_config, options) -> bytes:
     """Names the weights: see `kvstore.weights`."""
     model, load = vllm_config.model_config, vllm_config.load_config
     digest = hashlib.blake2b(digest_size=32, person=b"vllm weights")

@@ -1,4 +1,4 @@
-"""What `kv_connector_extra_config` may say."""
+"""What `kv_connector_extra_config` and `ec_connector_extra_config` may say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvstore import options
 
-__all__ = ["Options"]
+__all__ = ["EncoderOptions", "Options"]
 
 
 @dataclass(frozen=True)
@@ -30,3 +30,11 @@ class Options(options.Options):
             ("layerwise", "true, false or null", (None, True, False).__contains__),
             ("pending_share", "more than 0 and at most 0.9", lambda share: 0 < share <= 0.9),
         ]
+
+
+@dataclass(frozen=True)
+class EncoderOptions(options.Options):
+    """The encoder connector's settings."""
+
+    # Seconds that a request waits for an encoder's output; then it is encoded here.
+    deadline: float = 2.0

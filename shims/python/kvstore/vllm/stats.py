@@ -1,12 +1,13 @@
-"""The connector's counts, through vLLM's own hooks: its log line, and its Prometheus endpoint."""
+"""The connectors' counts, through vLLM's own hooks: its log line, and its Prometheus endpoint."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorPromMetrics, ECConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-__all__ = ["COUNTS", "KvStorePromMetrics", "KvStoreStats"]
+__all__ = ["COUNTS", "ENCODER_COUNTS", "EncoderPromMetrics", "EncoderStats", "KvStorePromMetrics", "KvStoreStats"]
 
 COUNTS = {
     "loaded_blocks": "Blocks loaded from the store, of all layer groups and ranks",
@@ -18,9 +19,19 @@ COUNTS = {
     "dropped_blocks": "Blocks that were not stored: the store was full, slow or away",
 }
 
+ENCODER_COUNTS = {
+    "loaded_items": "Encoder outputs that were brought from the store",
+    "loaded_item_bytes": "Bytes of them",
+    "missing_items": "Encoder outputs that were asked for, and were not in the store in time",
+    "saved_items": "Encoder outputs that were stored, or were in the store already",
+    "dropped_items": "Encoder outputs that were not stored: the store was full, slow or away",
+}
 
-class KvStoreStats(KVConnectorStats):
+
+class _Counts:
     """Counts since the last report: sums over ranks and steps."""
+
+    data: dict[str, Any]
 
     def reset(self) -> None:
         self.data = {}
@@ -28,7 +39,7 @@ class KvStoreStats(KVConnectorStats):
     def add(self, name: str, count: float) -> None:
         self.data[name] = self.data.get(name, 0) + count
 
-    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+    def aggregate(self, other):
         for name, count in other.data.items():
             self.add(name, count)
         return self
@@ -40,13 +51,23 @@ class KvStoreStats(KVConnectorStats):
         return not any(self.data.values())
 
 
-class KvStorePromMetrics(KVConnectorPromMetrics):
-    """A counter for each."""
+class KvStoreStats(_Counts, KVConnectorStats):
+    """Of the connector of keys and values."""
+
+
+class EncoderStats(_Counts, ECConnectorStats):
+    """Of the connector of encoder outputs."""
+
+
+class _Counters:
+    """A Prometheus counter for each count."""
+
+    counts: dict[str, str]
 
     def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters = {}
-        for name, meaning in COUNTS.items():
+        for name, meaning in self.counts.items():
             counter = self._counter_cls(name=f"vllm:kvstore_{name}", documentation=meaning, labelnames=labelnames)
             self._counters[name] = {engine: counter.labels(*values) for engine, values in per_engine_labelvalues.items()}
 
@@ -54,3 +75,15 @@ class KvStorePromMetrics(KVConnectorPromMetrics):
         for name, count in transfer_stats_data.items():
             if name in self._counters and count > 0:
                 self._counters[name][engine_idx].inc(count)
+
+
+class KvStorePromMetrics(_Counters, KVConnectorPromMetrics):
+    """Of the connector of keys and values."""
+
+    counts = COUNTS
+
+
+class EncoderPromMetrics(_Counters, ECConnectorPromMetrics):
+    """Of the connector of encoder outputs."""
+
+    counts = ENCODER_COUNTS
