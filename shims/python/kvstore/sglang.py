@@ -229,8 +229,11 @@ class KvStoreHiCache(HiCacheStorage):
             return len(keys)
         hits = len(keys)
         for layout in self._kv_layouts():
-            hits = min(hits, self._call(layout, 0, lambda group: group.lookup(_hashes(keys[:hits]))) if hits else 0)
+            hits = self._leading(layout, keys[:hits])
         return hits
+
+    def _leading(self, layout: BlockLayout, keys) -> int:
+        return self._call(layout, 0, lambda group: group.lookup(_hashes(keys))) if keys else 0
 
     def batch_get_v1(self, keys, host_indices, extra_info=None) -> list[bool]:
         """Reads pages straight into the host pool; the leading ones that are stored."""
@@ -254,8 +257,7 @@ class KvStoreHiCache(HiCacheStorage):
         numbers, hashes, began = pool.numbers(host_indices, len(keys)), _hashes(keys), time.monotonic()
         read = len(keys)
         for part in pool.parts:
-            if read:
-                read = self._call(part.layout, 0, lambda group: group.get_pages(hashes[:read], part.pages, numbers[:read]))
+            read = self._get_part(part, hashes[:read], numbers[:read])
         self._measure("load", read, pool, began)
         return [True] * read + [False] * (len(keys) - read)
 
@@ -268,15 +270,20 @@ class KvStoreHiCache(HiCacheStorage):
         parent = _hashes(before[-1:])[0] if before else None
         stored = [True] * len(keys)
         for part in pool.parts:
-            outcome = self._call(
-                part.layout,
-                [],
-                lambda group: group.put_pages(hashes, part.pages, numbers, parent=parent, level=self._options.level),
-            )
+            outcome = self._set_part(part, hashes, numbers, parent)
             there = [result.status in ("stored", "present", "joined") for result in outcome]
             stored = [one and two for one, two in zip(stored, there or [False] * len(keys))]
         self._measure("save", sum(stored), pool, began)
         return stored
+
+    def _get_part(self, part: _Part, hashes: list[bytes], numbers: list[int]) -> int:
+        return self._call(part.layout, 0, lambda group: group.get_pages(hashes, part.pages, numbers)) if hashes else 0
+
+    def _set_part(self, part: _Part, hashes: list[bytes], numbers: list[int], parent: bytes | None) -> list:
+        def put(group: kvstore.Group):
+            return group.put_pages(hashes, part.pages, numbers, parent=parent, level=self._options.level)
+
+        return self._call(part.layout, [], put)
 
     # ---------------------------------------------------------------- hybrid models
 

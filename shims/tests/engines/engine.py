@@ -213,8 +213,9 @@ def count_encoded(counts: dict) -> None:
 def picture(seed: int):
     """A picture of noise."""
     import numpy
-    from models import PICTURE_SIZE
     from PIL import Image
+
+    from models import PICTURE_SIZE
 
     pixels = numpy.random.default_rng(seed).integers(0, 255, (PICTURE_SIZE, PICTURE_SIZE, 3), dtype=numpy.uint8)
     return Image.fromarray(pixels)

@@ -55,12 +55,12 @@ def store(zygote, model, address: str, prompts, **more) -> None:
         engine.until_saved(whole_blocks(prompts))
 
 
-@pytest.mark.parametrize("layerwise", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_a_fresh_process_loads_what_another_stored(zygote, model, daemon, oracle, kind, layerwise):
+@pytest.mark.parametrize("settings", [dict(layerwise=True), dict(layerwise=False), dict(staged=True), dict(tp_shards=4)])
+def test_a_fresh_process_loads_what_another_stored(zygote, model, daemon, oracle, kind, settings):
     prompts = [prompt(500), prompt(333, seed=2)]
-    store(zygote, model(kind), daemon.address, prompts)
-    with zygote.engine(model(kind), daemon.address, extra=dict(layerwise=layerwise)) as engine:
+    store(zygote, model(kind), daemon.address, prompts, extra=settings)
+    with zygote.engine(model(kind), daemon.address, extra=settings) as engine:
         outputs = engine.generate(prompts)
         counts = engine.counts()
         # An operator sees the same.
@@ -83,13 +83,13 @@ def test_loads_are_real(zygote, model, daemon, oracle):
     assert tokens(outputs) != oracle(prompts)
 
 
-@pytest.mark.parametrize("layerwise", [True, False])
-def test_loads_that_always_fail_end_in_recomputation(zygote, model, daemon, oracle, layerwise):
+@pytest.mark.parametrize("settings", [dict(layerwise=True), dict(layerwise=False), dict(staged=True, layerwise=True)])
+def test_loads_that_always_fail_end_in_recomputation(zygote, model, daemon, oracle, settings):
     """A look-up that promises what no load brings would have a request ask for ever. And what a step has computed from blocks
     that did not come is not stored."""
     prompts = [prompt(700), prompt(633, seed=2)]
     store(zygote, model(), daemon.address, [whole[:300] for whole in prompts])
-    with zygote.engine(model(), daemon.address, extra=dict(layerwise=layerwise)) as engine:
+    with zygote.engine(model(), daemon.address, extra=settings) as engine:
         engine.call("break_loads")
         outputs = engine.generate(prompts)
         counts = engine.counts()
@@ -342,6 +342,45 @@ def test_layers_that_look_back_a_window(zygote, model, daemon, oracle, kind):
     assert tokens(outputs) == oracle(prompts, kind)
     assert outputs[0].cached == 896, outputs
     assert counts.get("failed_loads", 0) == 0
+
+
+def test_staged_and_direct_engines_read_each_other(zygote, model, daemon, oracle):
+    """Blocks are the same, whether they went by way of staging memory or not; nor does it matter how they are brought."""
+    prompts = [prompt(900), prompt(700, seed=2)]
+    store(zygote, model(), daemon.address, prompts[:1], extra=dict(staged=True))
+    store(zygote, model(), daemon.address, prompts[1:])
+    for settings in (dict(staged=True, layerwise=False), dict(staged=True, layerwise=True), dict()):
+        with zygote.engine(model(), daemon.address, extra=settings) as engine:
+            outputs = engine.generate(prompts)
+        assert tokens(outputs) == oracle(prompts)
+        assert [output.cached for output in outputs] == [896, 672]
+
+
+def test_heads_in_parts_serve_other_tensor_parallel_degrees(zygote, model, daemon):
+    """With tp_shards one rank's blocks are read by two ranks, and theirs by one."""
+    first, second = [prompt(500)], [prompt(700, seed=2)]
+    pair = dict(tensor_parallel_size=2, environment=dict(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1"))
+    with zygote.engine(model(), enable_prefix_caching=False) as engine:
+        of_one = tokens(engine.generate(second))
+    with zygote.engine(model(), enable_prefix_caching=False, **pair) as engine:
+        of_two = tokens(engine.generate(first))
+    shards = dict(extra=dict(tp_shards=4))
+    store(zygote, model(), daemon.address, first, **shards)
+    with zygote.engine(model(), daemon.address, **shards, **pair) as engine:
+        (output,) = engine.generate(first)
+        assert output.cached == 480
+        # Rounded otherwise in what the other degree computed, and still the same tokens.
+        assert [output.tokens] == of_two
+        engine.generate(second, max_tokens=1)
+        for _ in range(200):
+            if engine.call("reset", connector=False):
+                break
+    with zygote.engine(model(), daemon.address, **shards) as engine:
+        (output,) = engine.generate(second)
+        assert output.cached == 672 and [output.tokens] == of_one
+    with zygote.engine(model(), daemon.address, extra=dict(tp_shards=3)) as engine:
+        with pytest.raises(RuntimeError, match="tp_shards: a cache of .* cannot be split into 3 parts"):
+            engine.call("build")
 
 
 def test_a_tensor_parallel_group_shares_a_look_up(zygote, model, daemon):

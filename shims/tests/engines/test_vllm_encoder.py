@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kvstore
+
 from models import PICTURE
 
 PROMPT = [5, PICTURE, 9, 10, 11]

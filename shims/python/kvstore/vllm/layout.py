@@ -22,7 +22,7 @@ from kvstore import weights
 from .messages import RankLayout
 from .options import Options
 
-__all__ = ["Group", "describe", "groups_of", "regions_of", "short_name", "weights_digest"]
+__all__ = ["Group", "describe", "groups_of", "regions_of", "shards_of", "short_name", "split", "weights_digest"]
 
 logger = logging.getLogger("vllm.kvstore")
 
@@ -84,17 +84,43 @@ def regions_of(cache: torch.Tensor, blocks: int) -> list[tuple[torch.Tensor, int
     return [(storage, (start + sum(step)) * size, cache.stride(0) * size, run * size) for step in steps]
 
 
-def describe(vllm_config, kv_cache_config, options: Options, block_bytes: list[int], caches) -> RankLayout:
-    """What this worker stores. ``block_bytes``: of each group's block, in the groups' order."""
+def split(cache: torch.Tensor, parts: int) -> list[torch.Tensor]:
+    """A layer's cache as that of equal parts of its heads.
+
+    ``cache``: dimension 0 counts blocks, or equal parts of blocks; dimension 1 heads, where there are ``parts`` of them.
+    Raises ValueError where that does not go.
+    """
+    if parts == 1:
+        return [cache]
+    if cache.dim() < 3 or cache.shape[1] % parts:
+        raise ValueError(f"tp_shards: a cache of {tuple(cache.shape)} cannot be split into {parts} parts of its heads")
+    each = cache.shape[1] // parts
+    return [cache[:, at * each : (at + 1) * each] for at in range(parts)]
+
+
+def shards_of(vllm_config, kv_cache_config, options: Options) -> tuple[int, int, int]:
+    """(first shard of this rank, how many it has, how many there are). Raises ValueError where ``tp_shards`` does not divide."""
+    # Ranks of one replica have the same bytes.
+    replicas = getattr(kv_cache_config, "kv_tp_replicas", 1)
+    ranks = max(vllm_config.parallel_config.tensor_parallel_size // replicas, 1)
+    shards = options.tp_shards or ranks
+    if shards % ranks:
+        raise ValueError(f"tp_shards: {shards} is no multiple of the {ranks} ranks that the heads are split between")
+    parts = shards // ranks
+    return _tensor_rank() // replicas * parts, parts, shards
+
+
+def describe(vllm_config, kv_cache_config, options: Options, block_bytes: list[int], caches, shards) -> RankLayout:
+    """What this worker stores. ``block_bytes``: of each group's block, in the groups' order; ``caches``: of one part; ``shards``:
+    see :func:`shards_of`."""
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     groups, refused = groups_of(kv_cache_config)
     parts = getattr(parallel, "decode_context_parallel_size", 1) * getattr(parallel, "prefill_context_parallel_size", 1)
     if parts > 1:
         refused = refused or "context parallelism splits blocks between ranks, which is not supported"
-    replicas = getattr(kv_cache_config, "kv_tp_replicas", 1)
     device = next(iter(caches)).device.type
     told = [
-        "vllm block 1",
+        "vllm block 2",
         # The CPU backend orders a block's inside as its kernels of this version and machine like it.
         f"{device} {platform.machine()} {_isa()} {vllm.__version__}" if device == "cpu" else device,
         f"layout {getattr(kv_cache_config, 'kv_cache_layout', None)}",
@@ -118,14 +144,16 @@ def describe(vllm_config, kv_cache_config, options: Options, block_bytes: list[i
                 order="opaque",
             )
         )
+    first, count, total = shards
     return RankLayout(
         model=short_name(model),
         weights=weights_digest(vllm_config, options),
         dtype=str(model.dtype).removeprefix("torch."),
         block_tokens=groups[0].block_tokens if groups else 1,
         groups=tuple(layer_groups),
-        shard=(_tensor_rank() // replicas, max(parallel.tensor_parallel_size // replicas, 1)),
+        shard=(first, total),
         extra=hashlib.blake2b("\n".join(told).encode(), digest_size=32).digest(),
+        parts=count,
         refused=refused,
     )
 
@@ -165,8 +193,9 @@ def weights_digest(vllm_config, options) -> bytes:
 
 
 def _order(cache: torch.Tensor) -> tuple[int, ...]:
-    """The dimensions of a block, the slowest in memory first. Strides themselves can depend on how many blocks there are."""
-    return tuple(sorted(range(1, cache.dim()), key=lambda at: -cache.stride(at)))
+    """The dimensions of a block, the slowest in memory first. Strides themselves can depend on how many blocks there are; where
+    a dimension of one lies does not matter."""
+    return tuple(sorted((at for at in range(1, cache.dim()) if cache.shape[at] > 1), key=lambda at: -cache.stride(at)))
 
 
 def _isa() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -17,10 +17,16 @@ __all__ = ["BlockRun", "Load", "RankLayout", "Save", "StepPlan", "WorkerReport"]
 
 @dataclass(frozen=True)
 class RankLayout(BlockLayout, KVConnectorHandshakeMetadata):
-    """What a worker stores: the scheduler asks for the same."""
+    """What a worker stores: the scheduler asks for the same. ``shard``: of its first part."""
 
+    # Shards that this worker has: its heads, split.
+    parts: int = 1
     # Why this engine's blocks cannot be stored; empty where they can.
     refused: str = ""
+
+    def part(self, number: int) -> RankLayout:
+        """The layout of one of its shards."""
+        return self if number == 0 else replace(self, shard=(self.shard[0] + number, self.shard[1]))
 
 
 @dataclass

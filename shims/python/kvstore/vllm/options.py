@@ -19,6 +19,11 @@ class Options(options.Options):
     lookup_deadline: float = 0.2
     # Loads of what is in memory run beside the step, layer by layer. None: where the engine runs without CUDA graphs.
     layerwise: bool | None = None
+    # Blocks are stored as so many parts of their heads, and are read at every tensor-parallel degree that divides it. None: as
+    # this engine's ranks have them, in one piece each.
+    tp_shards: int | None = None
+    # Blocks go by way of staging memory. None: where the engine's cache is not in CPU memory.
+    staged: bool | None = None
     # Blocks that wait to be saved keep their place in the engine's cache: this share of it at most.
     pending_share: float = 0.25
 
@@ -28,6 +33,8 @@ class Options(options.Options):
             ("min_hit_tokens", "a count of tokens", lambda tokens: tokens >= 0),
             ("lookup_deadline", "more than 0 and at most 60 seconds", lambda deadline: 0 < deadline <= 60),
             ("layerwise", "true, false or null", (None, True, False).__contains__),
+            ("tp_shards", "null or a count of parts", lambda parts: parts is None or 1 <= parts <= 1024),
+            ("staged", "true or null", (None, True).__contains__),
             ("pending_share", "more than 0 and at most 0.9", lambda share: 0 < share <= 0.9),
         ]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import queue
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
@@ -15,9 +17,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 import kvstore
 from kvstore.store import Store
 
-from .layout import describe, groups_of, regions_of
+from .layout import describe, groups_of, regions_of, shards_of, split
 from .messages import BlockRun, Load, RankLayout, Save, StepPlan, WorkerReport
 from .options import Options
+from .pages import DirectPages, StagedLoad, StagedPages, Staging
 from .stats import KvStoreStats
 
 __all__ = ["WorkerSide"]
@@ -38,11 +41,14 @@ class _Loading:
 
     load: Load
     since: float
-    # (run, its native load; None where it could not begin)
-    parts: list[tuple[BlockRun, kvstore.PagesLoad | None]] = field(default_factory=list)
+    # A run's loads, one for each of the rank's shards; None where one could not begin.
+    runs: list[tuple[BlockRun, list[kvstore.PagesLoad | StagedLoad | None]]] = field(default_factory=list)
+
+    def parts(self) -> list[kvstore.PagesLoad | StagedLoad]:
+        return [part for _, parts in self.runs for part in parts if part is not None]
 
     def done(self) -> bool:
-        return all(part is None or part.done() for _, part in self.parts)
+        return all(part.done() for part in self.parts())
 
 
 class WorkerSide:
@@ -52,7 +58,9 @@ class WorkerSide:
         self._vllm_config, self._kv_cache_config, self._options = vllm_config, kv_cache_config, options
         self._rank = rank
         self._store = Store(options.address, options.plane, options.deadline, logger)
-        self._pages: list[kvstore.Pages] = []
+        # By group and shard.
+        self._pages: list[list[DirectPages | StagedPages]] = []
+        self._staging: Staging | None = None
         # By layer: its group, and the last of its regions there.
         self._last_region: dict[str, tuple[int, int]] = {}
         self.layout: RankLayout | None = None
@@ -69,7 +77,7 @@ class WorkerSide:
         self._lock = threading.Lock()
         self._saved: collections.Counter[int] = collections.Counter()
         self._stats = KvStoreStats()
-        self._queue: queue.SimpleQueue[tuple[Save, bytes] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Save, bytes, Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     # ---------------------------------------------------------------- the engine's memory
@@ -78,36 +86,49 @@ class WorkerSide:
         """Learns where the engine's cache lies."""
         groups, _ = groups_of(self._kv_cache_config)
         blocks = self._kv_cache_config.num_blocks
-        self._pages, self._last_region, tensors = [], {}, []
+        shards = shards_of(self._vllm_config, self._kv_cache_config, self._options)
+        self._last_region, tensors, by_group = {}, [], []
         for at, group in enumerate(groups):
-            regions = []
+            regions: list[list] = [[] for _ in range(shards[1])]
             for layer in group.layers:
                 # A layer that shares another's cache has none of its own.
                 caches = kv_caches.get(layer)
                 for cache in [] if caches is None else [caches] if isinstance(caches, torch.Tensor) else caches:
-                    if cache.device.type != "cpu":
-                        raise RuntimeError(
-                            f"kvstore: the engine's cache is on {cache.device}; this version's connector reads CPU memory alone"
-                        )
-                    tensors.append(cache)
-                    regions += regions_of(cache, blocks)
-                self._last_region[layer] = (at, len(regions) - 1)
-            self._pages.append(kvstore.Pages(regions, blocks))
-        sizes = [pages.block_bytes for pages in self._pages]
-        self.layout = describe(self._vllm_config, self._kv_cache_config, self._options, sizes, tensors)
+                    parts = split(cache, shards[1])
+                    tensors.append(parts[0])
+                    for mine, part in zip(regions, parts):
+                        mine += regions_of(part, blocks)
+                self._last_region[layer] = (at, len(regions[0]) - 1)
+            by_group.append(regions)
+        if not tensors:
+            logger.warning("kvstore: this engine has no cache of a kind that can be stored")
+            return
+        self._pages = self._make_pages(by_group, blocks, tensors[0].device)
+        sizes = [pages[0].block_bytes for pages in self._pages]
+        self.layout = describe(self._vllm_config, self._kv_cache_config, self._options, sizes, tensors, shards)
         replicas = getattr(self._kv_cache_config, "kv_tp_replicas", 1)
         self._saves_here = self._rank % replicas == 0
         if self.layout.refused:
             logger.warning("kvstore: this engine's blocks are not stored: %s", self.layout.refused)
-        # Registered here, off the first request's path.
-        elif self._store.layout(self.layout, b"") is not None:
-            logger.info("kvstore: blocks of %s bytes, layer groups %d", sizes, len(sizes))
+        # Registered here, off the first request's path: all shards, which a look-up asks for.
+        elif all(self._store.layout(self.layout.part(at), b"") is not None for at in range(self.layout.parts)):
+            logger.info("kvstore: blocks of %s bytes, layer groups %d, shards %d", sizes, len(sizes), self.layout.parts)
+
+    def _make_pages(self, by_group: list[list[list]], blocks: int, device: torch.device) -> list[list]:
+        if device.type == "cpu" and not self._options.staged:
+            return [[DirectPages(regions, blocks) for regions in shards] for shards in by_group]
+        largest = max(sum(size for *_, size in regions) for shards in by_group for regions in shards)
+        self._staging = Staging(device, largest)
+        return [[StagedPages(regions, blocks, self._staging) for regions in shards] for shards in by_group]
 
     def unregister_kv_caches(self) -> None:
         """The engine gives its cache up (sleep mode): nothing of it may be touched from here on."""
         self._finish_loads()
         self._drain()
         self._pages = []
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
 
     # ---------------------------------------------------------------- a step
 
@@ -131,16 +152,17 @@ class WorkerSide:
 
     def _start(self, load: Load, version: bytes) -> _Loading:
         loading = _Loading(load, time.monotonic())
-        layout = self._store.layout(self.layout, version) if self._pages else None
         for run in load.runs:
-            part = None
-            if layout is not None:
-                try:
-                    group = layout.group(run.group)
-                    part = group.start_get_pages(run.hashes, self._pages[run.group], run.numbers)
-                except kvstore.Error as error:
-                    self._store.failed(error)
-            loading.parts.append((run, part))
+            parts: list[kvstore.PagesLoad | StagedLoad | None] = []
+            for at in range(self.layout.parts if self._pages else 0):
+                layout, pages, part = self._store.layout(self.layout.part(at), version), self._pages[run.group][at], None
+                if layout is not None:
+                    try:
+                        part = pages.load(layout.group(run.group), run.hashes, run.numbers, pages.mark())
+                    except kvstore.Error as error:
+                        self._store.failed(error)
+                parts.append(part)
+            loading.runs.append((run, parts))
         return loading
 
     def wait_for_layer(self, layer: str) -> None:
@@ -149,10 +171,11 @@ class WorkerSide:
             return
         group, region = self._last_region.get(layer, (0, -1))
         for loading in self._in_step:
-            for run, part in loading.parts:
-                # It ends by the client's deadlines, whatever happens to the daemon.
-                while part is not None and run.group == group and region >= 0 and not part.wait_region(region, 60.0):
-                    pass
+            for run, parts in loading.runs:
+                for part in parts if run.group == group and region >= 0 else ():
+                    # It ends by the client's deadlines, whatever happens to the daemon.
+                    while part is not None and not part.wait_region(region, 60.0):
+                        pass
 
     def finish_step(self) -> None:
         """The step has been computed: hands over what it saves."""
@@ -161,6 +184,7 @@ class WorkerSide:
             self._brought.add(loading.load.request)
         self._in_step = []
         known = self._plan.failures_known.get(self._rank, 0)
+        mark = self._pages[0][0].mark() if self._plan.saves and self._pages else None
         for save in self._plan.saves:
             # After a load that failed, this step's blocks, and those of steps that were planned before the scheduler
             # knew, may have been computed from garbage.
@@ -168,7 +192,7 @@ class WorkerSide:
                 self._end_save(save, dropped=self._saves_here)
             else:
                 self._thread = self._thread or self._start_thread()
-                self._queue.put((save, self._plan.version))
+                self._queue.put((save, self._plan.version, mark))
         self._plan.saves = []
 
     def transfer_results(self) -> KVConnectorTransferResults:
@@ -206,21 +230,11 @@ class WorkerSide:
     def _end(self, loading: _Loading) -> None:
         """Takes a load's outcome, waiting for it: until it has ended it writes into the cache."""
         missing: list[int] = []
-        for run, part in loading.parts:
-            loaded = 0
-            while part is not None:
-                try:
-                    loaded = part.result(60.0)
-                except kvstore.DeadlineExceeded as error:
-                    if not part.done():
-                        continue
-                    self._store.failed(error)
-                except kvstore.Error as error:
-                    self._store.failed(error)
-                break
+        for run, parts in loading.runs:
+            loaded = min((self._result(part) for part in parts), default=0)
             missing += run.numbers[loaded:]
             self._count("loaded_blocks", loaded)
-            self._count("loaded_bytes", loaded * self._pages[run.group].block_bytes if self._pages else 0)
+            self._count("loaded_bytes", loaded * sum(pages.block_bytes for pages in self._pages[run.group]) if self._pages else 0)
         self._count("load_seconds", time.monotonic() - loading.since)
         if missing:
             self._count("failed_loads", 1)
@@ -231,11 +245,25 @@ class WorkerSide:
             if loading.load.in_step:
                 self._failures += 1
 
+    def _result(self, part: kvstore.PagesLoad | StagedLoad | None) -> int:
+        while part is not None:
+            try:
+                return part.result(60.0)
+            except kvstore.DeadlineExceeded as error:
+                if part.done():
+                    self._store.failed(error)
+                    break
+            except kvstore.Error as error:
+                self._store.failed(error)
+                break
+        return 0
+
     def _finish_loads(self) -> None:
         for loading in self._loading + self._in_step:
-            for _, part in loading.parts:
-                while part is not None and not part.done():
-                    part.wait_region(1 << 30, 60.0)
+            for part in loading.parts():
+                while not part.done():
+                    with contextlib.suppress(kvstore.Error):
+                        part.result(60.0)
 
     # ---------------------------------------------------------------- saves
 
@@ -246,37 +274,45 @@ class WorkerSide:
 
     def _run_saves(self) -> None:
         while (item := self._queue.get()) is not None:
-            save, version = item
+            save, version, mark = item
             try:
-                self._save(save, version)
+                self._save(save, version, mark)
             except Exception:  # Whatever it was, the blocks' places in the cache are given back.
                 logger.exception("kvstore: a save failed")
             self._end_save(save, dropped=False)
 
-    def _save(self, save: Save, version: bytes) -> None:
-        layout = self._store.layout(self.layout, version)
+    def _save(self, save: Save, version: bytes, mark: Any) -> None:
         for run in save.runs:
-            stored = collections.Counter()
-            each = max(SAVE_BYTES // self._pages[run.group].block_bytes, 1)
-            for first in range(0, len(run.hashes), each) if layout is not None else ():
-                last = first + each
-                try:
-                    results = layout.group(run.group).put_pages(
-                        run.hashes[first:last],
-                        self._pages[run.group],
-                        run.numbers[first:last],
-                        parent=run.hashes[first - 1] if first else run.parent,
-                        level=self._options.level,
-                        more_follows=last < len(run.hashes),
-                    )
-                    stored.update(result.status for result in results)
-                except kvstore.Error as error:
-                    self._store.failed(error)
-                    break
-            self._count("saved_blocks", stored["stored"])
-            self._count("present_blocks", stored["present"] + stored["joined"])
-            kept = stored["stored"] + stored["present"] + stored["joined"]
-            self._count("dropped_blocks", len(run.hashes) - kept)
+            # A block counts once all its shards are stored.
+            kept = [collections.Counter() for _ in run.hashes]
+            for at, pages in enumerate(self._pages[run.group]):
+                for block, result in enumerate(self._save_part(run, at, pages, version, mark)):
+                    kept[block][result.status] += 1
+            stored = sum(statuses["stored"] > 0 and _is_whole(statuses, self.layout.parts) for statuses in kept)
+            whole = sum(_is_whole(statuses, self.layout.parts) for statuses in kept)
+            self._count("saved_blocks", stored)
+            self._count("present_blocks", whole - stored)
+            self._count("dropped_blocks", len(kept) - whole)
+
+    def _save_part(self, run: BlockRun, at: int, pages, version: bytes, mark: Any) -> list[kvstore.PutResult]:
+        layout, results = self._store.layout(self.layout.part(at), version), []
+        each = max(SAVE_BYTES // pages.block_bytes, 1)
+        for first in range(0, len(run.hashes), each) if layout is not None else ():
+            last = first + each
+            try:
+                results += pages.save(
+                    layout.group(run.group),
+                    run.hashes[first:last],
+                    run.numbers[first:last],
+                    mark,
+                    parent=run.hashes[first - 1] if first else run.parent,
+                    level=self._options.level,
+                    more_follows=last < len(run.hashes),
+                )
+            except kvstore.Error as error:
+                self._store.failed(error)
+                break
+        return results
 
     def _end_save(self, save: Save, dropped: bool) -> None:
         if dropped:
@@ -297,7 +333,13 @@ class WorkerSide:
         """The worker ends."""
         self._finish_loads()
         self._drain()
+        if self._staging is not None:
+            self._staging.close()
 
     def _count(self, name: str, count: float) -> None:
         with self._lock:
             self._stats.add(name, count)
+
+
+def _is_whole(statuses: collections.Counter, parts: int) -> bool:
+    return statuses["stored"] + statuses["present"] + statuses["joined"] == parts
