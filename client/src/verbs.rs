@@ -147,6 +147,9 @@ impl Client {
 
     /// Which of these blocks can be read, each by itself: holes and all.
     pub async fn contains(&self, group: &GroupRef, hashes: &[Bytes]) -> Result<Vec<bool>, Error> {
+        if hashes.is_empty() {
+            return Ok(Vec::new());
+        }
         // Where all are in memory, the daemon need not be asked.
         if let Some(resident) = self.resident_now(group, hashes)
             && resident? == hashes.len()

@@ -37,6 +37,34 @@ def test_blocks_come_back_as_they_went_in(group):
     assert group.get(hashes(range(12))) == blocks(range(8), size)
 
 
+def test_holes_are_told(group):
+    """A look-up says how far a prefix goes; what is behind a hole is told one by one."""
+    size = group.block_bytes
+    there = [0, 1, 4, 6]
+    for at in there:
+        group.put_from(hashes([at]), blocks([at], size))
+    assert group.lookup(hashes(range(8))) == 2
+    assert group.contains(hashes(range(8))) == [at in there for at in range(8)]
+    assert group.contains(hashes(there)) == [True] * 4
+    assert group.contains([]) == []
+    assert asyncio.run(group.contains_async(hashes([1, 2]))) == [True, False]
+    with pytest.raises(kvstore.Invalid, match="hash"):
+        group.contains([b"x" * 33])
+
+
+def test_blocks_of_kinds_that_vary_have_their_own_length(daemon):
+    kind = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=5000, kind="encoder_output")
+    contents = [bytes([at]) * (at * 1000 + 1) for at in range(5)]
+    for plane in ("local", "grpc"):
+        client = kvstore.Client(daemon.address, plane=plane)
+        group = client.register_layout("varied", dtype="uint8", block_tokens=1, groups=[kind]).group()
+        group.put_from(hashes(range(5)), contents)
+        assert group.get(hashes(range(7))) == contents
+        assert group.get(hashes([6])) == []
+        with pytest.raises(kvstore.Invalid, match="5001"):
+            group.put_from(hashes([9]), [bytes(5001)])
+
+
 def test_every_kind_of_buffer(group):
     size = group.block_bytes
     names, expected = hashes(range(4)), blocks(range(4), size)

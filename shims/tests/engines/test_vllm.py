@@ -356,45 +356,27 @@ def test_staged_and_direct_engines_read_each_other(zygote, model, daemon, oracle
         assert [output.cached for output in outputs] == [896, 672]
 
 
-def test_heads_in_parts_serve_other_tensor_parallel_degrees(zygote, model, daemon):
-    """With tp_shards one rank's blocks are read by two ranks, and theirs by one."""
+def test_tensor_parallel_groups(zygote, model, daemon):
+    """Two ranks share a look-up: a hit is as long as both have it. With tp_shards one rank's blocks are read by two, and theirs by
+    one; without, they are other blocks. Two ranks' sums are rounded otherwise than one's, so each has its own oracle."""
     first, second = [prompt(500)], [prompt(700, seed=2)]
     pair = dict(tensor_parallel_size=2, environment=dict(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1"))
+    shards = dict(extra=dict(tp_shards=4))
+    with zygote.engine(model(), enable_prefix_caching=False, **pair) as engine:
+        of_two = [tokens(engine.generate(prompts)) for prompts in (first, second)]
     with zygote.engine(model(), enable_prefix_caching=False) as engine:
         of_one = tokens(engine.generate(second))
-    with zygote.engine(model(), enable_prefix_caching=False, **pair) as engine:
-        of_two = tokens(engine.generate(first))
-    shards = dict(extra=dict(tp_shards=4))
     store(zygote, model(), daemon.address, first, **shards)
     with zygote.engine(model(), daemon.address, **shards, **pair) as engine:
-        (output,) = engine.generate(first)
-        assert output.cached == 480
-        # Rounded otherwise in what the other degree computed, and still the same tokens.
-        assert [output.tokens] == of_two
-        engine.generate(second, max_tokens=1)
-        for _ in range(200):
-            if engine.call("reset", connector=False):
-                break
+        for prompts, expected, cached in ((first, of_two[0], 480), (second, of_two[1], 0), (second, of_two[1], 672)):
+            (output,) = engine.generate(prompts)
+            assert [output.tokens] == expected and output.cached == cached
+            assert engine.call("reset", connector=False)
     with zygote.engine(model(), daemon.address, **shards) as engine:
         (output,) = engine.generate(second)
         assert output.cached == 672 and [output.tokens] == of_one
+    with zygote.engine(model(), daemon.address) as engine:
+        assert engine.generate(second)[0].cached == 0, "in one piece they are other blocks"
     with zygote.engine(model(), daemon.address, extra=dict(tp_shards=3)) as engine:
         with pytest.raises(RuntimeError, match="tp_shards: a cache of .* cannot be split into 3 parts"):
             engine.call("build")
-
-
-def test_a_tensor_parallel_group_shares_a_look_up(zygote, model, daemon):
-    """Two ranks, each with its half of the heads: a hit is as long as both have it. Their sums are rounded otherwise than one
-    rank's: the oracle is such a group without the store."""
-    prompts = [prompt(500), prompt(333, seed=2)]
-    group = dict(tensor_parallel_size=2, environment=dict(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1"))
-    with zygote.engine(model(), **group) as engine:
-        expected = tokens(engine.generate(prompts))
-    for cached in ([0, 0], [480, 320]):
-        with zygote.engine(model(), daemon.address, **group) as engine:
-            outputs = engine.generate(prompts)
-            assert tokens(outputs) == expected
-            assert [output.cached for output in outputs] == cached
-            assert engine.call("reset", connector=False)
-    with zygote.engine(model(), daemon.address) as engine:
-        assert engine.generate(prompts)[0].cached == 0, "one rank has other blocks than two"
