@@ -1,6 +1,8 @@
 """Fingerprints of weights: what differs, differs; what is the same, is the same wherever it lies."""
 
+import concurrent.futures
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -92,6 +94,30 @@ def test_files_are_hashed_in_pieces_and_once(model, tmp_path, monkeypatch):
     assert fingerprint(model) != one
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert fingerprint(model) != one, "without a place to keep it"
+
+
+def test_ranks_that_start_together_hash_once(model, monkeypatch):
+    monkeypatch.setattr(weights, "_SETTLED_SECONDS", -1)
+    monkeypatch.setattr(weights, "_PIECE", 1000)
+    hashed = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *call: hashed.append(call) or pread(*call))
+    with concurrent.futures.ThreadPoolExecutor(4) as ranks:
+        assert len(set(ranks.map(lambda _: fingerprint(model), range(4)))) == 1
+    assert len(hashed) == -(-(model / "model.safetensors").stat().st_size // 1000)
+
+
+def test_engines_that_tell_a_path_alone(model, caplog):
+    logger = logging.getLogger("test weights")
+    one = weights.name(str(model), "", logger)
+    assert one == weights.name(str(model), "", logger) and not caplog.records
+    assert len({one, weights.name(str(model), "2", logger), weights.name(str(model), "", logger, revision="b")}) == 3
+    (model / "more.bin").write_bytes(b"more")
+    assert weights.name(str(model), "", logger) != one
+    # Without its files, the name is all there is: that is said, unless a version says more.
+    assert weights.name("an/unknown-repository", "", logger) != weights.name("another/unknown-repository", "", logger)
+    assert len(caplog.records) == 2 and "weights_version" in caplog.text
+    assert weights.name("an/unknown-repository", "2", logger) and len(caplog.records) == 2
 
 
 def test_the_hub_names_files_by_their_content(model, tmp_path):

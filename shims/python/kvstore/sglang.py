@@ -175,6 +175,8 @@ class KvStoreHiCache(HiCacheStorage):
         # After clear(): what was stored before is not found any more.
         self._cleared = b""
         self._pools: dict[str, _Pool] = {}
+        # The pool of keys and values has no memory of its own: the other pools have it all.
+        self._is_anchor_alone = False
         self._flat: dict[int, BlockLayout] = {}
         self._lock = threading.Lock()
         self._measured: dict[str, list] = {field: [] for field in ("loads", "saves", "load_speeds", "save_speeds")}
@@ -185,7 +187,8 @@ class KvStoreHiCache(HiCacheStorage):
         """The pool of keys and values. One without memory of its own anchors the others."""
         super().register_mem_pool_host(mem_pool_host)
         self._pools.pop(PoolName.KV, None)
-        if self._zero_copy and mem_pool_host.kv_buffer is not None:
+        self._is_anchor_alone = mem_pool_host.kv_buffer is None
+        if self._zero_copy and not self._is_anchor_alone:
             self._add_pool(PoolName.KV, mem_pool_host)
 
     def register_mem_host_pool_v2(self, host_pool, host_pool_name) -> None:
@@ -225,7 +228,7 @@ class KvStoreHiCache(HiCacheStorage):
 
     def batch_exists(self, keys, extra_info=None) -> int:
         """How many leading pages are stored."""
-        if self._zero_copy and PoolName.KV not in self._pools:
+        if self._is_anchor_alone:
             return len(keys)
         hits = len(keys)
         for layout in self._kv_layouts():
@@ -245,15 +248,19 @@ class KvStoreHiCache(HiCacheStorage):
 
     def _kv_layouts(self) -> list[BlockLayout]:
         if self._zero_copy:
-            return [part.layout for part in self._pools[PoolName.KV].parts]
+            return [part.layout for part in self._pool(PoolName.KV).parts]
         with self._lock:
             return list(self._flat.values()) or [self._flat_layout(self._flat_bytes())]
 
+    def _pool(self, name: str) -> _Pool:
+        if name not in self._pools:
+            raise ValueError(f"kvstore: pool {name} is not registered, or has no memory of its own")
+        return self._pools[name]
+
     def _get(self, name: str, keys, host_indices) -> list[bool]:
-        pool = self._pools.get(name)
-        if pool is None:
-            # A pool without memory of its own.
+        if name == PoolName.KV and self._is_anchor_alone:
             return [True] * len(keys)
+        pool = self._pool(name)
         numbers, hashes, began = pool.numbers(host_indices, len(keys)), _hashes(keys), time.monotonic()
         read = len(keys)
         for part in pool.parts:
@@ -262,9 +269,9 @@ class KvStoreHiCache(HiCacheStorage):
         return [True] * read + [False] * (len(keys) - read)
 
     def _set(self, name: str, keys, host_indices, extra_info) -> list[bool]:
-        pool = self._pools.get(name)
-        if pool is None:
+        if name == PoolName.KV and self._is_anchor_alone:
             return [True] * len(keys)
+        pool = self._pool(name)
         numbers, hashes, began = pool.numbers(host_indices, len(keys)), _hashes(keys), time.monotonic()
         before = (extra_info.prefix_keys if extra_info else None) or []
         parent = _hashes(before[-1:])[0] if before else None
@@ -317,9 +324,7 @@ class KvStoreHiCache(HiCacheStorage):
         }
 
     def _contains(self, name: str, keys) -> list[bool]:
-        pool = self._pools.get(name)
-        if pool is None:
-            raise ValueError(f"kvstore: pool {name} is not registered")
+        pool = self._pool(name)
         present = [True] * len(keys)
         for part in pool.parts:
             there = self._call(part.layout, [], lambda group: group.contains(_hashes(keys))) if keys else []

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -119,23 +120,43 @@ def _content(file: pathlib.Path) -> bytes:
     status = real.stat()
     identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     kept = _cache_folder() / hashlib.sha256(repr(identity).encode()).hexdigest()
-    settled = time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED_SECONDS
-    with contextlib.suppress(OSError):
-        if settled and len(digest := kept.read_bytes()) == 32:
-            return digest
-    with open(real, "rb", buffering=0) as opened:
-        offsets = range(0, max(status.st_size, 1), _PIECE)
-        with concurrent.futures.ThreadPoolExecutor(_threads()) as threads:
-            pieces = list(threads.map(lambda at: _sha256(os.pread(opened.fileno(), _PIECE, at)), offsets))
-    digest = _sha256(b"%d " % status.st_size + b"".join(pieces))
-    if settled:
-        # Without a place to keep it, it is hashed again.
+    if time.time() - max(status.st_mtime, status.st_ctime) <= _SETTLED_SECONDS:
+        return _hash_file(real, status.st_size)
+    # A file's ranks start together: one of them hashes it, the others wait for that.
+    with _alone(kept):
         with contextlib.suppress(OSError):
-            kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as written:
-                written.write(digest)
+            if len(digest := kept.read_bytes()) == 32:
+                return digest
+        digest = _hash_file(real, status.st_size)
+        # Without a place to keep it, it is hashed again.
+        with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as written:
+            written.write(digest)
+            written.flush()
             os.replace(written.name, kept)
     return digest
+
+
+def _hash_file(file: pathlib.Path, size: int) -> bytes:
+    with open(file, "rb", buffering=0) as opened:
+        offsets = range(0, max(size, 1), _PIECE)
+        with concurrent.futures.ThreadPoolExecutor(_threads()) as threads:
+            pieces = list(threads.map(lambda at: _sha256(os.pread(opened.fileno(), _PIECE, at)), offsets))
+    return _sha256(b"%d " % size + b"".join(pieces))
+
+
+@contextlib.contextmanager
+def _alone(kept: pathlib.Path):
+    """One process at a time, among those that look for this digest; where there is no place for a lock, all at once."""
+    lock = None
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = open(kept.parent / f"{kept.name}.lock", "w")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def _cache_folder() -> pathlib.Path:

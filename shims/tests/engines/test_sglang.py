@@ -331,7 +331,11 @@ def test_settings_that_are_wrong_are_named(daemon, settings, problem):
         make(daemon, mha(), **settings)
 
 
-def test_indices_that_are_not_pages_are_refused(daemon):
+def test_what_is_not_a_pool_or_no_pages_is_refused(daemon):
     backend = make(daemon, mha())
+    transfer = PoolTransfer(PoolName.SWA, host_indices=slots([0]), keys=names(1))
+    for call in (backend.batch_get_v2, backend.batch_set_v2, lambda transfers: backend.batch_exists_v2(names(1), transfers)):
+        with pytest.raises(ValueError, match="pool swa is not registered"):
+            call([transfer])
     with pytest.raises(ValueError, match="15 slots for 2 pages of 8"):
         backend.batch_set_v1(names(2), slots([0, 1])[:15])

@@ -356,12 +356,14 @@ def test_staged_and_direct_engines_read_each_other(zygote, model, daemon, oracle
         assert [output.cached for output in outputs] == [896, 672]
 
 
-def test_tensor_parallel_groups(zygote, model, daemon):
+def test_tensor_parallel_groups(zygote, model, disk_daemon):
     """Two ranks share a look-up: a hit is as long as both have it. With tp_shards one rank's blocks are read by two, and theirs by
-    one; without, they are other blocks. Two ranks' sums are rounded otherwise than one's, so each has its own oracle."""
+    one; without, they are other blocks. Two ranks' sums are rounded otherwise than one's, so each has its own oracle. A daemon
+    that restarts is told of all shards by the look-up: it finds nothing in shards that it does not know."""
+    daemon = disk_daemon
     first, second = [prompt(500)], [prompt(700, seed=2)]
     pair = dict(tensor_parallel_size=2, environment=dict(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1"))
-    shards = dict(extra=dict(tp_shards=4))
+    shards = dict(extra=dict(tp_shards=4, level="local"))
     with zygote.engine(model(), enable_prefix_caching=False, **pair) as engine:
         of_two = [tokens(engine.generate(prompts)) for prompts in (first, second)]
     with zygote.engine(model(), enable_prefix_caching=False) as engine:
@@ -372,6 +374,11 @@ def test_tensor_parallel_groups(zygote, model, daemon):
             (output,) = engine.generate(prompts)
             assert [output.tokens] == expected and output.cached == cached
             assert engine.call("reset", connector=False)
+        daemon.kill()
+        daemon.start()
+        time.sleep(1.1)
+        (output,) = engine.generate(second)
+        assert [output.tokens] == of_two[1] and output.cached == 672
     with zygote.engine(model(), daemon.address, **shards) as engine:
         (output,) = engine.generate(second)
         assert output.cached == 672 and [output.tokens] == of_one

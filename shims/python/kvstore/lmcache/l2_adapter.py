@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import logging
 import threading
+import time
 from collections import defaultdict, deque
 
 from lmcache.lmcache_native import Bitmap
@@ -28,6 +29,8 @@ logger = logging.getLogger("lmcache.kvstore")
 
 # What a look-up found stays at least so long, until it is unlocked: the longest that a ticket can.
 HOLD_SECONDS = 30.0
+# Keys with locks, from which on those are forgotten that have ended.
+TICKETS_KEPT_MAX = 65_536
 # Copies side by side: two fill the memory of a small machine; look-ups have a thread of their own and wait for none.
 STORES, LOADS = 2, 2
 
@@ -36,6 +39,7 @@ STORES, LOADS = 2, 2
 class _Ticket:
     ticket: bytes
     locked: int
+    until: float
 
 
 class _Tasks:
@@ -183,16 +187,25 @@ class KvStoreL2Adapter(L2AdapterInterface):
 
     def _find_chunks(self, keys, described: dict[int, int]) -> Bitmap:
         found = Bitmap(len(keys))
+        self._forget_ended()
         for length, places in self._candidates(keys, described):
             for of, there in self._by_layout(keys, [length] * len(keys), places).items():
                 hashes = [_hash(keys[at]) for at in there]
                 for first, count, ticket in Chunks(self._store, of).hold(hashes, HOLD_SECONDS):
-                    held = _Ticket(ticket, count)
+                    held = _Ticket(ticket, count, time.monotonic() + HOLD_SECONDS)
                     with self._lock:
                         for at in there[first : first + count]:
                             found.set(at)
                             self._tickets[keys[at]].append(held)
         return found
+
+    def _forget_ended(self) -> None:
+        """Lets go of what nobody unlocked, should there be much of it."""
+        with self._lock:
+            if len(self._tickets) > TICKETS_KEPT_MAX:
+                now = time.monotonic()
+                held = {key: deque(one for one in tickets if one.until > now) for key, tickets in self._tickets.items()}
+                self._tickets = defaultdict(deque, {key: tickets for key, tickets in held.items() if tickets})
 
     def _candidates(self, keys, described: dict[int, int]) -> list[tuple[int, list[int]]]:
         """Lengths, each with the keys whose chunks may have it."""

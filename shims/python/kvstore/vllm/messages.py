@@ -26,7 +26,11 @@ class RankLayout(BlockLayout, KVConnectorHandshakeMetadata):
 
     def part(self, number: int) -> RankLayout:
         """The layout of one of its shards."""
-        return self if number == 0 else replace(self, shard=(self.shard[0] + number, self.shard[1]))
+        return self.of_shard(self.shard[0] + number)
+
+    def of_shard(self, number: int) -> RankLayout:
+        """The layout of a shard, whichever rank has it."""
+        return self if number == self.shard[0] else replace(self, shard=(number, self.shard[1]))
 
 
 @dataclass
