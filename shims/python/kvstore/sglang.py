@@ -170,8 +170,9 @@ class KvStoreHiCache(HiCacheStorage):
         self._config = storage_config
         self._zero_copy = bool((storage_config.extra_config or {}).get("interface_v1", 0))
         self._store = Store(self._options.address, self._options.plane, self._options.deadline, logger)
-        model, revision = (model, None) if model else _served_model(storage_config)
-        self._weights = weights.name(model, self._options.weights_version, logger, revision=revision)
+        served, revision, changes = _served_model(storage_config)
+        digest = weights.name(model or served, self._options.weights_version, logger, revision=revision)
+        self._weights = hashlib.sha256(digest + changes).digest()
         # After clear(): what was stored before is not found any more.
         self._cleared = b""
         self._pools: dict[str, _Pool] = {}
@@ -414,14 +415,15 @@ class KvStoreHiCache(HiCacheStorage):
             return otherwise
 
 
-def _served_model(config: HiCacheStorageConfig) -> tuple[str, str | None]:
-    """The path and revision of the model that SGLang loaded."""
+def _served_model(config: HiCacheStorageConfig) -> tuple[str, str | None, bytes]:
+    """The path and revision of the model that SGLang loaded, and what its arguments change of it."""
     with contextlib.suppress(Exception):
         from sglang.srt.runtime_context import get_server_args
 
         args = get_server_args()
-        return args.model_path, getattr(args, "revision", None)
-    return config.model_name or "model", None
+        changes = [(name, getattr(args, name, None)) for name in ("json_model_override_args", "quantization", "load_format")]
+        return args.model_path, getattr(args, "revision", None), repr(changes).encode()
+    return config.model_name or "model", None, b""
 
 
 def _hashes(keys) -> list[bytes]:

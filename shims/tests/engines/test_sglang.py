@@ -318,6 +318,19 @@ def test_cleared_and_renamed_pages_are_not_found(daemon, monkeypatch):
     assert backend.batch_exists(names(2)) == 0
 
 
+def test_what_the_server_changes_of_a_model_is_in_the_name(daemon, monkeypatch):
+    from sglang.srt import runtime_context
+
+    found = []
+    for override in ("{}", '{"rope_theta": 20000.0}', "{}"):
+        args = type("Args", (), {"model_path": "tiny", "revision": None, "json_model_override_args": override})
+        monkeypatch.setattr(runtime_context, "get_server_args", lambda args=args: args)
+        backend = make(daemon, mha())
+        found.append(backend.batch_exists(names(1)))
+        backend.batch_set_v1(names(1), slots([0]))
+    assert found == [0, 0, 1]
+
+
 @pytest.mark.parametrize(
     "settings, problem",
     [

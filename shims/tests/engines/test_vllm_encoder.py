@@ -88,6 +88,26 @@ def test_without_the_daemon_pictures_are_encoded(zygote, model, daemon, answer):
         assert encoded(engine) == 3
 
 
+def test_pictures_that_are_named_by_their_request_are_not_shared(zygote, model, daemon):
+    """Where neither of vLLM's own caches needs a picture's hash it makes none: the first picture of every process had one name, and
+    another picture's keys and values were read under it."""
+    nameless = dict(max_model_len=1024, enable_prefix_caching=False, mm_processor_cache_gb=0)
+    question = lambda picture: dict(prompts=[[5, PICTURE, *range(20, 60)]], pictures=[[picture]])
+    with zygote.engine(model("llava"), **nameless) as engine:
+        expected = [output.tokens for output in engine.generate(**question(2))]
+    with zygote.engine(model("llava"), daemon.address, **nameless) as engine:
+        engine.generate(**question(1))
+        # Text alone is stored as ever.
+        engine.generate([list(range(100, 200))])
+        engine.until_saved(3)
+    with zygote.engine(model("llava"), daemon.address, **nameless) as engine:
+        (output,) = engine.generate(**question(2))
+        assert [output.tokens] == expected and output.cached == 0
+    with zygote.engine(model("llava"), encoder=encoder("ec_both", daemon), **nameless) as engine:
+        with pytest.raises(RuntimeError, match="names pictures by their request"):
+            engine.call("build")
+
+
 def test_settings_that_are_wrong_are_named(zygote, model, daemon):
     with zygote.engine(model("llava"), max_model_len=1024, encoder=encoder("ec_both", daemon, speed=1)) as engine:
         with pytest.raises(RuntimeError, match="ec_connector_extra_config: speed: not known; valid are address, deadline"):

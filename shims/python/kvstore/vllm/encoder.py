@@ -32,7 +32,7 @@ from vllm.distributed.ec_transfer.ec_connector.utils import PlaceholderMetadataR
 import kvstore
 from kvstore.store import BlockLayout, Store
 
-from .layout import short_name, weights_digest
+from .layout import has_names_of_items, short_name, weights_digest
 from .options import EncoderOptions
 from .stats import EncoderPromMetrics, EncoderStats
 
@@ -378,6 +378,11 @@ class KvStoreEncoderConnector(ECConnectorBase):
         super().__init__(vllm_config, role)
         transfer = vllm_config.ec_transfer_config
         options = EncoderOptions.of(transfer.ec_connector_extra_config or {}, "ec_connector_extra_config")
+        if not has_names_of_items(vllm_config):
+            raise ValueError(
+                "kvstore: without prefix caching and with mm_processor_cache_gb=0, vLLM names pictures by their request and not by their "
+                "content: leave one of the two on"
+            )
         self._scheduler: EncoderSchedulerSide | None = None
         self._worker: EncoderWorkerSide | None = None
         if role == ECConnectorRole.SCHEDULER:

@@ -22,7 +22,17 @@ from kvstore import weights
 from .messages import RankLayout
 from .options import Options
 
-__all__ = ["Group", "describe", "groups_of", "regions_of", "shards_of", "short_name", "split", "weights_digest"]
+__all__ = [
+    "Group",
+    "describe",
+    "groups_of",
+    "has_names_of_items",
+    "regions_of",
+    "shards_of",
+    "short_name",
+    "split",
+    "weights_digest",
+]
 
 logger = logging.getLogger("vllm.kvstore")
 
@@ -158,6 +168,13 @@ def describe(vllm_config, kv_cache_config, options: Options, block_bytes: list[i
     )
 
 
+def has_names_of_items(vllm_config) -> bool:
+    """Whether pictures, clips and sounds are named by their content. vLLM saves itself the hashes where neither of its own caches
+    needs them, and names an item by its request: another process has other items under the same names."""
+    multimodal = getattr(vllm_config.model_config, "multimodal_config", None)
+    return multimodal is None or multimodal.mm_processor_cache_gb > 0 or bool(vllm_config.cache_config.enable_prefix_caching)
+
+
 def short_name(model) -> str:
     """What the store calls a model, for people: its layout's digest tells models apart."""
     name = model.served_model_name if isinstance(model.served_model_name, str) else model.model
@@ -170,7 +187,9 @@ def weights_digest(vllm_config, options) -> bytes:
     digest = hashlib.blake2b(digest_size=32, person=b"vllm weights")
     load_format = str(getattr(load.load_format, "value", load.load_format))
     digest.update(repr((options.weights_version, model.quantization, load_format == "dummy")).encode())
-    digest.update(repr(sorted((model.hf_overrides or {}).items()) if isinstance(model.hf_overrides, dict) else "").encode())
+    overrides = model.hf_overrides or {}
+    # What a function makes of the configuration shows in the outcome alone.
+    digest.update((repr(sorted(overrides.items())) if isinstance(overrides, dict) else model.hf_config.to_json_string()).encode())
     folder = None
     if load_format == "dummy":
         digest.update(repr((model.model, model.hf_config.to_json_string(), model.seed)).encode())

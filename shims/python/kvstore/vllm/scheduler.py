@@ -19,7 +19,7 @@ import kvstore
 from kvstore import weights
 from kvstore.store import Store
 
-from .layout import groups_of
+from .layout import groups_of, has_names_of_items
 from .messages import BlockRun, Load, RankLayout, Save, StepPlan, WorkerReport
 from .options import Options
 
@@ -74,6 +74,7 @@ class SchedulerSide:
         transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
         self._options = options
         self._groups, self._refused = groups_of(kv_cache_config)
+        self._has_names_of_items = has_names_of_items(vllm_config)
         self._store = Store(options.address, options.plane, options.lookup_deadline, logger)
         self._layouts: list[RankLayout] = []
         self._ranks = parallel.world_size
@@ -123,7 +124,9 @@ class SchedulerSide:
     # ---------------------------------------------------------------- names
 
     def _known(self, request) -> int:
-        """Whole blocks of a request whose tokens are known."""
+        """Whole blocks of a request whose tokens are known, and whose names say all that they depend on."""
+        if request.mm_features and not self._has_names_of_items:
+            return 0
         known = getattr(request, "num_publishable_block_hashes", None)
         hashes = len(request.block_hashes)
         return (hashes if known is None else min(known, hashes)) // (self._block_tokens // self._hash_tokens)
