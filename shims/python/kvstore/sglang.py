@@ -15,6 +15,7 @@ import threading
 import time
 from dataclasses import dataclass, fields
 
+import sglang
 import torch
 from sglang.srt.mem_cache.hicache_storage import (
     HiCacheStorage,
@@ -124,7 +125,7 @@ def _describe(
     is_state = name == PoolName.MAMBA
     tokens = 1 if is_state or size % pool.page_size else pool.page_size
     told = [
-        "sglang page 1",
+        f"sglang page 1 {sglang.__version__}",
         f"pool {name} {type(pool).__name__} {pool.layout} {pool.dtype} page {pool.page_size}",
         f"pieces {sizes}",
         *(f"{key} {getattr(pool, key, None)}" for key in ("layer_num", "start_layer", "end_layer", "head_dim", "v_head_dim")),

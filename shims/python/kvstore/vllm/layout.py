@@ -131,8 +131,9 @@ def describe(vllm_config, kv_cache_config, options: Options, block_bytes: list[i
     device = next(iter(caches)).device.type
     told = [
         "vllm block 2",
-        # The CPU backend orders a block's inside as its kernels of this version and machine like it.
-        f"{device} {platform.machine()} {_isa()} {vllm.__version__}" if device == "cpu" else device,
+        f"{device} {vllm.__version__} {_backends(vllm_config, groups)}",
+        # The CPU backend orders a block's inside as its kernels of this machine like it.
+        *([f"{platform.machine()} {_isa()}"] if device == "cpu" else []),
         f"layout {getattr(kv_cache_config, 'kv_cache_layout', None)}",
         f"cache {cache.cache_dtype}",
         f"pp {_pipeline_rank()}/{parallel.pipeline_parallel_size}",
@@ -190,6 +191,10 @@ def weights_digest(vllm_config, options) -> bytes:
     overrides = model.hf_overrides or {}
     # What a function makes of the configuration shows in the outcome alone.
     digest.update((repr(sorted(overrides.items())) if isinstance(overrides, dict) else model.hf_config.to_json_string()).encode())
+    # A draft model's layers are in the same blocks.
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    if draft is not None and draft.model != model.model:
+        digest.update(weights.name(draft.model, options.weights_version, logger, revision=draft.revision))
     folder = None
     if load_format == "dummy":
         digest.update(repr((model.model, model.hf_config.to_json_string(), model.seed)).encode())
@@ -215,6 +220,13 @@ def _order(cache: torch.Tensor) -> tuple[int, ...]:
     """The dimensions of a block, the slowest in memory first. Strides themselves can depend on how many blocks there are; where
     a dimension of one lies does not matter."""
     return tuple(sorted((at for at in range(1, cache.dim()) if cache.shape[at] > 1), key=lambda at: -cache.stride(at)))
+
+
+def _backends(vllm_config, groups: list[Group]) -> list[str]:
+    """The attention backends of the groups' layers: each orders a block's inside as it likes."""
+    layers = vllm_config.compilation_config.static_forward_context
+    backends = (getattr(layers.get(layer), "attn_backend", None) for group in groups for layer in group.layers)
+    return sorted({backend.get_name() for backend in backends if backend is not None})
 
 
 def _isa() -> str:
