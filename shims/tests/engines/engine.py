@@ -271,6 +271,19 @@ def generate(llm, request: dict) -> list:
     return [(list(output.outputs[0].token_ids), output.num_cached_tokens or 0, output.kv_transfer_params) for output in outputs]
 
 
+def give_up(llm, request: dict) -> None:
+    """Takes prompts, makes some steps, and gives the prompts up."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    names = [f"given up {at}" for at in range(len(request["prompts"]))]
+    for name, prompt in zip(names, request["prompts"]):
+        engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=64, detokenize=False))
+    for _ in range(request["steps"]):
+        engine.step()
+    engine.abort_request(names)
+
+
 def step_once(llm) -> None:
     """One more step of the engine's loop, where nobody else makes them: it reports what was done since the last."""
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
@@ -317,6 +330,11 @@ def run(llm, request: dict, counts: dict):
             begun = time.perf_counter()
             outputs = generate(llm, request)
             return time.perf_counter() - begun, outputs[0][1]
+        case "give_up":
+            return give_up(llm, request)
+        case "free_blocks":
+            step_once(llm)
+            return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
         case "metric":
             return sum(metric.value for metric in llm.get_metrics() if metric.name == request["name"])
         case "reset":

@@ -221,6 +221,26 @@ def test_sixteen_requests_at_once_shared_and_not(zygote, model, daemon, oracle):
         assert sum(output.cached for output in outputs) > 2000
 
 
+@pytest.mark.parametrize("settings", [dict(layerwise=True), dict(layerwise=False), dict(staged=True, layerwise=False)])
+def test_requests_that_are_given_up(zygote, model, daemon, oracle, settings):
+    """While they load, while they save, before anything: what they held in the engine comes back, and others are not touched."""
+    prompts = [prompt(1500, seed=seed) for seed in range(4)]
+    others = [prompt(700, seed=9), prompts[1]]
+    store(zygote, model(), daemon.address, prompts[:2])
+    with zygote.engine(model(), daemon.address, extra=settings) as engine:
+        assert tokens(engine.generate(others[:1])) == oracle(others[:1])
+        engine.until_saved(whole_blocks(others[:1]))
+        free = engine.call("free_blocks")
+        for steps in (0, 1, 2, 5):
+            engine.call("give_up", prompts=prompts, steps=steps)
+            assert tokens(engine.generate(others)) == oracle(others)
+        for _ in range(200):
+            if engine.call("free_blocks") == free:
+                break
+            time.sleep(0.02)
+        assert engine.call("free_blocks") == free
+
+
 def test_preemption_under_a_tiny_cache(zygote, model, daemon, oracle):
     prompts = [prompt(200 + seed, seed) for seed in range(6)]
     for _ in range(2):
