@@ -55,8 +55,15 @@ def store(zygote, model, address: str, prompts, **more) -> None:
         engine.until_saved(whole_blocks(prompts))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-@pytest.mark.parametrize("settings", [dict(layerwise=True), dict(layerwise=False), dict(staged=True), dict(tp_shards=4)])
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("llama", dict(layerwise=True)),
+        ("llama", dict(tp_shards=4)),
+        ("qwen2", dict(layerwise=True)),
+        ("qwen2", dict(layerwise=False)),
+    ],
+)
 def test_a_fresh_process_loads_what_another_stored(zygote, model, daemon, oracle, kind, settings):
     prompts = [prompt(500), prompt(333, seed=2)]
     store(zygote, model(kind), daemon.address, prompts, extra=settings)
@@ -221,7 +228,7 @@ def test_sixteen_requests_at_once_shared_and_not(zygote, model, daemon, oracle):
         assert sum(output.cached for output in outputs) > 2000
 
 
-@pytest.mark.parametrize("settings", [dict(layerwise=True), dict(layerwise=False), dict(staged=True, layerwise=False)])
+@pytest.mark.parametrize("settings", [dict(layerwise=True), dict(staged=True, layerwise=False)])
 def test_requests_that_are_given_up(zygote, model, daemon, oracle, settings):
     """While they load, while they save, before anything: what they held in the engine comes back, and others are not touched."""
     prompts = [prompt(1500, seed=seed) for seed in range(4)]
