@@ -81,7 +81,8 @@ impl Got {
     }
 }
 
-fn now() -> BootTime {
+/// The time that tiers are told.
+pub fn now() -> BootTime {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     BootTime(time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000)
 }

@@ -3,13 +3,15 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kvstore::replay;
 use kvstore_client::v1::{Level, LookupRequest, PrefetchState, PutStatus};
 use kvstore_client::{Client, Error, GetOptions, GetOutcome, GroupRef, PutOptions};
-use kvstore_tests::tier::{Got, TierOptions, Tiers};
+use kvstore_tests::tier::{self, Got, TierOptions, Tiers};
 use kvstore_tests::{TestDaemon, chain, disk_use, hashes};
+use kvstore_tiers::host::Leasing;
 use kvstore_tiers::nvme::{NvmeEngine, OpenError};
 
 const BLOCK: u32 = 100_000;
@@ -361,7 +363,7 @@ fn blocks_deleted_on_their_way_do_not_arrive() {
     let disk = tempfile::tempdir().unwrap();
     let options = TierOptions { host_bytes: 64 << 20, ..TierOptions::default() };
     let tiers = Tiers::open(disk.path(), &options).unwrap();
-    let all: Vec<_> = (0..120).map(kvstore_tests::tier::hash).collect();
+    let all: Vec<_> = (0..120).map(tier::hash).collect();
     let mut caught = 0;
     for round in 0..5 {
         (0..120).for_each(|id| assert!(tiers.put(id, false)));
@@ -463,4 +465,36 @@ async fn two_disks_share_the_blocks_and_one_can_be_lost() {
     let (client, group) = third.group(BLOCK).await;
     let there = lookup(&client, &group, 0..60).await.1.iter().filter(|tiers| **tiers == 4).count() as u64;
     assert_eq!(there, blocks[1]);
+}
+
+/// Memory above its high watermark, of which every block is being read, and with a slot to spare: the daemon looked for something
+/// to evict for ever, with everybody else waiting for its lock, since it took the free slot for one that it had made.
+#[test]
+fn memory_that_is_read_everywhere_does_not_stop_the_daemon() {
+    let folder = tempfile::tempdir().unwrap();
+    let tiers = Tiers::open(folder.path(), &TierOptions::default()).unwrap();
+    let blocks =
+        (0..).take_while(|id| tiers.host.status().counts.evicted == 0 && tiers.put_in_memory(*id)).count() as u64;
+    let names: Vec<_> = (0..blocks).map(tier::hash).collect();
+    tiers.host.delete(&tiers.layout, 0, &names[names.len() - 1..]);
+    let leased = tiers.host.lease_run(&tiers.layout, 0, &names, tier::now());
+    assert!(leased.iter().filter(|leasing| matches!(leasing, Leasing::Leased(_))).count() as u64 + 2 >= blocks);
+    let (done, ended) = std::sync::mpsc::channel();
+    let host = Arc::clone(&tiers.host);
+    std::thread::spawn(move || {
+        for _ in 0..3 {
+            host.tick(tier::now());
+        }
+        let _ = done.send(());
+    });
+    ended.recv_timeout(Duration::from_secs(20)).expect("tick() goes on for ever");
+    drop(leased);
+    tiers.host.tick(tier::now());
+    let status = tiers.host.status();
+    let slots: u64 = status.pools.iter().map(|pool| pool.slots).sum();
+    assert!(
+        status.blocks <= slots * 98 / 100,
+        "{} blocks in {slots} slots: evicted once nobody reads them",
+        status.blocks
+    );
 }

@@ -217,7 +217,15 @@ impl State {
                     continue;
                 }
                 let goal = part(limits.low_watermark_percent) as usize;
-                while namespace.residency.pool_occupancy(pool).2 > goal && namespace.evict(pool) {}
+                // As long as it gets emptier: what is left may all be held, with slots to spare.
+                let mut used = used;
+                while used > goal {
+                    namespace.evict(pool);
+                    let before = std::mem::replace(&mut used, namespace.residency.pool_occupancy(pool).2);
+                    if used >= before {
+                        break;
+                    }
+                }
             }
         }
     }
