@@ -164,7 +164,7 @@ async fn a_tensor_parallel_group_reads_as_far_as_its_slowest_shard() {
     };
     let bytes = first.block_bytes[0] as u32;
     client.put(&first.group(0), chain(0..8, bytes)).await.unwrap();
-    assert_eq!(client.lookup(request.clone()).await.unwrap().readable_blocks, 0, "shard 1 is not even registered");
+    assert_eq!(client.lookup(request.clone()).await.unwrap().readable_blocks, 0, "shard 1 has nothing");
     let second = client.register_layout(sharded_layout(1, 2)).await.unwrap();
     client.put(&second.group(0), chain(0..5, bytes)).await.unwrap();
     assert_eq!(client.lookup(request.clone()).await.unwrap().readable_blocks, 5);

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use kvstore::replay;
 use kvstore_client::v1::{Level, LookupRequest, PrefetchState, PutStatus};
-use kvstore_client::{Client, Error, GetOptions, GetOutcome, GroupRef, PutOptions};
+use kvstore_client::{Client, Error, GetOptions, GetOutcome, GroupRef, PutOptions, RegisteredLayout};
 use kvstore_tests::tier::{self, Got, TierOptions, Tiers};
-use kvstore_tests::{TestDaemon, chain, disk_use, hashes};
+use kvstore_tests::{TestDaemon, chain, disk_use, hashes, sharded_layout};
 use kvstore_tiers::host::Leasing;
 use kvstore_tiers::nvme::{NvmeEngine, OpenError};
 
@@ -61,6 +61,35 @@ async fn blocks_outlive_the_daemon() {
     assert!(again.iter().all(|result| result.status() == PutStatus::Present || result.status() == PutStatus::Stored));
     let status = client.status().await.unwrap().nvme.unwrap();
     assert_eq!((status.volumes[0].blocks, status.volumes[0].admitted_blocks), (50, 0), "nothing is written twice");
+    second.running.shut_down().await;
+}
+
+/// After a restart the scheduler asked before every rank had come back to register its shard: a shard that the daemon had not
+/// heard of counted as empty, and a group found nothing of what lay on disk.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tensor_parallel_group_outlives_the_daemon_though_one_rank_asks() {
+    let disk = tempfile::tempdir().unwrap();
+    let options = || PutOptions { level: Level::Local, ..PutOptions::default() };
+    let request = |layout: &RegisteredLayout| LookupRequest {
+        layout_digest: layout.digest.clone(),
+        sequence_hashes: hashes(0..8),
+        all_shards: true,
+        ..LookupRequest::default()
+    };
+    let first = daemon(disk.path(), &[]).await;
+    let client = first.client().await;
+    for (shard, blocks) in [(0, 8), (1, 5)] {
+        let layout = client.register_layout(sharded_layout(shard, 2)).await.unwrap();
+        let bytes = layout.block_bytes[0] as u32;
+        client.put_with(&layout.group(0), chain(0..blocks, bytes), options()).await.unwrap();
+        assert_eq!(client.lookup(request(&layout)).await.unwrap().readable_blocks, if shard == 0 { 0 } else { 5 });
+    }
+    first.running.shut_down().await;
+
+    let second = daemon(disk.path(), &[]).await;
+    let client = second.client().await;
+    let layout = client.register_layout(sharded_layout(1, 2)).await.unwrap();
+    assert_eq!(client.lookup(request(&layout)).await.unwrap().readable_blocks, 5);
     second.running.shut_down().await;
 }
 

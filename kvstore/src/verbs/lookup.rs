@@ -40,7 +40,7 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
     }
     telemetry::add(&daemon.traffic.lookups, 1);
     let Some(parts) = parts_of(daemon, &layout, request, &hashes)? else {
-        // A shard of the group is not registered: it has nothing.
+        // There is no room to register every shard of the group: nothing is known of it.
         return Ok(LookupResponse { residency: vec![0; hashes.len()], ..LookupResponse::default() });
     };
     let readable = readable_blocks(&layout, &parts);
@@ -53,7 +53,7 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
     Ok(response)
 }
 
-/// The asked groups of the asked shards; `None` when one of the shards is not registered.
+/// The asked groups of the asked shards; `None` where a shard cannot be registered.
 fn parts_of(
     daemon: &Daemon,
     layout: &Arc<RegisteredLayout>,

@@ -75,14 +75,6 @@ class Store:
             self._said = False
             return registered
 
-    def register_again(self, layouts: list[BlockLayout], version: bytes) -> None:
-        """Makes layouts known to a daemon that may have restarted, where nobody asks for each of them by itself."""
-        try:
-            for layout in layouts if self._client is not None and not self.is_away else ():
-                layout.register(self._client, version)
-        except kvstore.Error as error:
-            self.failed(error)
-
     @property
     def is_away(self) -> bool:
         """Whether the daemon is left alone now."""

@@ -136,7 +136,9 @@ class Zygote:
         log = self._folder / f"engine-{self._engines}.log"
         if address:
             ours = dict(kv_connector="KvStoreConnector", kv_connector_module_path="kvstore.vllm", kv_role=role)
-            connector = dict(ours, extra=dict(address=address, **(extra or {})))
+            # Its default is short, for steps are; on a busy machine a late answer would be a miss, which is not what is tested.
+            patient = dict(lookup_deadline=5.0)
+            connector = dict(ours, extra=dict(address=address, **(patient | (extra or {}))))
         spec = dict(model=str(model), connector=connector, encoder=encoder, arguments=arguments)
         spec |= dict(log=str(log), environment=environment or {})
         self._process.stdin.write(json.dumps(spec) + "\n")

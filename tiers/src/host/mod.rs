@@ -230,11 +230,13 @@ impl HostTier {
         self.state.lock().namespace(namespace)?.layout(digest)
     }
 
-    /// The layouts of all shards of the tensor-parallel group that `layout` belongs to, by shard; `None`
-    /// for one that is not registered.
+    /// The layouts of all shards of the tensor-parallel group that `layout` belongs to, by shard; registered, where they
+    /// were not. `None` where the namespace has no room for more layouts.
     pub fn siblings(&self, layout: &RegisteredLayout) -> Vec<Option<Arc<RegisteredLayout>>> {
-        let state = self.state.lock();
-        state.namespace(layout.namespace).map(|namespace| namespace.siblings(layout)).unwrap_or_default()
+        let mut state = self.state.lock();
+        let slab_bytes = state.slab_bytes;
+        let namespace = state.namespace_mut(layout.namespace);
+        namespace.map(|namespace| namespace.siblings(layout, slab_bytes)).unwrap_or_default()
     }
 
     /// The presence of each block of a prefix.

@@ -12,7 +12,7 @@ use super::{Holds, HostStatus, PoolStatus, RegisterError, room};
 use crate::caps;
 use crate::clock::BootTime;
 use crate::eviction::PolicyKind;
-use crate::layout::{LayerGroup, Layout};
+use crate::layout::{LayerGroup, Layout, Shard};
 use crate::pool::PoolId;
 use crate::residency::{Readers, Residency};
 
@@ -166,16 +166,28 @@ impl Namespace {
         self.layouts.get(ordinal as usize)
     }
 
-    pub(super) fn siblings(&self, layout: &RegisteredLayout) -> Vec<Option<Arc<RegisteredLayout>>> {
-        let mut shards = vec![None; layout.layout.shard.count as usize];
+    /// The shards of a layout's tensor-parallel group, by number; those that nobody has registered yet are registered: what
+    /// they stored in an earlier life may be on disk. `None` where there is no room for them.
+    pub(super) fn siblings(&mut self, layout: &RegisteredLayout, slab_bytes: u64) -> Vec<Option<Arc<RegisteredLayout>>> {
+        let shards = 0..layout.layout.shard.count;
+        let known = self.families.get(&layout.family).map_or(0, Vec::len);
+        let missing = shards.len().saturating_sub(known);
+        if missing > 0 && self.layouts.len() + missing <= caps::LAYOUTS_MAX {
+            for index in shards.clone() {
+                let shard = Shard { index, ..layout.layout.shard };
+                // They are of one size with `layout`, which is registered: there is a pool for them.
+                let _ = self.register(layout.namespace, Layout { shard, ..layout.layout.clone() }, slab_bytes);
+            }
+        }
+        let mut found = vec![None; shards.len()];
         for ordinal in self.families.get(&layout.family).into_iter().flatten() {
             if let Some(sibling) = self.layout_at(*ordinal)
-                && let Some(place) = shards.get_mut(sibling.layout.shard.index as usize)
+                && let Some(place) = found.get_mut(sibling.layout.shard.index as usize)
             {
                 *place = Some(Arc::clone(sibling));
             }
         }
-        shards
+        found
     }
 
     /// Evicts a block of `pool`, or a few, and the same blocks of their sibling shards: a group is read as far as all

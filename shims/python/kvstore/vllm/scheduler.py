@@ -27,8 +27,6 @@ __all__ = ["HANDED_OVER", "SchedulerSide"]
 
 logger = logging.getLogger("vllm.kvstore")
 
-# So often at most, where nothing is found, the shards are registered again.
-RENEW_SECONDS = 5.0
 # What a look-up found is held so long for the workers.
 HOLD_SECONDS = 30.0
 # A look-up is not made again for a request that waits for room.
@@ -98,7 +96,6 @@ class SchedulerSide:
         self._next_job = 0
         self._pending = 0
         self._failures: dict[int, int] = {}
-        self._renewed: dict[RankLayout, float] = {}
         self._version = b""
         self._adapters: dict[tuple, bytes] = {}
 
@@ -200,8 +197,6 @@ class SchedulerSide:
         hit.blocks = hit.in_memory = len(names)
         for rank_layout in self._layouts:
             found = self._look_up_in(rank_layout, names)
-            if found is not None and not found.blocks and self._renew(rank_layout):
-                found = self._look_up_in(rank_layout, names)
             if found is None or not found.blocks:
                 self._release(hit.tickets)
                 return _Hit(start, 0, 0, [], hit.since)
@@ -216,15 +211,6 @@ class SchedulerSide:
         except kvstore.Error as error:
             self._store.failed(error)
             return None
-
-    def _renew(self, rank_layout: RankLayout) -> bool:
-        """A daemon that restarted knows no shard before its rank asks, and a shard that it does not know has nothing."""
-        shards, now = rank_layout.shard[1], time.monotonic()
-        if shards == 1 or now - self._renewed.get(rank_layout, -RENEW_SECONDS) < RENEW_SECONDS:
-            return False
-        self._renewed[rank_layout] = now
-        self._store.register_again([rank_layout.of_shard(at) for at in range(shards)], self._version)
-        return True
 
     def _handed_over(self, request, most: int) -> int:
         """Blocks that a prefill worker said it stores of this prompt."""
