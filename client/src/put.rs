@@ -56,6 +56,8 @@ pub struct PutSlice<'a> {
 pub struct PutOptions {
     /// The level wanted; unspecified means MEMORY.
     pub level: v1::Level,
+    /// For DURABLE: where the object store does not take the blocks now, a lower level will do; each result says which.
+    pub or_lower: bool,
     /// More blocks of the same request follow in another put.
     pub more_follows: bool,
     /// Leave out the checksum, over gRPC: for bytes that the caller cannot vouch for anyway. (Over the local plane there is no
@@ -77,7 +79,9 @@ impl Client {
         options: PutOptions,
     ) -> Result<Vec<v1::PutResult>, Error> {
         let deadline_ms = self.deadline_ms();
-        if let Some(local) = self.local_group(group).await?
+        // The wait for an object store is much longer than any copy: those puts go over gRPC alone.
+        if options.level != v1::Level::Durable
+            && let Some(local) = self.local_group(group).await?
             && let Some(results) = self.within(local.put(&blocks, options, deadline_ms)).await?
         {
             return Ok(results);
@@ -102,7 +106,8 @@ impl Client {
         options: PutOptions,
     ) -> Result<Vec<v1::PutResult>, Error> {
         let deadline_ms = self.deadline_ms();
-        if let Some(local) = self.local_group(group).await?
+        if options.level != v1::Level::Durable
+            && let Some(local) = self.local_group(group).await?
             && let Some(results) = self.within(local.put_from(blocks, options, deadline_ms)).await?
         {
             return Ok(results);
@@ -126,6 +131,7 @@ impl Client {
             group: group.group,
             level: options.level.into(),
             more_follows: options.more_follows,
+            or_lower: options.or_lower,
         };
         let open = data_stream::message(&v1::PutRequest { part: Some(Wire::Open(open)) });
         let frames = blocks.into_iter().flat_map(move |block| block_frames(block, options));

@@ -47,6 +47,12 @@ pub const PROMOTE_POLL: Duration = Duration::from_millis(5);
 /// Promotions that one get or prefetch has under way: what the device does at once, so that its blocks come
 /// in order and a call leases no more of the memory than it is about to send.
 pub const PROMOTIONS_PER_CALL: usize = 32;
+/// Bytes of blocks that a call brings from the bucket ahead of the one that is sent: eight streams of a pack each.
+pub const OBJECT_WINDOW_BYTES: u64 = 64 << 20;
+/// A look-up waits at most so long for the bucket to be searched, whatever it asks for.
+pub const SEARCH_WAIT_MAX: Duration = Duration::from_secs(5);
+/// At its end the daemon goes on uploading this long; the rest is done after its next start.
+pub const UPLOADS_CLOSE_WITHIN: Duration = Duration::from_secs(5);
 /// How long a put waits for dirty blocks to be written before it is answered Busy.
 pub const DIRTY_WAIT: Duration = Duration::from_secs(5);
 /// Slabs that one put may have made before its block: others may take the first ones' slots.

@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use kvstore_tiers::host::{HoldId, HostOptions, HostTier, NamespaceId};
 use kvstore_tiers::nvme::{NvmeOptions, NvmeTier, OpenError};
+use kvstore_tiers::object::{ObjectOptions, ObjectTier, OpenObjectError};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
 
 use crate::caps;
 use crate::clock;
-use crate::config::{self, Change, Config, ConfigError, NvmeConfig, RawConfig};
+use crate::config::{self, Change, Config, ConfigError, NvmeConfig, ObjectConfig, RawConfig};
 use crate::telemetry::{LogControl, Traffic};
 use crate::verbs::prefetch::Prefetches;
 
@@ -25,6 +26,8 @@ pub struct Daemon {
     pub host: Arc<HostTier>,
     /// Blocks on disk, where there is such a tier.
     pub nvme: Option<Arc<NvmeTier>>,
+    /// Blocks in a bucket, where there is such a tier.
+    pub object: Option<Arc<ObjectTier>>,
     /// What happened since the start.
     pub traffic: Traffic,
     /// Prefetches under way.
@@ -83,8 +86,9 @@ impl Drop for InFlight {
 }
 
 impl Daemon {
-    /// A daemon that serves nobody yet. Reads the indexes of its disks: takes a second or so a million blocks.
-    pub fn new(config: Config, sources: Sources, log: LogControl) -> Result<Arc<Self>, OpenError> {
+    /// A daemon that serves nobody yet, in the current runtime. Reads the indexes of its disks: takes a second or so a million
+    /// blocks.
+    pub fn new(config: Config, sources: Sources, log: LogControl) -> Result<Arc<Self>, StartError> {
         let namespaces = config.namespaces();
         let epoch = clock::now().0;
         let seed = random_u128() as u64;
@@ -101,9 +105,14 @@ impl Daemon {
             Some(nvme) => Some(NvmeTier::open(&nvme_options(nvme), &host)?),
             None => None,
         };
+        let object = match &config.object {
+            Some(object) => Some(open_object(object, &config, &namespaces, &host, nvme.as_ref())?),
+            None => None,
+        };
         Ok(Arc::new(Self {
             host,
             nvme,
+            object,
             traffic: Traffic::default(),
             prefetches: Prefetches::default(),
             data_calls: Arc::new(Semaphore::new(caps::DATA_CALLS_MAX)),
@@ -160,6 +169,9 @@ impl Daemon {
         if let (Some(tier), Some(nvme)) = (&self.nvme, &new.nvme) {
             tier.set_limits(nvme.bytes, nvme.dirty_bytes);
         }
+        if let (Some(tier), Some(object)) = (&self.object, &new.object) {
+            tier.set_limits(object.limits);
+        }
         self.log.set_level(&new.log_level);
         self.config.store(Arc::new(new));
         sources.raw = raw;
@@ -212,6 +224,7 @@ impl Daemon {
             let tick = move || {
                 daemon.host.tick(clock::now());
                 daemon.nvme.iter().for_each(|nvme| nvme.tick(clock::now()));
+                daemon.object.iter().for_each(|object| object.tick());
             };
             if let Err(error) = tokio::task::spawn_blocking(tick).await {
                 tracing::error!(%error, "background work of the tiers failed; trying again");
@@ -219,6 +232,36 @@ impl Daemon {
             self.prefetches.forget_old(clock::now());
         }
     }
+}
+
+/// Why a daemon cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A disk.
+    #[error(transparent)]
+    Nvme(#[from] OpenError),
+    /// The object store.
+    #[error("object.url: {0}")]
+    Object(#[from] OpenObjectError),
+}
+
+fn open_object(
+    object: &ObjectConfig,
+    config: &Config,
+    namespaces: &[String],
+    host: &Arc<HostTier>,
+    nvme: Option<&Arc<NvmeTier>>,
+) -> Result<Arc<ObjectTier>, OpenObjectError> {
+    let options = ObjectOptions {
+        opened: object.url.open()?,
+        namespaces: namespaces.to_vec(),
+        limits: object.limits,
+        stall: object.stall,
+        log_folder: config.nvme.as_ref().and_then(|nvme| nvme.paths.first().cloned()),
+        seed: random_u128() as u64,
+        clock: clock::now,
+    };
+    ObjectTier::open(options, host, nvme)
 }
 
 /// What the Nvme tier is made with.

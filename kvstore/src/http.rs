@@ -59,6 +59,13 @@ async fn readyz(State(daemon): State<Arc<Daemon>>) -> Response {
                 });
                 volumes.iter().map(volume).collect::<Vec<_>>()
             }),
+            "object": daemon.object.as_ref().map(|object| {
+                let object = object.status();
+                serde_json::json!({
+                    "ready": object.state == "SERVING", "state": object.state, "reason": object.reason,
+                    "backlog_bytes": object.backlog_bytes, "backlog_bytes_max": object.backlog_bytes_max,
+                })
+            }),
         }
     });
     let code = if daemon.is_draining() { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };

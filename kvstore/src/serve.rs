@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::daemon::{Daemon, Sources};
-use crate::{http, local, server, telemetry};
+use crate::{caps, http, local, server, telemetry};
 
 /// After the drain, connections that stay open get this much longer to close.
 const CLOSE_WITHIN: Duration = Duration::from_secs(1);
@@ -109,6 +109,10 @@ impl Running {
         if !closed {
             self.tasks.abort_all();
             while self.tasks.join_next().await.is_some() {}
+        }
+        if let Some(object) = &self.daemon.object {
+            // Before the volumes: what is uploaded may have to be read from them.
+            object.close(caps::UPLOADS_CLOSE_WITHIN).await;
         }
         self.close_volumes().await;
         left == 0

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvstore_tiers::nvme::NvmeStatus;
+use kvstore_tiers::object::ObjectStatus;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -151,6 +152,9 @@ pub fn render(daemon: &Daemon) -> String {
     if let Some(nvme) = &daemon.nvme {
         render_nvme(&nvme.status());
     }
+    if let Some(object) = &daemon.object {
+        render_object(&object.status());
+    }
     registry.render()
 }
 
@@ -204,8 +208,41 @@ fn render_nvme(status: &NvmeStatus) {
     }
 }
 
+fn render_object(status: &ObjectStatus) {
+    let gauges = [
+        ("kvstore_object_known_blocks", status.known_blocks),
+        ("kvstore_object_backlog_blocks", status.backlog_blocks),
+        ("kvstore_object_backlog_bytes", status.backlog_bytes),
+        ("kvstore_object_backlog_max_bytes", status.backlog_bytes_max),
+        ("kvstore_object_leased_bytes", status.leased_bytes),
+        ("kvstore_object_writes", status.writes),
+        ("kvstore_object_reads", status.reads),
+        ("kvstore_object_serving", u64::from(status.state == "SERVING")),
+    ];
+    for (name, value) in gauges {
+        metrics::gauge!(name).set(value as f64);
+    }
+    metrics::gauge!("kvstore_object_backlog_age_seconds").set(status.backlog_age_ms as f64 / 1000.0);
+    let counters = [
+        ("kvstore_object_written_packs_total", status.written_packs),
+        ("kvstore_object_written_blocks_total", status.written_blocks),
+        ("kvstore_object_written_bytes_total", status.written_bytes),
+        ("kvstore_object_read_blocks_total", status.read_blocks),
+        ("kvstore_object_read_bytes_total", status.read_bytes),
+        ("kvstore_object_corrupt_blocks_total", status.corrupt_blocks),
+        ("kvstore_object_refused_blocks_total", status.refused_blocks),
+        ("kvstore_object_lost_blocks_total", status.lost_blocks),
+        ("kvstore_object_requests_total", status.requests),
+        ("kvstore_object_retries_total", status.retries),
+        ("kvstore_object_failures_total", status.failures),
+    ];
+    for (name, value) in counters {
+        metrics::counter!(name).absolute(value);
+    }
+}
+
 /// Every metric, with its help text: `docs/metrics.md` is checked against this list.
-pub const METRICS: [(&str, &str, &str); 64] = [
+pub const METRICS: [(&str, &str, &str); 84] = [
     ("kvstore_put_blocks_total", "counter", "Blocks stored by puts"),
     ("kvstore_put_bytes_total", "counter", "Bytes stored by puts"),
     ("kvstore_get_hits_total", "counter", "Blocks that gets found"),
@@ -282,6 +319,34 @@ pub const METRICS: [(&str, &str, &str); 64] = [
     ("kvstore_nvme_dirty_max_bytes", "gauge", "Puts wait above this, bytes"),
     ("kvstore_nvme_serving", "gauge", "1 while a volume fully serves"),
     ("kvstore_nvme_queued_transfers", "gauge", "Transfers that wait, by volume and lane"),
+    ("kvstore_object_known_blocks", "gauge", "Blocks of which it is known where in the bucket they are"),
+    ("kvstore_object_backlog_blocks", "gauge", "Blocks that wait to be uploaded"),
+    ("kvstore_object_backlog_bytes", "gauge", "Their bytes"),
+    ("kvstore_object_backlog_max_bytes", "gauge", "Beyond this, blocks are not uploaded, bytes"),
+    ("kvstore_object_backlog_age_seconds", "gauge", "How long the oldest has waited, seconds"),
+    ("kvstore_object_leased_bytes", "gauge", "Blocks that uploads keep in memory, bytes"),
+    ("kvstore_object_writes", "gauge", "Packs being written to the bucket"),
+    ("kvstore_object_reads", "gauge", "Reads from the bucket under way"),
+    ("kvstore_object_serving", "gauge", "1 while the object store answers"),
+    ("kvstore_object_written_packs_total", "counter", "Packs written to the bucket"),
+    ("kvstore_object_written_blocks_total", "counter", "Blocks in them"),
+    ("kvstore_object_written_bytes_total", "counter", "Their bytes"),
+    ("kvstore_object_read_blocks_total", "counter", "Blocks read from the bucket into memory"),
+    ("kvstore_object_read_bytes_total", "counter", "Bytes that came from the bucket"),
+    (
+        "kvstore_object_corrupt_blocks_total",
+        "counter",
+        "Blocks in the bucket that did not match their checksums, however often they were read",
+    ),
+    (
+        "kvstore_object_refused_blocks_total",
+        "counter",
+        "Blocks that were not taken for upload, because too many waited",
+    ),
+    ("kvstore_object_lost_blocks_total", "counter", "Blocks that were gone before they could be uploaded"),
+    ("kvstore_object_requests_total", "counter", "Requests to the object store, repeated ones included"),
+    ("kvstore_object_retries_total", "counter", "Requests that were repeated"),
+    ("kvstore_object_failures_total", "counter", "Requests that failed or were not answered in time"),
 ];
 
 fn describe() {

@@ -18,7 +18,31 @@ use crate::daemon::Daemon;
 /// The bits of `LookupResponse.residency`.
 const RESIDENT_IN_HOST: u32 = 2;
 const RESIDENT_ON_NVME: u32 = 4;
+const RESIDENT_IN_BUCKET: u32 = 8;
 const ON_ITS_WAY: u32 = 256;
+
+/// Where one block of one shard is.
+#[derive(Clone, Copy)]
+pub struct Places {
+    /// In memory.
+    pub host: Presence,
+    /// On this node's disks.
+    pub on_disk: bool,
+    /// In the bucket, as far as is known.
+    pub in_bucket: bool,
+}
+
+impl Places {
+    /// True where a tier of this node has it.
+    pub fn is_here(&self) -> bool {
+        self.host == Presence::Resident || self.on_disk
+    }
+
+    /// True where some tier has it.
+    pub fn is_readable(&self) -> bool {
+        self.is_here() || self.in_bucket
+    }
+}
 
 /// INVALID_ARGUMENT that names the field.
 pub fn invalid(field: &str, problem: impl std::fmt::Display) -> Status {
@@ -128,23 +152,29 @@ pub fn range(wire: Option<v1::Range>) -> Option<Range<u32>> {
     wire.map(|range| range.start..range.end)
 }
 
-/// A block's residency, from its presence in memory and on disk of each asked group and shard. Where some
-/// parts are in memory and others on disk, the tier is the slower one.
-pub fn residency(parts: impl Iterator<Item = (Presence, bool)>) -> u32 {
-    let (mut common, mut on_its_way, mut missing) = (RESIDENT_IN_HOST | RESIDENT_ON_NVME, false, false);
-    for (presence, on_disk) in parts {
-        let disk = if on_disk { RESIDENT_ON_NVME } else { 0 };
-        match presence {
-            Presence::Resident => common &= RESIDENT_IN_HOST | disk,
-            _ if on_disk => common &= RESIDENT_ON_NVME,
+/// A block's residency, from where each asked group and shard of it is. Where some parts are in a faster tier and others in a
+/// slower one alone, it is the slower one.
+pub fn residency(parts: impl Iterator<Item = Places>) -> u32 {
+    let (mut common, mut slowest) = (RESIDENT_IN_HOST | RESIDENT_ON_NVME | RESIDENT_IN_BUCKET, 0);
+    let (mut on_its_way, mut missing) = (false, false);
+    for part in parts {
+        let mut tiers = if part.host == Presence::Resident { RESIDENT_IN_HOST } else { 0 };
+        tiers |= if part.on_disk { RESIDENT_ON_NVME } else { 0 };
+        tiers |= if part.in_bucket { RESIDENT_IN_BUCKET } else { 0 };
+        match part.host {
+            _ if tiers != 0 => {
+                common &= tiers;
+                // The fastest tier of the part that has the slowest one.
+                slowest = slowest.max(tiers & tiers.wrapping_neg());
+            }
             Presence::InFlight => on_its_way = true,
-            Presence::Absent => missing = true,
+            Presence::Absent | Presence::Resident => missing = true,
         }
     }
     match (missing, on_its_way, common) {
         (true, _, _) => 0,
         (_, true, _) => ON_ITS_WAY,
-        (_, _, 0) => RESIDENT_ON_NVME,
+        (_, _, 0) => slowest,
         (_, _, common) => common,
     }
 }
@@ -188,14 +218,22 @@ mod tests {
     #[test]
     fn a_block_is_resident_where_every_part_is() {
         use Presence::{Absent, InFlight, Resident};
-        let of = |parts: &[(Presence, bool)]| residency(parts.iter().copied());
-        assert_eq!(of(&[(Resident, false), (Resident, false)]), RESIDENT_IN_HOST);
-        assert_eq!(of(&[(Resident, true), (Resident, true)]), RESIDENT_IN_HOST | RESIDENT_ON_NVME);
-        assert_eq!(of(&[(Resident, true), (Absent, true)]), RESIDENT_ON_NVME);
-        assert_eq!(of(&[(Resident, false), (Absent, true)]), RESIDENT_ON_NVME, "the slower of both");
-        assert_eq!(of(&[(Resident, true), (InFlight, false)]), ON_ITS_WAY);
-        assert_eq!(of(&[(InFlight, true)]), RESIDENT_ON_NVME);
-        assert_eq!(of(&[(InFlight, false), (Absent, false)]), 0);
-        assert_eq!(of(&[(Absent, false), (InFlight, false)]), 0);
+        let of = |parts: &[(Presence, bool, bool)]| {
+            residency(parts.iter().map(|(host, on_disk, in_bucket)| Places {
+                host: *host,
+                on_disk: *on_disk,
+                in_bucket: *in_bucket,
+            }))
+        };
+        assert_eq!(of(&[(Resident, false, false), (Resident, false, true)]), RESIDENT_IN_HOST);
+        assert_eq!(of(&[(Resident, true, false), (Resident, true, false)]), RESIDENT_IN_HOST | RESIDENT_ON_NVME);
+        assert_eq!(of(&[(Resident, true, true), (Absent, true, false)]), RESIDENT_ON_NVME);
+        assert_eq!(of(&[(Resident, false, false), (Absent, true, true)]), RESIDENT_ON_NVME, "the slower of both");
+        assert_eq!(of(&[(Absent, true, false), (Absent, false, true)]), RESIDENT_IN_BUCKET, "the slower of both");
+        assert_eq!(of(&[(Resident, true, false), (InFlight, false, false)]), ON_ITS_WAY);
+        assert_eq!(of(&[(InFlight, true, false)]), RESIDENT_ON_NVME);
+        assert_eq!(of(&[(InFlight, false, true)]), RESIDENT_IN_BUCKET);
+        assert_eq!(of(&[(InFlight, false, false), (Absent, false, false)]), 0);
+        assert_eq!(of(&[(Absent, false, false), (InFlight, false, false)]), 0);
     }
 }

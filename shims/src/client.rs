@@ -154,8 +154,9 @@ impl Client {
     }
 
     /// How far a prefix can be used in all of `groups` (none: all of the layout's), and in all shards where that is asked;
-    /// (blocks, those of them in memory, ticket). A ticket holds the blocks for `hold` seconds.
-    #[pyo3(signature = (digest, groups, hashes, all_shards, hold))]
+    /// (blocks, those of them in memory, ticket, whether the object store is being searched for more). A ticket holds the blocks for `hold` seconds.
+    #[expect(clippy::too_many_arguments, reason = "a request's fields; callers use kvstore.Layout.lookup")]
+    #[pyo3(signature = (digest, groups, hashes, all_shards, hold, search_wait))]
     fn lookup(
         &self,
         py: Python<'_>,
@@ -164,7 +165,8 @@ impl Client {
         hashes: &Bound<'_, PyAny>,
         all_shards: bool,
         hold: f64,
-    ) -> PyResult<(u32, usize, Option<Py<PyBytes>>)> {
+        search_wait: f64,
+    ) -> PyResult<(u32, usize, Option<Py<PyBytes>>, bool)> {
         let ticket_ttl_ms = if hold == 0.0 { 0 } else { seconds("hold", hold)?.as_millis() as u32 };
         let request = v1::LookupRequest {
             layout_digest: digest.into(),
@@ -172,12 +174,17 @@ impl Client {
             sequence_hashes: hashes_of(hashes)?,
             all_shards,
             ticket_ttl_ms,
+            search_wait_ms: if search_wait == 0.0 {
+                0
+            } else {
+                seconds("search_wait", search_wait)?.as_millis() as u32
+            },
         };
         let found = wait(py, self.client.lookup(request)).map_err(raise)?;
         let in_host = |tiers: &&u32| **tiers & RESIDENT_IN_HOST != 0;
         let in_memory = found.residency.iter().take(found.readable_blocks as usize).take_while(in_host).count();
         let ticket = (!found.ticket.is_empty()).then(|| PyBytes::new(py, &found.ticket).unbind());
-        Ok((found.readable_blocks, in_memory, ticket))
+        Ok((found.readable_blocks, in_memory, ticket, found.searching))
     }
 
     /// Ends a look-up's ticket.

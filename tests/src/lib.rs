@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "test support: a failure here is a failed test")]
 
+pub mod fault_proxy;
+pub mod s3;
 pub mod tier;
 
 use bytes::Bytes;
@@ -31,7 +33,7 @@ impl TestDaemon {
         let mut all = vec![
             "host.bytes=64MiB".to_owned(),
             "http.address=off".into(),
-            "log.level=error".into(),
+            std::env::var("KVSTORE_TEST_LOG").map_or("log.level=error".into(), |level| format!("log.level={level}")),
             "nvme.paths=off".into(),
         ];
         all.extend(settings.iter().map(|setting| setting.to_string()));

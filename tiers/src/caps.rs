@@ -84,3 +84,54 @@ pub const NVME_REINSERT_PERCENT: u64 = 15;
 pub const NVME_DIRTY_BLOCKS_MAX: u64 = 65_536;
 /// Transfers that fail in a row before a volume counts as gone.
 pub const NVME_ERRORS_IN_A_ROW_MAX: u32 = 16;
+/// Bytes of a pack in the object store that a writer aims at: a request costs as much time as some 3 MB of transfer (30 ms at
+/// 90 MB/s a stream), so that at 8 MiB a quarter of a read is waiting, and a GB costs 128 write requests.
+pub const OBJECT_PACK_BYTES: u64 = 8 << 20;
+/// Blocks of a pack at most: its footer is read in one go, 64 KiB.
+pub const OBJECT_PACK_BLOCKS_MAX: usize = 1024;
+/// Blocks of the bucket of which it is known at once where they are: some 90 bytes each.
+pub const OBJECT_DIRECTORY_BLOCKS_MAX: usize = 1 << 19;
+/// Names for which it is remembered that no pack begins with them.
+pub const OBJECT_ABSENT_MAX: usize = 1 << 16;
+/// ... and for how long: another node may have stored them since.
+pub const OBJECT_ABSENT_MS: u64 = 5_000;
+/// Requests to the store at once, by what waits for them: transfers of a node's link, and not so many that a store throttles.
+pub const OBJECT_READS_MAX: usize = 64;
+/// ... of those, the ones that prefetches may have.
+pub const OBJECT_PREFETCH_READS_MAX: usize = 32;
+/// Packs that are written at once.
+pub const OBJECT_WRITES_MAX: usize = 8;
+/// Listings and footers that one search has under way.
+pub const OBJECT_SEARCHES_MAX: usize = 16;
+/// Listings of one search: what is beyond is found by the next one.
+pub const OBJECT_LISTINGS_PER_SEARCH_MAX: usize = 1024;
+/// Packs that begin with one block and are looked at: branches of a prompt, and rewrites. The newest first.
+pub const OBJECT_BRANCHES_MAX: usize = 64;
+/// Bytes of one ranged read: two packs' worth, as several streams are faster than one.
+pub const OBJECT_READ_BYTES_MAX: u64 = 8 << 20;
+/// A request that brings nothing for this long is made anew.
+pub const OBJECT_STALL_MS: u64 = 5_000;
+/// A failed request is made again after this long, with jitter, then after twice as long each time ...
+pub const OBJECT_BACKOFF_MS: u64 = 50;
+/// ... up to this.
+pub const OBJECT_BACKOFF_MS_MAX: u64 = 2_000;
+/// Times that one request is made at most.
+pub const OBJECT_TRIES_MAX: u32 = 6;
+/// Retries, in all, for each request that succeeds, in percent: a store in trouble is not given more work than usual.
+pub const OBJECT_RETRY_PERCENT: u64 = 20;
+/// ... and this many saved up.
+pub const OBJECT_RETRIES_SAVED: u64 = 100;
+/// Requests that fail in a row before the store counts as away ...
+pub const OBJECT_FAILURES_IN_A_ROW_MAX: u32 = 8;
+/// ... and is left alone, but for one request each time this is over.
+pub const OBJECT_AWAY_MS: u64 = 1_000;
+/// Packs that are being put together at once: chains that are being stored.
+pub const OBJECT_OPEN_PACKS_MAX: usize = 1024;
+/// A pack is written when it is full, or this old.
+pub const OBJECT_LINGER_MS: u64 = 1_000;
+/// Blocks that wait to be uploaded: their record is some 250 bytes of memory each.
+pub const OBJECT_BACKLOG_BLOCKS_MAX: usize = 1 << 18;
+/// Bytes of a frame's header: a page, for all that this build writes.
+pub const OBJECT_HEAD_BYTES_MAX: usize = 64 << 10;
+/// An object lives at least this long after it was written, whatever a collector wants.
+pub const OBJECT_GRACE_MS: i64 = 3600 * 1000;

@@ -5,11 +5,13 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use crate::caps;
 use crate::eviction::EvictionKind;
 
 /// The state that the blocks of a layer group hold.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum BlockKind {
     /// Keys and values of full attention: readable as far as every block from the root is there.
     Attention,
@@ -52,7 +54,7 @@ impl BlockKind {
 }
 
 /// The order of a block's dimensions, slowest first.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum DimensionOrder {
     /// Whole layers, one after another, of unknown inside: ranges of layers, not of heads.
     LayerOpaque,
@@ -65,7 +67,7 @@ pub enum DimensionOrder {
 }
 
 /// Layers whose blocks are stored together.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct LayerGroup {
     /// The state they hold.
     pub kind: BlockKind,
@@ -82,7 +84,7 @@ pub struct LayerGroup {
 }
 
 /// A rank of a tensor-parallel group.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Shard {
     /// Which, from 0.
     pub index: u32,
@@ -91,7 +93,7 @@ pub struct Shard {
 }
 
 /// What makes two blocks byte-compatible.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Layout {
     /// What identifies the model, up to 64 bytes.
     pub model: Vec<u8>,

@@ -1,6 +1,6 @@
 //! Placement: which blocks are where, which stay and which go.
 //!
-//! Owns layouts, residency, eviction, the Host tier and the Nvme tier. Knows nothing of the network, of configuration
+//! Owns layouts, residency, eviction, the Host, Nvme and Object tiers. Knows nothing of the network, of configuration
 //! files, or of who asks.
 
 pub mod caps;
@@ -9,6 +9,7 @@ pub mod eviction;
 pub mod host;
 mod layout;
 pub mod nvme;
+pub mod object;
 mod pool;
 mod readable;
 pub mod residency;

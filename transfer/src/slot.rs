@@ -138,6 +138,12 @@ impl SlotFill {
         self.length = self.length.min(length);
     }
 
+    /// Begins again with the first byte: what was filled so far is not the block.
+    pub fn restart(&mut self) {
+        self.filled = 0;
+        self.sums = self.sums.restarted();
+    }
+
     /// The slot's pages that a transfer may fill: enough for the block.
     pub(crate) fn pages(&self) -> (NonNull<u8>, usize) {
         (self.start, self.length.next_multiple_of(FRAME_ALIGN))

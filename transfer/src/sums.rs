@@ -26,6 +26,11 @@ impl SectionSums {
         }
     }
 
+    /// The same sections, before the first byte.
+    pub fn restarted(&self) -> Self {
+        Self::new(self.section_bytes)
+    }
+
     /// The next bytes.
     pub fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {

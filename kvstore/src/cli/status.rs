@@ -53,6 +53,7 @@ fn to_json(status: &v1::StatusResponse) -> serde_json::Value {
             "eviction_policy": host.eviction_policy, "pools": pools,
         },
         "nvme": status.nvme.as_ref().map(nvme_to_json),
+        "object": status.object.as_ref().map(object_to_json),
         "traffic": {
             "put_blocks": traffic.put_blocks, "put_bytes": traffic.put_bytes, "get_hits": traffic.get_hits,
             "get_misses": traffic.get_misses, "get_bytes": traffic.get_bytes, "lookups": traffic.lookups,
@@ -87,6 +88,7 @@ fn print_human(status: &v1::StatusResponse) {
         ("pins, tickets", format!("{}, {}", status.pins, status.tickets)),
     ]);
     status.nvme.iter().for_each(print_nvme);
+    status.object.iter().for_each(print_object);
     if !host.pools.is_empty() {
         let rows = host.pools.iter().map(|pool| {
             vec![
@@ -195,4 +197,71 @@ fn print_nvme(nvme: &v1::NvmeTierStatus) {
             ),
         ]);
     }
+}
+
+fn object_to_json(object: &v1::ObjectTierStatus) -> serde_json::Value {
+    json!({
+        "url": object.url, "state": object.state, "reason": object.reason, "lacks": object.lacks,
+        "known_blocks": object.known_blocks,
+        "backlog": {
+            "blocks": object.backlog_blocks, "bytes": object.backlog_bytes, "bytes_max": object.backlog_bytes_max,
+            "age_ms": object.backlog_age_ms, "leased_bytes": object.leased_bytes,
+        },
+        "under_way": { "writes": object.writes, "reads": object.reads },
+        "written": {
+            "packs": object.written_packs, "blocks": object.written_blocks, "bytes": object.written_bytes,
+        },
+        "read": { "blocks": object.read_blocks, "bytes": object.read_bytes },
+        "corrupt_blocks": object.corrupt_blocks, "refused_blocks": object.refused_blocks,
+        "lost_blocks": object.lost_blocks,
+        "requests": { "all": object.requests, "retries": object.retries, "failures": object.failures },
+    })
+}
+
+fn print_object(object: &v1::ObjectTierStatus) {
+    println!();
+    let state = match object.reason.as_str() {
+        "" => object.state.clone(),
+        reason => format!("{}: {reason}", object.state),
+    };
+    let age = humantime::format_duration(Duration::from_secs(object.backlog_age_ms / 1000));
+    print_pairs(&[
+        ("object", format!("{} {state}", object.url)),
+        (
+            "  to upload",
+            format!(
+                "{} blocks, {} of {}, the oldest for {age}; {} in memory",
+                object.backlog_blocks,
+                bytes(object.backlog_bytes),
+                bytes(object.backlog_bytes_max),
+                bytes(object.leased_bytes)
+            ),
+        ),
+        (
+            "  written",
+            format!(
+                "{} blocks in {} packs, {}",
+                object.written_blocks,
+                object.written_packs,
+                bytes(object.written_bytes)
+            ),
+        ),
+        ("  read", format!("{} blocks, {}", object.read_blocks, bytes(object.read_bytes))),
+        ("  known", format!("{} blocks", object.known_blocks)),
+        (
+            "  requests",
+            format!(
+                "{}, {} of them repeated, {} failed; {} writing, {} reading now",
+                object.requests, object.retries, object.failures, object.writes, object.reads
+            ),
+        ),
+        (
+            "  trouble",
+            format!(
+                "{} corrupt, {} not taken, {} gone before their upload",
+                object.corrupt_blocks, object.refused_blocks, object.lost_blocks
+            ),
+        ),
+    ]);
+    object.lacks.iter().for_each(|lack| println!("  the store: {lack}"));
 }

@@ -1,6 +1,6 @@
 //! What may change while the daemon runs.
 
-use super::{Config, ConfigError, NvmeConfig, invalid};
+use super::{Config, ConfigError, NvmeConfig, ObjectConfig, invalid};
 
 /// One change, for the log and the caller.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -27,6 +27,9 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
         ("nvme.paths", nvme(old, |nvme| nvme.paths.clone()) == nvme(new, |nvme| nvme.paths.clone())),
         ("nvme.index_bytes", nvme(old, |nvme| nvme.index_bytes) == nvme(new, |nvme| nvme.index_bytes)),
         ("nvme.io", nvme(old, |nvme| nvme.engine) == nvme(new, |nvme| nvme.engine)),
+        ("object.url", object(old, |object| object.url.url.clone()) == object(new, |object| object.url.url.clone())),
+        ("object.options", object(old, |object| object.url.clone()) == object(new, |object| object.url.clone())),
+        ("object.stall", object(old, |object| object.stall) == object(new, |object| object.stall)),
         ("local.plane", old.local_plane == new.local_plane),
         ("listen", old.listeners == new.listeners),
         ("http.address", old.http == new.http),
@@ -52,6 +55,21 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
         ),
         ("nvme.bytes", size(nvme(old, |nvme| nvme.bytes)), size(nvme(new, |nvme| nvme.bytes))),
         ("nvme.dirty_bytes", size(nvme(old, |nvme| nvme.dirty_bytes)), size(nvme(new, |nvme| nvme.dirty_bytes))),
+        (
+            "object.upload",
+            object(old, |object| object.uploads.name()).unwrap_or("off").to_owned(),
+            object(new, |object| object.uploads.name()).unwrap_or("off").to_owned(),
+        ),
+        (
+            "object.upload_bytes",
+            size(object(old, |object| object.limits.upload_bytes)),
+            size(object(new, |object| object.limits.upload_bytes)),
+        ),
+        (
+            "object.backlog_bytes",
+            size(object(old, |object| object.limits.backlog_bytes)),
+            size(object(new, |object| object.limits.backlog_bytes)),
+        ),
         ("local.spin", time(old.local_spin), time(new.local_spin)),
         ("local.staging_bytes", bytes(old.local_staging_bytes), bytes(new.local_staging_bytes)),
         ("calls.deadline", time(old.call_deadline), time(new.call_deadline)),
@@ -64,4 +82,8 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
 
 fn nvme<T>(config: &Config, of: impl Fn(&NvmeConfig) -> T) -> Option<T> {
     config.nvme.as_ref().map(of)
+}
+
+fn object<T>(config: &Config, of: impl Fn(&ObjectConfig) -> T) -> Option<T> {
+    config.object.as_ref().map(of)
 }

@@ -5,6 +5,7 @@
 
 mod live;
 mod machine;
+mod object;
 mod raw;
 
 use std::collections::BTreeMap;
@@ -16,6 +17,7 @@ use kvstore_tiers::HugePages;
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::HostLimits;
 use kvstore_tiers::nvme::NvmeEngine;
+use kvstore_tiers::object::{ObjectLimits, ObjectUrl};
 
 pub use live::{Change, changes};
 pub use machine::{boot_id, default_socket, memory_bytes};
@@ -108,6 +110,38 @@ pub struct NvmeConfig {
     pub engine: NvmeEngine,
 }
 
+/// Which blocks go to the bucket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Uploads {
+    /// Those that are put at level DURABLE.
+    Asked,
+    /// All, in the background.
+    All,
+}
+
+impl Uploads {
+    /// As the configuration writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Asked => "asked",
+            Self::All => "all",
+        }
+    }
+}
+
+/// The Object tier.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ObjectConfig {
+    /// Where.
+    pub url: ObjectUrl,
+    /// Which blocks go there.
+    pub uploads: Uploads,
+    /// Bounds.
+    pub limits: ObjectLimits,
+    /// A request that brings nothing for this long is made anew.
+    pub stall: Duration,
+}
+
 /// A checked configuration.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Config {
@@ -119,6 +153,8 @@ pub struct Config {
     pub eviction: PolicyKind,
     /// The Nvme tier, where there is one.
     pub nvme: Option<NvmeConfig>,
+    /// The Object tier, where there is one.
+    pub object: Option<ObjectConfig>,
     /// The ways in.
     pub listeners: Vec<Listener>,
     /// Metrics and health over HTTP.
@@ -140,6 +176,11 @@ pub struct Config {
 }
 
 impl Config {
+    /// True where every block goes to the bucket.
+    pub fn uploads_all(&self) -> bool {
+        self.object.as_ref().is_some_and(|object| object.uploads == Uploads::All)
+    }
+
     /// The namespaces, each once.
     pub fn namespaces(&self) -> Vec<String> {
         let mut names: Vec<String> = self.listeners.iter().map(|listener| listener.namespace.clone()).collect();

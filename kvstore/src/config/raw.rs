@@ -25,6 +25,7 @@ use crate::caps::{self, NVME_BYTES_AUTO_MAX};
 pub struct RawConfig {
     host: RawHost,
     nvme: RawNvme,
+    object: RawObject,
     local: RawLocal,
     calls: RawCalls,
     http: RawHttp,
@@ -73,6 +74,30 @@ impl Default for RawNvme {
             index_bytes: "auto".into(),
             dirty_bytes: "auto".into(),
             io: "auto".into(),
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct RawObject {
+    pub(super) url: String,
+    pub(super) options: Vec<String>,
+    pub(super) upload: String,
+    pub(super) upload_bytes: String,
+    pub(super) backlog_bytes: String,
+    pub(super) stall: String,
+}
+
+impl Default for RawObject {
+    fn default() -> Self {
+        Self {
+            url: "off".into(),
+            options: Vec::new(),
+            upload: "asked".into(),
+            upload_bytes: "auto".into(),
+            backlog_bytes: "auto".into(),
+            stall: "5s".into(),
         }
     }
 }
@@ -199,6 +224,7 @@ impl RawConfig {
     pub fn check(&self) -> Result<Config, ConfigError> {
         let host = self.host.check()?;
         let nvme = self.nvme.check(&host)?;
+        let object = self.object.check(&host, nvme.as_ref())?;
         let listeners = self.check_listeners()?;
         let huge_pages = match self.host.huge_pages.as_str() {
             "auto" => HugePages::Auto,
@@ -225,6 +251,7 @@ impl RawConfig {
         Ok(Config {
             host,
             nvme,
+            object,
             huge_pages,
             eviction: PolicyKind::from_str(&self.host.eviction).map_err(|problem| invalid("host.eviction", problem))?,
             listeners,
@@ -292,7 +319,7 @@ impl RawHost {
 }
 
 /// Bytes as text, where "auto" leaves the choice to the caller.
-fn size_or_auto(key: &str, text: &str) -> Result<Option<u64>, ConfigError> {
+pub(super) fn size_or_auto(key: &str, text: &str) -> Result<Option<u64>, ConfigError> {
     if text == "auto" {
         return Ok(None);
     }
@@ -435,7 +462,7 @@ fn loopback(key: &str, text: &str) -> Result<std::net::SocketAddr, ConfigError> 
     Ok(address)
 }
 
-fn duration(key: &str, text: &str) -> Result<Duration, ConfigError> {
+pub(super) fn duration(key: &str, text: &str) -> Result<Duration, ConfigError> {
     let duration = humantime::parse_duration(text)
         .map_err(|_| invalid(key, format!("{text:?} is not a duration such as \"30s\"")))?;
     if duration.is_zero() || duration > caps::DEADLINE_MAX {

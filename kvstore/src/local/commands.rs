@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvstore_plane::{Command, Completion, RecordHead, verbs as call};
-use kvstore_proto::v1::GetStatus;
+use kvstore_proto::v1::{GetStatus, Level, LookupRequest};
 use kvstore_tiers::SequenceHash;
 use kvstore_tiers::host::{HoldId, Leasing, RegisteredLayout};
+use kvstore_tiers::object::ReadBatch;
 use kvstore_tiers::residency::Priority;
 use prost::Message;
 use tokio::time::Instant;
@@ -60,7 +61,8 @@ fn start(
     match command {
         Command::Stage { layout, group, local, deadline_ms, blocks } => {
             let (layout, group) = known(daemon, client, layout, group)?;
-            let target = Target { layout, group, local };
+            let level = if local { Level::Local } else { Level::Memory };
+            let target = Target { layout, group, level };
             let expires = Instant::now() + deadline(daemon, deadline_ms);
             let (daemon, runtime) = (Arc::clone(daemon), runtime.clone());
             Batch { daemon, runtime, target, expires, _call: call }.stage(client, tag, &blocks);
@@ -77,11 +79,11 @@ fn start(
         }
         Command::Hint { layout, group, hashes } => {
             let (layout, group) = known(daemon, client, layout, group)?;
-            let hint = begin_task(client).ok().zip(daemon.nvme.clone());
-            if let Some((task, nvme)) = hint {
+            let has_below = daemon.nvme.is_some() || daemon.object.is_some();
+            if let Some(task) = begin_task(client).ok().filter(|_| has_below) {
                 let deadline = Instant::now() + caps::HINT_TIME;
                 let daemon = Arc::clone(daemon);
-                let promoter = Promoter { daemon, nvme, layout, group, priority: Priority::Prefetch, deadline };
+                let promoter = Promoter { daemon, layout, group, priority: Priority::Prefetch, deadline };
                 runtime.spawn(async move {
                     for hash in hashes {
                         let coming = promoter.start(hash).await;
@@ -143,7 +145,23 @@ fn call(
     let namespace = client.namespace();
     let response = match verb {
         call::REGISTER_LAYOUT => register_layout::register_layout(daemon, namespace, decode(request)?)?.encode_to_vec(),
-        call::LOOKUP => lookup::lookup(daemon, namespace, &decode(request)?)?.encode_to_vec(),
+        call::LOOKUP => {
+            let request: LookupRequest = decode(request)?;
+            if !lookup::may_wait(daemon, &request) {
+                lookup::lookup(daemon, namespace, &request)?.encode_to_vec()
+            } else {
+                let task = begin_task(client)?;
+                let (daemon, client) = (Arc::clone(daemon), Arc::clone(client));
+                runtime.spawn(async move {
+                    match lookup::lookup_patiently(&daemon, namespace, &request).await {
+                        Ok(response) => client.complete(tag, &Completion::Response(response.encode_to_vec())),
+                        Err(status) => client.fail(tag, &status),
+                    }
+                    drop((task, in_flight));
+                });
+                return Ok(());
+            }
+        }
         call::RELEASE_TICKET => lookup::release_ticket(daemon, namespace, &decode(request)?)?.encode_to_vec(),
         call::PREFETCH => {
             let _runtime = runtime.enter();
@@ -193,8 +211,8 @@ impl Promotion {
             let problem = "busy: too many blocks are leased by calls at once";
             return self.client.fail(self.tag, &Status::resource_exhausted(problem));
         };
-        match daemon.nvme.clone() {
-            None => {
+        match daemon.nvme.is_some() || daemon.object.is_some() {
+            false => {
                 for leasing in daemon.host.lease_run(&layout, group, &self.hashes, clock::now()) {
                     match leasing {
                         Leasing::Leased(block) => ready.push(block),
@@ -205,11 +223,9 @@ impl Promotion {
                     }
                 }
             }
-            Some(nvme) => {
-                let is_lost = |hash| nvme.is_pinned(&kvstore_tiers::nvme::BlockRef { layout: &layout, group, hash });
+            true => {
                 let promoter = Promoter {
                     daemon: Arc::clone(&daemon),
-                    nvme: Arc::clone(&nvme),
                     layout: Arc::clone(&layout),
                     group,
                     priority: Priority::Demand,
@@ -217,8 +233,12 @@ impl Promotion {
                 };
                 // As many as there is room for: those that come are kept until the client has leased them.
                 let mut under_way = Vec::with_capacity(self.hashes.len());
+                if daemon.object.is_some() {
+                    promoter.below(&self.hashes).await;
+                }
+                let mut batch = ReadBatch::default();
                 for hash in &self.hashes {
-                    let coming = promoter.start(*hash).await;
+                    let coming = promoter.start_in(&mut batch, *hash).await;
                     let no_room = matches!(coming, Coming::Later);
                     if no_room && !under_way.is_empty() {
                         break;
@@ -228,13 +248,14 @@ impl Promotion {
                         break;
                     }
                 }
+                promoter.send(batch);
                 if under_way.len() < self.hashes.len() {
                     next = GetStatus::InFlight;
                 }
                 for (hash, coming) in under_way {
                     match promoter.finish(hash, coming).await {
                         Leasing::Leased(block) => ready.push(block),
-                        Leasing::Miss if is_lost(hash) => {
+                        Leasing::Miss if promoter.is_pinned(hash) => {
                             next = GetStatus::DataLoss;
                             break;
                         }

@@ -90,7 +90,7 @@ impl Batch {
     fn stage_one(self: &Arc<Self>, client: &Arc<LocalClient>, tag: u64, block: &StageBlock) -> Result<(), Status> {
         let Self { daemon, target, .. } = &**self;
         put::checked_length(target, u64::from(block.length))?;
-        if target.local && daemon.nvme.is_none() {
+        if target.waits_for_disk() && daemon.nvme.is_none() {
             return Err(put::no_tier("LOCAL", "an Nvme tier"));
         }
         {
@@ -179,7 +179,7 @@ impl Batch {
             self.daemon.host.refresh_chain(&self.target.layout, self.target.group, block.hash);
         }
         let stored = |level: Level| Completion::Stored { status: finished.status as u32, level: level as u32 };
-        let Some(local) = finished.local.filter(|_| self.target.local) else {
+        let Some(local) = finished.local.filter(|_| self.target.waits_for_disk()) else {
             return client.complete(tag, &stored(finished.level));
         };
         let Some(task) = client.begin_task() else {

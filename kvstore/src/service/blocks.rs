@@ -30,7 +30,10 @@ impl Blocks for Context {
     async fn lookup(&self, request: Request<LookupRequest>) -> Answer<LookupResponse> {
         let _call = self.enter()?;
         let started = Instant::now();
-        let answer = lookup::lookup(&self.daemon, self.namespace, request.get_ref());
+        let answer = match lookup::may_wait(&self.daemon, request.get_ref()) {
+            true => lookup::lookup_patiently(&self.daemon, self.namespace, request.get_ref()).await,
+            false => lookup::lookup(&self.daemon, self.namespace, request.get_ref()),
+        };
         metrics::histogram!("kvstore_lookup_seconds").record(started.elapsed().as_secs_f64());
         answer.map(Response::new)
     }

@@ -20,8 +20,16 @@ pub async fn delete(
     let (group, _) = wire::known_group(&layout, request.group)?;
     let hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
     let mut outcomes = vec![Delete::Absent; hashes.len()];
+    let mut in_bucket = std::collections::HashSet::new();
     if let Some(nvme) = &daemon.nvme {
         outcomes = nvme.delete(&layout, group, &hashes);
+    }
+    if let Some(object) = &daemon.object {
+        let unpinned = hashes.iter().zip(&outcomes).filter(|(_, below)| **below != Delete::Pinned);
+        let unpinned: Vec<_> = unpinned.map(|(hash, _)| *hash).collect();
+        in_bucket = object.delete(&layout, group, &unpinned).await.map_err(|trouble| {
+            Status::unavailable(format!("not deleted from the object store: {trouble}; delete again once it answers"))
+        })?;
     }
     let (mut deleted, mut pinned) = (0, 0);
     for (hash, below) in hashes.iter().zip(outcomes) {
@@ -32,6 +40,7 @@ pub async fn delete(
         match (below, above.first()) {
             (Delete::Pinned, _) | (_, Some(Delete::Pinned)) => pinned += 1,
             (Delete::Deleted, _) | (_, Some(Delete::Deleted)) => deleted += 1,
+            _ if in_bucket.contains(hash) => deleted += 1,
             _ => {}
         }
     }

@@ -20,6 +20,7 @@ use kvstore_proto::v1::get_response::Part;
 use kvstore_proto::v1::{GetBlock, GetRequest, GetResponse, GetStatus};
 use kvstore_tiers::SequenceHash;
 use kvstore_tiers::host::{LeasedBlock, Leasing, NamespaceId, RegisteredLayout};
+use kvstore_tiers::object::ReadBatch;
 use kvstore_tiers::residency::Priority;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -106,20 +107,18 @@ fn source(
     deadline: Instant,
 ) -> Source {
     let hits = |leasing: &Leasing| matches!(leasing, Leasing::Leased(_));
-    let Some(nvme) = &daemon.nvme else {
-        return Source::Ready(leasings.into_iter().map(Asked::Leasing).enumerate().collect());
-    };
-    // What is read from memory is worth keeping on disk too.
-    let read: Vec<_> =
-        hashes.iter().zip(&leasings).filter(|(_, leasing)| hits(leasing)).map(|(hash, _)| *hash).collect();
-    nvme.touch(layout, group, &read);
-    if leasings.iter().all(hits) {
+    if let Some(nvme) = &daemon.nvme {
+        // What is read from memory is worth keeping on disk too.
+        let read: Vec<_> =
+            hashes.iter().zip(&leasings).filter(|(_, leasing)| hits(leasing)).map(|(hash, _)| *hash).collect();
+        nvme.touch(layout, group, &read);
+    }
+    if leasings.iter().all(hits) || (daemon.nvme.is_none() && daemon.object.is_none()) {
         return Source::Ready(leasings.into_iter().map(Asked::Leasing).enumerate().collect());
     }
     let (send, receive) = mpsc::channel(1);
     let promoter = Promoter {
         daemon: Arc::clone(daemon),
-        nvme: Arc::clone(nvme),
         layout: Arc::clone(layout),
         group,
         priority: Priority::Demand,
@@ -129,34 +128,38 @@ fn source(
     Source::Coming(receive)
 }
 
-/// Brings what is on disk, some blocks ahead of the one that is sent. Ends when nobody listens any more.
+/// Brings what lower tiers have, some blocks ahead of the one that is sent. Ends when nobody listens any more.
 async fn bring(
     promoter: Promoter,
     hashes: Vec<SequenceHash>,
     leasings: Vec<Leasing>,
     send: mpsc::Sender<(usize, Asked)>,
 ) {
-    let on_disk = promoter.nvme.presence(&promoter.layout, promoter.group, &hashes);
-    let leasings = leasings.into_iter().zip(on_disk).map(|(leasing, on_disk)| match leasing {
-        Leasing::Miss | Leasing::InFlight if on_disk => None,
+    let below = promoter.below(&hashes).await;
+    let leasings = leasings.into_iter().zip(below).map(|(leasing, below)| match leasing {
+        Leasing::Miss | Leasing::InFlight if below => None,
         leasing => Some(leasing),
     });
     // What is left: each block with its answer, where that is known already.
     let mut left: VecDeque<_> = hashes.iter().copied().zip(leasings).enumerate().collect();
     let mut window: VecDeque<(usize, SequenceHash, Coming)> = VecDeque::new();
+    let ahead = promoter.window();
     loop {
-        // Half a window at a time: each start may wake the disk's thread, and few wake-ups cost less.
-        let refill = window.len() <= caps::PROMOTIONS_PER_CALL / 2;
+        // Half a window at a time: each start may wake the disk's thread, and few wake-ups cost less; and what lies side by
+        // side in the bucket comes with one request.
+        let refill = window.len() <= ahead / 2;
+        let mut batch = ReadBatch::default();
         while refill
-            && window.len() < caps::PROMOTIONS_PER_CALL
+            && window.len() < ahead
             && let Some((index, (hash, leasing))) = left.pop_front()
         {
             let coming = match leasing {
                 Some(leasing) => Coming::Now(leasing),
-                None => promoter.start(hash).await,
+                None => promoter.start_in(&mut batch, hash).await,
             };
             window.push_back((index, hash, coming));
         }
+        promoter.send(batch);
         let Some((index, hash, coming)) = window.pop_front() else { return };
         if matches!(coming, Coming::Later) {
             // It may be this very call whose leases leave no room: those of blocks further on are given back,
@@ -175,7 +178,7 @@ async fn bring(
             leasing = promoter.finish(hash, coming) => leasing,
             () = send.closed() => return,
         };
-        let lost = matches!(leasing, Leasing::Miss) && promoter.nvme.is_pinned(&promoter.block(hash));
+        let lost = matches!(leasing, Leasing::Miss) && promoter.is_pinned(hash);
         let answer = if lost { Asked::Lost } else { Asked::Leasing(leasing) };
         if send.send((index, answer)).await.is_err() {
             return;

@@ -1,11 +1,13 @@
 //! Lookup: how far a prefix can be used, and where its blocks are.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvstore_proto::v1::{LookupRequest, LookupResponse, ReleaseTicketRequest, ReleaseTicketResponse};
 use kvstore_tiers::caps::TICKET_TTL_MS_MAX;
 use kvstore_tiers::host::{HoldId, HoldKind, NamespaceId, RegisteredLayout};
 use kvstore_tiers::nvme::BlockRef;
+use kvstore_tiers::object::Searching;
 use kvstore_tiers::residency::Presence;
 use kvstore_tiers::{BootTime, GroupPresence, SequenceHash, readable_prefix};
 use tonic::Status;
@@ -20,12 +22,51 @@ struct Part {
     presences: Vec<Presence>,
     /// Which blocks are on disk.
     on_disk: Vec<bool>,
+    /// Which are known to be in the bucket.
+    in_bucket: Vec<bool>,
 }
 
 impl Part {
-    fn at(&self, block: usize) -> Option<(Presence, bool)> {
-        Some((*self.presences.get(block)?, self.on_disk.get(block).copied().unwrap_or(false)))
+    fn at(&self, block: usize) -> Option<wire::Places> {
+        let of = |flags: &[bool]| flags.get(block).copied().unwrap_or(false);
+        let (on_disk, in_bucket) = (of(&self.on_disk), of(&self.in_bucket));
+        Some(wire::Places { host: *self.presences.get(block)?, on_disk, in_bucket })
     }
+}
+
+/// The same, once the bucket was searched for what is nowhere else; it waits for that as long as the request allows.
+pub async fn lookup_patiently(
+    daemon: &Daemon,
+    namespace: NamespaceId,
+    request: &LookupRequest,
+) -> Result<LookupResponse, Status> {
+    let searches = search(daemon, namespace, request)?;
+    let wait = Duration::from_millis(u64::from(request.search_wait_ms)).min(caps::SEARCH_WAIT_MAX);
+    let ended = async {
+        for search in searches {
+            search.ended().await;
+        }
+    };
+    let _ = tokio::time::timeout(wait, ended).await;
+    lookup(daemon, namespace, request)
+}
+
+/// True where a look-up may have to wait: it is then to be made by [`lookup_patiently`].
+pub fn may_wait(daemon: &Daemon, request: &LookupRequest) -> bool {
+    daemon.object.is_some() && request.search_wait_ms > 0
+}
+
+/// Starts to search the bucket for the blocks of which nothing is known.
+fn search(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) -> Result<Vec<Searching>, Status> {
+    let Some(object) = &daemon.object else { return Ok(Vec::new()) };
+    let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
+    let hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
+    let parts = parts_of(daemon, &layout, request, &hashes)?.unwrap_or_default();
+    let search = |part: &Part| {
+        let here = (0..hashes.len()).take_while(|block| part.at(*block).is_some_and(|places| places.is_here())).count();
+        object.search(&part.layout, part.group, hashes.get(here..)?, clock::now())
+    };
+    Ok(parts.iter().filter_map(search).collect())
 }
 
 /// Answers a look-up.
@@ -46,7 +87,9 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
     let readable = readable_blocks(&layout, &parts);
     let residency =
         (0..hashes.len()).map(|block| wire::residency(parts.iter().filter_map(|part| part.at(block)))).collect();
-    let mut response = LookupResponse { readable_blocks: readable as u32, residency, ..LookupResponse::default() };
+    let searching = readable < hashes.len() && !search(daemon, namespace, request)?.is_empty();
+    let mut response =
+        LookupResponse { readable_blocks: readable as u32, residency, searching, ..LookupResponse::default() };
     if request.ticket_ttl_ms > 0 && readable > 0 {
         hold_for_ticket(daemon, namespace, &parts, &hashes, request.ticket_ttl_ms, &mut response)?;
     }
@@ -76,7 +119,9 @@ fn parts_of(
             let (group, _) = wire::known_group(layout, *group)?;
             let presences = daemon.host.presence(&shard, group, hashes);
             let on_disk = daemon.nvme.as_ref().map(|nvme| nvme.presence(&shard, group, hashes)).unwrap_or_default();
-            parts.push(Part { layout: Arc::clone(&shard), group, presences, on_disk });
+            let in_bucket =
+                daemon.object.as_ref().map(|object| object.presence(&shard, group, hashes)).unwrap_or_default();
+            parts.push(Part { layout: Arc::clone(&shard), group, presences, on_disk, in_bucket });
         }
     }
     Ok(Some(parts))
@@ -86,8 +131,7 @@ fn readable_blocks(layout: &RegisteredLayout, parts: &[Part]) -> usize {
     let present: Vec<Vec<bool>> = parts
         .iter()
         .map(|part| {
-            let readable = |(presence, on_disk)| presence == Presence::Resident || on_disk;
-            (0..part.presences.len()).map(|block| part.at(block).is_some_and(readable)).collect()
+            (0..part.presences.len()).map(|block| part.at(block).is_some_and(|places| places.is_readable())).collect()
         })
         .collect();
     let groups: Vec<_> = parts
@@ -147,7 +191,7 @@ fn hold_on_disk(
     expires: BootTime,
 ) -> Result<Option<()>, Status> {
     let Some(nvme) = &daemon.nvme else { return Ok(Some(())) };
-    let below = |part: &&Part, block: usize| part.at(block).is_some_and(|(p, d)| p != Presence::Resident && d);
+    let below = |part: &&Part, block: usize| part.at(block).is_some_and(|p| p.host != Presence::Resident && p.on_disk);
     let blocks: Vec<BlockRef<'_>> = parts
         .iter()
         .flat_map(|part| {

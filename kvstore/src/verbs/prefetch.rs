@@ -11,6 +11,7 @@ use kvstore_proto::v1::{
     WatchPrefetchRequest,
 };
 use kvstore_tiers::host::{HoldId, NamespaceId};
+use kvstore_tiers::object::ReadBatch;
 use kvstore_tiers::residency::{Presence, Priority};
 use kvstore_tiers::{BootTime, SequenceHash};
 use parking_lot::Mutex;
@@ -96,9 +97,9 @@ pub fn prefetch(
     }
     let id = random_hold_id();
     let deadline = clock::now().plus_ms(deadline_ms);
-    let promoter = daemon.nvme.as_ref().map(|nvme| Promoter {
+    let has_below = daemon.nvme.is_some() || daemon.object.is_some();
+    let promoter = has_below.then(|| Promoter {
         daemon: Arc::clone(daemon),
-        nvme: Arc::clone(nvme),
         layout: Arc::clone(&layout),
         group,
         priority: Priority::Prefetch,
@@ -124,19 +125,22 @@ pub fn prefetch(
 
 /// Brings the blocks in, in order, until all are there or nowhere or the prefetch has ended.
 async fn bring(promoter: Promoter, id: HoldId, hashes: Vec<SequenceHash>) {
-    let on_disk = promoter.nvme.presence(&promoter.layout, promoter.group, &hashes);
+    let below = promoter.below(&hashes).await;
     let presences = promoter.daemon.host.presence(&promoter.layout, promoter.group, &hashes);
-    let wanted = hashes.into_iter().zip(on_disk).zip(presences);
-    let mut wanted = wanted
-        .filter(|((_, on_disk), presence)| *on_disk && *presence != Presence::Resident)
-        .map(|((hash, _), _)| hash);
+    let wanted = hashes.into_iter().zip(below).zip(presences);
+    let mut wanted =
+        wanted.filter(|((_, below), presence)| *below && *presence != Presence::Resident).map(|((hash, _), _)| hash);
     let mut window = VecDeque::new();
+    let ahead = promoter.window();
     while !promoter.daemon.prefetches.has_ended(id) && tokio::time::Instant::now() < promoter.deadline {
-        while window.len() < caps::PROMOTIONS_PER_CALL
+        let mut batch = ReadBatch::default();
+        while window.len() < ahead
+            && (window.len() <= ahead / 2 || !batch.is_empty())
             && let Some(hash) = wanted.next()
         {
-            window.push_back((hash, promoter.start(hash).await));
+            window.push_back((hash, promoter.start_in(&mut batch, hash).await));
         }
+        promoter.send(batch);
         let Some((hash, coming)) = window.pop_front() else { break };
         // The lease ends at once: the block is there for whoever comes.
         drop(promoter.finish(hash, coming).await);
@@ -149,13 +153,17 @@ pub fn progress(daemon: &Daemon, namespace: NamespaceId, id: HoldId) -> Result<(
     let prefetch = daemon.prefetches.get(namespace, id)?;
     let layout = wire::known_layout(daemon, namespace, &prefetch.layout_digest)?;
     let presences = daemon.host.presence(&layout, prefetch.group, &prefetch.hashes);
-    let on_disk = match &daemon.nvme {
+    let mut below = match &daemon.nvme {
         Some(nvme) => nvme.presence(&layout, prefetch.group, &prefetch.hashes),
         None => vec![false; presences.len()],
     };
+    if let Some(object) = &daemon.object {
+        let in_bucket = object.presence(&layout, prefetch.group, &prefetch.hashes);
+        below.iter_mut().zip(in_bucket).for_each(|(below, in_bucket)| *below |= in_bucket);
+    }
     let count = |wanted| presences.iter().filter(|presence| **presence == wanted).count() as u32;
-    let nowhere = |(presence, on_disk): &(&Presence, &bool)| **presence == Presence::Absent && !**on_disk;
-    let missing = presences.iter().zip(&on_disk).filter(nowhere).count() as u32;
+    let nowhere = |(presence, below): &(&Presence, &bool)| **presence == Presence::Absent && !**below;
+    let missing = presences.iter().zip(&below).filter(nowhere).count() as u32;
     let now = clock::now();
     let state = match prefetch.ended {
         Some((state, _)) => Some(state),

@@ -12,10 +12,11 @@ use http_body_util::BodyExt;
 use kvstore_proto::data_stream::{Part, PartDecoder, StreamError};
 use kvstore_proto::v1::put_request::Part as Wire;
 use kvstore_proto::v1::{Level, PutBlock, PutOpen, PutRequest, PutResponse, PutResult, PutStatus};
-use kvstore_tiers::SequenceHash;
-use kvstore_tiers::host::{BeginFill, BlockFill, FillRequest, NamespaceId, RegisteredLayout};
+use kvstore_tiers::host::{BeginFill, BlockFill, FillRequest, LeasedBlock, NamespaceId, RegisteredLayout};
 use kvstore_tiers::nvme::{BlockRef, WriteBack};
+use kvstore_tiers::object::{Offer, Offered};
 use kvstore_tiers::residency::{FlightSource, Priority, Publish, Urgency};
+use kvstore_tiers::{SequenceHash, SlotKey};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tonic::Status;
@@ -41,12 +42,15 @@ pub async fn put(
         current: None,
         last: None,
         results: Vec::new(),
+        hashes: Vec::new(),
         local: Vec::new(),
+        durable: Vec::new(),
+        or_lower: false,
     };
     tokio::time::timeout_at(deadline, async {
         call.run(body).await?;
         call.until_local().await;
-        Ok::<_, Status>(())
+        call.until_durable().await
     })
     .await
     .map_err(|_| late())??;
@@ -81,8 +85,20 @@ pub struct Target {
     pub layout: Arc<RegisteredLayout>,
     /// The layer group.
     pub group: u16,
-    /// Whether LOCAL was asked for.
-    pub local: bool,
+    /// The level that was asked for.
+    pub level: Level,
+}
+
+impl Target {
+    /// True where the call waits for the disk.
+    pub fn waits_for_disk(&self) -> bool {
+        self.level == Level::Local
+    }
+
+    /// True where blocks go to the bucket: asked for, or the configuration says so of all.
+    fn uploads(&self, daemon: &Daemon) -> bool {
+        daemon.object.is_some() && (self.level == Level::Durable || daemon.config().uploads_all())
+    }
 }
 
 /// The block whose bytes are coming.
@@ -113,8 +129,14 @@ struct PutCall<'a> {
     /// The last block that is there now.
     last: Option<SequenceHash>,
     results: Vec<PutResult>,
+    /// The names of the results' blocks, where DURABLE was asked for.
+    hashes: Vec<SequenceHash>,
     /// Results that wait to become LOCAL.
     local: Vec<(usize, oneshot::Receiver<bool>)>,
+    /// Results that wait to become DURABLE.
+    durable: Vec<(usize, oneshot::Receiver<bool>)>,
+    /// A lower level will do, where DURABLE is not to be had now.
+    or_lower: bool,
 }
 
 impl PutCall<'_> {
@@ -162,13 +184,22 @@ impl PutCall<'_> {
             Ok(Level::Unspecified | Level::Memory) => {}
             Ok(Level::Local) if self.daemon.nvme.is_some() => {}
             Ok(Level::Local) => return Err(no_tier("LOCAL", "an Nvme tier")),
-            Ok(Level::Durable) => return Err(no_tier("DURABLE", "an object store")),
+            Ok(Level::Durable) => match &self.daemon.object {
+                None => return Err(no_tier("DURABLE", "an object store (object.url)")),
+                Some(object) => {
+                    if let Some(why) = object.refuses_durable().filter(|_| !open.or_lower) {
+                        return Err(not_durable(&why));
+                    }
+                }
+            },
             Err(_) => return Err(wire::invalid("open.level", format!("{} is unknown", open.level))),
         }
         let layout = wire::known_layout(self.daemon, self.namespace, &open.layout_digest)?;
         let (group, _) = wire::known_group(&layout, open.group)?;
         self.more_follows = open.more_follows;
-        self.target = Some(Target { layout, group, local: open.level() == Level::Local });
+        self.or_lower = open.or_lower;
+        let level = if open.level() == Level::Unspecified { Level::Memory } else { open.level() };
+        self.target = Some(Target { layout, group, level });
         Ok(())
     }
 
@@ -185,11 +216,8 @@ impl PutCall<'_> {
         };
         let length = checked_length(target, block.length)?;
         let request = fill_request(target, hash, parent, length, self.deadline);
-        let into = if wait_for_dirty_room(self.daemon).await {
-            begin(self.daemon, &request).await?
-        } else {
-            busy(self.daemon)
-        };
+        let has_room = wait_for_dirty_room(self.daemon).await && wait_for_upload_room(self.daemon, target.level).await;
+        let into = if has_room { begin(self.daemon, &request).await? } else { busy(self.daemon) };
         self.current = Some(Current { hash, parent, expected: block.length, received: 0, crc32: block.crc32, into });
         Ok(())
     }
@@ -238,6 +266,12 @@ impl PutCall<'_> {
         if let Some(local) = finished.local {
             self.local.push((self.results.len(), local));
         }
+        if let Some(durable) = finished.durable {
+            self.durable.push((self.results.len(), durable));
+        }
+        if target.level == Level::Durable {
+            self.hashes.push(hash);
+        }
         self.results.push(PutResult { status: finished.status.into(), level: finished.level.into() });
         Ok(())
     }
@@ -251,6 +285,14 @@ pub struct Finished {
     pub level: Level,
     /// Where LOCAL was asked for: brings true once it is.
     pub local: Option<oneshot::Receiver<bool>>,
+    /// Where DURABLE was asked for: brings true once it is.
+    pub durable: Option<oneshot::Receiver<bool>>,
+}
+
+impl Finished {
+    fn of(status: PutStatus, level: Level) -> Self {
+        Self { status, level, local: None, durable: None }
+    }
 }
 
 /// A complete block becomes readable, and goes to disk in the background.
@@ -262,17 +304,18 @@ pub fn publish(
     parent: Option<SequenceHash>,
     tail: bool,
 ) -> Finished {
-    let sums = if daemon.nvme.is_some() { fill.section_sums() } else { Vec::new() };
+    let is_written = daemon.nvme.is_some() || target.uploads(daemon);
+    let sums = if is_written { fill.section_sums() } else { Vec::new() };
     let bytes = fill.length() as u64;
     // Leased until it is queued for the disk: under pressure it would be the first to leave, as the newest leaf of its chain.
-    let (published, _leased) = fill.commit_leased(tail);
+    let (published, leased) = fill.commit_leased(tail);
     match published {
         Publish::Published => {
             telemetry::add(&daemon.traffic.put_blocks, 1);
             telemetry::add(&daemon.traffic.put_bytes, bytes);
-            written_back(daemon, target, hash, parent, sums, PutStatus::Stored)
+            written_back(daemon, target, hash, parent, sums, PutStatus::Stored, leased)
         }
-        Publish::Superseded => Finished { status: PutStatus::Superseded, level: Level::Unspecified, local: None },
+        Publish::Superseded => Finished::of(PutStatus::Superseded, Level::Unspecified),
     }
 }
 
@@ -285,12 +328,12 @@ pub fn present(
     status: PutStatus,
 ) -> Finished {
     match status {
-        PutStatus::Present | PutStatus::Joined => written_back(daemon, target, hash, parent, Vec::new(), status),
-        _ => Finished { status, level: Level::Unspecified, local: None },
+        PutStatus::Present | PutStatus::Joined => written_back(daemon, target, hash, parent, Vec::new(), status, None),
+        _ => Finished::of(status, Level::Unspecified),
     }
 }
 
-/// The block is readable: it goes to disk in the background, or, where LOCAL was asked for, before the answer.
+/// The block is readable: it goes to disk and to the bucket in the background, or, where that was asked for, before the answer.
 fn written_back(
     daemon: &Daemon,
     target: &Target,
@@ -298,12 +341,27 @@ fn written_back(
     parent: Option<SequenceHash>,
     sums: Vec<u32>,
     status: PutStatus,
+    leased: Option<LeasedBlock>,
 ) -> Finished {
-    let mut finished = Finished { status, level: Level::Memory, local: None };
+    let mut finished = Finished::of(status, Level::Memory);
+    let uploads = target.uploads(daemon);
+    let sums_of_upload = if uploads { sums.clone() } else { Vec::new() };
     if let Some(nvme) = &daemon.nvme {
         let block = BlockRef { layout: &target.layout, group: target.group, hash };
-        if let WriteBack::Queued(Some(local)) = nvme.write_back(&block, parent, sums, target.local) {
+        if let WriteBack::Queued(Some(local)) = nvme.write_back(&block, parent, sums, target.waits_for_disk()) {
             finished.local = Some(local);
+        }
+    }
+    if let Some(object) = daemon.object.as_ref().filter(|_| uploads) {
+        let key = SlotKey { layout: target.layout.ordinal, group: target.group, hash };
+        // Gone again already: then it is nobody's any more.
+        let Some(block) = leased.or_else(|| daemon.host.lease_quietly(target.layout.namespace, &key)) else {
+            return finished;
+        };
+        let (layout, group, durable) = (Arc::clone(&target.layout), target.group, target.level == Level::Durable);
+        let offer = Offer { layout, group, hash, parent, block, sums: sums_of_upload, durable };
+        if let Offered::Accepted(Some(waiting)) = object.offer(offer) {
+            finished.durable = Some(waiting);
         }
     }
     finished
@@ -335,6 +393,76 @@ impl PutCall<'_> {
             {
                 result.level = Level::Local.into();
             }
+        }
+    }
+}
+
+impl PutCall<'_> {
+    /// Waits for the blocks that are to be DURABLE. Those that cannot be now are LOCAL, or MEMORY, and are uploaded later; the
+    /// call fails, unless a lower level will do.
+    async fn until_durable(&mut self) -> Result<(), Status> {
+        let Some(target) = self.target.as_ref().filter(|target| target.level == Level::Durable) else { return Ok(()) };
+        let Some(object) = &self.daemon.object else { return Ok(()) };
+        object.flush();
+        for (at, durable) in std::mem::take(&mut self.durable) {
+            if durable.await == Ok(true)
+                && let Some(result) = self.results.get_mut(at)
+            {
+                result.level = Level::Durable.into();
+            }
+        }
+        let stored = |result: &&PutResult| result.level() != Level::Unspecified;
+        let lacking = self.results.iter().filter(stored).filter(|result| result.level() != Level::Durable).count();
+        if lacking == 0 {
+            return Ok(());
+        }
+        if !self.or_lower {
+            let why = object.status().reason;
+            let why = if why.is_empty() { "the object store did not take them".to_owned() } else { why };
+            return Err(not_durable(&format!("{lacking} of {} blocks: {why}", self.results.len())));
+        }
+        self.lower(&Arc::clone(&target.layout), target.group).await;
+        Ok(())
+    }
+
+    /// What is not DURABLE is LOCAL, where it is on disk.
+    async fn lower(&mut self, layout: &Arc<RegisteredLayout>, group: u16) {
+        let Some(nvme) = self.daemon.nvme.clone() else { return };
+        for synced in nvme.sync() {
+            if synced.await != Ok(true) {
+                return;
+            }
+        }
+        for (result, hash) in self.results.iter_mut().zip(&self.hashes) {
+            if result.level() == Level::Memory && nvme.presence(layout, group, &[*hash]) == [true] {
+                result.level = Level::Local.into();
+            }
+        }
+    }
+}
+
+/// The answer where DURABLE cannot be had now.
+fn not_durable(why: &str) -> Status {
+    Status::unavailable(format!(
+        "not DURABLE: {why}; what was stored is uploaded once the store answers; ask for LOCAL, or set or_lower, to do without"
+    ))
+}
+
+/// Puts that are to be DURABLE wait while uploads keep too much memory; false where that takes too long.
+async fn wait_for_upload_room(daemon: &Daemon, level: Level) -> bool {
+    let Some(object) = daemon.object.as_ref().filter(|_| level == Level::Durable) else { return true };
+    let until = Instant::now() + caps::DIRTY_WAIT;
+    loop {
+        let uploaded = object.uploaded();
+        tokio::pin!(uploaded);
+        uploaded.as_mut().enable();
+        if object.has_upload_room() {
+            return true;
+        }
+        // What makes the room may be this call's own blocks.
+        object.flush();
+        if tokio::time::timeout_at(until, uploaded).await.is_err() {
+            return object.has_upload_room();
         }
     }
 }

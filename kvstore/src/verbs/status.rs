@@ -2,6 +2,7 @@
 
 use kvstore_proto::v1;
 use kvstore_tiers::nvme::{NvmeStatus, VolumeStatus};
+use kvstore_tiers::object::ObjectStatus;
 
 use crate::daemon::Daemon;
 use crate::telemetry::get;
@@ -57,6 +58,10 @@ pub fn status(daemon: &Daemon) -> v1::StatusResponse {
             busy: get(&traffic.busy),
         }),
         nvme: daemon.nvme.as_ref().map(|nvme| nvme_status(nvme.status())),
+        object: daemon.object.as_ref().map(|object| {
+            let url = config.object.as_ref().map(|object| object.url.url.clone()).unwrap_or_default();
+            object_status(url, object.status())
+        }),
         pins: pins as u64,
         tickets: tickets as u64,
         listeners: config
@@ -114,5 +119,34 @@ fn volume_status(volume: VolumeStatus) -> v1::VolumeStatus {
         syncs: volume.syncs,
         sync_failures: volume.sync_failures,
         io_errors: volume.io_errors,
+    }
+}
+
+fn object_status(url: String, status: ObjectStatus) -> v1::ObjectTierStatus {
+    let lacks = status.abilities.map(|abilities| abilities.lacks()).unwrap_or_default();
+    v1::ObjectTierStatus {
+        url,
+        state: status.state.into(),
+        reason: status.reason,
+        lacks: lacks.into_iter().map(str::to_owned).collect(),
+        known_blocks: status.known_blocks,
+        backlog_blocks: status.backlog_blocks,
+        backlog_bytes: status.backlog_bytes,
+        backlog_bytes_max: status.backlog_bytes_max,
+        backlog_age_ms: status.backlog_age_ms,
+        leased_bytes: status.leased_bytes,
+        writes: status.writes,
+        reads: status.reads,
+        written_packs: status.written_packs,
+        written_blocks: status.written_blocks,
+        written_bytes: status.written_bytes,
+        read_blocks: status.read_blocks,
+        read_bytes: status.read_bytes,
+        corrupt_blocks: status.corrupt_blocks,
+        refused_blocks: status.refused_blocks,
+        lost_blocks: status.lost_blocks,
+        requests: status.requests,
+        retries: status.retries,
+        failures: status.failures,
     }
 }

@@ -108,11 +108,13 @@ class PutResult(NamedTuple):
 
 class Lookup(NamedTuple):
     """How far a prefix can be used. ``blocks``: its leading blocks that can be read; ``in_memory``: the leading ones of those
-    that need no disk; ``ticket``: what holds them, where that was asked and there are some."""
+    that need no disk; ``ticket``: what holds them, where that was asked and there are some; ``searching``: the object store is
+    being searched for more, which a look-up a moment later may find."""
 
     blocks: int
     in_memory: int
     ticket: bytes | None
+    searching: bool = False
 
 
 class Deleted(NamedTuple):
@@ -216,13 +218,23 @@ class Layout:
         self.digest = digest
         self.groups = groups
 
-    def lookup(self, hashes, *, groups: list[int] | None = None, all_shards: bool = False, hold: float = 0.0) -> Lookup:
+    def lookup(
+        self,
+        hashes,
+        *,
+        groups: list[int] | None = None,
+        all_shards: bool = False,
+        hold: float = 0.0,
+        search_wait: float = 0.0,
+    ) -> Lookup:
         """How far a prefix can be used in every one of ``groups`` (all of the layout's by default).
 
         ``all_shards``: in every shard of the tensor-parallel group too. ``hold``: keeps what was found for so many seconds
-        (30 at most), for whoever reads it next, until :meth:`Client.release_ticket`.
+        (30 at most), for whoever reads it next, until :meth:`Client.release_ticket`. ``search_wait``: waits so many seconds (5
+        at most) for the object store to be searched for what nothing is known of; the search goes on in any case.
         """
-        return Lookup(*self._client.lookup(self.digest, groups or [], hashes, all_shards, hold))
+        found = self._client.lookup(self.digest, groups or [], hashes, all_shards, hold, search_wait)
+        return Lookup(*found)
 
     def group(self, number: int = 0) -> Group:
         """One of its layer groups."""

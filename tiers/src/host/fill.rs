@@ -186,6 +186,28 @@ impl BlockFill {
         Ok(inside)
     }
 
+    /// Copies bytes out of a lower tier behind what is there; nobody takes such a block over, however slow it comes.
+    pub fn append_promoted(&mut self, bytes: &[u8]) -> Result<(), FillError> {
+        match self.fill.as_mut() {
+            Some((_, fill)) => fill.append(bytes),
+            None => Err(FillError { given: bytes.len(), room: 0 }),
+        }
+    }
+
+    /// Begins again with the first byte.
+    pub fn restart(&mut self) {
+        if let Some((_, fill)) = self.fill.as_mut() {
+            fill.restart();
+        }
+    }
+
+    /// The block turned out shorter than it might have been.
+    pub fn shorten(&mut self, length: usize) {
+        if let Some((_, fill)) = self.fill.as_mut() {
+            fill.shorten(length);
+        }
+    }
+
     fn note_progress(&mut self, now: BootTime) {
         let Some((ticket, _)) = self.fill.as_ref().filter(|_| now.ms_since(self.noted) >= NOTE_PROGRESS_MS) else {
             return;

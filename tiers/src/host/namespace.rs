@@ -168,7 +168,11 @@ impl Namespace {
 
     /// The shards of a layout's tensor-parallel group, by number; those that nobody has registered yet are registered: what
     /// they stored in an earlier life may be on disk. `None` where there is no room for them.
-    pub(super) fn siblings(&mut self, layout: &RegisteredLayout, slab_bytes: u64) -> Vec<Option<Arc<RegisteredLayout>>> {
+    pub(super) fn siblings(
+        &mut self,
+        layout: &RegisteredLayout,
+        slab_bytes: u64,
+    ) -> Vec<Option<Arc<RegisteredLayout>>> {
         let shards = 0..layout.layout.shard.count;
         let known = self.families.get(&layout.family).map_or(0, Vec::len);
         let missing = shards.len().saturating_sub(known);

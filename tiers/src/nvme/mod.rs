@@ -38,7 +38,7 @@ use crate::host::{HostTier, RegisteredLayout, section_bytes};
 use crate::layout::BlockKind;
 use crate::residency::Delete;
 
-use format::{Digest, padded};
+pub(crate) use format::{Digest, padded};
 use store::Store;
 use write::{Commit, Dirty, DirtyBytes, DirtyCount, Pending};
 
@@ -172,6 +172,16 @@ impl NvmeTier {
             }
         }
         found
+    }
+
+    /// True where a block is on disk, or on its way there.
+    pub fn will_have(&self, layout: &RegisteredLayout, group: u16, hash: &SequenceHash) -> bool {
+        self.stores.iter().any(|store| {
+            let digest = self.digest(store, &BlockRef { layout, group, hash: *hash });
+            let state = store.state.lock();
+            let pending = state.pending.get(digest).is_some_and(|pending| !pending.cancelled);
+            !state.health.left && (pending || state.extents.get(digest).is_some())
+        })
     }
 
     /// A request read these blocks: they are worth keeping.

@@ -17,6 +17,8 @@ class Options(options.Options):
     min_hit_tokens: int = 0
     # Seconds that the scheduler waits for a look-up; then it recomputes, and asks again a little later.
     lookup_deadline: float = 0.2
+    # Seconds that a request waits, and no step, while the object store is searched for more of its prefix.
+    search_seconds: float = 0.5
     # Loads of what is in memory run beside the step, layer by layer. None: where the engine runs without CUDA graphs.
     layerwise: bool | None = None
     # Blocks are stored as so many parts of their heads, and are read at every tensor-parallel degree that divides it. None: as
@@ -32,6 +34,7 @@ class Options(options.Options):
             *super()._rules(),
             ("min_hit_tokens", "a count of tokens", lambda tokens: tokens >= 0),
             ("lookup_deadline", "more than 0 and at most 60 seconds", lambda deadline: 0 < deadline <= 60),
+            ("search_seconds", "0 to 60 seconds", lambda seconds: 0 <= seconds <= 60),
             ("layerwise", "true, false or null", (None, True, False).__contains__),
             ("tp_shards", "null or a count of parts", lambda parts: parts is None or 1 <= parts <= 1024),
             ("staged", "true or null", (None, True).__contains__),

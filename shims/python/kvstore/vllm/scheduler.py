@@ -46,6 +46,8 @@ class _Hit:
     in_memory: int
     tickets: list[bytes]
     since: float
+    # The object store is being searched for more.
+    searching: bool = False
 
 
 @dataclass
@@ -173,9 +175,10 @@ class SchedulerSide:
             self._forget(request.request_id)
             hit = self._look_up(request, start, most)
         expected = self._handed_over(request, most)
-        if expected > start + hit.blocks:
+        patience = HAND_OVER_SECONDS if expected > start + hit.blocks else self._options.search_seconds if hit.searching else 0
+        if patience:
             since = self._waiting_since.setdefault(request.request_id, time.monotonic())
-            if time.monotonic() - since < HAND_OVER_SECONDS:
+            if time.monotonic() - since < patience:
                 self._release(hit.tickets)
                 return None, False
         self._waiting_since.pop(request.request_id, None)
@@ -197,9 +200,10 @@ class SchedulerSide:
         hit.blocks = hit.in_memory = len(names)
         for rank_layout in self._layouts:
             found = self._look_up_in(rank_layout, names)
+            hit.searching |= found is not None and found.searching
             if found is None or not found.blocks:
                 self._release(hit.tickets)
-                return _Hit(start, 0, 0, [], hit.since)
+                return _Hit(start, 0, 0, [], hit.since, hit.searching)
             hit.blocks, hit.in_memory = min(hit.blocks, found.blocks), min(hit.in_memory, found.in_memory)
             hit.tickets += [found.ticket] if found.ticket else []
         return hit

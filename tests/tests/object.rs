@@ -1,0 +1,457 @@
+//! The Object tier from outside, on real stores: blocks outlive their node, promises are kept, bounds hold.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kvstore::replay;
+use kvstore_client::v1::{BlockKind, Level, LookupRequest, LookupResponse, ObjectTierStatus, PrefetchState, PutStatus};
+use kvstore_client::{Client, Error, GetOptions, GetOutcome, GroupRef, PutBlock, PutOptions};
+use kvstore_tests::fault_proxy::{Fault, FaultProxy, Meant};
+use kvstore_tests::s3::{self, S3Server};
+use kvstore_tests::{TestDaemon, chain, hashes};
+
+const BLOCK: u32 = 100_000;
+
+/// A daemon with a bucket, and with a disk where there is a folder for one.
+async fn daemon(bucket: &[String], disk: Option<&Path>, more: &[&str]) -> TestDaemon {
+    let mut settings: Vec<String> = bucket.to_vec();
+    if let Some(disk) = disk {
+        settings.extend([format!("nvme.paths={}", disk.display()), "nvme.bytes=256MiB".into()]);
+    }
+    settings.extend(more.iter().map(|setting| setting.to_string()));
+    let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+    TestDaemon::start(&settings).await
+}
+
+fn local_path(folder: &Path) -> Vec<String> {
+    vec![format!("object.url=file://{}", folder.display())]
+}
+
+async fn until_serving(client: &Client) {
+    until(client, |object| object.state == "SERVING").await;
+}
+
+/// Waits for the tier to come to a state, 20 s at most.
+async fn until(client: &Client, reached: impl Fn(&ObjectTierStatus) -> bool) -> ObjectTierStatus {
+    let begun = Instant::now();
+    loop {
+        let object = client.status().await.unwrap().object.unwrap();
+        if reached(&object) {
+            return object;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(20), "{object:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn put_durable(client: &Client, group: &GroupRef, blocks: Vec<PutBlock>) {
+    let options = PutOptions { level: Level::Durable, ..PutOptions::default() };
+    let results = client.put_with(group, blocks, options).await.unwrap();
+    assert!(results.iter().all(|result| result.level() == Level::Durable), "{results:?}");
+}
+
+async fn lookup(client: &Client, group: &GroupRef, names: Vec<Bytes>) -> LookupResponse {
+    let request = LookupRequest {
+        layout_digest: group.layout_digest.clone(),
+        groups: vec![group.group],
+        sequence_hashes: names,
+        search_wait_ms: 5000,
+        ..LookupRequest::default()
+    };
+    client.lookup(request).await.unwrap()
+}
+
+async fn assert_bytes(client: &Client, group: &GroupRef, ids: std::ops::Range<u64>, block_bytes: u32) {
+    let outcomes = client.get(group, &hashes(ids.clone())).await.unwrap();
+    for (id, outcome) in ids.zip(&outcomes) {
+        let expected = replay::content(id, block_bytes as usize);
+        assert_eq!(outcome.bytes(), Some(&expected), "block {id}");
+    }
+}
+
+/// Blocks of one chain that are stored by one daemon and read by another, which never heard of the first.
+async fn conforms(bucket: &[String]) {
+    for block_bytes in [5000, BLOCK, 3 << 20] {
+        let blocks = if block_bytes > 1 << 20 { 7 } else { 100 };
+        let first = daemon(bucket, None, &[]).await;
+        let (client, group) = first.group(block_bytes).await;
+        until_serving(&client).await;
+        put_durable(&client, &group, chain(0..blocks, block_bytes)).await;
+        // They are there already: acknowledged again, and not written twice.
+        let written = client.status().await.unwrap().object.unwrap().written_blocks;
+        put_durable(&client, &group, chain(0..blocks, block_bytes)).await;
+        assert_eq!(client.status().await.unwrap().object.unwrap().written_blocks, written);
+        drop(first);
+
+        let second = daemon(bucket, None, &[]).await;
+        let (client, group) = second.group(block_bytes).await;
+        until_serving(&client).await;
+        let found = lookup(&client, &group, hashes(0..blocks + 1)).await;
+        assert_eq!(found.readable_blocks as u64, blocks, "{block_bytes}: {found:?}");
+        assert!(found.residency[..blocks as usize].iter().all(|tiers| *tiers == 8), "{found:?}");
+        assert_bytes(&client, &group, 0..blocks, block_bytes).await;
+        assert_eq!(lookup(&client, &group, hashes(0..1)).await.residency, [10], "in memory, too, now");
+        // Without a look-up before, in a third one; and what is nowhere is a miss.
+        let third = daemon(bucket, None, &[]).await;
+        let (client, group) = third.group(block_bytes).await;
+        until_serving(&client).await;
+        assert_bytes(&client, &group, 0..blocks, block_bytes).await;
+        assert_eq!(client.get(&group, &hashes([9999])).await.unwrap(), [GetOutcome::Miss]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_outlive_their_node_on_a_local_path() {
+    let folder = tempfile::tempdir().unwrap();
+    conforms(&local_path(folder.path())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_outlive_their_node_on_s3() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = S3Server::start(folder.path(), "127.0.0.1:0").await;
+    conforms(&s3::settings(server.address, "some/prefix")).await;
+}
+
+/// Namespaces and layouts are other names: what one stored is a miss in the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn other_layouts_find_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let daemon = daemon(&local_path(folder.path()), None, &[]).await;
+    let (client, group) = daemon.group(BLOCK).await;
+    until_serving(&client).await;
+    put_durable(&client, &group, chain(0..10, BLOCK)).await;
+    let other = client.register_layout(replay::layout("other", BLOCK, BlockKind::Attention)).await.unwrap().group(0);
+    assert_eq!(lookup(&client, &other, hashes(0..10)).await.readable_blocks, 0);
+    assert_eq!(client.get(&other, &hashes([0])).await.unwrap(), [GetOutcome::Miss]);
+}
+
+/// Two conversations that begin alike, stored by two nodes; each is found whole, the shared part from whoever stored it.
+#[tokio::test(flavor = "multi_thread")]
+async fn branches_are_found_along_the_asked_chain() {
+    let folder = tempfile::tempdir().unwrap();
+    let bucket = local_path(folder.path());
+    let first = daemon(&bucket, None, &[]).await;
+    let (client, group) = first.group(BLOCK).await;
+    until_serving(&client).await;
+    put_durable(&client, &group, chain((0..30).chain(100..130), BLOCK)).await;
+    let second = daemon(&bucket, None, &[]).await;
+    let (client, group) = second.group(BLOCK).await;
+    until_serving(&client).await;
+    let other: Vec<u64> = (0..30).chain(200..220).collect();
+    let found = lookup(&client, &group, hashes(other.iter().copied())).await;
+    assert_eq!(found.readable_blocks, 30, "as far as the other conversation goes along");
+    put_durable(&client, &group, chain(other.iter().copied(), BLOCK)).await;
+    let third = daemon(&bucket, None, &[]).await;
+    let (client, group) = third.group(BLOCK).await;
+    until_serving(&client).await;
+    assert_eq!(lookup(&client, &group, hashes(other.iter().copied())).await.readable_blocks, 50);
+    assert_eq!(lookup(&client, &group, hashes((0..30).chain(100..130))).await.readable_blocks, 60);
+    for ids in [200..220, 100..130] {
+        assert_bytes(&client, &group, ids, BLOCK).await;
+    }
+}
+
+/// `object.upload=all`: what is put at any level is uploaded in the background; a chain may grow block by block.
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_is_uploaded_where_the_configuration_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let bucket = local_path(folder.path());
+    let first = daemon(&bucket, None, &["object.upload=all"]).await;
+    let (client, group) = first.group(BLOCK).await;
+    let blocks = chain(0..60, BLOCK);
+    for block in blocks {
+        let results = client.put(&group, vec![block]).await.unwrap();
+        assert_eq!(results[0].level(), Level::Memory);
+    }
+    let object = until(&client, |object| object.backlog_blocks == 0 && object.written_blocks == 60).await;
+    assert!(object.written_packs <= 10, "blocks that came one by one travel together: {object:?}");
+    let second = daemon(&bucket, None, &[]).await;
+    let (client, group) = second.group(BLOCK).await;
+    until_serving(&client).await;
+    assert_eq!(lookup(&client, &group, hashes(0..60)).await.readable_blocks, 60);
+    assert_bytes(&client, &group, 0..60, BLOCK).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prefetch_brings_a_prefix_from_the_bucket() {
+    let folder = tempfile::tempdir().unwrap();
+    let bucket = local_path(folder.path());
+    let first = daemon(&bucket, None, &[]).await;
+    let (client, group) = first.group(BLOCK).await;
+    until_serving(&client).await;
+    put_durable(&client, &group, chain(0..80, BLOCK)).await;
+    let second = daemon(&bucket, None, &[]).await;
+    let (client, group) = second.group(BLOCK).await;
+    until_serving(&client).await;
+    let ticket = client.prefetch(&group, &hashes(0..90), 10_000).await.unwrap();
+    let last = client.watch_prefetch(ticket, |_| {}).await.unwrap();
+    assert_eq!((last.state(), last.blocks, last.ready, last.missing), (PrefetchState::Done, 90, 80, 10), "{last:?}");
+    assert_eq!(lookup(&client, &group, hashes(0..1)).await.residency, [10]);
+}
+
+/// Bits flip in the bucket: those blocks are misses, counted, and the others are as they were.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_pack_costs_what_is_damaged() {
+    let folder = tempfile::tempdir().unwrap();
+    let bucket = local_path(folder.path());
+    let first = daemon(&bucket, None, &[]).await;
+    let (client, group) = first.group(BLOCK).await;
+    until_serving(&client).await;
+    put_durable(&client, &group, chain(0..5, BLOCK)).await;
+    let mut packs = Vec::new();
+    let mut folders = vec![folder.path().to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { folders.push(path) } else { packs.push(path) }
+        }
+    }
+    for pack in &packs {
+        let mut bytes = std::fs::read(pack).unwrap();
+        let at = BLOCK as usize / 2;
+        bytes[at] ^= 1;
+        std::fs::write(pack, bytes).unwrap();
+    }
+    let second = daemon(&bucket, None, &["object.stall=1s"]).await;
+    let (client, group) = second.group(BLOCK).await;
+    until_serving(&client).await;
+    let outcomes = client.get(&group, &hashes(0..5)).await.unwrap();
+    let missing = outcomes.iter().filter(|outcome| **outcome == GetOutcome::Miss).count();
+    assert_eq!(missing, packs.len(), "the first block of each pack: {outcomes:?}");
+    for (id, outcome) in outcomes.iter().enumerate().filter(|(_, outcome)| **outcome != GetOutcome::Miss) {
+        assert_eq!(outcome.bytes(), Some(&replay::content(id as u64, BLOCK as usize)));
+    }
+    let object = client.status().await.unwrap().object.unwrap();
+    assert_eq!(object.corrupt_blocks, packs.len() as u64);
+    // Stored again, they are whole again, beside what is damaged: another node finds the sound copy at its second try.
+    put_durable(&client, &group, chain(0..5, BLOCK)).await;
+    let third = daemon(&bucket, None, &["object.stall=1s"]).await;
+    let (client, group) = third.group(BLOCK).await;
+    until_serving(&client).await;
+    client.get(&group, &hashes(0..5)).await.unwrap();
+    assert_eq!(lookup(&client, &group, hashes(0..5)).await.readable_blocks, 5);
+    assert_bytes(&client, &group, 0..5, BLOCK).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deleted_blocks_leave_the_bucket_and_their_neighbours_stay() {
+    let folder = tempfile::tempdir().unwrap();
+    let bucket = local_path(folder.path());
+    let first = daemon(&bucket, None, &[]).await;
+    let (client, group) = first.group(BLOCK).await;
+    until_serving(&client).await;
+    put_durable(&client, &group, chain(0..10, BLOCK)).await;
+    let second = daemon(&bucket, None, &[]).await;
+    let (client, group) = second.group(BLOCK).await;
+    until_serving(&client).await;
+    // A node knows where a chain's blocks are once it looked them up from their beginning.
+    assert_eq!(lookup(&client, &group, hashes(0..10)).await.readable_blocks, 10);
+    assert_eq!(client.delete(&group, &hashes(8..12)).await.unwrap().deleted, 2);
+    let third = daemon(&bucket, None, &[]).await;
+    let (client, group) = third.group(BLOCK).await;
+    until_serving(&client).await;
+    assert_eq!(lookup(&client, &group, hashes(0..10)).await.readable_blocks, 8);
+    assert_bytes(&client, &group, 0..8, BLOCK).await;
+    assert_eq!(client.get(&group, &hashes([8, 9])).await.unwrap(), [GetOutcome::Miss, GetOutcome::Miss]);
+}
+
+/// The store is away: DURABLE says so in time, a lower level is given where that will do, reads go on, and what waited is
+/// uploaded when it comes back, by a daemon that was killed meanwhile, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_is_said_survived_and_made_up_for() {
+    let (folder, disk) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = S3Server::start(folder.path(), "127.0.0.1:0").await;
+    let proxy = FaultProxy::start(server.address).await;
+    let bucket = s3::settings(proxy.address, "p");
+    let first = daemon(&bucket, Some(disk.path()), &["object.stall=1s"]).await;
+    let (client, group) = first.group(BLOCK).await;
+    until_serving(&client).await;
+    put_durable(&client, &group, chain(0..10, BLOCK)).await;
+    proxy.always(Some((Meant::Any, Fault::Status(503))));
+    let durable = PutOptions { level: Level::Durable, ..PutOptions::default() };
+    let begun = Instant::now();
+    let error = client.put_with(&group, chain(10..20, BLOCK), durable).await.unwrap_err();
+    assert!(matches!(&error, Error::Unavailable(why) if why.contains("not DURABLE")), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    let lower = PutOptions { or_lower: true, ..durable };
+    let results = client.put_with(&group, chain(20..30, BLOCK), lower).await.unwrap();
+    assert!(results.iter().all(|result| result.level() == Level::Local), "{results:?}");
+    assert_bytes(&client, &group, 0..30, BLOCK).await;
+    let object = until(&client, |object| object.state == "AWAY").await;
+    assert_eq!((object.backlog_blocks, object.backlog_bytes), (20, 20 * u64::from(BLOCK)), "{object:?}");
+    assert!(object.backlog_bytes_max > 0 && object.reason.contains("503"), "{object:?}");
+    // Without a goodbye: the folder's lock is let go, nothing else.
+    first.running.shut_down().await;
+
+    let second = daemon(&bucket, Some(disk.path()), &["object.stall=1s"]).await;
+    let (client, group) = second.group(BLOCK).await;
+    let object = client.status().await.unwrap().object.unwrap();
+    assert_eq!(object.backlog_blocks, 20, "they are remembered: {object:?}");
+    proxy.always(None);
+    until(&client, |object| object.backlog_blocks == 0 && object.state == "SERVING").await;
+    drop((second, group));
+
+    let third = daemon(&s3::settings(server.address, "p"), None, &[]).await;
+    let (client, group) = third.group(BLOCK).await;
+    until_serving(&client).await;
+    for ids in [0..10, 10..20, 20..30] {
+        assert_bytes(&client, &group, ids, BLOCK).await;
+    }
+}
+
+/// More than may wait: blocks stay on this node, which is counted; memory and disk stay within their bounds.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_backlog_is_bounded() {
+    let (folder, disk) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = S3Server::start(folder.path(), "127.0.0.1:0").await;
+    let proxy = FaultProxy::start(server.address).await;
+    proxy.always(Some((Meant::Any, Fault::Status(500))));
+    let settings = ["object.upload=all", "object.backlog_bytes=4MB", "object.upload_bytes=1MB", "object.stall=1s"];
+    let daemon = daemon(&s3::settings(proxy.address, "p"), Some(disk.path()), &settings).await;
+    let (client, group) = daemon.group(BLOCK).await;
+    for at in 0..20 {
+        client.put(&group, chain(at * 10..at * 10 + 10, BLOCK)).await.unwrap();
+    }
+    let object = until(&client, |object| object.backlog_blocks == 40).await;
+    assert_eq!(object.refused_blocks, 160, "{object:?}");
+    assert!(object.leased_bytes <= 1_000_000, "{object:?}");
+    proxy.always(None);
+    until(&client, |object| object.backlog_blocks == 0).await;
+    client.put(&group, chain(500..510, BLOCK)).await.unwrap();
+    until(&client, |object| object.written_blocks == 50).await;
+}
+
+/// Every fault of the list, singly and mixed, by 60 seeds: no byte is wrong, what was acknowledged is there, calls end by
+/// their deadline and a second, and nothing waits when it is over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn sixty_fault_schedules() {
+    const FAULTS: [Fault; 10] = [
+        Fault::Status(500),
+        Fault::Status(503),
+        Fault::Delay(Duration::from_secs(30)),
+        Fault::Reset,
+        Fault::Truncate,
+        Fault::Flip,
+        Fault::LostReply,
+        Fault::Status(409),
+        Fault::Slow,
+        Fault::Status(429),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    let server = S3Server::start(folder.path(), "127.0.0.1:0").await;
+    let schedule = async |seed: u64| {
+        let proxy = FaultProxy::start(server.address).await;
+        let disk = tempfile::tempdir().unwrap();
+        let bucket = s3::settings(proxy.address, &format!("seed{seed}"));
+        let first = daemon(&bucket, Some(disk.path()), &["object.stall=500ms", "host.bytes=16MiB"]).await;
+        let (client, group) = first.group(BLOCK).await;
+        until_serving(&client).await;
+        let mut random = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let mut next = move |below: u64| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random % below
+        };
+        let deadline = Duration::from_secs(8);
+        let client = client.with_deadline(deadline);
+        let mut durable = Vec::new();
+        for round in 0..4u64 {
+            // One kind alone for the first ten seeds, then mixtures.
+            let count = 1 + next(5);
+            let faults = (0..count).map(|_| {
+                let kind = if seed < 10 { seed } else { next(FAULTS.len() as u64) };
+                let meant = [Meant::Writes, Meant::Reads, Meant::Any][next(3) as usize];
+                (meant, FAULTS[kind as usize])
+            });
+            proxy.plan(faults.collect::<Vec<_>>());
+            let ids = round * 100..round * 100 + 3 + next(20);
+            let begun = Instant::now();
+            let options = PutOptions { level: Level::Durable, or_lower: next(2) == 0, ..PutOptions::default() };
+            match client.put_with(&group, chain(ids.clone(), BLOCK), options).await {
+                Ok(results) => {
+                    let acknowledged = ids.zip(&results).filter(|(_, result)| result.level() == Level::Durable);
+                    durable.extend(acknowledged.map(|(id, _)| id));
+                }
+                Err(Error::Unavailable(_) | Error::Deadline(_)) => {}
+                Err(error) => panic!("seed {seed}: {error}"),
+            }
+            assert!(begun.elapsed() < deadline + Duration::from_secs(1), "seed {seed}: {:?}", begun.elapsed());
+        }
+        // Another node reads through the same faults.
+        let second = daemon(&bucket, None, &["object.stall=500ms"]).await;
+        let (reader, group_there) = second.group(BLOCK).await;
+        until_serving(&reader).await;
+        let reader = reader.with_deadline(deadline);
+        for round in 0..4u64 {
+            proxy.plan(
+                (0..1 + next(4))
+                    .map(|_| (Meant::Reads, FAULTS[next(FAULTS.len() as u64) as usize]))
+                    .collect::<Vec<_>>(),
+            );
+            let ids: Vec<u64> = (round * 100..round * 100 + 23).collect();
+            let begun = Instant::now();
+            let options = GetOptions::default();
+            let outcomes = reader.get_with(&group_there, &hashes(ids.iter().copied()), options).await;
+            assert!(begun.elapsed() < deadline + Duration::from_secs(1), "seed {seed}: {:?}", begun.elapsed());
+            for (id, outcome) in ids.iter().zip(outcomes.unwrap_or_default()) {
+                if let Some(bytes) = outcome.bytes() {
+                    assert_eq!(replay::wrong_bytes(*id, bytes), 0, "seed {seed}: block {id}");
+                }
+            }
+        }
+        proxy.forget();
+        // The store is well again: nothing waits for long, and what was acknowledged is there, for a node that is new.
+        until(&client, |object| object.backlog_blocks == 0).await;
+        drop((first, second));
+        let third = daemon(&s3::settings(server.address, &format!("seed{seed}")), None, &[]).await;
+        let (reader, group) = third.group(BLOCK).await;
+        until_serving(&reader).await;
+        for id in durable {
+            let from = id / 100 * 100;
+            let outcomes = reader.get(&group, &hashes(from..id + 1)).await.unwrap();
+            let last = outcomes.last().and_then(|outcome| outcome.bytes().cloned());
+            assert_eq!(last, Some(replay::content(id, BLOCK as usize)), "seed {seed}: DURABLE block {id} is lost");
+        }
+        proxy.done()
+    };
+    let mut done = 0;
+    for seeds in (0..60u64).collect::<Vec<_>>().chunks(12) {
+        done += futures::future::join_all(seeds.iter().map(|seed| schedule(*seed))).await.into_iter().sum::<u64>();
+    }
+    assert!(done > 300, "only {done} faults were done");
+}
+
+/// What a store lacks is said in plain words. A local path has no conditional update, which nothing needs.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_store_lacks_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let daemon = daemon(&local_path(folder.path()), None, &[]).await;
+    let client = daemon.client().await;
+    let object = until(&client, |object| object.state == "SERVING").await;
+    assert_eq!(object.lacks.len(), 1, "{object:?}");
+    assert!(object.lacks[0].contains("no conditional update"), "{object:?}");
+}
+
+/// A store that is not there: the daemon serves without it, and says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_not_there_costs_no_more_than_itself() {
+    let settings = s3::settings("127.0.0.1:1".parse().unwrap(), "p");
+    let daemon = daemon(&settings, None, &["object.upload=all"]).await;
+    let (client, group) = daemon.group(BLOCK).await;
+    let results = client.put(&group, chain(0..10, BLOCK)).await.unwrap();
+    assert!(results.iter().all(|result| result.status() == PutStatus::Stored));
+    assert_bytes(&client, &group, 0..10, BLOCK).await;
+    let begun = Instant::now();
+    assert_eq!(client.get(&group, &hashes([77])).await.unwrap(), [GetOutcome::Miss]);
+    assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+    let object = until(&client, |object| object.state == "AWAY").await;
+    assert!(!object.reason.is_empty());
+    let options = PutOptions { level: Level::Durable, ..PutOptions::default() };
+    let error = client.put_with(&group, chain(20..21, BLOCK), options).await.unwrap_err();
+    assert!(matches!(error, Error::Unavailable(_)), "{error}");
+}

@@ -1,0 +1,327 @@
+//! The upload log: which blocks are still to be uploaded, on disk, so that a restart goes on with them.
+//!
+//! Records are appended as blocks come and as they are done; what is left is written anew when the log has grown far beyond it. A
+//! record that was cut off or flipped, and all behind it, are left out: those blocks are on this node alone. The blocks' bytes
+//! are the Nvme tier's. Written to the page cache at once, so that a kill loses nothing, and synced once a second.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use kvstore_plane::SequenceHash;
+use kvstore_transfer::crc32;
+use serde::{Deserialize, Serialize};
+
+use crate::layout::Layout;
+
+const MAGIC: &[u8; 8] = b"KVUPLOG1";
+/// The log is written anew when it has this many bytes ...
+const COMPACT_FROM_BYTES: u64 = 1 << 20;
+/// ... and this many times what is still needed.
+const COMPACT_FACTOR: u64 = 4;
+/// A record is a layout at most: 64 layer groups and 400 bytes of names, as JSON.
+const RECORD_BYTES_MAX: usize = 64 << 10;
+
+/// A block that is to be uploaded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Owed {
+    /// Its layout, by its number in this log.
+    pub layout: u32,
+    /// Its layer group.
+    pub group: u16,
+    /// Its name.
+    pub hash: SequenceHash,
+    /// The block before it.
+    pub parent: Option<SequenceHash>,
+    /// Its bytes.
+    pub length: u32,
+}
+
+type Key = (u32, u16, SequenceHash);
+
+#[derive(Serialize, Deserialize)]
+struct LoggedLayout {
+    namespace: String,
+    layout: Layout,
+}
+
+#[derive(Serialize, Deserialize)]
+enum Record {
+    #[serde(rename = "l")]
+    Layout(u32, LoggedLayout),
+    #[serde(rename = "b")]
+    Block { l: u32, g: u16, h: String, p: String, n: u32 },
+    #[serde(rename = "d")]
+    Done { l: u32, g: u16, h: String },
+}
+
+/// See the head of this file.
+pub struct UploadLog {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+    unsynced: bool,
+    layouts: Vec<(String, Layout)>,
+    numbers: HashMap<[u8; 64], u32>,
+    owed: HashMap<Key, (u64, Owed)>,
+    next: u64,
+}
+
+impl UploadLog {
+    /// Opens or makes the log in `folder`.
+    pub fn open(folder: &Path) -> io::Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let path = folder.join("uploads");
+        let mut log = Self {
+            file: open_file(&path, false)?,
+            path,
+            bytes: 0,
+            unsynced: false,
+            layouts: Vec::new(),
+            numbers: HashMap::new(),
+            owed: HashMap::new(),
+            next: 0,
+        };
+        let mut all = Vec::new();
+        log.file.read_to_end(&mut all)?;
+        log.replay(&all);
+        log.compact()?;
+        Ok(log)
+    }
+
+    fn replay(&mut self, all: &[u8]) {
+        let Some(mut rest) = all.strip_prefix(MAGIC) else { return };
+        while let Some((head, behind)) = rest.split_first_chunk::<8>() {
+            let [a, b, c, d, e, f, g, h] = *head;
+            let (length, sum) = (u32::from_le_bytes([a, b, c, d]) as usize, u32::from_le_bytes([e, f, g, h]));
+            let Some(body) = behind.get(..length).filter(|body| length <= RECORD_BYTES_MAX && crc32(body) == sum)
+            else {
+                tracing::warn!(path = %self.path.display(), "the upload log is damaged: what follows is not uploaded");
+                return;
+            };
+            if let Ok(record) = serde_json::from_slice(body) {
+                self.apply(record);
+            }
+            rest = behind.get(length..).unwrap_or_default();
+        }
+    }
+
+    fn apply(&mut self, record: Record) {
+        match record {
+            Record::Layout(number, LoggedLayout { namespace, layout }) => {
+                if number as usize == self.layouts.len() {
+                    self.numbers.insert(name_of(&namespace, &layout), number);
+                    self.layouts.push((namespace, layout));
+                }
+            }
+            Record::Block { l, g, h, p, n } => {
+                let parent = if p.is_empty() { Some(None) } else { unhex(&p).map(Some) };
+                if let (Some(hash), Some(parent)) = (unhex(&h), parent) {
+                    let owed = Owed { layout: l, group: g, hash, parent, length: n };
+                    self.owed.insert((l, g, hash), (self.next, owed));
+                    self.next += 1;
+                }
+            }
+            Record::Done { l, g, h } => {
+                if let Some(hash) = unhex(&h) {
+                    self.owed.remove(&(l, g, hash));
+                }
+            }
+        }
+    }
+
+    /// Layouts that are named, by their number: the namespace and the layout.
+    pub fn layout(&self, number: u32) -> Option<&(String, Layout)> {
+        self.layouts.get(number as usize)
+    }
+
+    /// What is still to be uploaded, oldest first.
+    pub fn owed(&self) -> Vec<Owed> {
+        let mut owed: Vec<_> = self.owed.values().copied().collect();
+        owed.sort_by_key(|(at, _)| *at);
+        owed.into_iter().map(|(_, owed)| owed).collect()
+    }
+
+    /// The number of a layout; written first, where it is new.
+    pub fn number(&mut self, namespace: &str, layout: &Layout) -> io::Result<u32> {
+        let name = name_of(namespace, layout);
+        if let Some(number) = self.numbers.get(&name) {
+            return Ok(*number);
+        }
+        let number = self.layouts.len() as u32;
+        let logged = LoggedLayout { namespace: namespace.to_owned(), layout: layout.clone() };
+        self.write(&Record::Layout(number, logged))?;
+        self.layouts.push((namespace.to_owned(), layout.clone()));
+        self.numbers.insert(name, number);
+        Ok(number)
+    }
+
+    /// A block is to be uploaded.
+    pub fn add(&mut self, owed: Owed) -> io::Result<()> {
+        let parent = owed.parent.map(|parent| parent.to_string()).unwrap_or_default();
+        let record =
+            Record::Block { l: owed.layout, g: owed.group, h: owed.hash.to_string(), p: parent, n: owed.length };
+        self.write(&record)?;
+        self.owed.insert((owed.layout, owed.group, owed.hash), (self.next, owed));
+        self.next += 1;
+        Ok(())
+    }
+
+    /// A block is uploaded, or will not be.
+    pub fn done(&mut self, layout: u32, group: u16, hash: SequenceHash) -> io::Result<()> {
+        if self.owed.remove(&(layout, group, hash)).is_some() {
+            self.write(&Record::Done { l: layout, g: group, h: hash.to_string() })?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, record: &Record) -> io::Result<()> {
+        let bytes = encode(record)?;
+        self.file.write_all(&bytes)?;
+        self.bytes += bytes.len() as u64;
+        self.unsynced = true;
+        Ok(())
+    }
+
+    /// A file to sync, where something was written since the last call: to be synced without holding anybody up.
+    pub fn take_unsynced(&mut self) -> Option<File> {
+        std::mem::take(&mut self.unsynced).then(|| self.file.try_clone().ok()).flatten()
+    }
+
+    /// True where most of the log is of no use any more.
+    pub fn has_grown(&self) -> bool {
+        let needed = (self.owed.len() as u64 + self.layouts.len() as u64 * 4) * 300;
+        self.bytes > COMPACT_FROM_BYTES && self.bytes > needed * COMPACT_FACTOR
+    }
+
+    /// Writes what is needed into a new log, and puts that in place of the old one.
+    pub fn compact(&mut self) -> io::Result<()> {
+        let (owed, layouts) = (self.owed(), std::mem::take(&mut self.layouts));
+        let used: std::collections::BTreeSet<u32> = owed.iter().map(|owed| owed.layout).collect();
+        let new_path = self.path.with_extension("new");
+        self.file = open_file(&new_path, true)?;
+        self.file.write_all(MAGIC)?;
+        self.bytes = MAGIC.len() as u64;
+        self.owed.clear();
+        self.numbers.clear();
+        let mut renumbered = HashMap::new();
+        for (number, (namespace, layout)) in (0u32..).zip(&layouts) {
+            if used.contains(&number) {
+                renumbered.insert(number, self.number(namespace, layout)?);
+            }
+        }
+        for owed in owed {
+            if let Some(layout) = renumbered.get(&owed.layout) {
+                self.add(Owed { layout: *layout, ..owed })?;
+            }
+        }
+        self.file.sync_all()?;
+        std::fs::rename(&new_path, &self.path)?;
+        if let Some(folder) = self.path.parent() {
+            File::open(folder)?.sync_all()?;
+        }
+        self.unsynced = false;
+        Ok(())
+    }
+}
+
+fn open_file(path: &Path, new: bool) -> io::Result<File> {
+    let flags = (rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::NOFOLLOW).bits();
+    OpenOptions::new()
+        .read(true)
+        .append(!new)
+        .write(true)
+        .create(true)
+        .truncate(new)
+        .mode(0o600)
+        .custom_flags(flags as i32)
+        .open(path)
+}
+
+fn encode(record: &Record) -> io::Result<Vec<u8>> {
+    let body = serde_json::to_vec(record)?;
+    let mut out = Vec::with_capacity(body.len() + 8);
+    out.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    out.extend_from_slice(&crc32(&body).to_le_bytes());
+    out.extend_from_slice(&body);
+    Ok(out)
+}
+
+fn name_of(namespace: &str, layout: &Layout) -> [u8; 64] {
+    let mut name = [0; 64];
+    let namespace = blake3::hash(namespace.as_bytes());
+    let digests = namespace.as_bytes().iter().copied().chain(layout.digest());
+    name.iter_mut().zip(digests).for_each(|(to, from)| *to = from);
+    name
+}
+
+fn unhex(text: &str) -> Option<SequenceHash> {
+    super::names::unhex(text).and_then(|bytes| SequenceHash::new(&bytes).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{BlockKind, DimensionOrder, LayerGroup, Shard};
+
+    fn layout(model: &str) -> Layout {
+        let group = LayerGroup {
+            kind: BlockKind::SlidingWindow { tokens: 7 },
+            layers: 1,
+            planes: 2,
+            heads: 3,
+            head_bytes: 4,
+            order: DimensionOrder::Opaque,
+        };
+        Layout {
+            model: model.into(),
+            weights_digest: vec![0xff],
+            dtype: "bfloat16".into(),
+            block_tokens: 16,
+            groups: vec![group],
+            shard: Shard { index: 1, count: 2 },
+            extra: vec![],
+        }
+    }
+
+    fn hash(id: u64) -> SequenceHash {
+        SequenceHash::new(&id.to_be_bytes()).unwrap()
+    }
+
+    #[test]
+    fn what_is_owed_is_found_again_whatever_became_of_the_end() {
+        let folder = std::env::temp_dir().join(format!("kvstore-upload-log-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&folder);
+        let mut log = UploadLog::open(&folder).unwrap();
+        let (a, b) = (log.number("a", &layout("m")).unwrap(), log.number("b", &layout("m")).unwrap());
+        assert_ne!(a, b);
+        let owed =
+            |layout, id| Owed { layout, group: 0, hash: hash(id), parent: (id > 0).then(|| hash(id - 1)), length: 9 };
+        for id in 0..10 {
+            log.add(owed(b, id)).unwrap();
+        }
+        (0..9).filter(|id| id % 2 == 0).for_each(|id| log.done(b, 0, hash(id)).unwrap());
+        drop(log);
+        let log = UploadLog::open(&folder).unwrap();
+        let left = log.owed();
+        assert_eq!(left.iter().map(|owed| owed.hash).collect::<Vec<_>>(), [1, 3, 5, 7, 9].map(hash));
+        assert_eq!(log.layout(left[0].layout).unwrap(), &("b".to_owned(), layout("m")));
+        assert_eq!(left[0].parent, Some(hash(0)));
+        drop(log);
+        // Cut off, and flipped: what was before is there.
+        let path = folder.join("uploads");
+        let whole = std::fs::read(&path).unwrap();
+        for damaged in [whole[..whole.len() - 3].to_vec(), {
+            let mut flipped = whole.clone();
+            let last = flipped.len() - 10;
+            flipped[last] ^= 1;
+            flipped
+        }] {
+            std::fs::write(&path, damaged).unwrap();
+            assert_eq!(UploadLog::open(&folder).unwrap().owed().len(), 4);
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}

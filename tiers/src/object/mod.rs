@@ -1,0 +1,432 @@
+//! The Object tier: blocks in a bucket, that outlive the node and are shared by all nodes.
+//!
+//! Blocks lie in packs under names that any node computes ([`names`]), and are found by listing; no node asks another. What this
+//! one knows of the bucket is soft state within a bound. Blocks come from the Host tier, or from the Nvme tier by way of it, and
+//! are read into it, each checked before anyone sees it. Nothing in here waits on the caller's thread: requests are made by tasks
+//! of the runtime that the tier was opened in. `docs/design/object.md` has the formats and the arithmetic.
+
+mod delete;
+mod directory;
+mod log;
+pub mod names;
+mod open;
+pub mod pack;
+mod probe;
+mod read;
+mod requests;
+mod search;
+mod upload;
+mod write;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::time::Duration;
+
+use kvstore_plane::SequenceHash;
+use kvstore_transfer::frame::FrameHeader;
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, Semaphore, watch};
+use tokio::time::Instant;
+
+use crate::caps;
+use crate::clock::BootTime;
+use crate::host::{HostTier, RegisteredLayout};
+use crate::layout::BlockKind;
+use crate::nvme::{Digest, NvmeTier};
+
+use directory::Directory;
+use log::{Owed, UploadLog};
+use names::Names;
+use requests::Bucket;
+use upload::Uploads;
+
+pub use open::{ObjectUrl, OpenStoreError, Opened};
+pub use probe::Abilities;
+pub use read::ReadBatch;
+pub use requests::Trouble;
+pub use search::Searching;
+pub use upload::{Offer, Offered};
+
+/// What may change while it runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ObjectLimits {
+    /// Bytes of blocks that leases keep in memory until they are uploaded.
+    pub upload_bytes: u64,
+    /// Bytes of blocks that may wait to be uploaded, on disk for the most part.
+    pub backlog_bytes: u64,
+}
+
+/// What the tier is made with.
+#[derive(Clone)]
+pub struct ObjectOptions {
+    /// The store.
+    pub opened: Opened,
+    /// Namespaces, by their number.
+    pub namespaces: Vec<String>,
+    /// Bounds.
+    pub limits: ObjectLimits,
+    /// A request that brings nothing for this long is made anew.
+    pub stall: Duration,
+    /// The folder of the upload log; without, what is not uploaded when the daemon ends is not uploaded.
+    pub log_folder: Option<PathBuf>,
+    /// Secret, and another one with each start.
+    pub seed: u64,
+    /// The clock.
+    pub clock: fn() -> BootTime,
+}
+
+/// Why the tier cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenObjectError {
+    /// The upload log.
+    #[error("cannot open the upload log in {folder}: {cause}")]
+    Log {
+        /// Where.
+        folder: PathBuf,
+        /// Why.
+        cause: std::io::Error,
+    },
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] OpenStoreError),
+}
+
+/// Counts since the start.
+#[derive(Debug, Default)]
+struct Counts {
+    written_packs: AtomicU64,
+    written_blocks: AtomicU64,
+    written_bytes: AtomicU64,
+    read_blocks: AtomicU64,
+    read_bytes: AtomicU64,
+    corrupt_blocks: AtomicU64,
+    refused_blocks: AtomicU64,
+    lost_blocks: AtomicU64,
+}
+
+/// The tier at one moment. Counts are since the daemon started.
+#[derive(Clone, Debug, Default)]
+pub struct ObjectStatus {
+    /// PROBING, SERVING or AWAY.
+    pub state: &'static str,
+    /// Why it does not serve, where it does not.
+    pub reason: String,
+    /// What the probe found; nothing before it ended.
+    pub abilities: Option<Abilities>,
+    /// Blocks of which it is known where they are.
+    pub known_blocks: u64,
+    /// Blocks that wait to be uploaded ...
+    pub backlog_blocks: u64,
+    /// ... their bytes ...
+    pub backlog_bytes: u64,
+    /// ... the bound ...
+    pub backlog_bytes_max: u64,
+    /// ... and for how long the oldest has waited, in milliseconds.
+    pub backlog_age_ms: u64,
+    /// Bytes that uploads keep in memory.
+    pub leased_bytes: u64,
+    /// Packs being written.
+    pub writes: u64,
+    /// Reads under way.
+    pub reads: u64,
+    /// Packs written.
+    pub written_packs: u64,
+    /// Blocks in them.
+    pub written_blocks: u64,
+    /// Their bytes.
+    pub written_bytes: u64,
+    /// Blocks read.
+    pub read_blocks: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Blocks that were damaged, however often they were read.
+    pub corrupt_blocks: u64,
+    /// Blocks that were not taken, because too many wait.
+    pub refused_blocks: u64,
+    /// Blocks that were gone before they could be uploaded.
+    pub lost_blocks: u64,
+    /// Requests to the store.
+    pub requests: u64,
+    /// Of those, repeated ones.
+    pub retries: u64,
+    /// Those that failed.
+    pub failures: u64,
+}
+
+struct State {
+    directory: Directory,
+    searches: HashMap<Digest, watch::Receiver<()>>,
+}
+
+/// See the head of this file.
+pub struct ObjectTier {
+    bucket: Bucket,
+    names: Names,
+    checks_uploads: bool,
+    host: Arc<HostTier>,
+    nvme: Option<Arc<NvmeTier>>,
+    state: Mutex<State>,
+    uploads: Mutex<Uploads>,
+    limits: Mutex<ObjectLimits>,
+    log: Option<Mutex<UploadLog>>,
+    leased_bytes: Arc<AtomicU64>,
+    counts: Counts,
+    abilities: Mutex<Option<Abilities>>,
+    refused: Mutex<Option<String>>,
+    clock_ahead_ms: AtomicI64,
+    reads: Arc<Semaphore>,
+    prefetch_reads: Arc<Semaphore>,
+    /// A read ended.
+    promoted: Notify,
+    /// An upload ended.
+    uploaded: Notify,
+    /// There is something to upload.
+    work: Notify,
+    stopping: AtomicBool,
+    namespaces: Vec<String>,
+    seed: u64,
+    ids: AtomicU64,
+    clock: fn() -> BootTime,
+    runtime: Handle,
+}
+
+impl ObjectTier {
+    /// Opens the tier in the current runtime. Ready at once: the store is probed in the background, and what an earlier daemon
+    /// left to be uploaded goes on.
+    pub fn open(
+        options: ObjectOptions,
+        host: &Arc<HostTier>,
+        nvme: Option<&Arc<NvmeTier>>,
+    ) -> Result<Arc<Self>, OpenObjectError> {
+        let log = match options.log_folder {
+            Some(folder) => {
+                let opened = UploadLog::open(&folder);
+                Some(Mutex::new(opened.map_err(|cause| OpenObjectError::Log { folder, cause })?))
+            }
+            None => None,
+        };
+        let tier = Arc::new(Self {
+            bucket: Bucket::new(options.opened.store, options.stall),
+            names: Names::new(&options.opened.prefix, &options.namespaces),
+            checks_uploads: options.opened.checks_uploads,
+            host: Arc::clone(host),
+            nvme: nvme.cloned(),
+            state: Mutex::new(State { directory: Directory::default(), searches: HashMap::new() }),
+            uploads: Mutex::default(),
+            limits: Mutex::new(options.limits),
+            log,
+            leased_bytes: Arc::default(),
+            counts: Counts::default(),
+            abilities: Mutex::new(None),
+            refused: Mutex::new(None),
+            clock_ahead_ms: AtomicI64::new(0),
+            reads: Arc::new(Semaphore::new(caps::OBJECT_READS_MAX)),
+            prefetch_reads: Arc::new(Semaphore::new(caps::OBJECT_PREFETCH_READS_MAX)),
+            promoted: Notify::new(),
+            uploaded: Notify::new(),
+            work: Notify::new(),
+            stopping: AtomicBool::new(false),
+            namespaces: options.namespaces,
+            seed: options.seed,
+            ids: AtomicU64::new(0),
+            clock: options.clock,
+            runtime: Handle::current(),
+        });
+        let register = |namespace: &str, layout: &crate::Layout| {
+            let at = tier.namespaces.iter().position(|name| name == namespace)?;
+            tier.host.register_layout(crate::host::NamespaceId(at), layout.clone()).ok()
+        };
+        tier.resume(register);
+        for _ in 0..caps::OBJECT_WRITES_MAX {
+            tier.runtime.spawn(Arc::clone(&tier).work_forever());
+        }
+        tier.runtime.spawn(Arc::clone(&tier).probe_until_answered());
+        Ok(tier)
+    }
+
+    /// The store is probed until it answers, and what it lacks is said in plain words.
+    async fn probe_until_answered(self: Arc<Self>) {
+        let mut tries = 0;
+        while !self.stopping.load(Ordering::Acquire) {
+            let name = format!("{:032x}", self.next_id());
+            let deadline = Instant::now() + self.bucket.stall() * 4;
+            match probe::probe(&self.bucket, self.names.root(), &name, deadline).await {
+                Ok(abilities) => {
+                    for lack in abilities.lacks() {
+                        tracing::warn!("the object store: {lack}");
+                    }
+                    tracing::info!(root = %self.names.root(), "the object store answers: reads, creates and updates were tried");
+                    self.clock_ahead_ms.store(abilities.clock_ahead_ms, Ordering::Relaxed);
+                    *self.abilities.lock() = Some(abilities);
+                    *self.refused.lock() = None;
+                    return;
+                }
+                Err(trouble) => {
+                    tries += 1;
+                    if tries == 1 {
+                        tracing::warn!(%trouble, "the object store cannot be used yet; trying again");
+                    }
+                    *self.refused.lock() = Some(trouble.to_string());
+                    tokio::time::sleep(self.bucket.backoff(tries.max(4))).await;
+                }
+            }
+        }
+    }
+
+    /// Why DURABLE puts are refused, if they are: the store was not probed yet, or does not show what was written.
+    pub fn refuses_durable(&self) -> Option<String> {
+        match *self.abilities.lock() {
+            Some(abilities) if abilities.reads_own_writes => None,
+            Some(_) => Some("the object store does not show at once what was written".into()),
+            None => {
+                let why = self.refused.lock().clone();
+                Some(why.unwrap_or_else(|| "the object store is being probed".into()))
+            }
+        }
+    }
+
+    fn digest(&self, layout: &RegisteredLayout, group: u16, hash: &SequenceHash) -> Digest {
+        Digest::of(self.seed, &layout.namespace_digest, &layout.digest, group, hash)
+    }
+
+    /// A name that no other daemon makes, nor this one again.
+    fn next_id(&self) -> u128 {
+        let count = self.ids.fetch_add(1, Ordering::Relaxed);
+        xxhash_rust::xxh3::xxh3_128_with_seed(&count.to_le_bytes(), self.seed)
+    }
+
+    /// Bytes of a frame of a group whose blocks are all of one size.
+    fn frame_bytes(&self, layout: &RegisteredLayout, group: u16) -> Option<u64> {
+        let (sections, group_of) = (read::section_bytes_of(layout, group), layout.group(u32::from(group))?);
+        if group_of.group.kind.varies_in_length() || group_of.group.kind != BlockKind::Attention {
+            return None;
+        }
+        let hash = SequenceHash::new(&[0]).ok()?;
+        let identity = read::identity(layout, group, &hash, ([0; 32], 0))?;
+        let count = group_of.block_bytes.div_ceil(u64::from(sections));
+        let header = FrameHeader::of_sums(identity, 0, group_of.block_bytes, sections, &vec![0; count as usize])?;
+        Some(header.frame_bytes())
+    }
+
+    /// Which blocks of a chain are known to be in the bucket. All of them absent while the store does not answer.
+    pub fn presence(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> Vec<bool> {
+        if self.bucket.is_away() {
+            return vec![false; hashes.len()];
+        }
+        let digests: Vec<Digest> = hashes.iter().map(|hash| self.digest(layout, group, hash)).collect();
+        let state = self.state.lock();
+        digests.into_iter().map(|digest| state.directory.has(digest)).collect()
+    }
+
+    /// Resolves after the next read ended: for those that wait for somebody else's.
+    pub fn promoted(&self) -> tokio::sync::futures::Notified<'_> {
+        self.promoted.notified()
+    }
+
+    /// Resolves after the next upload ended: for those that wait for room.
+    pub fn uploaded(&self) -> tokio::sync::futures::Notified<'_> {
+        self.uploaded.notified()
+    }
+
+    /// Changes what may change while it runs.
+    pub fn set_limits(&self, limits: ObjectLimits) {
+        *self.limits.lock() = limits;
+    }
+
+    /// Uploads what may be uploaded within `within`; the rest is in the log.
+    pub async fn close(&self, within: Duration) {
+        let until = Instant::now() + within;
+        loop {
+            let uploaded = self.uploaded();
+            tokio::pin!(uploaded);
+            uploaded.as_mut().enable();
+            self.close_open();
+            if self.uploads.lock().blocks() == 0 || self.bucket.is_away() {
+                break;
+            }
+            if tokio::time::timeout_at(until, uploaded).await.is_err() {
+                break;
+            }
+        }
+        self.stopping.store(true, Ordering::Release);
+        self.work.notify_waiters();
+        self.sync_log();
+    }
+
+    /// The tier at this moment.
+    pub fn status(&self) -> ObjectStatus {
+        let abilities = *self.abilities.lock();
+        let away = self.bucket.away().or_else(|| self.refused.lock().clone());
+        let state = match (&away, abilities) {
+            (Some(_), _) => "AWAY",
+            (None, None) => "PROBING",
+            (None, Some(_)) => "SERVING",
+        };
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let (counts, requests) = (&self.counts, &self.bucket.counts);
+        let known_blocks = self.state.lock().directory.len() as u64;
+        let backlog_bytes_max = self.limits.lock().backlog_bytes;
+        let uploads = self.uploads.lock();
+        let age = uploads.oldest().map_or(Duration::ZERO, |oldest| oldest.elapsed());
+        ObjectStatus {
+            state,
+            reason: away.unwrap_or_default(),
+            abilities,
+            known_blocks,
+            backlog_blocks: uploads.blocks() as u64,
+            backlog_bytes: uploads.bytes,
+            backlog_bytes_max,
+            backlog_age_ms: age.as_millis() as u64,
+            leased_bytes: get(&self.leased_bytes),
+            writes: uploads.under_way as u64,
+            reads: (caps::OBJECT_READS_MAX - self.reads.available_permits()) as u64,
+            written_packs: get(&counts.written_packs),
+            written_blocks: get(&counts.written_blocks),
+            written_bytes: get(&counts.written_bytes),
+            read_blocks: get(&counts.read_blocks),
+            read_bytes: get(&counts.read_bytes),
+            corrupt_blocks: get(&counts.corrupt_blocks),
+            refused_blocks: get(&counts.refused_blocks),
+            lost_blocks: get(&counts.lost_blocks),
+            requests: get(&requests.requests),
+            retries: get(&requests.retries),
+            failures: get(&requests.failures),
+        }
+    }
+
+    // ------------------------------------------------------------------------------- the log
+
+    fn log_added(&self, layout: &RegisteredLayout, owed: Owed) {
+        let (Some(log), Some(namespace)) = (&self.log, self.namespaces.get(layout.namespace.0)) else { return };
+        let mut log = log.lock();
+        let added = log.number(namespace, &layout.layout).and_then(|number| log.add(Owed { layout: number, ..owed }));
+        if let Err(error) = added {
+            tracing::warn!(%error, "the upload log takes no writes: a restart forgets this upload");
+        }
+    }
+
+    fn log_done(&self, layout: &RegisteredLayout, group: u16, hashes: impl Iterator<Item = SequenceHash>) {
+        let (Some(log), Some(namespace)) = (&self.log, self.namespaces.get(layout.namespace.0)) else { return };
+        let mut log = log.lock();
+        let done = log.number(namespace, &layout.layout).and_then(|number| {
+            for hash in hashes {
+                log.done(number, group, hash)?;
+            }
+            if log.has_grown() { log.compact() } else { Ok(()) }
+        });
+        if let Err(error) = done {
+            tracing::warn!(%error, "the upload log takes no writes: a restart uploads this again");
+        }
+    }
+
+    fn sync_log(&self) {
+        let Some(log) = &self.log else { return };
+        let file = log.lock().take_unsynced();
+        if let Some(Err(error)) = file.map(|file| file.sync_data()) {
+            tracing::warn!(%error, "the upload log cannot be synced");
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! The probe: what a store is proven to do before anything rests on it.
+
+use object_store::path::Path;
+use object_store::{PutMode, PutPayload, UpdateVersion};
+use tokio::time::Instant;
+
+use super::requests::{Bucket, Trouble, retried};
+
+/// What a store does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Abilities {
+    /// What was written can be read at once.
+    pub reads_own_writes: bool,
+    /// A second create of one name is refused.
+    pub creates_once: bool,
+    /// A PUT that names a version is refused once that has changed.
+    pub updates_by_version: bool,
+    /// By how many milliseconds the store's clock is ahead of this machine's.
+    pub clock_ahead_ms: i64,
+}
+
+impl Abilities {
+    /// What the store lacks and what that disables, in plain words.
+    pub fn lacks(&self) -> Vec<&'static str> {
+        let mut lacks = Vec::new();
+        if !self.reads_own_writes {
+            lacks.push("it does not show at once what was written: DURABLE puts are refused, and blocks that other nodes stored may be found late");
+        }
+        if !self.creates_once {
+            lacks.push("it overwrites where it should refuse a second create: garbage is not collected, for two collectors could not be kept apart");
+        }
+        if !self.updates_by_version {
+            lacks.push("it has no conditional update: nothing here needs it, everything is built on creates");
+        }
+        lacks
+    }
+}
+
+/// Tries a store under names of its own, and cleans up. Fails where the store cannot be reached, or refuses.
+pub async fn probe(bucket: &Bucket, root: &Path, name: &str, deadline: Instant) -> Result<Abilities, Trouble> {
+    let location = root.clone().join("probe").join(name);
+    let created = probe_at(bucket, &location, name, deadline).await;
+    let cleaned = bucket.delete(&location, deadline).await;
+    let abilities = created?;
+    cleaned?;
+    Ok(abilities)
+}
+
+async fn probe_at(bucket: &Bucket, location: &Path, text: &str, deadline: Instant) -> Result<Abilities, Trouble> {
+    let body = || PutPayload::from(text.to_owned());
+    let bytes = text.len() as u64;
+    match retried!(bucket, deadline, 0, bucket.create(location, body())) {
+        // An own try whose answer was lost.
+        Ok(()) | Err(Trouble::Exists) => {}
+        // A store without creates: it may still serve reads.
+        Err(Trouble::Unsupported(_)) => {
+            retried!(bucket, deadline, 0, bucket.put(location, body(), PutMode::Overwrite))?;
+        }
+        Err(trouble) => return Err(trouble),
+    }
+    let mut abilities = Abilities::default();
+    let now_ms = now_ms();
+    let mut version = UpdateVersion { e_tag: None, version: None };
+    match bucket.read(location, 0..bytes, deadline).await {
+        Ok((read, meta)) => {
+            abilities.reads_own_writes = read == text.as_bytes();
+            abilities.clock_ahead_ms = meta.last_modified.timestamp_millis() - now_ms;
+            version = UpdateVersion { e_tag: meta.e_tag, version: meta.version };
+        }
+        Err(Trouble::NotFound) => {}
+        Err(trouble) => return Err(trouble),
+    }
+    let again = retried!(bucket, deadline, 0, bucket.create(location, body()));
+    abilities.creates_once = matches!(again, Err(Trouble::Exists));
+    let update = async |text: &str| {
+        let mode = PutMode::Update(version.clone());
+        let payload = PutPayload::from(text.to_owned());
+        retried!(bucket, deadline, 0, bucket.put(location, payload.clone(), mode.clone()))
+    };
+    if update("changed").await.is_ok() {
+        abilities.updates_by_version = matches!(update("changed again").await, Err(Trouble::Exists));
+    }
+    Ok(abilities)
+}
+
+/// Milliseconds since 1970, by this machine.
+pub fn now_ms() -> i64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_millis() as i64)
+}

@@ -1,0 +1,271 @@
+//! Searching: which blocks of a chain are in the bucket, whoever stored them.
+//!
+//! Packs are named by their first and last block, so that a listing of one block's name tells the packs that begin with it. Where
+//! the last block is in the asked chain, too, so are all between, and no more has to be read; else it is a branch, and its
+//! footer tells how far it goes along. Places where packs begin in any case ([`begins_pack`]) are listed at once, the rest one
+//! after another. One search serves all who ask for the same blocks.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use kvstore_plane::SequenceHash;
+use object_store::ObjectMeta;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::ObjectTier;
+use super::directory::{Pack, Packed};
+use super::names::{BlockName, GroupNames, PackName};
+use super::pack::{FOOTER_BYTES_MAX, Footer, PackError, begins_pack};
+use super::requests::Trouble;
+use crate::caps;
+use crate::clock::BootTime;
+use crate::host::RegisteredLayout;
+use crate::layout::BlockKind;
+use crate::nvme::Digest;
+
+/// A search that is under way; resolves when it ends, however it ends.
+pub struct Searching(watch::Receiver<()>);
+
+impl Searching {
+    /// Waits for the end.
+    pub async fn ended(mut self) {
+        // The sender is dropped at the end.
+        while self.0.changed().await.is_ok() {}
+    }
+}
+
+/// A chain, and what is known of it.
+struct Chain {
+    layout: Arc<RegisteredLayout>,
+    group: u16,
+    names: GroupNames,
+    hashes: Vec<SequenceHash>,
+    digests: Vec<Digest>,
+    places: HashMap<BlockName, usize>,
+}
+
+impl ObjectTier {
+    /// Starts to look for the blocks of a chain of which it is not known whether they are in the bucket. `None` where nothing is
+    /// unknown, or the store does not answer.
+    pub fn search(
+        self: &Arc<Self>,
+        layout: &Arc<RegisteredLayout>,
+        group: u16,
+        hashes: &[SequenceHash],
+        now: BootTime,
+    ) -> Option<Searching> {
+        if self.bucket.is_away() {
+            return None;
+        }
+        let digests: Vec<Digest> = hashes.iter().map(|hash| self.digest(layout, group, hash)).collect();
+        let mut state = self.state.lock();
+        let per_pack = self.blocks_per_pack(layout, group);
+        let mut starts = Vec::new();
+        let mut known_before = true;
+        for (at, (hash, digest)) in hashes.iter().zip(&digests).enumerate() {
+            let known = state.directory.has(*digest);
+            // A pack may begin behind what is known, and where a block's name says so.
+            let may_begin = known_before || begins_pack(hash, per_pack);
+            if !known && may_begin && !state.directory.is_absent(*digest, now) {
+                starts.push(at);
+            }
+            known_before = known;
+        }
+        let (first, last) = (starts.first().and_then(|at| digests.get(*at))?, digests.last()?);
+        let key = Digest(first.0 ^ last.0.rotate_left(1));
+        if let Some(running) = state.searches.get(&key) {
+            return Some(Searching(running.clone()));
+        }
+        if state.searches.len() >= caps::OBJECT_SEARCHES_MAX * 4 {
+            return None;
+        }
+        let (ended, running) = watch::channel(());
+        state.searches.insert(key, running.clone());
+        drop(state);
+        let places = hashes.iter().map(BlockName::of).zip(0..).collect();
+        let names = self.names.group(layout, group);
+        let chain = Chain { layout: Arc::clone(layout), group, names, hashes: hashes.to_vec(), digests, places };
+        let tier = Arc::clone(self);
+        self.runtime.spawn(async move {
+            tier.search_now(&chain, starts, now).await;
+            tier.state.lock().searches.remove(&key);
+            drop(ended);
+        });
+        Some(Searching(running))
+    }
+
+    /// Blocks of a pack that a writer aims at. One, for kinds that are read without their prefix: a chain of them has holes.
+    pub(super) fn blocks_per_pack(&self, layout: &RegisteredLayout, group: u16) -> u64 {
+        match layout.group(u32::from(group)) {
+            Some(group) if group.group.kind == BlockKind::Attention => {
+                (caps::OBJECT_PACK_BYTES / group.block_bytes.max(1)).clamp(1, caps::OBJECT_PACK_BLOCKS_MAX as u64)
+            }
+            _ => 1,
+        }
+    }
+
+    /// Lists place after place, more of them at once the more is found, up to the first gap: attention reads nothing behind one.
+    async fn search_now(self: &Arc<Self>, chain: &Chain, starts: Vec<usize>, now: BootTime) {
+        let deadline = Instant::now() + std::time::Duration::from_millis(caps::OBJECT_STALL_MS * 2);
+        let ends_at_gap = self.blocks_per_pack(&chain.layout, chain.group) > 1;
+        let (mut waiting, mut listed) = (BTreeSet::from_iter(starts), HashSet::new());
+        let mut under_way = FuturesUnordered::new();
+        let (mut at_once, mut gap) = (2, usize::MAX);
+        loop {
+            while under_way.len() < at_once
+                && listed.len() < caps::OBJECT_LISTINGS_PER_SEARCH_MAX
+                && let Some(at) = waiting.pop_first()
+            {
+                let Some((hash, digest)) = chain.hashes.get(at).zip(chain.digests.get(at)) else { continue };
+                if at < gap && !self.state.lock().directory.has(*digest) && listed.insert(at) {
+                    under_way.push(async move { (at, self.packs_at(chain, at, hash, deadline).await) });
+                }
+            }
+            let Some((at, found)) = under_way.next().await else { return };
+            match found {
+                Ok(0) => {
+                    if let Some(digest) = chain.digests.get(at) {
+                        self.state.lock().directory.note_absent(*digest, now.plus_ms(caps::OBJECT_ABSENT_MS));
+                    }
+                    gap = if ends_at_gap { gap.min(at) } else { gap };
+                }
+                Ok(blocks) => {
+                    // What comes behind begins another pack.
+                    waiting.insert(at + blocks);
+                    at_once = (at_once * 2).min(caps::OBJECT_SEARCHES_MAX);
+                }
+                Err(trouble) => {
+                    tracing::debug!(%trouble, "the bucket cannot be searched");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Finds the packs that begin with the block at `at`, and makes them known. How many blocks of the chain they have.
+    async fn packs_at(
+        &self,
+        chain: &Chain,
+        at: usize,
+        first: &SequenceHash,
+        deadline: Instant,
+    ) -> Result<usize, Trouble> {
+        let folder = chain.names.beginning_with(&BlockName::of(first));
+        let mut objects: Vec<(PackName, ObjectMeta)> = self
+            .bucket
+            .list(&folder, caps::OBJECT_BRANCHES_MAX, deadline)
+            .await?
+            .into_iter()
+            .filter_map(|object| Some((chain.names.parse(&object.location)?, object)))
+            .collect();
+        // Those that go furthest along the chain first; of rewrites the newest.
+        objects.sort_by_key(|(name, object)| {
+            let length = chain.places.get(&name.last).map_or(0, |last| (last + 1).saturating_sub(at));
+            (std::cmp::Reverse(length), std::cmp::Reverse(name.rewrite), std::cmp::Reverse(object.last_modified))
+        });
+        let digests = chain.digests.get(at..).unwrap_or_default();
+        let (mut most, mut footers) = (0, 0);
+        for (name, object) in &objects {
+            // The last block is in the chain, and so are all between; or it is a branch, and its footer tells how far it goes.
+            let whole = chain.places.get(&name.last).and_then(|last| (last + 1).checked_sub(at));
+            let even = whole.and_then(|blocks| self.even_pack(chain, object, chain.hashes.get(at..at + blocks)?));
+            let pack = match even {
+                Some(pack) => pack,
+                None if footers < BRANCHES_READ => {
+                    footers += 1;
+                    let Some(pack) = self.pack_by_footer(chain, object, deadline).await? else { continue };
+                    pack
+                }
+                None => continue,
+            };
+            let along = pack.blocks.iter().zip(digests).take_while(|(block, digest)| block.digest == **digest).count();
+            if along > 0 {
+                most = most.max(along);
+                let mut state = self.state.lock();
+                state.directory.insert(&pack);
+                // Unless it is known to be damaged in there: then the next copy is looked for.
+                if digests.iter().take(most).all(|digest| state.directory.has(*digest)) {
+                    break;
+                }
+            }
+        }
+        Ok(most)
+    }
+
+    /// The pack of blocks that are all of one size, as it must be if it is sound: its footer need not be read.
+    fn even_pack(&self, chain: &Chain, object: &ObjectMeta, hashes: &[SequenceHash]) -> Option<Arc<Pack>> {
+        let frame_bytes = self.frame_bytes(&chain.layout, chain.group)?;
+        let count = hashes.len() as u64;
+        let footer = super::pack::footer_bytes(hashes.len());
+        if hashes.len() > caps::OBJECT_PACK_BLOCKS_MAX || object.size != count * frame_bytes + footer {
+            return None;
+        }
+        let packed = |(hash, at): (&SequenceHash, u64)| Packed {
+            digest: self.digest(&chain.layout, chain.group, hash),
+            offset: at * frame_bytes,
+            frame_bytes,
+        };
+        let blocks = hashes.iter().zip(0..).map(packed).collect();
+        Some(Pack::new(object.location.clone(), object.size, object.last_modified.timestamp_millis(), blocks))
+    }
+
+    /// A pack as its footer says; `None` where that is damaged or another's.
+    async fn pack_by_footer(
+        &self,
+        chain: &Chain,
+        object: &ObjectMeta,
+        deadline: Instant,
+    ) -> Result<Option<Arc<Pack>>, Trouble> {
+        let footer = match self.footer_of(object, deadline).await {
+            Ok(footer) => footer,
+            // It went meanwhile, or is no pack of ours: nothing is known of it.
+            Err(Trouble::NotFound) => return Ok(None),
+            Err(Trouble::Damaged(why)) => {
+                tracing::warn!(pack = %object.location, why, "a pack's footer is damaged");
+                return Ok(None);
+            }
+            Err(trouble) => return Err(trouble),
+        };
+        let ours = footer.namespace_digest == chain.layout.namespace_digest
+            && footer.layout_digest == chain.layout.digest
+            && footer.group == chain.group;
+        let packed = |block: &super::pack::PackedBlock| Packed {
+            digest: self.digest(&chain.layout, chain.group, &block.hash),
+            offset: block.offset,
+            frame_bytes: block.frame_bytes,
+        };
+        let written_ms = object.last_modified.timestamp_millis();
+        let pack = || {
+            let blocks = footer.blocks.iter().map(packed).collect();
+            Pack::new(object.location.clone(), object.size, written_ms, blocks)
+        };
+        Ok(ours.then(pack))
+    }
+
+    /// Reads a pack's footer.
+    pub(super) async fn footer_of(&self, object: &ObjectMeta, deadline: Instant) -> Result<Footer, Trouble> {
+        let mut bytes = FOOTER_FIRST_BYTES;
+        loop {
+            let start = object.size.saturating_sub(bytes);
+            let damaged = |error: PackError| Trouble::Damaged(error.to_string());
+            let (last, meta) = self.bucket.read(&object.location, start..object.size, deadline).await?;
+            if meta.size != object.size {
+                return Err(Trouble::Damaged(format!("it has {} bytes, {} were listed", meta.size, object.size)));
+            }
+            match Footer::decode(&last, object.size) {
+                Err(PackError::Longer(need)) if need <= FOOTER_BYTES_MAX && need > bytes && need <= object.size => {
+                    bytes = need;
+                }
+                other => return other.map_err(damaged),
+            }
+        }
+    }
+}
+
+/// Footers that are read of packs that begin with one block: further branches are found by who stored them.
+const BRANCHES_READ: usize = 4;
+/// A footer of 100 blocks or so comes with the first request.
+const FOOTER_FIRST_BYTES: u64 = 8 << 10;

@@ -1,0 +1,242 @@
+//! Writing one pack: a create-only PUT, and a read of what is there then.
+//!
+//! A PUT whose answer was lost may have succeeded; its repetition is refused. So whoever is refused reads the object's footer: its
+//! own nonce means that it is done, another's that a writer with the same blocks was faster. That object is then read whole and
+//! checked, and adopted: two engines may have computed slightly different bytes for one name, either is right. What is damaged,
+//! or may soon be collected, is not rested on: the blocks are written again, under a name with a number behind it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use kvstore_transfer::SectionSums;
+use kvstore_transfer::frame::{FRAME_ALIGN, FrameHeader};
+use object_store::ObjectMeta;
+use object_store::path::Path;
+use tokio::time::Instant;
+
+use super::ObjectTier;
+use super::directory::{Pack, Packed};
+use super::names::{BlockName, PackName};
+use super::pack::{Footer, PackedBlock};
+use super::probe::now_ms;
+use super::read::{identity, section_bytes_of};
+use super::requests::{Trouble, retried};
+use super::upload::Member;
+use crate::caps;
+use crate::host::RegisteredLayout;
+use crate::nvme::padded;
+
+/// Names under which the same blocks are tried, each a number behind the last: damaged and old ones are few.
+const REWRITES_MAX: u32 = 16;
+static PADDING: [u8; FRAME_ALIGN] = [0; FRAME_ALIGN];
+
+/// A pack that is about to be written.
+struct Packing {
+    pieces: Vec<Bytes>,
+    bytes: u64,
+    footer: Footer,
+    footer_bytes: Bytes,
+}
+
+impl ObjectTier {
+    /// Writes a run of one chain, all in memory, to the bucket. Returns once it is confirmed there.
+    pub(super) async fn write_pack(
+        &self,
+        layout: &Arc<RegisteredLayout>,
+        group: u16,
+        run: &[Member],
+    ) -> Result<(), Trouble> {
+        let (Some(first), Some(last)) = (run.first(), run.last()) else { return Ok(()) };
+        let names = self.names.group(layout, group);
+        let (first, last) = (BlockName::of(&first.hash), BlockName::of(&last.hash));
+        let nonce = self.next_id().to_le_bytes();
+        let packing =
+            pack(layout, group, run, nonce).ok_or_else(|| Trouble::Failed("a block cannot be framed".into()))?;
+        let deadline = Instant::now()
+            + Duration::from_millis(caps::OBJECT_STALL_MS * u64::from(caps::OBJECT_TRIES_MAX) + packing.bytes / 1000);
+        for rewrite in 0..REWRITES_MAX {
+            let location = names.pack(&PackName { first, last, rewrite });
+            let there = self.create_or_adopt(&location, &packing, deadline).await?;
+            let Some(meta) = there else { continue };
+            let packed = |block: &PackedBlock| Packed {
+                digest: self.digest(layout, group, &block.hash),
+                offset: block.offset,
+                frame_bytes: block.frame_bytes,
+            };
+            let blocks = packing.footer.blocks.iter().map(packed).collect();
+            let pack = Pack::new(location, meta.size, meta.last_modified.timestamp_millis(), blocks);
+            self.state.lock().directory.insert(&pack);
+            self.counts.written_packs.fetch_add(1, Ordering::Relaxed);
+            self.counts.written_blocks.fetch_add(run.len() as u64, Ordering::Relaxed);
+            self.counts.written_bytes.fetch_add(packing.bytes, Ordering::Relaxed);
+            return Ok(());
+        }
+        Err(Trouble::Failed(format!("{REWRITES_MAX} objects with these blocks are old or damaged")))
+    }
+
+    /// The object at `location`, once it is known to hold the pack; `None` where another is there that cannot be rested on.
+    async fn create_or_adopt(
+        &self,
+        location: &Path,
+        packing: &Packing,
+        deadline: Instant,
+    ) -> Result<Option<ObjectMeta>, Trouble> {
+        let (mut tries, mut tried) = (0, false);
+        loop {
+            let created =
+                retried!(self.bucket, deadline, packing.bytes, self.create_unless_there(location, packing, &mut tried));
+            match created {
+                Ok(()) => return self.confirm(location, packing, deadline).await,
+                Err(Trouble::Exists) => match self.whose(location, packing, deadline).await {
+                    Ok(Whose::Own) => return self.confirm(location, packing, deadline).await,
+                    Ok(Whose::Sound(meta)) => return Ok(Some(meta)),
+                    Ok(Whose::Unsound) => return Ok(None),
+                    // Refused, and not there: another writer is at it, or it was collected just now.
+                    Err(Trouble::NotFound) if tries < caps::OBJECT_TRIES_MAX => {
+                        tries += 1;
+                        tokio::time::sleep(self.bucket.backoff(tries)).await;
+                    }
+                    Err(trouble) => return Err(trouble),
+                },
+                Err(trouble) => return Err(trouble),
+            }
+        }
+    }
+
+    /// One try of a create. A repeated one looks first: the earlier may have succeeded, and a store that refuses may close the
+    /// connection before it has read the body, so that the refusal is not seen.
+    async fn create_unless_there(&self, location: &Path, packing: &Packing, tried: &mut bool) -> Result<(), Trouble> {
+        if std::mem::replace(tried, true) {
+            match self.bucket.head_once(location).await {
+                Err(Trouble::NotFound) => {}
+                Ok(_) => return Err(Trouble::Exists),
+                Err(trouble) => return Err(trouble),
+            }
+        }
+        self.bucket.create(location, packing.pieces.iter().cloned().collect()).await
+    }
+
+    /// What was created is there, has the right length, and the right bytes: those of a store that checks what it is sent by
+    /// their footer, those of any other all. `None`: something else is there.
+    async fn confirm(
+        &self,
+        location: &Path,
+        packing: &Packing,
+        deadline: Instant,
+    ) -> Result<Option<ObjectMeta>, Trouble> {
+        let footer_at = packing.bytes - packing.footer_bytes.len() as u64;
+        let start = if self.checks_uploads { footer_at } else { 0 };
+        let (read, meta) = self.bucket.read(location, start..packing.bytes, deadline).await?;
+        let expected =
+            if self.checks_uploads { std::slice::from_ref(&packing.footer_bytes) } else { &packing.pieces[..] };
+        let mut rest = &read[..];
+        let mut is_next = |piece: &Bytes| match rest.split_at_checked(piece.len()) {
+            Some((read, behind)) => {
+                rest = behind;
+                read == piece
+            }
+            None => false,
+        };
+        let same = meta.size == packing.bytes && expected.iter().all(&mut is_next) && rest.is_empty();
+        if !same {
+            tracing::error!(%location, "the store holds other bytes than it was sent: they are written again elsewhere");
+            let _ = self.bucket.delete(location, deadline).await;
+        }
+        Ok(same.then_some(meta))
+    }
+
+    /// Whose the object is that is there already.
+    async fn whose(&self, location: &Path, packing: &Packing, deadline: Instant) -> Result<Whose, Trouble> {
+        let meta = self.bucket.head(location, deadline).await?;
+        let footer = match self.footer_of(&meta, deadline).await {
+            Ok(footer) => footer,
+            Err(Trouble::Damaged(_)) => return Ok(Whose::Unsound),
+            Err(trouble) => return Err(trouble),
+        };
+        if footer.nonce == packing.footer.nonce {
+            return Ok(Whose::Own);
+        }
+        if !self.is_young(meta.last_modified.timestamp_millis()) {
+            return Ok(Whose::Unsound);
+        }
+        let (bytes, _) = self.bucket.read(location, 0..meta.size, deadline).await?;
+        let sound =
+            same_blocks(&footer, &packing.footer) && footer.blocks.iter().all(|block| is_sound(block, &footer, &bytes));
+        if !sound {
+            tracing::warn!(%location, "a pack in the bucket is damaged: its blocks are written again elsewhere");
+        }
+        Ok(if sound { Whose::Sound(meta) } else { Whose::Unsound })
+    }
+
+    /// True where an acknowledgement may rest on an object that was written then: no collector takes it for a while.
+    pub(super) fn is_young(&self, written_ms: i64) -> bool {
+        let store_now_ms = now_ms() + self.clock_ahead_ms.load(Ordering::Relaxed);
+        store_now_ms - written_ms < caps::OBJECT_GRACE_MS / 2
+    }
+}
+
+enum Whose {
+    /// This very pack: an answer was lost.
+    Own,
+    /// Another writer's, with the same blocks.
+    Sound(ObjectMeta),
+    /// Damaged, or so old that it may be collected soon.
+    Unsound,
+}
+
+fn same_blocks(one: &Footer, other: &Footer) -> bool {
+    (one.namespace_digest, one.layout_digest, one.group) == (other.namespace_digest, other.layout_digest, other.group)
+        && one.blocks == other.blocks
+}
+
+fn is_sound(block: &PackedBlock, footer: &Footer, object: &[u8]) -> bool {
+    let range = block.offset as usize..(block.offset + block.frame_bytes) as usize;
+    let Some(frame) = object.get(range) else { return false };
+    let Ok(header) = FrameHeader::decode(frame) else { return false };
+    let ours = header.identity.namespace_digest == footer.namespace_digest
+        && header.identity.layout_digest == footer.layout_digest
+        && header.identity.group == footer.group
+        && header.identity.hash == padded(&block.hash);
+    let at = header.payload_offset();
+    let payload = frame.get(at..at + header.payload_bytes() as usize);
+    ours && payload.is_some_and(|payload| header.verify(payload).is_ok())
+}
+
+/// Frames the members of a run, without copying them.
+fn pack(layout: &RegisteredLayout, group: u16, run: &[Member], nonce: [u8; 16]) -> Option<Packing> {
+    let [a, b, c, d, e, f, g, h, ..] = nonce;
+    let generation = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+    let section = section_bytes_of(layout, group);
+    let (mut pieces, mut blocks, mut bytes) =
+        (Vec::with_capacity(run.len() * 3 + 1), Vec::with_capacity(run.len()), 0u64);
+    for member in run {
+        let block = member.block.clone()?;
+        let parent = member.parent.map_or(([0; 32], 0), |parent| padded(&parent));
+        let identity = identity(layout, group, &member.hash, parent)?;
+        let sums = if member.sums.is_empty() { sums_of(&block, section) } else { member.sums.clone() };
+        let header = FrameHeader::of_sums(identity, generation, block.len() as u64, section, &sums)?;
+        let frame_bytes = header.frame_bytes();
+        let padding = frame_bytes as usize - header.payload_offset() - block.len();
+        pieces.push(Bytes::from(header.encode()));
+        pieces.push(block);
+        if padding > 0 {
+            pieces.push(Bytes::from_static(PADDING.get(..padding)?));
+        }
+        blocks.push(PackedBlock { hash: member.hash, offset: bytes, frame_bytes });
+        bytes += frame_bytes;
+    }
+    let footer =
+        Footer { namespace_digest: layout.namespace_digest, layout_digest: layout.digest, group, nonce, blocks };
+    let footer_bytes = Bytes::from(footer.encode());
+    pieces.push(footer_bytes.clone());
+    bytes += footer_bytes.len() as u64;
+    Some(Packing { pieces, bytes, footer, footer_bytes })
+}
+
+fn sums_of(block: &[u8], section_bytes: u32) -> Vec<u32> {
+    let mut sums = SectionSums::new(section_bytes as usize);
+    sums.update(block);
+    sums.sections()
+}
