@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use kvstore_proto::v1::admin_client::AdminClient;
 use kvstore_proto::v1::{
-    DrainRequest, DrainResponse, GetConfigRequest, ReloadConfigRequest, SetConfigRequest, StatusRequest,
-    StatusResponse, VerifyProgress, VerifyRequest,
+    CollectProgress, CollectRequest, DrainRequest, DrainResponse, GetConfigRequest, ReloadConfigRequest,
+    SetConfigRequest, StatusRequest, StatusResponse, VerifyProgress, VerifyRequest,
 };
 
 use crate::connection::Connection;
@@ -54,5 +54,21 @@ impl Client {
             last = step;
         }
         if last.done { Ok(last) } else { Err(Error::Unavailable("the verification was cut off".into())) }
+    }
+
+    /// Has the daemon collect garbage in the object store; `report` sees each step. The last step.
+    pub async fn collect(
+        &self,
+        request: CollectRequest,
+        mut report: impl FnMut(&CollectProgress),
+    ) -> Result<CollectProgress, Error> {
+        let mut steps = self.within(async { Ok(self.admin().await?.collect(request).await?.into_inner()) }).await?;
+        let mut last = CollectProgress::default();
+        // A bucket is listed as fast as its store does, and may be large: no deadline but the daemon's own.
+        while let Some(step) = steps.message().await? {
+            report(&step);
+            last = step;
+        }
+        if last.done { Ok(last) } else { Err(Error::Unavailable("the collection was cut off".into())) }
     }
 }

@@ -67,6 +67,8 @@ pub const PREFETCH_KEPT: Duration = Duration::from_secs(60);
 pub const TICK: Duration = Duration::from_millis(100);
 /// Verifications at once: each reads all memory.
 pub const VERIFICATIONS_MAX: usize = 1;
+/// Collections of the bucket's garbage at once: each lists all of it.
+pub const COLLECTIONS_MAX: usize = 1;
 /// Blocks that a verification reads before it lets others run.
 pub const VERIFY_BATCH: usize = 64;
 /// Bytes that a volume takes at most where none are configured: hours of a busy GPU's KV, and no laptop's whole
@@ -103,3 +105,5 @@ pub const PROMOTED_KEPT: Duration = Duration::from_secs(1);
 pub const HINT_TIME: Duration = Duration::from_secs(10);
 /// The longest that the local plane looks for commands without sleeping: one core's time, shared by all.
 pub const LOCAL_SPIN_MAX: Duration = Duration::from_millis(10);
+/// Where the configuration says what may go from the bucket, it goes this often: objects age by days, listings cost money.
+pub const COLLECT_EVERY: Duration = Duration::from_secs(3600);

@@ -38,6 +38,8 @@ pub struct Daemon {
     pub leasable: Arc<Semaphore>,
     /// Verifications that may still start.
     pub verifications: Arc<Semaphore>,
+    /// Collections of the bucket's garbage that may still start.
+    pub collections: Arc<Semaphore>,
     /// When this process started.
     pub started: Instant,
     /// Grows with every start.
@@ -118,6 +120,7 @@ impl Daemon {
             data_calls: Arc::new(Semaphore::new(caps::DATA_CALLS_MAX)),
             leasable: Arc::new(Semaphore::new(caps::LEASED_BLOCKS_MAX)),
             verifications: Arc::new(Semaphore::new(caps::VERIFICATIONS_MAX)),
+            collections: Arc::new(Semaphore::new(caps::COLLECTIONS_MAX)),
             started: Instant::now(),
             epoch,
             config: ArcSwap::from_pointee(config),
@@ -135,9 +138,9 @@ impl Daemon {
         self.config.load_full()
     }
 
-    /// The same, as TOML.
+    /// The same, as TOML, without secrets.
     pub fn config_toml(&self) -> String {
-        self.sources.lock().raw.to_toml()
+        self.sources.lock().raw.without_secrets().to_toml()
     }
 
     /// The namespace with this name.

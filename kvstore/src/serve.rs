@@ -92,6 +92,9 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
         tasks.spawn(async move { Ok(http::serve(daemon, listener, stopping).await?) });
     }
     tokio::spawn(Arc::clone(&daemon).tick_forever());
+    if daemon.object.is_some() {
+        tokio::spawn(crate::verbs::collect::collect_forever(Arc::clone(&daemon)));
+    }
     Ok(Running { daemon, addresses, http: http_address, stop, tasks, plane: Some(plane), _owned: owned })
 }
 

@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvstore::replay;
-use kvstore_client::v1::{BlockKind, Level, LookupRequest, LookupResponse, ObjectTierStatus, PrefetchState, PutStatus};
+use kvstore_client::v1::{
+    BlockKind, CollectProgress, CollectRequest, Level, LookupRequest, LookupResponse, ObjectTierStatus, PrefetchState,
+    PutStatus,
+};
 use kvstore_client::{Client, Error, GetOptions, GetOutcome, GroupRef, PutBlock, PutOptions};
 use kvstore_tests::fault_proxy::{Fault, FaultProxy, Meant};
 use kvstore_tests::s3::{self, S3Server};
@@ -193,6 +196,25 @@ async fn a_prefetch_brings_a_prefix_from_the_bucket() {
     assert_eq!(lookup(&client, &group, hashes(0..1)).await.residency, [10]);
 }
 
+/// Files of packs below a folder.
+fn packs_in(folder: &Path) -> Vec<std::path::PathBuf> {
+    let (mut packs, mut folders) = (Vec::new(), vec![folder.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { folders.push(path) } else { packs.push(path) }
+        }
+    }
+    packs.retain(|path| path.to_str().unwrap().contains("/ns="));
+    packs
+}
+
+/// Has been written so long ago, as far as the store can tell.
+fn make_older(file: &Path, hours: u64) {
+    let then = std::time::SystemTime::now() - Duration::from_secs(hours * 3600);
+    std::fs::File::options().write(true).open(file).unwrap().set_modified(then).unwrap();
+}
+
 /// Bits flip in the bucket: those blocks are misses, counted, and the others are as they were.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_pack_costs_what_is_damaged() {
@@ -202,14 +224,7 @@ async fn a_damaged_pack_costs_what_is_damaged() {
     let (client, group) = first.group(BLOCK).await;
     until_serving(&client).await;
     put_durable(&client, &group, chain(0..5, BLOCK)).await;
-    let mut packs = Vec::new();
-    let mut folders = vec![folder.path().to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() { folders.push(path) } else { packs.push(path) }
-        }
-    }
+    let packs = packs_in(folder.path());
     for pack in &packs {
         let mut bytes = std::fs::read(pack).unwrap();
         let at = BLOCK as usize / 2;
@@ -454,4 +469,116 @@ async fn a_store_that_is_not_there_costs_no_more_than_itself() {
     let options = PutOptions { level: Level::Durable, ..PutOptions::default() };
     let error = client.put_with(&group, chain(20..21, BLOCK), options).await.unwrap_err();
     assert!(matches!(error, Error::Unavailable(_)), "{error}");
+}
+
+fn gone(progress: &CollectProgress) -> (u64, u64) {
+    (progress.deleted.unwrap().packs, progress.referenced.unwrap().packs)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn garbage_goes_by_age_and_by_bytes_but_not_what_is_pinned_or_young() {
+    let folder = tempfile::tempdir().unwrap();
+    let bucket = local_path(folder.path());
+    let daemon = daemon(&bucket, None, &[]).await;
+    let (client, group) = daemon.group(BLOCK).await;
+    until_serving(&client).await;
+    // One pack each: chains of their own.
+    for id in 0..10 {
+        put_durable(&client, &group, chain(id * 100..id * 100 + 1, BLOCK)).await;
+    }
+    let mut packs = packs_in(folder.path());
+    packs.sort();
+    assert_eq!(packs.len(), 10);
+    let everything = CollectRequest { keep_bytes: Some(0), ..CollectRequest::default() };
+    let young = client.collect(everything.clone(), |_| {}).await.unwrap();
+    assert_eq!(gone(&young), (0, 0), "within their grace: {young:?}");
+    for (hours, pack) in packs.iter().enumerate() {
+        make_older(pack, hours as u64 * 10);
+    }
+    let count = young.found["default"];
+    let by_bytes =
+        CollectRequest { keep_bytes: Some(count.bytes / 10 * 8), dry_run: true, ..CollectRequest::default() };
+    assert_eq!(gone(&client.collect(by_bytes, |_| {}).await.unwrap()), (2, 0));
+    assert_eq!(packs_in(folder.path()).len(), 10, "a dry run");
+    // Of the two oldest, one is pinned, which the bucket is told: the daemon that collects need not be the one that pins.
+    let old = CollectRequest { older_than_ms: Some(75 * 3600 * 1000), ..CollectRequest::default() };
+    let mut pins = Vec::new();
+    for id in 0..10 {
+        pins.push(client.pin(&group, &hashes([id * 100]), 60_000).await.unwrap());
+    }
+    let other = TestDaemon::start(&bucket.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let collector = other.client().await;
+    until_serving(&collector).await;
+    assert_eq!(gone(&collector.collect(old.clone(), |_| {}).await.unwrap()), (0, 2));
+    for pin in pins {
+        client.unpin(pin.pin).await.unwrap();
+    }
+    let refs = folder.path().join("v1/refs");
+    let begun = Instant::now();
+    while std::fs::read_dir(&refs).unwrap().count() > 0 {
+        assert!(begun.elapsed() < Duration::from_secs(5), "references end with their pins");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let other_namespace = CollectRequest { namespace: "other".into(), ..old.clone() };
+    assert_eq!(gone(&collector.collect(other_namespace, |_| {}).await.unwrap()), (0, 0));
+    assert_eq!(gone(&collector.collect(old, |_| {}).await.unwrap()), (2, 0));
+    assert_eq!(packs_in(folder.path()).len(), 8);
+    // What went is a miss, whoever thought it was there.
+    let again = client.delete(&group, &hashes((0..10).map(|id| id * 100))).await.unwrap();
+    assert_eq!(again.deleted, 10);
+    assert!(client.collect(CollectRequest::default(), |_| {}).await.unwrap_err().to_string().contains("keep_bytes"));
+}
+
+/// A DURABLE put of blocks that are in the bucket already, in an object so old that a collector may take it the next moment: the
+/// acknowledgement must not rest on it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_acknowledgement_does_not_rest_on_an_object_that_may_be_collected() {
+    let folder = tempfile::tempdir().unwrap();
+    let bucket = local_path(folder.path());
+    let daemon_of = async || daemon(&bucket, None, &[]).await;
+    let first = daemon_of().await;
+    let (client, group) = first.group(BLOCK).await;
+    until_serving(&client).await;
+    put_durable(&client, &group, chain(0..5, BLOCK)).await;
+    packs_in(folder.path()).iter().for_each(|pack| make_older(pack, 2));
+    let packs = packs_in(folder.path()).len();
+    put_durable(&client, &group, chain(0..5, BLOCK)).await;
+    assert!(packs_in(folder.path()).len() >= 2 * packs, "written again, beside the old ones");
+    let old = CollectRequest { older_than_ms: Some(3600 * 1000), ..CollectRequest::default() };
+    assert_eq!(gone(&client.collect(old, |_| {}).await.unwrap()), (packs as u64, 0));
+    let second = daemon_of().await;
+    let (client, group) = second.group(BLOCK).await;
+    until_serving(&client).await;
+    assert_bytes(&client, &group, 0..5, BLOCK).await;
+}
+
+/// Two collectors at once: one has the lease, the other is told until when.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_collector_at_a_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let bucket = local_path(folder.path());
+    let daemons = [daemon(&bucket, None, &[]).await, daemon(&bucket, None, &[]).await];
+    let lease = folder.path().join("v1/collector/00000000000000000007");
+    std::fs::create_dir_all(lease.parent().unwrap()).unwrap();
+    let far = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() + 60_000;
+    std::fs::write(&lease, format!("{{\"holder\":\"x\",\"expires_ms\":{far}}}")).unwrap();
+    let request = CollectRequest { older_than_ms: Some(0), ..CollectRequest::default() };
+    for daemon in &daemons {
+        let client = daemon.client().await;
+        until_serving(&client).await;
+        let error = client.collect(request.clone(), |_| {}).await.unwrap_err();
+        assert!(matches!(&error, Error::Busy(why) if why.contains("lease")), "{error}");
+    }
+    std::fs::write(&lease, "{\"holder\":\"x\",\"expires_ms\":5}").unwrap();
+    let mut held = 0;
+    for _ in 0..10 {
+        let clients = [daemons[0].client().await, daemons[1].client().await];
+        let both =
+            futures::future::join_all(clients.iter().map(|client| client.collect(request.clone(), |_| {}))).await;
+        assert!(both.iter().any(Result::is_ok), "{both:?}");
+        held += both.iter().filter(|outcome| matches!(outcome, Err(Error::Busy(_)))).count();
+    }
+    let names: Vec<_> = std::fs::read_dir(lease.parent().unwrap()).unwrap().collect();
+    assert_eq!(names.len(), 1, "leases that ended are cleaned up: {names:?}");
+    assert!(held <= 10);
 }

@@ -4,6 +4,7 @@ mod admin;
 mod bench;
 mod blocks;
 mod config;
+mod gc;
 mod output;
 mod replay;
 mod serve;
@@ -60,6 +61,8 @@ pub enum Command {
     Config(config::Config),
     /// Check every block against its checksum.
     Verify(admin::Verify),
+    /// Collect garbage in the object store.
+    Gc(gc::Gc),
     /// Refuse new work and finish what is in flight.
     Drain(admin::Drain),
     /// Print a shell's completion script.
@@ -175,6 +178,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Bench(bench) => bench.run().await,
         Command::Config(config) => config.run().await,
         Command::Verify(verify) => verify.run().await,
+        Command::Gc(gc) => gc.run().await,
         Command::Drain(drain) => drain.run().await,
         Command::Completion(completion) => {
             clap_complete::generate(completion.shell, &mut Cli::command(), "kvstore", &mut std::io::stdout());

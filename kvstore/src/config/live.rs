@@ -70,6 +70,12 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
             size(object(old, |object| object.limits.backlog_bytes)),
             size(object(new, |object| object.limits.backlog_bytes)),
         ),
+        ("object.keep_age", age(old), age(new)),
+        (
+            "object.keep_bytes",
+            size(object(old, |object| object.keep_bytes).flatten()),
+            size(object(new, |object| object.keep_bytes).flatten()),
+        ),
         ("local.spin", time(old.local_spin), time(new.local_spin)),
         ("local.staging_bytes", bytes(old.local_staging_bytes), bytes(new.local_staging_bytes)),
         ("calls.deadline", time(old.call_deadline), time(new.call_deadline)),
@@ -86,4 +92,9 @@ fn nvme<T>(config: &Config, of: impl Fn(&NvmeConfig) -> T) -> Option<T> {
 
 fn object<T>(config: &Config, of: impl Fn(&ObjectConfig) -> T) -> Option<T> {
     config.object.as_ref().map(of)
+}
+
+fn age(config: &Config) -> String {
+    let age = object(config, |object| object.keep_age).flatten();
+    age.map_or_else(|| "off".to_owned(), |age| humantime::format_duration(age).to_string())
 }

@@ -140,6 +140,10 @@ pub struct ObjectConfig {
     pub limits: ObjectLimits,
     /// A request that brings nothing for this long is made anew.
     pub stall: Duration,
+    /// What is older goes.
+    pub keep_age: Option<Duration>,
+    /// The oldest goes until no more is left.
+    pub keep_bytes: Option<u64>,
 }
 
 /// A checked configuration.

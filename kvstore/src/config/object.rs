@@ -42,6 +42,18 @@ impl RawObject {
             return Err(invalid("object.backlog_bytes", problem));
         }
         let limits = ObjectLimits { upload_bytes, backlog_bytes };
-        Ok(Some(ObjectConfig { url, uploads, limits, stall }))
+        let keep_age = match self.keep_age.as_str() {
+            "off" => None,
+            text => Some(humantime::parse_duration(text).map_err(|_| {
+                invalid("object.keep_age", format!("{text:?} is neither \"off\" nor a duration such as \"30days\""))
+            })?),
+        };
+        let keep_bytes = match self.keep_bytes.as_str() {
+            "off" => None,
+            text => size_or_auto("object.keep_bytes", text).ok().flatten().map(Some).ok_or_else(|| {
+                invalid("object.keep_bytes", format!("{text:?} is neither \"off\" nor a size such as \"10TiB\""))
+            })?,
+        };
+        Ok(Some(ObjectConfig { url, uploads, limits, stall, keep_age, keep_bytes }))
     }
 }

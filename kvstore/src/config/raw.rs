@@ -87,6 +87,8 @@ pub(super) struct RawObject {
     pub(super) upload_bytes: String,
     pub(super) backlog_bytes: String,
     pub(super) stall: String,
+    pub(super) keep_age: String,
+    pub(super) keep_bytes: String,
 }
 
 impl Default for RawObject {
@@ -98,6 +100,8 @@ impl Default for RawObject {
             upload_bytes: "auto".into(),
             backlog_bytes: "auto".into(),
             stall: "5s".into(),
+            keep_age: "off".into(),
+            keep_bytes: "off".into(),
         }
     }
 }
@@ -213,6 +217,20 @@ impl RawConfig {
             .iter()
             .map(|address| RawListener { address: address.clone(), namespace: default_namespace() })
             .collect();
+    }
+
+    /// The same, with what may be a secret blotted out: to be shown.
+    pub fn without_secrets(&self) -> Self {
+        let mut shown = self.clone();
+        for option in &mut shown.object.options {
+            if let Some((key, _)) = option.split_once('=') {
+                let name = key.to_ascii_lowercase();
+                if ["secret", "key", "token", "password", "credential"].iter().any(|word| name.contains(word)) {
+                    *option = format!("{key}=***");
+                }
+            }
+        }
+        shown
     }
 
     /// As TOML.

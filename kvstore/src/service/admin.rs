@@ -7,8 +7,9 @@ use std::time::Duration;
 use futures::{Stream, StreamExt};
 use kvstore_proto::v1::admin_server::Admin;
 use kvstore_proto::v1::{
-    DrainRequest, DrainResponse, GetConfigRequest, GetConfigResponse, ReloadConfigRequest, ReloadConfigResponse,
-    SetConfigRequest, SetConfigResponse, StatusRequest, StatusResponse, VerifyProgress, VerifyRequest,
+    CollectProgress, CollectRequest, DrainRequest, DrainResponse, GetConfigRequest, GetConfigResponse,
+    ReloadConfigRequest, ReloadConfigResponse, SetConfigRequest, SetConfigResponse, StatusRequest, StatusResponse,
+    VerifyProgress, VerifyRequest,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -17,7 +18,7 @@ use tonic::{Request, Response, Status};
 use super::Context;
 use crate::caps;
 use crate::config::{Change, ConfigError};
-use crate::verbs::{status, verify};
+use crate::verbs::{collect, status, verify};
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -69,5 +70,21 @@ impl Admin for Context {
             drop(permit);
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver).map(Ok))))
+    }
+
+    type CollectStream = Pin<Box<dyn Stream<Item = Result<CollectProgress, Status>> + Send>>;
+
+    async fn collect(&self, request: Request<CollectRequest>) -> Answer<Self::CollectStream> {
+        let rules = collect::rules(request.into_inner())?;
+        let permit = Arc::clone(&self.daemon.collections)
+            .try_acquire_owned()
+            .map_err(|_| Status::resource_exhausted("busy: this daemon collects already"))?;
+        let (sender, receiver) = mpsc::channel(1);
+        let daemon = Arc::clone(&self.daemon);
+        tokio::spawn(async move {
+            collect::collect(daemon, rules, sender).await;
+            drop(permit);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 }

@@ -1,5 +1,6 @@
 //! What the daemon does when asked: one verb, one file.
 
+pub mod collect;
 pub mod delete;
 pub mod get;
 pub mod lookup;

@@ -1,13 +1,18 @@
 //! Pin and Unpin: a promise not to evict a prefix for a while.
 //!
 //! With an Nvme tier the promise is kept there, and survives a restart: what is in memory alone is written,
-//! and stays in memory too. Without one, it is kept in memory.
+//! and stays in memory too. Without one, it is kept in memory. With an Object tier the bucket is told, too, so that no node's
+//! collector takes the blocks; those that are in the bucket alone are held by that.
+
+use std::sync::Arc;
 
 use bytes::Bytes;
 use kvstore_proto::v1::{PinRequest, PinResponse, UnpinRequest, UnpinResponse};
+use kvstore_tiers::SequenceHash;
 use kvstore_tiers::caps::PIN_TTL_MS_MAX;
-use kvstore_tiers::host::{HoldKind, NamespaceId};
+use kvstore_tiers::host::{HoldId, HoldKind, NamespaceId, RegisteredLayout};
 use kvstore_tiers::nvme::BlockRef;
+use kvstore_tiers::object::Trouble;
 use kvstore_tiers::residency::Presence;
 use tonic::Status;
 
@@ -34,10 +39,17 @@ pub async fn pin(daemon: &Daemon, namespace: NamespaceId, request: &PinRequest) 
             Some(nvme) => nvme.presence(&layout, group, &hashes),
             None => vec![false; hashes.len()],
         };
-        let readable = |(presence, on_disk): &(&Presence, &bool)| **presence == Presence::Resident || **on_disk;
-        let run = presences.iter().zip(&on_disk).take_while(readable).count();
-        let above: Vec<_> =
-            hashes.iter().zip(&on_disk).take(run).filter(|(_, on_disk)| !**on_disk).map(|(hash, _)| *hash).collect();
+        let in_bucket = match &daemon.object {
+            Some(object) => object.presence(&layout, group, &hashes),
+            None => vec![false; hashes.len()],
+        };
+        let is_here = |at: usize| presences.get(at) == Some(&Presence::Resident) || on_disk.get(at) == Some(&true);
+        let run = (0..hashes.len()).take_while(|at| is_here(*at) || in_bucket.get(*at) == Some(&true)).count();
+        let rests_on_bucket = !(0..run).all(is_here);
+        let above: Vec<_> = (0..run)
+            .filter(|at| is_here(*at) && on_disk.get(*at) != Some(&true))
+            .filter_map(|at| hashes.get(at).copied())
+            .collect();
         let id = random_hold_id();
         let runs = [(&*layout, group, above.as_slice())];
         let held = daemon.host.hold(namespace, id, HoldKind::Pin, &runs, expires).map_err(wire::hold_error)?;
@@ -57,16 +69,44 @@ pub async fn pin(daemon: &Daemon, namespace: NamespaceId, request: &PinRequest) 
                 release();
                 return Err(Status::resource_exhausted(format!("{refused}: unpin, or wait for a TTL")));
             }
+            let above_disk = |at: usize| is_here(at) && on_disk.get(at) == Some(&false);
             // A pin that is to survive needs the bytes on disk.
-            for (at, hash) in hashes.iter().enumerate().take(run).filter(|(at, _)| on_disk.get(*at) == Some(&false)) {
+            for (at, hash) in hashes.iter().enumerate().take(run).filter(|(at, _)| above_disk(*at)) {
                 let parent = at.checked_sub(1).and_then(|before| hashes.get(before)).copied();
                 nvme.write_back(&block(hash), parent, Vec::new(), false);
             }
+        }
+        if let Err(trouble) =
+            refer(daemon, id, &layout, group, hashes.get(..run).unwrap_or_default(), request.ttl_ms).await
+        {
+            if rests_on_bucket {
+                release();
+                daemon.nvme.iter().for_each(|nvme| _ = nvme.unpin(id.0));
+                let problem =
+                    format!("blocks are in the object store alone, and it cannot be told to keep them: {trouble}");
+                return Err(Status::unavailable(problem));
+            }
+            tracing::warn!(%trouble, "the bucket is not told of a pin: its collector may take these blocks, this node keeps them");
         }
         until_synced(daemon).await?;
         return Ok(PinResponse { pin: wire::hold_bytes(id), pinned_blocks: run as u32 });
     }
     Err(Status::resource_exhausted("busy: the blocks leave as fast as they are pinned; try again"))
+}
+
+/// The bucket is told of a pin.
+async fn refer(
+    daemon: &Daemon,
+    id: HoldId,
+    layout: &Arc<RegisteredLayout>,
+    group: u16,
+    hashes: &[SequenceHash],
+    ttl_ms: u64,
+) -> Result<(), Trouble> {
+    match &daemon.object {
+        Some(object) => object.refer(id.0, layout, group, hashes, ttl_ms).await,
+        None => Ok(()),
+    }
 }
 
 /// Ends a pin before its time.
@@ -78,6 +118,10 @@ pub fn unpin(daemon: &Daemon, namespace: NamespaceId, request: &UnpinRequest) ->
         && let Some(nvme) = &daemon.nvme
     {
         unpinned |= nvme.unpin(id.0);
+    }
+    if let Some(object) = &daemon.object {
+        // Where it fails the reference ends by its time.
+        object.end_reference(id.0);
     }
     Ok(UnpinResponse { unpinned })
 }

@@ -5,6 +5,7 @@
 //! are read into it, each checked before anyone sees it. Nothing in here waits on the caller's thread: requests are made by tasks
 //! of the runtime that the tier was opened in. `docs/design/object.md` has the formats and the arithmetic.
 
+mod collect;
 mod delete;
 mod directory;
 mod log;
@@ -43,6 +44,7 @@ use names::Names;
 use requests::Bucket;
 use upload::Uploads;
 
+pub use collect::{CollectError, CollectRules, Collected, PackCount};
 pub use open::{ObjectUrl, OpenStoreError, Opened};
 pub use probe::Abilities;
 pub use read::ReadBatch;

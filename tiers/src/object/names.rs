@@ -34,6 +34,19 @@ impl BlockName {
     }
 }
 
+impl BlockName {
+    /// A name as it is written.
+    pub fn parse(text: &str) -> Option<Self> {
+        unhex(text)?.try_into().ok().map(Self)
+    }
+}
+
+impl std::fmt::Display for BlockName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&hex(&self.0))
+    }
+}
+
 fn front(digest: &[u8; 32]) -> [u8; 16] {
     let mut front = [0; 16];
     front.iter_mut().zip(digest).for_each(|(to, from)| *to = *from);
@@ -62,6 +75,16 @@ impl Names {
         &self.root
     }
 
+    /// The namespace of a pack, and its group's folder; `None` for what is no pack.
+    pub fn split(&self, location: &Path) -> Option<(String, Path)> {
+        let parts: Vec<_> = location.prefix_match(&self.root)?.collect();
+        let [namespace, layout, group, _first, _last] = parts.as_slice() else { return None };
+        let name = namespace.as_ref().strip_prefix("ns=")?.to_owned();
+        let folder =
+            [namespace, layout, group].into_iter().fold(self.root.clone(), |path, part| path.join(part.as_ref()));
+        Some((name, folder))
+    }
+
     /// The packs of a group.
     pub fn group(&self, layout: &RegisteredLayout, group: u16) -> GroupNames {
         // Namespaces have letters, digits, '-', '_' and '.': the sign in front keeps "." and ".." from being folders.
@@ -72,16 +95,28 @@ impl Names {
 }
 
 impl GroupNames {
+    /// The folder of a group, below the root.
+    pub fn below(&self, root: &Path) -> String {
+        let parts: Vec<String> =
+            self.0.prefix_match(root).into_iter().flatten().map(|part| part.as_ref().into()).collect();
+        parts.join("/")
+    }
+
+    /// The folder that [`Self::below`] names.
+    pub fn at(root: &Path, below: &str) -> Path {
+        below.split('/').fold(root.clone(), |path, part| path.join(part))
+    }
+
     /// Packs that begin with this block.
     pub fn beginning_with(&self, first: &BlockName) -> Path {
-        self.0.clone().join(hex(&first.0))
+        self.0.clone().join(first.to_string())
     }
 
     /// One pack.
     pub fn pack(&self, name: &PackName) -> Path {
         let last = match name.rewrite {
-            0 => hex(&name.last.0),
-            rewrite => format!("{}.{rewrite}", hex(&name.last.0)),
+            0 => name.last.to_string(),
+            rewrite => format!("{}.{rewrite}", name.last),
         };
         self.beginning_with(&name.first).join(last)
     }
@@ -94,19 +129,15 @@ impl GroupNames {
             return None;
         }
         let (last, rewrite) = match last.as_ref().split_once('.') {
-            Some((last, rewrite)) => (name(last)?, rewrite.parse().ok().filter(|rewrite| *rewrite > 0)?),
-            None => (name(last.as_ref())?, 0),
+            Some((last, rewrite)) => (BlockName::parse(last)?, rewrite.parse().ok().filter(|rewrite| *rewrite > 0)?),
+            None => (BlockName::parse(last.as_ref())?, 0),
         };
-        Some(PackName { first: name(first.as_ref())?, last, rewrite })
+        Some(PackName { first: BlockName::parse(first.as_ref())?, last, rewrite })
     }
 }
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn name(text: &str) -> Option<BlockName> {
-    unhex(text)?.try_into().ok().map(BlockName)
 }
 
 /// Bytes from lower-case hex digits.

@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::TryStreamExt;
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{Error, GetOptions, GetResult, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use parking_lot::Mutex;
@@ -302,6 +303,12 @@ impl Bucket {
     /// Objects below `prefix`, at most so many.
     pub async fn list(&self, prefix: &Path, most: usize, deadline: Instant) -> Result<Vec<ObjectMeta>, Trouble> {
         retried!(self, deadline, 0, self.list_once(prefix, most))
+    }
+
+    /// All objects below `prefix`, as they are listed. Not repeated where it fails: whoever reads it begins anew.
+    pub fn stream(&self, prefix: &Path) -> BoxStream<'static, Result<ObjectMeta, Trouble>> {
+        self.counts.requests.fetch_add(1, Ordering::Relaxed);
+        self.store.list(Some(prefix)).map_err(Trouble::of).boxed()
     }
 
     async fn list_once(&self, prefix: &Path, most: usize) -> Result<Vec<ObjectMeta>, Trouble> {

@@ -201,7 +201,7 @@ impl ObjectTier {
     ) {
         let deadline = Instant::now() + Duration::from_millis(caps::OBJECT_STALL_MS);
         match self.bucket.head(&pack.location, deadline).await {
-            Ok(meta) if meta.size == pack.bytes => {
+            Ok(meta) if meta.size == pack.bytes && self.is_young(meta.last_modified.timestamp_millis()) => {
                 let _ = told.send(true);
             }
             Ok(_) | Err(super::requests::Trouble::NotFound) => {
