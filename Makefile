@@ -1,8 +1,8 @@
 # Two commands do everything: `make demo` and `make test`.
 .PHONY: demo test test-models test-python test-engines python wheel lint bench bench-peers bench-engines engines audit help
 
-# Figures to measure: grpc, index, eviction, nvme, restart, local, or several with commas.
-FIGURES ?= grpc,index,eviction,nvme,restart,local
+# Figures to measure: grpc, index, eviction, nvme, restart, local, object, advise, or several with commas.
+FIGURES ?= grpc,index,eviction,nvme,restart,local,object,advise
 TARGET := $(or $(CARGO_TARGET_DIR),$(shell cargo metadata --no-deps --format-version 1 2>/dev/null | sed 's/.*"target_directory":"\([^"]*\)".*/\1/'),target)
 # A folder on the disk that nvme and restart measure; needs 20 GiB.
 DISK ?= $(TARGET)
@@ -10,6 +10,8 @@ DISK ?= $(TARGET)
 VENV := $(TARGET)/python
 PYTHON_SOURCES := shims/python shims/tests benches examples
 PEERS := $(TARGET)/peers
+# A store that speaks Azure's protocol, for tests.
+AZURITE := $(TARGET)/azurite
 # Real engines for the shims' tests.
 ENGINES := $(TARGET)/engines
 ENGINE_REQUIREMENTS := shims/tests/engines/requirements.txt shims/tests/engines/requirements-others.txt
@@ -41,9 +43,9 @@ demo:
 	$(TARGET)/release/kvstore replay examples/conversation_slice.jsonl --simulate --capacity-blocks 5000
 
 test: test-models
-	@scripts/setup.sh build nextest python
+	@AZURITE_FOLDER=$(AZURITE) scripts/setup.sh build nextest python azurite
 	cargo test --locked --package kvstore-client --doc --quiet
-	cargo nextest run --locked --workspace
+	KVSTORE_AZURITE=$(abspath $(AZURITE))/node_modules/.bin/azurite-blob cargo nextest run --locked --workspace
 	$(MAKE) --no-print-directory test-python
 
 # The shared-memory protocol in every order that the memory model allows (loom), and in many interleavings (shuttle).

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing of the named tools, and nothing else: build, lint, nextest, deny, python, engines, redis, fio.
+# Installs what is missing of the named tools, and nothing else: build, lint, nextest, deny, python, engines, azurite, redis, fio.
 set -euo pipefail
 
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -50,6 +50,15 @@ for tool in "$@"; do
       [ "$(python3 -c 'import sys; print(*sys.version_info[:2], sep=".")') $(uname -m)" = "3.11 x86_64" ] ||
         { echo "The engines' tests need Python 3.11 on x86-64 (python3 is $(python3 -V), this is $(uname -m))" >&2; exit 1; }
       compgen -G '/usr/lib/*/libnuma.so.1*' >/dev/null || compgen -G '/lib/*/libnuma.so.1*' >/dev/null || debian libnuma1
+      ;;
+    azurite)
+      # Microsoft's emulator of Azure Blob, for the tests of the object tier.
+      at="${AZURITE_FOLDER:-target/azurite}"
+      [ -x "$at/node_modules/.bin/azurite-blob" ] || {
+        have npm || debian npm
+        echo "Installing Azurite (once, 190 MB) ..."
+        npm install --silent --no-fund --no-audit --prefix "$at" azurite@3.37.0
+      }
       ;;
     redis) have redis-server || debian redis-server ;;
     fio) have fio || debian fio ;;

@@ -3,12 +3,14 @@
 //! Each figure is one line, `figure <group>.<name> <value> target <op> <value>`, the median of paired,
 //! interleaved rounds. `--write` puts the lines, with command, machine and date, into `RESULTS.md`.
 
+mod advise;
 mod eviction;
 mod figure;
 mod grpc;
 mod index;
 mod local;
 mod nvme;
+mod object;
 mod process;
 mod restart;
 
@@ -20,8 +22,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Measure figures.
 #[derive(Parser)]
 struct Arguments {
-    /// Groups, separated by commas: grpc, index, eviction, nvme, restart, local.
-    #[arg(long, default_value = "grpc,index,eviction,nvme,restart,local", value_delimiter = ',')]
+    /// Groups, separated by commas: grpc, index, eviction, nvme, restart, local, object, advise.
+    #[arg(long, default_value = "grpc,index,eviction,nvme,restart,local,object,advise", value_delimiter = ',')]
     figures: Vec<String>,
     /// Rounds of each paired measurement.
     #[arg(long, default_value_t = 15)]
@@ -41,7 +43,7 @@ struct Arguments {
 }
 
 fn main() -> anyhow::Result<()> {
-    if local::is_helper()? {
+    if local::is_helper()? || object::is_helper()? {
         return Ok(());
     }
     let arguments = Arguments::parse();
@@ -56,7 +58,12 @@ fn main() -> anyhow::Result<()> {
             "nvme" => nvme::measure(&arguments.disk, arguments.rounds)?,
             "restart" => restart::measure(&arguments.daemon, &arguments.disk, &arguments.trace)?,
             "local" => local::measure(&arguments.daemon, arguments.rounds)?,
-            other => anyhow::bail!("unknown group {other:?}: valid are grpc, index, eviction, nvme, restart, local"),
+            "object" => object::measure(arguments.rounds)?,
+            "advise" => advise::measure(&arguments.trace, arguments.rounds)?,
+            other => {
+                let valid = "grpc, index, eviction, nvme, restart, local, object, advise";
+                anyhow::bail!("unknown group {other:?}: valid are {valid}")
+            }
         };
         if let Some(path) = &arguments.write {
             figure::write(path, group, &figures)?;

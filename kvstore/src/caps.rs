@@ -107,3 +107,5 @@ pub const HINT_TIME: Duration = Duration::from_secs(10);
 pub const LOCAL_SPIN_MAX: Duration = Duration::from_millis(10);
 /// Where the configuration says what may go from the bucket, it goes this often: objects age by days, listings cost money.
 pub const COLLECT_EVERY: Duration = Duration::from_secs(3600);
+/// Accesses that a sample keeps: 16 bytes each, and what holds them; the last hours of a busy node.
+pub const ACCESSES_KEPT_MAX: usize = 1 << 20;

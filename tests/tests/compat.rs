@@ -4,6 +4,8 @@
 
 use kvstore_plane::{SequenceHash, SlabGeometry, SlabHeader, SlotEntry, SlotKey};
 use kvstore_tiers::nvme::{Extent, IndexValue, SegmentClass, SegmentHeader, VolumeHeader};
+use kvstore_tiers::object::names::BlockName;
+use kvstore_tiers::object::pack::{Footer, PackedBlock, begins_pack};
 use kvstore_transfer::frame::FrameHeader;
 use std::path::{Path, PathBuf};
 
@@ -65,6 +67,26 @@ fn volume_version_1() {
     let sample = bytes_of("index_value_v1.bin", &value.encode());
     assert_eq!(IndexValue::decode(&sample), Ok(value));
     assert_eq!(value.encode(), sample, "version 1 is written differently now: that needs a new version");
+}
+
+/// A pack's footer, and what any node computes to find it: `docs/design/object.md`.
+#[test]
+fn pack_version_1() {
+    let hash = |at: u8| SequenceHash::new(&[at; 20]).unwrap();
+    let block = |at: u8| PackedBlock { hash: hash(at), offset: u64::from(at) * 0x3000, frame_bytes: 0x3000 };
+    let footer = Footer {
+        namespace_digest: std::array::from_fn(|at| at as u8),
+        layout_digest: std::array::from_fn(|at| at as u8 + 100),
+        group: 0x0102,
+        nonce: std::array::from_fn(|at| at as u8 + 200),
+        blocks: vec![block(0), block(1), block(2)],
+    };
+    let sample = bytes_of("pack_footer_v1.bin", &footer.encode());
+    assert_eq!(Footer::decode(&sample, 0x9000 + sample.len() as u64), Ok(footer.clone()));
+    assert_eq!(footer.encode(), sample, "version 1 is written differently now: that needs a new version");
+    assert_eq!(BlockName::of(&hash(7)).to_string(), "a6fffbc5c75b6f9e38ba8a9a1d38b2b1");
+    let begins: Vec<u8> = (0..40).filter(|at| begins_pack(&hash(*at), 8)).collect();
+    assert_eq!(begins, [0], "packs begin elsewhere now: other nodes do not find them");
 }
 
 /// The directory entry, as another process maps it.

@@ -12,6 +12,7 @@ use kvstore_client::v1::{
     PutStatus,
 };
 use kvstore_client::{Client, Error, GetOptions, GetOutcome, GroupRef, PutBlock, PutOptions};
+use kvstore_tests::azure::{self, Azurite};
 use kvstore_tests::fault_proxy::{Fault, FaultProxy, Meant};
 use kvstore_tests::s3::{self, S3Server};
 use kvstore_tests::{TestDaemon, chain, hashes};
@@ -117,6 +118,22 @@ async fn blocks_outlive_their_node_on_s3() {
     let folder = tempfile::tempdir().unwrap();
     let server = S3Server::start(folder.path(), "127.0.0.1:0").await;
     conforms(&s3::settings(server.address, "some/prefix")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_outlive_their_node_on_azure() {
+    let Some(program) = azure::program() else {
+        eprintln!("skipped: Azurite is not installed; `make test` installs it, and names it in KVSTORE_AZURITE");
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let azurite = Azurite::start(&program, folder.path()).await;
+    conforms(&azurite.settings("some/prefix")).await;
+    // What it is proven to do, and does not lack.
+    let daemon = daemon(&azurite.settings("other"), None, &[]).await;
+    let client = daemon.client().await;
+    let object = until(&client, |object| object.state == "SERVING").await;
+    assert!(object.lacks.is_empty(), "{object:?}");
 }
 
 /// Namespaces and layouts are other names: what one stored is a miss in the other.

@@ -13,6 +13,7 @@ pub mod object;
 mod pool;
 mod readable;
 pub mod residency;
+pub mod sampled;
 pub mod simulate;
 
 pub use clock::BootTime;

@@ -1,0 +1,313 @@
+//! The Object tier beside plain requests of the same client library to the same store, interleaved. The store is an S3 server in a
+//! process of its own, over a folder in memory, so that neither a disk nor its CPU time is measured.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use futures::StreamExt;
+use kvstore::replay;
+use kvstore_tests::s3::{self, S3Server};
+use kvstore_tests::tier::{hash, now};
+use kvstore_tiers::eviction::PolicyKind;
+use kvstore_tiers::host::{
+    BeginFill, FillRequest, HostLimits, HostOptions, HostTier, LeasedBlock, NamespaceId, RegisteredLayout,
+};
+use kvstore_tiers::nvme::{BlockRef, Promote};
+use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, ObjectUrl, Offer, Offered, ReadBatch};
+use kvstore_tiers::residency::{FlightSource, Priority, Urgency};
+use kvstore_tiers::{BlockKind, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, Shard};
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
+
+use crate::figure::{Figure, median};
+use crate::process::{Process, own_cpu_seconds};
+
+const HELPER: &str = "KVSTORE_BENCH_S3";
+const BLOCK: u32 = 1 << 20;
+const BLOCKS: u64 = 512;
+/// Bytes of a plain request: as many as a pack has.
+const REQUEST: u64 = 8 << 20;
+/// Plain requests at once: as many as the tier has under way.
+const AT_ONCE: usize = 8;
+/// Blocks that are on their way at once: the daemon's own window.
+const WINDOW: usize = (AT_ONCE as u64 * REQUEST / BLOCK as u64) as usize;
+
+#[derive(Clone, Copy)]
+struct Run {
+    gbps: f64,
+    cpu_seconds_per_gb: f64,
+}
+
+/// True where this process is the store.
+pub fn is_helper() -> anyhow::Result<bool> {
+    let Ok(folder) = std::env::var(HELPER) else { return Ok(false) };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let folder = std::path::PathBuf::from(folder);
+        let server = S3Server::start(&folder, "127.0.0.1:0").await;
+        std::fs::write(folder.join("address.new"), server.address.to_string())?;
+        std::fs::rename(folder.join("address.new"), folder.join("address"))?;
+        // It is found by a socket, as every process that is measured.
+        let _ready = std::os::unix::net::UnixListener::bind(folder.join("ready"))?;
+        std::future::pending::<anyhow::Result<()>>().await
+    })?;
+    Ok(true)
+}
+
+/// Measures the group.
+pub fn measure(rounds: usize) -> anyhow::Result<Vec<Figure>> {
+    let folder = tempfile::tempdir_in("/dev/shm")?;
+    let mut command = std::process::Command::new(std::env::current_exe()?);
+    command.env(HELPER, folder.path());
+    let _server = Process::start(command, &folder.path().join("ready"))?;
+    let address: std::net::SocketAddr = std::fs::read_to_string(folder.path().join("address"))?.parse()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let (mut reads, mut writes) = (Vec::new(), Vec::new());
+    for round in 0..rounds {
+        let prefix = format!("round{round}");
+        runtime.block_on(async {
+            // Who goes first takes turns.
+            let (write, read) = if round.is_multiple_of(2) {
+                let ours = write_blocks(address, &prefix).await?;
+                let write = [ours, plain_writes(address, &prefix).await?];
+                let ours = read_blocks(address, &prefix).await?;
+                (write, [ours, plain_reads(address, &prefix).await?])
+            } else {
+                let plain = plain_writes(address, &prefix).await?;
+                let write = [write_blocks(address, &prefix).await?, plain];
+                let plain = plain_reads(address, &prefix).await?;
+                (write, [read_blocks(address, &prefix).await?, plain])
+            };
+            writes.push(write);
+            reads.push(read);
+            anyhow::Ok(())
+        })?;
+        std::fs::remove_dir_all(folder.path().join(s3::BUCKET).join(&prefix))?;
+    }
+    let mut figures = Vec::new();
+    for (what, runs, target) in [("read", &reads, ">= 0.9"), ("write", &writes, ">= 0.85")] {
+        let of = |value: &dyn Fn(&[Run; 2]) -> f64| median(runs.iter().map(value).collect());
+        let name = |suffix: &str| format!("{what}_1MiB_{suffix}");
+        figures.push(Figure::new("object", &name("of_plain"), of(&|[a, b]| a.gbps / b.gbps), target));
+        let cpu = of(&|[a, b]| a.cpu_seconds_per_gb / b.cpu_seconds_per_gb);
+        figures.push(Figure::new("object", &name("cpu_of_plain"), cpu, "<= 1.3"));
+        figures.push(Figure::note("object", &name("gbps"), of(&|[a, _]| a.gbps)));
+        figures.push(Figure::note("object", &name("plain_gbps"), of(&|[_, b]| b.gbps)));
+        figures.push(Figure::note("object", &name("cpu_s_per_gb"), of(&|[a, _]| a.cpu_seconds_per_gb)));
+        figures.push(Figure::note("object", &name("plain_cpu_s_per_gb"), of(&|[_, b]| b.cpu_seconds_per_gb)));
+    }
+    Ok(figures)
+}
+
+impl Run {
+    fn of(started: Instant, cpu: f64) -> Self {
+        let gb = (BLOCKS * u64::from(BLOCK)) as f64 / 1e9;
+        Self { gbps: gb / started.elapsed().as_secs_f64(), cpu_seconds_per_gb: (own_cpu_seconds() - cpu) / gb }
+    }
+}
+
+fn url(address: std::net::SocketAddr, prefix: &str) -> ObjectUrl {
+    let settings = s3::settings(address, prefix);
+    let value =
+        |key: &str| settings.iter().find_map(|setting| setting.strip_prefix(key)).unwrap_or_default().to_owned();
+    let options = value("object.options=");
+    let options = options.split(',').filter_map(|option| option.split_once('='));
+    ObjectUrl {
+        url: value("object.url="),
+        options: options.map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
+    }
+}
+
+struct Tier {
+    host: Arc<HostTier>,
+    object: Arc<ObjectTier>,
+    layout: Arc<RegisteredLayout>,
+}
+
+/// A tier over an empty memory, all of whose slabs are made and full of other blocks.
+async fn tier(address: std::net::SocketAddr, prefix: &str, seed: u64) -> anyhow::Result<Tier> {
+    let bytes = (BLOCKS * u64::from(BLOCK)) + (128 << 20);
+    let limits = HostLimits { bytes, high_watermark_percent: 99, low_watermark_percent: 98 };
+    let options = HostOptions {
+        limits,
+        huge_pages: HugePages::Auto,
+        policy: PolicyKind::Lru,
+        seed: 1,
+        epoch: 1,
+        bytes_ceiling: bytes,
+    };
+    let namespaces = vec!["default".to_owned()];
+    let host = HostTier::new(options, &namespaces);
+    let group = LayerGroup {
+        kind: BlockKind::Attention,
+        layers: 16,
+        planes: 1,
+        heads: 1,
+        head_bytes: BLOCK / 16,
+        order: DimensionOrder::LayerOpaque,
+    };
+    let layout = Layout {
+        model: b"benches".to_vec(),
+        weights_digest: Vec::new(),
+        dtype: "bytes".into(),
+        block_tokens: 1,
+        groups: vec![group],
+        shard: Shard { index: 0, count: 1 },
+        extra: Vec::new(),
+    };
+    let layout = host.register_layout(NamespaceId(0), layout)?;
+    let options = ObjectOptions {
+        opened: url(address, prefix).open()?,
+        namespaces,
+        limits: ObjectLimits { upload_bytes: bytes, backlog_bytes: bytes },
+        stall: Duration::from_secs(5),
+        log_folder: None,
+        seed,
+        clock: now,
+    };
+    let object = ObjectTier::open(options, &host, None)?;
+    let tier = Tier { host, object, layout };
+    for id in 0..BLOCKS + 100 {
+        tier.put(1_000_000 + id, None)?;
+    }
+    while tier.object.status().state != "SERVING" {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    Ok(tier)
+}
+
+impl Tier {
+    fn put(&self, id: u64, parent: Option<u64>) -> anyhow::Result<(Option<LeasedBlock>, Vec<u32>)> {
+        let deadline = BootTime(u64::MAX);
+        let urgency = Urgency { source: FlightSource::Writer, priority: Priority::Demand, deadline };
+        let (layout, parent) = (&*self.layout, parent.map(hash));
+        let request = FillRequest { layout, group: 0, hash: hash(id), parent, length: BLOCK, urgency };
+        loop {
+            match self.host.begin_fill(&request, now()) {
+                BeginFill::Fill(mut fill, ahead) => {
+                    ahead.into_iter().for_each(|plan| self.host.drop_plan(plan));
+                    fill.append(&replay::content(id, BLOCK as usize), now())?;
+                    let sums = fill.section_sums();
+                    return Ok((fill.commit_leased(true).1, sums));
+                }
+                BeginFill::NeedsSlab(plan) => self.host.make_slab(plan)?,
+                _ => anyhow::bail!("no room for block {id}"),
+            }
+        }
+    }
+}
+
+/// Blocks of one chain that are in memory, until all of them are DURABLE.
+async fn write_blocks(address: std::net::SocketAddr, prefix: &str) -> anyhow::Result<Run> {
+    let tier = tier(address, prefix, 1).await?;
+    let mut blocks = Vec::new();
+    for id in 0..BLOCKS {
+        let (block, sums) = tier.put(id, id.checked_sub(1))?;
+        blocks.push((block.context("not published")?, sums));
+    }
+    let (started, cpu) = (Instant::now(), own_cpu_seconds());
+    let mut waiting = Vec::new();
+    for (id, (block, sums)) in (0..BLOCKS).zip(blocks) {
+        let offer = Offer {
+            layout: Arc::clone(&tier.layout),
+            group: 0,
+            hash: hash(id),
+            parent: id.checked_sub(1).map(hash),
+            block,
+            sums,
+            durable: true,
+        };
+        match tier.object.offer(offer) {
+            Offered::Accepted(Some(told)) => waiting.push(told),
+            _ => anyhow::bail!("block {id} is not taken"),
+        }
+    }
+    tier.object.flush();
+    for told in waiting {
+        anyhow::ensure!(told.await == Ok(true), "a block is not DURABLE: {:?}", tier.object.status());
+    }
+    let run = Run::of(started, cpu);
+    tier.object.close(Duration::ZERO).await;
+    Ok(run)
+}
+
+/// The same bytes as plain creates of the size of a pack.
+async fn plain_writes(address: std::net::SocketAddr, prefix: &str) -> anyhow::Result<Run> {
+    let opened = url(address, prefix).open()?;
+    let content: Vec<Bytes> =
+        (0..REQUEST / u64::from(BLOCK)).map(|id| Bytes::from(replay::content(id, BLOCK as usize).to_vec())).collect();
+    let requests = BLOCKS * u64::from(BLOCK) / REQUEST;
+    let (started, cpu) = (Instant::now(), own_cpu_seconds());
+    let mut under_way = futures::stream::iter(0..requests)
+        .map(|number| {
+            let location = Path::from(format!("{prefix}/plain/{number}"));
+            let payload: PutPayload = content.iter().cloned().collect();
+            let store = Arc::clone(&opened.store);
+            tokio::spawn(async move { store.put_opts(&location, payload, PutMode::Create.into()).await })
+        })
+        .buffer_unordered(AT_ONCE);
+    while let Some(put) = under_way.next().await {
+        put??;
+    }
+    Ok(Run::of(started, cpu))
+}
+
+/// The chain's blocks from the bucket into memory, checked, in order.
+async fn read_blocks(address: std::net::SocketAddr, prefix: &str) -> anyhow::Result<Run> {
+    let tier = tier(address, prefix, 2).await?;
+    let hashes: Vec<_> = (0..BLOCKS).map(hash).collect();
+    if let Some(search) = tier.object.search(&tier.layout, 0, &hashes, now()) {
+        search.ended().await;
+    }
+    anyhow::ensure!(tier.object.presence(&tier.layout, 0, &hashes).iter().all(|found| *found), "not all were found");
+    let (started, cpu) = (Instant::now(), own_cpu_seconds());
+    let (mut next, mut window) = (0, VecDeque::new());
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+    while next < BLOCKS || !window.is_empty() {
+        let mut batch = ReadBatch::default();
+        while window.len() <= WINDOW / 2 || (!batch.is_empty() && window.len() < WINDOW) {
+            if next == BLOCKS {
+                break;
+            }
+            let block = BlockRef { layout: &tier.layout, group: 0, hash: hash(next) };
+            let (layout, priority) = (&tier.layout, Priority::Demand);
+            match tier.object.promote(&mut batch, &block, layout, priority, BootTime(u64::MAX), now()) {
+                Promote::Started(coming) => window.push_back(coming),
+                Promote::NeedsSlab(plan) => {
+                    tier.host.make_slab(plan)?;
+                    continue;
+                }
+                _ => anyhow::bail!("block {next} does not start"),
+            }
+            next += 1;
+        }
+        tier.object.send(&mut batch, Priority::Demand, deadline);
+        if let Some(coming) = window.pop_front() {
+            anyhow::ensure!(coming.await?.is_some(), "a block did not come");
+        }
+    }
+    let run = Run::of(started, cpu);
+    tier.object.close(Duration::ZERO).await;
+    Ok(run)
+}
+
+/// The same bytes as plain ranged GETs.
+async fn plain_reads(address: std::net::SocketAddr, prefix: &str) -> anyhow::Result<Run> {
+    let opened = url(address, prefix).open()?;
+    let requests = BLOCKS * u64::from(BLOCK) / REQUEST;
+    let (started, cpu) = (Instant::now(), own_cpu_seconds());
+    let mut under_way = futures::stream::iter(0..requests)
+        .map(|number| {
+            let location = Path::from(format!("{prefix}/plain/{number}"));
+            let store = Arc::clone(&opened.store);
+            tokio::spawn(async move { store.get_range(&location, 0..REQUEST).await })
+        })
+        .buffered(AT_ONCE);
+    while let Some(got) = under_way.next().await {
+        anyhow::ensure!(got??.len() as u64 == REQUEST, "a body is short");
+    }
+    Ok(Run::of(started, cpu))
+}
