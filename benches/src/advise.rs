@@ -1,6 +1,7 @@
 //! `advise` beside whole simulations of the same trace: how far it is off, what it costs.
 
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use kvstore::trace;
@@ -13,8 +14,21 @@ use crate::figure::{Figure, median};
 /// Sizes at which they are compared, in blocks.
 const SIZES: [u64; 6] = [1_000, 3_000, 5_000, 10_000, 20_000, 30_000];
 
+/// Seconds and the most memory, in MiB, of a command from its start to its end.
+fn run(command: &mut Command) -> anyhow::Result<(f64, f64)> {
+    let started = Instant::now();
+    let child = command.stdout(Stdio::null()).spawn()?;
+    let (mut status, mut usage) = (0, std::mem::MaybeUninit::<libc::rusage>::zeroed());
+    // SAFETY: both are valid for writing, and the child is this process's own and not waited for elsewhere.
+    let waited = unsafe { libc::wait4(child.id() as libc::pid_t, &raw mut status, 0, usage.as_mut_ptr()) };
+    anyhow::ensure!(waited == child.id() as libc::pid_t && status == 0, "{command:?} failed");
+    // SAFETY: wait4 succeeded and wrote it; and all zeros are a rusage, too.
+    let usage = unsafe { usage.assume_init() };
+    Ok((started.elapsed().as_secs_f64(), usage.ru_maxrss as f64 / 1024.0))
+}
+
 /// Measures the group.
-pub fn measure(path: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
+pub fn measure(daemon: &Path, path: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
     let trace = trace::read(path)?;
     let policy = PolicyKind::default();
     let (mut whole, mut estimates) = (Vec::new(), Vec::new());
@@ -37,6 +51,23 @@ pub fn measure(path: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
         kept = sample.len();
         times.push(started.elapsed().as_secs_f64() / simulated);
     }
+    // As a user has it: one command, or one for each size.
+    let (mut commands, mut mib) = (Vec::new(), 0.0f64);
+    for _ in 0..rounds.min(5) {
+        let mut whole = 0.0;
+        for size in SIZES {
+            let size = size.to_string();
+            let mut replay = Command::new(daemon);
+            replay.arg("replay").arg(path).args(["--simulate", "--capacity-blocks", &size, "--json"]);
+            whole += run(&mut replay)?.0;
+        }
+        let mut advise = Command::new(daemon);
+        // Three tiers, at seven sizes each.
+        let sizes = ["--host-bytes", "5000MiB", "--nvme-bytes", "20000MiB", "--object-bytes", "80000MiB"];
+        let (seconds, most) = run(advise.arg("advise").arg(path).args(sizes).arg("--json"))?;
+        commands.push(seconds / whole);
+        mib = mib.max(most);
+    }
     let mut figures = Vec::new();
     let mut worst = 0.0f64;
     for ((size, whole), estimate) in SIZES.iter().zip(&whole).zip(&estimates) {
@@ -45,7 +76,9 @@ pub fn measure(path: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
         figures.push(Figure::note("advise", &format!("simulated_hit_ratio_{size}"), *whole));
     }
     figures.push(Figure::new("advise", "worst_difference_at_six_sizes", worst, "<= 0.02"));
-    figures.push(Figure::new("advise", "time_of_simulation", median(times), "<= 0.05"));
+    figures.push(Figure::new("advise", "time_of_replay_simulate_at_six_sizes", median(commands), "<= 0.05"));
+    figures.push(Figure::new("advise", "most_memory_mib", mib, "<= 64"));
+    figures.push(Figure::note("advise", "time_of_the_policy_alone", median(times)));
     figures.push(Figure::note("advise", "sampled_accesses", kept as f64));
     Ok(figures)
 }

@@ -59,7 +59,7 @@ fn main() -> anyhow::Result<()> {
             "restart" => restart::measure(&arguments.daemon, &arguments.disk, &arguments.trace)?,
             "local" => local::measure(&arguments.daemon, arguments.rounds)?,
             "object" => object::measure(arguments.rounds)?,
-            "advise" => advise::measure(&arguments.trace, arguments.rounds)?,
+            "advise" => advise::measure(&arguments.daemon, &arguments.trace, arguments.rounds)?,
             other => {
                 let valid = "grpc, index, eviction, nvme, restart, local, object, advise";
                 anyhow::bail!("unknown group {other:?}: valid are {valid}")

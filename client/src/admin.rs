@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use kvstore_proto::v1::admin_client::AdminClient;
 use kvstore_proto::v1::{
-    CollectProgress, CollectRequest, DrainRequest, DrainResponse, GetConfigRequest, ReloadConfigRequest,
-    SetConfigRequest, StatusRequest, StatusResponse, VerifyProgress, VerifyRequest,
+    AccessesChunk, AccessesRequest, CollectProgress, CollectRequest, DrainRequest, DrainResponse, GetConfigRequest,
+    ReloadConfigRequest, SetConfigRequest, StatusRequest, StatusResponse, VerifyProgress, VerifyRequest,
 };
 
 use crate::connection::Connection;
@@ -70,5 +70,15 @@ impl Client {
             last = step;
         }
         if last.done { Ok(last) } else { Err(Error::Unavailable("the collection was cut off".into())) }
+    }
+
+    /// The daemon's sampled accesses; `each` takes them piece by piece, oldest first.
+    pub async fn accesses(&self, mut each: impl FnMut(AccessesChunk)) -> Result<(), Error> {
+        let mut chunks =
+            self.within(async { Ok(self.admin().await?.accesses(AccessesRequest {}).await?.into_inner()) }).await?;
+        while let Some(chunk) = self.within(async { Ok(chunks.message().await?) }).await? {
+            each(chunk);
+        }
+        Ok(())
     }
 }

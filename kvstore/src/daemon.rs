@@ -14,6 +14,7 @@ use kvstore_tiers::object::{ObjectOptions, ObjectTier, OpenObjectError};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
 
+use crate::accesses::Accesses;
 use crate::caps;
 use crate::clock;
 use crate::config::{self, Change, Config, ConfigError, NvmeConfig, ObjectConfig, RawConfig};
@@ -32,6 +33,8 @@ pub struct Daemon {
     pub traffic: Traffic,
     /// Prefetches under way.
     pub prefetches: Prefetches,
+    /// What was asked for lately, in part.
+    pub accesses: Accesses,
     /// Put and get calls that may still start.
     pub data_calls: Arc<Semaphore>,
     /// Blocks that gets may still lease.
@@ -117,6 +120,7 @@ impl Daemon {
             object,
             traffic: Traffic::default(),
             prefetches: Prefetches::default(),
+            accesses: Accesses::default(),
             data_calls: Arc::new(Semaphore::new(caps::DATA_CALLS_MAX)),
             leasable: Arc::new(Semaphore::new(caps::LEASED_BLOCKS_MAX)),
             verifications: Arc::new(Semaphore::new(caps::VERIFICATIONS_MAX)),

@@ -1,6 +1,7 @@
 //! The daemon and its command line: policy and process. Everything below it is told what to do; nothing
 //! below it reads a configuration, speaks the wire or logs to an operator.
 
+mod accesses;
 pub mod advise;
 pub mod caps;
 pub mod cli;

@@ -51,21 +51,29 @@ struct RawRequest {
 
 /// Reads a whole trace.
 pub fn read(path: &Path) -> Result<Vec<TraceRequest>, TraceError> {
+    let mut requests = Vec::new();
+    for_each(path, |request| requests.push(request))?;
+    Ok(requests)
+}
+
+/// Reads a trace, request by request.
+pub fn for_each(path: &Path, mut each: impl FnMut(TraceRequest)) -> Result<(), TraceError> {
     let unreadable = |source| TraceError::Read { path: path.to_owned(), source };
     let file = std::fs::File::open(path).map_err(unreadable)?;
-    let mut requests = Vec::new();
+    let mut requests = 0;
     for (at, line) in std::io::BufReader::new(file).lines().enumerate() {
         let line = line.map_err(unreadable)?;
         if line.trim().is_empty() {
             continue;
         }
         let wrong = |problem| TraceError::Line { path: path.to_owned(), line: at + 1, problem };
-        if requests.len() >= caps::TRACE_REQUESTS_MAX {
+        if requests >= caps::TRACE_REQUESTS_MAX {
             return Err(wrong(format!("more than {} requests", caps::TRACE_REQUESTS_MAX)));
         }
-        requests.push(parse(&line).map_err(wrong)?);
+        requests += 1;
+        each(parse(&line).map_err(wrong)?);
     }
-    if requests.is_empty() { Err(TraceError::Empty(path.to_owned())) } else { Ok(requests) }
+    if requests == 0 { Err(TraceError::Empty(path.to_owned())) } else { Ok(()) }
 }
 
 fn parse(line: &str) -> Result<TraceRequest, String> {

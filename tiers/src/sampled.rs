@@ -104,7 +104,8 @@ impl SampledAccesses {
     /// Hits per block with room for `capacity_blocks`, 0 to 1, as far as the sample tells.
     pub fn hit_ratio(&self, policy: PolicyKind, capacity_blocks: u64) -> f64 {
         let capacity = ((capacity_blocks as f64 / self.one_in as f64).round() as usize).max(1);
-        let outcome = simulate(policy.build(capacity), self.chains.iter().map(|chain| &**chain), capacity);
+        let outcome =
+            simulate(policy.build_of_sample(capacity, self.one_in), self.chains.iter().map(|chain| &**chain), capacity);
         let expected = self.asked() as f64 / self.one_in as f64;
         if expected == 0.0 {
             return 0.0;
@@ -137,8 +138,8 @@ mod tests {
     /// Conversations that come back after others, of different lengths, and one block that all begin with.
     fn requests() -> Vec<Vec<u64>> {
         let mut requests = Vec::new();
-        for round in 0..30u64 {
-            for user in 0..400u64 {
+        for round in 0..12u64 {
+            for user in 0..4000u64 {
                 if (user * 7 + round * 13) % (1 + user % 9) == 0 {
                     let own = (1..12 + round % 5).map(|block| user * 1000 + block);
                     requests.push(std::iter::once(0).chain(own).collect());
@@ -151,13 +152,14 @@ mod tests {
     #[test]
     fn a_sample_tells_about_what_a_whole_simulation_would() {
         let requests = requests();
-        for policy in [PolicyKind::Lru, PolicyKind::Hazard] {
+        // What a learning policy gains where it has little room, it gains by learning: a sample teaches it less.
+        for (policy, within) in [(PolicyKind::Lru, 0.03), (PolicyKind::Hazard, 0.07)] {
             let mut sample = SampledAccesses::new(8, usize::MAX);
             requests.iter().for_each(|request| sample.request(request.iter().copied()));
-            for capacity in [500, 1000, 2000, 4000, 8000] {
+            for capacity in [5_000, 10_000, 20_000, 40_000] {
                 let whole = simulate(policy.build(capacity), requests.iter().map(Vec::as_slice), capacity).ratio();
                 let estimate = sample.hit_ratio(policy, capacity as u64);
-                assert!((whole - estimate).abs() < 0.05, "{policy:?} at {capacity}: {estimate} of {whole}");
+                assert!((whole - estimate).abs() < within, "{policy:?} at {capacity}: {estimate} of {whole}");
             }
         }
     }

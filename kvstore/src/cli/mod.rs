@@ -1,6 +1,7 @@
 //! The command line: one verb, one file.
 
 mod admin;
+mod advise;
 mod bench;
 mod blocks;
 mod config;
@@ -61,6 +62,8 @@ pub enum Command {
     Config(config::Config),
     /// Check every block against its checksum.
     Verify(admin::Verify),
+    /// Say what half or twice a tier would do.
+    Advise(advise::Advise),
     /// Collect garbage in the object store.
     Gc(gc::Gc),
     /// Refuse new work and finish what is in flight.
@@ -178,6 +181,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Bench(bench) => bench.run().await,
         Command::Config(config) => config.run().await,
         Command::Verify(verify) => verify.run().await,
+        Command::Advise(advise) => advise.run().await,
         Command::Gc(gc) => gc.run().await,
         Command::Drain(drain) => drain.run().await,
         Command::Completion(completion) => {

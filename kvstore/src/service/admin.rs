@@ -7,9 +7,9 @@ use std::time::Duration;
 use futures::{Stream, StreamExt};
 use kvstore_proto::v1::admin_server::Admin;
 use kvstore_proto::v1::{
-    CollectProgress, CollectRequest, DrainRequest, DrainResponse, GetConfigRequest, GetConfigResponse,
-    ReloadConfigRequest, ReloadConfigResponse, SetConfigRequest, SetConfigResponse, StatusRequest, StatusResponse,
-    VerifyProgress, VerifyRequest,
+    AccessesChunk, AccessesRequest, CollectProgress, CollectRequest, DrainRequest, DrainResponse, GetConfigRequest,
+    GetConfigResponse, ReloadConfigRequest, ReloadConfigResponse, SetConfigRequest, SetConfigResponse, StatusRequest,
+    StatusResponse, VerifyProgress, VerifyRequest,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -86,5 +86,12 @@ impl Admin for Context {
             drop(permit);
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    type AccessesStream = Pin<Box<dyn Stream<Item = Result<AccessesChunk, Status>> + Send>>;
+
+    async fn accesses(&self, _: Request<AccessesRequest>) -> Answer<Self::AccessesStream> {
+        let chunks = self.daemon.accesses.chunks();
+        Ok(Response::new(Box::pin(futures::stream::iter(chunks.into_iter().map(Ok)))))
     }
 }

@@ -80,6 +80,7 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
         ));
     }
     telemetry::add(&daemon.traffic.lookups, 1);
+    daemon.accesses.note(&layout, &hashes, clock::now());
     let Some(parts) = parts_of(daemon, &layout, request, &hashes)? else {
         // There is no room to register every shard of the group: nothing is known of it.
         return Ok(LookupResponse { residency: vec![0; hashes.len()], ..LookupResponse::default() });

@@ -101,6 +101,7 @@ impl Ord for Candidate {
 pub struct Hazard {
     nodes: Vec<Node>,
     births: u16,
+    one_in: u64,
     lifetimes: Lifetimes,
     ghosts: Ghosts,
     /// One list per cell: the evictable blocks of a class that were last touched in an epoch.
@@ -116,10 +117,17 @@ pub struct Hazard {
 impl Hazard {
     /// A policy for a pool of about `capacity_blocks`.
     pub fn new(capacity_blocks: usize) -> Self {
+        Self::of_sample(capacity_blocks, 1)
+    }
+
+    /// A small model of such a policy: one block in `one_in` of a larger pool, and every access to it. It has room for
+    /// `capacity_blocks` and learns as the larger one would.
+    pub fn of_sample(capacity_blocks: usize, one_in: u64) -> Self {
         let mut policy = Self {
             nodes: Vec::new(),
             births: 0,
-            lifetimes: Lifetimes::new(capacity_blocks),
+            one_in: one_in.max(1),
+            lifetimes: Lifetimes::new(capacity_blocks, one_in),
             ghosts: Ghosts::default(),
             cells: Lists::new((CLASSES * EPOCHS) as u32),
             order: BinaryHeap::with_capacity(CLASSES * EPOCHS),
@@ -360,9 +368,10 @@ impl EvictionPolicy for Hazard {
 
     fn set_capacity(&mut self, blocks: usize) {
         self.capacity = blocks;
-        self.lifetimes.set_capacity(blocks);
+        let whole = blocks as u64 * self.one_in;
+        self.lifetimes.set_capacity(whole as usize);
         let now_tick = self.lifetimes.now_tick();
-        let ticks = u32::try_from(blocks as u64 / TICK_ACCESSES).unwrap_or(u32::MAX);
+        let ticks = u32::try_from(whole / TICK_ACCESSES).unwrap_or(u32::MAX);
         for forgotten in self.ghosts.resize(blocks * GHOSTS_PER_BLOCK, ticks, now_tick) {
             self.lifetimes.end_unknown(forgotten);
         }

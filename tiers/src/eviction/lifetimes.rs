@@ -15,6 +15,8 @@
     reason = "classes, bins and epochs are bounded by the constants below, which size the arrays"
 )]
 
+use std::sync::LazyLock;
+
 use super::EvictionKind;
 
 /// Classes of one kind: the tail of a request, then 1, 2, ... 7 or more touches.
@@ -37,6 +39,13 @@ const PRIOR_LIFETIMES: f32 = 20.0;
 /// What was learnt fades by this much each half capacity of accesses: half of it is gone after
 /// about seventeen capacities.
 const FADE: f32 = 0.98;
+
+/// Where only a sample of the accesses is seen, an epoch has this many of them at least, ...
+const SAMPLED_PER_EPOCH: u64 = 64;
+/// ... it is learnt after this many, ...
+const SAMPLED_PER_LEARNING: u64 = 1024;
+/// ... and the prior weighs so many times as much, for each lifetime stands for several that were not seen.
+const SAMPLED_PRIOR: f32 = 8.0;
 
 /// An open lifetime.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -68,6 +77,8 @@ pub(super) struct Merge {
 pub(super) struct Lifetimes {
     accesses: u64,
     capacity: u64,
+    /// For how many accesses, and lifetimes, one counts: more than one where only a sample is seen.
+    one_in: u64,
     /// The epochs, oldest first.
     epochs: Vec<Epoch>,
     free_places: Vec<u8>,
@@ -91,10 +102,12 @@ fn bin_start(bin: usize) -> f32 {
 }
 
 impl Lifetimes {
-    pub(super) fn new(capacity_blocks: usize) -> Self {
+    /// For a pool of about `capacity_blocks`, of whose accesses one in `one_in` is seen.
+    pub(super) fn new(capacity_blocks: usize, one_in: u64) -> Self {
         Self {
             accesses: 0,
             capacity: capacity_blocks.max(1) as u64,
+            one_in: one_in.max(1),
             epochs: vec![Epoch { start: 0, place: 0 }],
             free_places: (1..EPOCHS as u8).rev().collect(),
             relearnt_at: 0,
@@ -115,8 +128,9 @@ impl Lifetimes {
 
     /// One access. True when a new epoch began: then call [`Self::merge_one`] until it has nothing to do.
     pub(super) fn advance(&mut self) -> bool {
-        self.accesses += 1;
-        let length = (self.capacity / EPOCHS_PER_CAPACITY).max(1);
+        self.accesses += self.one_in;
+        let seen = if self.one_in == 1 { 1 } else { SAMPLED_PER_EPOCH * self.one_in };
+        let length = (self.capacity / EPOCHS_PER_CAPACITY).max(seen);
         if self.accesses - self.newest().start < length {
             return false;
         }
@@ -146,7 +160,8 @@ impl Lifetimes {
 
     /// True once every half capacity of accesses, when the index table was learnt anew.
     pub(super) fn relearn_if_due(&mut self) -> bool {
-        let due = self.accesses - self.relearnt_at >= (self.capacity / 2).max(512);
+        let seen = if self.one_in == 1 { 512 } else { SAMPLED_PER_LEARNING * self.one_in };
+        let due = self.accesses - self.relearnt_at >= (self.capacity / 2).max(seen);
         if due {
             self.relearnt_at = self.accesses;
             self.relearn();
@@ -169,14 +184,14 @@ impl Lifetimes {
     /// The block was read again.
     pub(super) fn end_by_hit(&mut self, life: Lifetime) {
         let bin = bin_of(self.age(life));
-        self.hits[usize::from(life.class)][bin] += 1.0;
+        self.hits[usize::from(life.class)][bin] += self.one_in as f32;
         self.close(life);
     }
 
     /// The block is forgotten; whether it would have been read is not known.
     pub(super) fn end_unknown(&mut self, life: Lifetime) {
         let bin = bin_of(self.age(life));
-        self.censored[usize::from(life.class)][bin] += 1.0;
+        self.censored[usize::from(life.class)][bin] += self.one_in as f32;
         self.close(life);
     }
 
@@ -230,12 +245,18 @@ impl Lifetimes {
                 hits / (at_risk.iter().map(|class| class[bin]).sum::<f32>() + 1.0)
             })
             .collect();
+        let prior = if self.one_in == 1 { PRIOR_LIFETIMES } else { PRIOR_LIFETIMES * SAMPLED_PRIOR };
+        let mut unseen = None;
         for class in 0..CLASSES {
             let hazard = std::array::from_fn(|bin| {
-                let hits = self.hits[class][bin] + PRIOR_LIFETIMES * pooled[bin];
-                (hits / (at_risk[class][bin] + PRIOR_LIFETIMES)).min(1.0)
+                let hits = self.hits[class][bin] + prior * pooled[bin];
+                (hits / (at_risk[class][bin] + prior)).min(1.0)
             });
-            self.index[class] = gittins(&hazard);
+            // Classes of which nothing is known are all worth the same.
+            self.index[class] = match at_risk[class].first() {
+                Some(0.0) => *unseen.get_or_insert_with(|| gittins(&hazard)),
+                _ => gittins(&hazard),
+            };
         }
         for bins in self.hits.iter_mut().chain(self.censored.iter_mut()) {
             bins.iter_mut().for_each(|count| *count *= FADE);
@@ -250,7 +271,7 @@ impl Lifetimes {
             let mut leaving = self.censored[class];
             for epoch in &self.epochs {
                 let count = self.open[class][usize::from(epoch.place)];
-                leaving[bin_of(self.accesses - epoch.start)] += count as f32;
+                leaving[bin_of(self.accesses - epoch.start)] += count as f32 * self.one_in as f32;
             }
             let mut longer = 0.0;
             for bin in (0..BINS).rev() {
@@ -265,11 +286,13 @@ impl Lifetimes {
 
 /// The Gittins index at the start of each bin, from the hazard of each bin.
 fn gittins(hazard: &ByBin) -> ByBin {
+    static WIDTHS: LazyLock<ByBin> = LazyLock::new(|| std::array::from_fn(|bin| bin_start(bin + 1) - bin_start(bin)));
+    let widths = &*WIDTHS;
     std::array::from_fn(|from| {
         let (mut alive, mut hit, mut time, mut best) = (1.0f32, 0.0f32, 0.0f32, 0.0f32);
         for (bin, hazard) in hazard.iter().enumerate().take(BINS - 1).skip(from) {
             let ends = hazard * alive;
-            time += (bin_start(bin + 1) - bin_start(bin)) * (alive - 0.5 * ends);
+            time += widths[bin] * (alive - 0.5 * ends);
             hit += ends;
             alive -= ends;
             best = best.max(hit / time);

@@ -134,8 +134,13 @@ impl PolicyKind {
 
     /// A new, empty policy of this kind.
     pub fn build(self, capacity_blocks: usize) -> Box<dyn EvictionPolicy> {
+        self.build_of_sample(capacity_blocks, 1)
+    }
+
+    /// The same for a small model of a pool, with one block in `one_in` of it.
+    pub fn build_of_sample(self, capacity_blocks: usize, one_in: u64) -> Box<dyn EvictionPolicy> {
         match self {
-            Self::Hazard => Box::new(Hazard::new(capacity_blocks)),
+            Self::Hazard => Box::new(Hazard::of_sample(capacity_blocks, one_in)),
             Self::Lru => Box::new(Lru::new()),
         }
     }
