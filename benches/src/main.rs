@@ -11,6 +11,7 @@ mod index;
 mod local;
 mod nvme;
 mod object;
+mod overcommit;
 mod process;
 mod restart;
 
@@ -58,7 +59,11 @@ fn main() -> anyhow::Result<()> {
             "nvme" => nvme::measure(&arguments.disk, arguments.rounds)?,
             "restart" => restart::measure(&arguments.daemon, &arguments.disk, &arguments.trace)?,
             "local" => local::measure(&arguments.daemon, arguments.rounds)?,
-            "object" => object::measure(arguments.rounds)?,
+            "object" => {
+                let mut figures = object::measure(arguments.rounds)?;
+                figures.extend(overcommit::measure(&arguments.disk, &arguments.trace)?);
+                figures
+            }
             "advise" => advise::measure(&arguments.daemon, &arguments.trace, arguments.rounds)?,
             other => {
                 let valid = "grpc, index, eviction, nvme, restart, local, object, advise";

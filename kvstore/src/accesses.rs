@@ -37,16 +37,16 @@ impl Default for Accesses {
 }
 
 /// A block's name in the sample: the same for all groups of a layout, which come and go together.
-fn name(layout: &RegisteredLayout, hash: &SequenceHash) -> u64 {
+pub fn name(layout: &RegisteredLayout, hash: &SequenceHash) -> u64 {
     let seed = |digest: &[u8; 32]| digest.first_chunk().map_or(0, |front| u64::from_le_bytes(*front));
     let seed = seed(&layout.digest) ^ seed(&layout.namespace_digest).rotate_left(1);
     SlotKey { layout: 0, group: 0, hash: *hash }.table_hash(seed)
 }
 
 impl Accesses {
-    /// A request asked for these blocks.
-    pub fn note(&self, layout: &RegisteredLayout, hashes: &[SequenceHash], now: BootTime) {
-        let Some(last) = hashes.last().map(|hash| name(layout, hash)) else { return };
+    /// A request asked for these blocks. False where it asked for them a moment ago already.
+    pub fn note(&self, layout: &RegisteredLayout, hashes: &[SequenceHash], now: BootTime) -> bool {
+        let Some(last) = hashes.last().map(|hash| name(layout, hash)) else { return false };
         let mut state = self.0.lock();
         while state.lately.front().is_some_and(|(_, at)| now.ms_since(*at) >= SAME_WITHIN_MS)
             || state.lately.len() >= LATELY_MAX
@@ -54,7 +54,7 @@ impl Accesses {
             state.lately.pop_front();
         }
         if state.lately.iter().any(|(name, _)| *name == last) {
-            return;
+            return false;
         }
         state.lately.push_back((last, now));
         let each: u64 = layout.groups.iter().map(|group| group.block_bytes).sum();
@@ -65,6 +65,7 @@ impl Accesses {
         fade(&mut state.bytes, blocks * each as f64 * f64::from(layout.layout.shard.count));
         fade(&mut state.tokens, blocks * f64::from(layout.layout.block_tokens));
         state.sample.request(hashes.iter().map(|hash| name(layout, hash)));
+        true
     }
 
     /// All of it, in pieces.

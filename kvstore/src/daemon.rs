@@ -8,6 +8,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use kvstore_tiers::admission::Admission;
 use kvstore_tiers::host::{HoldId, HostOptions, HostTier, NamespaceId};
 use kvstore_tiers::nvme::{NvmeOptions, NvmeTier, OpenError};
 use kvstore_tiers::object::{ObjectOptions, ObjectTier, OpenObjectError};
@@ -15,6 +16,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
 
 use crate::accesses::Accesses;
+use crate::admission::Admitter;
 use crate::caps;
 use crate::clock;
 use crate::config::{self, Change, Config, ConfigError, NvmeConfig, ObjectConfig, RawConfig};
@@ -35,6 +37,8 @@ pub struct Daemon {
     pub prefetches: Prefetches,
     /// What was asked for lately, in part.
     pub accesses: Accesses,
+    /// What goes to disk.
+    pub admitter: Admitter,
     /// Put and get calls that may still start.
     pub data_calls: Arc<Semaphore>,
     /// Blocks that gets may still lease.
@@ -121,6 +125,10 @@ impl Daemon {
             traffic: Traffic::default(),
             prefetches: Prefetches::default(),
             accesses: Accesses::default(),
+            admitter: {
+                let (admission, budget) = admission_of(&config);
+                Admitter::new(admission, budget, clock::now())
+            },
             data_calls: Arc::new(Semaphore::new(caps::DATA_CALLS_MAX)),
             leasable: Arc::new(Semaphore::new(caps::LEASED_BLOCKS_MAX)),
             verifications: Arc::new(Semaphore::new(caps::VERIFICATIONS_MAX)),
@@ -176,6 +184,8 @@ impl Daemon {
         if let (Some(tier), Some(nvme)) = (&self.nvme, &new.nvme) {
             tier.set_limits(nvme.bytes, nvme.dirty_bytes);
         }
+        let (admission, budget) = admission_of(&new);
+        self.admitter.set(admission, budget, clock::now());
         if let (Some(tier), Some(object)) = (&self.object, &new.object) {
             tier.set_limits(object.limits);
         }
@@ -239,6 +249,10 @@ impl Daemon {
             self.prefetches.forget_old(clock::now());
         }
     }
+}
+
+fn admission_of(config: &Config) -> (Admission, Option<u64>) {
+    config.nvme.as_ref().map_or((Admission::All, None), |nvme| (nvme.admission, nvme.write_budget))
 }
 
 /// Why a daemon cannot start.

@@ -2,6 +2,7 @@
 //! below it reads a configuration, speaks the wire or logs to an operator.
 
 mod accesses;
+mod admission;
 pub mod advise;
 pub mod caps;
 pub mod cli;

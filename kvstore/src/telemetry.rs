@@ -35,6 +35,8 @@ pub struct Traffic {
     pub lookups: AtomicU64,
     /// Puts and gets that were answered Busy.
     pub busy: AtomicU64,
+    /// Blocks that were not worth a write to disk, or beyond its budget.
+    pub not_admitted: AtomicU64,
     /// Commands that came over the local plane.
     pub local_commands: AtomicU64,
     /// Blocks whose bytes did not match their checksum.
@@ -113,6 +115,7 @@ pub fn render(daemon: &Daemon) -> String {
         ("kvstore_lookups_total", get(&traffic.lookups)),
         ("kvstore_busy_total", get(&traffic.busy)),
         ("kvstore_quarantined_blocks_total", get(&traffic.quarantined)),
+        ("kvstore_nvme_not_admitted_blocks_total", get(&traffic.not_admitted)),
         ("kvstore_local_commands_total", get(&traffic.local_commands)),
         ("kvstore_local_read_blocks_total", daemon.host.local_reads()),
         ("kvstore_host_published_blocks_total", status.counts.published),
@@ -242,7 +245,7 @@ fn render_object(status: &ObjectStatus) {
 }
 
 /// Every metric, with its help text: `docs/metrics.md` is checked against this list.
-pub const METRICS: [(&str, &str, &str); 84] = [
+pub const METRICS: [(&str, &str, &str); 85] = [
     ("kvstore_put_blocks_total", "counter", "Blocks stored by puts"),
     ("kvstore_put_bytes_total", "counter", "Bytes stored by puts"),
     ("kvstore_get_hits_total", "counter", "Blocks that gets found"),
@@ -315,6 +318,11 @@ pub const METRICS: [(&str, &str, &str); 84] = [
     ("kvstore_nvme_syncs_total", "counter", "Syncs of a volume"),
     ("kvstore_nvme_sync_failures_total", "counter", "Syncs of a volume that failed"),
     ("kvstore_nvme_io_errors_total", "counter", "Reads and writes of a volume that failed"),
+    (
+        "kvstore_nvme_not_admitted_blocks_total",
+        "counter",
+        "Blocks that were not worth a write to disk, or beyond its budget",
+    ),
     ("kvstore_nvme_dirty_bytes", "gauge", "Blocks that wait to be written to disk, bytes"),
     ("kvstore_nvme_dirty_max_bytes", "gauge", "Puts wait above this, bytes"),
     ("kvstore_nvme_serving", "gauge", "1 while a volume fully serves"),

@@ -3,6 +3,7 @@
 //! Owns layouts, residency, eviction, the Host, Nvme and Object tiers. Knows nothing of the network, of configuration
 //! files, or of who asks.
 
+pub mod admission;
 pub mod caps;
 mod clock;
 pub mod eviction;

@@ -68,6 +68,8 @@ impl Verify {
             index_bytes: Some(kvstore_tiers::caps::NVME_INDEX_BYTES_MIN),
             dirty_bytes: 0,
             engine: NvmeEngine::Auto,
+            admission: Default::default(),
+            write_budget: None,
         };
         let options = nvme_options(&config);
         let report = verify_folder(path, &options, VerifyOptions { quarantine: self.quarantine }, |report| {

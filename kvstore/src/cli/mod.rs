@@ -10,6 +10,7 @@ mod output;
 mod replay;
 mod serve;
 mod status;
+mod watch;
 
 use std::process::ExitCode;
 

@@ -192,7 +192,8 @@ impl Replay {
         let report = drive(&client, trace, options, |report| {
             bar.set_position(report.requests as u64);
             if report.requests % 64 == 0 {
-                let ratio = 100.0 * (report.hits.host + report.hits.nvme) as f64 / report.blocks.max(1) as f64;
+                let ratio = 100.0 * (report.hits.host + report.hits.nvme + report.hits.object) as f64
+                    / report.blocks.max(1) as f64;
                 bar.set_message(format!("{ratio:.1}% hits, {} wrong bytes", report.wrong_bytes));
             }
         })
@@ -269,7 +270,16 @@ fn print_report(report: &Report) {
     print_pairs(&[
         ("requests", report.requests.to_string()),
         ("blocks", report.blocks.to_string()),
-        ("hits", format!("{} host, {} nvme: {:.2}%", report.hits.host, report.hits.nvme, 100.0 * report.hit_ratio)),
+        (
+            "hits",
+            format!(
+                "{} host, {} nvme, {} object: {:.2}%",
+                report.hits.host,
+                report.hits.nvme,
+                report.hits.object,
+                100.0 * report.hit_ratio
+            ),
+        ),
         ("read", format!("{}, {}", bytes(report.get_bytes), calls(report.get_gbps, &report.get_us))),
         ("stored", format!("{}, {}", bytes(report.put_bytes), calls(report.put_gbps, &report.put_us))),
         ("evicted", format!("{} blocks", report.evicted_blocks)),

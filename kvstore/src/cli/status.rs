@@ -11,15 +11,29 @@ use super::output::{bytes, print_json, print_pairs, print_table};
 
 /// Show what a daemon holds and does.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "Examples:\n  kvstore status\n  kvstore status --json | jq .host.blocks")]
+#[command(after_help = "Examples:
+  kvstore status
+  kvstore status --watch                live, every second; q ends it
+  kvstore status --json | jq .host.blocks")]
 pub struct Status {
     #[command(flatten)]
     target: Target,
+    /// Show it live: occupancy, flows, hits and queues of each tier.
+    #[arg(long, conflicts_with = "json")]
+    watch: bool,
+    /// With --watch: look so often.
+    #[arg(long, default_value = "1s", value_parser = humantime::parse_duration, requires = "watch", value_name = "DURATION")]
+    every: Duration,
 }
 
 impl Status {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
-        let status = self.target.connect().await?.status().await?;
+        let client = self.target.connect().await?;
+        if self.watch {
+            super::watch::watch(&client, self.every.max(Duration::from_millis(100))).await?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        let status = client.status().await?;
         if self.target.json {
             print_json(&to_json(&status))?;
         } else {

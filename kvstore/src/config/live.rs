@@ -56,6 +56,16 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
         ("nvme.bytes", size(nvme(old, |nvme| nvme.bytes)), size(nvme(new, |nvme| nvme.bytes))),
         ("nvme.dirty_bytes", size(nvme(old, |nvme| nvme.dirty_bytes)), size(nvme(new, |nvme| nvme.dirty_bytes))),
         (
+            "nvme.admit",
+            nvme(old, |nvme| nvme.admission.name()).unwrap_or("off").to_owned(),
+            nvme(new, |nvme| nvme.admission.name()).unwrap_or("off").to_owned(),
+        ),
+        (
+            "nvme.write_budget",
+            size(nvme(old, |nvme| nvme.write_budget).flatten()),
+            size(nvme(new, |nvme| nvme.write_budget).flatten()),
+        ),
+        (
             "object.upload",
             object(old, |object| object.uploads.name()).unwrap_or("off").to_owned(),
             object(new, |object| object.uploads.name()).unwrap_or("off").to_owned(),

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kvstore_tiers::HugePages;
+use kvstore_tiers::admission::Admission;
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::HostLimits;
 use kvstore_tiers::nvme::NvmeEngine;
@@ -108,6 +109,10 @@ pub struct NvmeConfig {
     pub dirty_bytes: u64,
     /// How the disks are driven.
     pub engine: NvmeEngine,
+    /// Which blocks are written.
+    pub admission: Admission,
+    /// Bytes a day that may be written, of all disks together; `None`: any.
+    pub write_budget: Option<u64>,
 }
 
 /// Which blocks go to the bucket.

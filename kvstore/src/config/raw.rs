@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use kvstore_tiers::HugePages;
+use kvstore_tiers::admission::Admission;
 use kvstore_tiers::caps::{
     HOST_BYTES_MIN, NAMESPACES_MAX, NVME_BYTES_MIN, NVME_INDEX_BYTES_MIN, NVME_PATHS_MAX, STAGING_BYTES_MAX,
     STAGING_BYTES_MIN,
@@ -64,6 +65,8 @@ struct RawNvme {
     index_bytes: String,
     dirty_bytes: String,
     io: String,
+    admit: String,
+    write_budget: String,
 }
 
 impl Default for RawNvme {
@@ -74,6 +77,8 @@ impl Default for RawNvme {
             index_bytes: "auto".into(),
             dirty_bytes: "auto".into(),
             io: "auto".into(),
+            admit: "all".into(),
+            write_budget: "off".into(),
         }
     }
 }
@@ -388,7 +393,23 @@ impl RawNvme {
             );
             return Err(invalid("nvme.dirty_bytes", problem));
         }
-        Ok(Some(NvmeConfig { paths, bytes, index_bytes, dirty_bytes, engine }))
+        let admission = match self.admit.as_str() {
+            "all" => Admission::All,
+            "reused" => Admission::Reused,
+            other => return Err(invalid("nvme.admit", format!("{other:?} is not \"all\" or \"reused\""))),
+        };
+        let write_budget = match self.write_budget.as_str() {
+            "off" => None,
+            text => Some(
+                ByteSize::from_str(text)
+                    .map_err(|_| {
+                        let problem = format!("{text:?} is neither \"off\" nor bytes a day such as \"2TiB\"");
+                        invalid("nvme.write_budget", problem)
+                    })?
+                    .as_u64(),
+            ),
+        };
+        Ok(Some(NvmeConfig { paths, bytes, index_bytes, dirty_bytes, engine, admission, write_budget }))
     }
 
     fn check_paths(&self) -> Result<Option<Vec<PathBuf>>, ConfigError> {

@@ -103,8 +103,7 @@ impl Batch {
                 return Err(Status::resource_exhausted(problem));
             }
         }
-        let has_room = daemon.nvme.as_ref().is_none_or(|nvme| nvme.has_dirty_room());
-        if has_room {
+        if put::has_room_below(daemon, target) {
             let request = put::fill_request(target, block.hash, block.parent, block.length, self.expires);
             match daemon.host.begin_fill(&request, clock::now()) {
                 BeginFill::Fill(fill, ahead) => {
@@ -138,7 +137,7 @@ impl Batch {
     async fn wait_for_slot(self: Arc<Self>, client: Arc<LocalClient>, _task: Task, tag: u64, block: StageBlock) {
         let Self { daemon, target, .. } = &*self;
         let begun = tokio::time::timeout_at(self.expires, async {
-            if !put::wait_for_dirty_room(daemon).await {
+            if !put::wait_for_room_below(daemon, target).await {
                 return Ok(put::busy(daemon));
             }
             let request = put::fill_request(target, block.hash, block.parent, block.length, self.expires);

@@ -10,8 +10,11 @@ use serde::Serialize;
 use super::content::{content, layout, sequence_hash, wrong_bytes};
 use crate::trace::TraceRequest;
 
-/// The bit of a block's residency that stands for memory.
+/// The bits of a block's residency that stand for memory and disk.
 const HOST_BIT: u32 = 2;
+const NVME_BIT: u32 = 4;
+/// A look-up waits so long for a bucket to be searched, where the daemon has one.
+const SEARCH_WAIT_MS: u32 = 5000;
 /// Bytes of blocks in one get or put: bounds the driver's memory.
 const BATCH_BYTES: usize = 32 << 20;
 
@@ -66,8 +69,10 @@ pub struct Report {
 pub struct Hits {
     /// Looked up in memory.
     pub host: u64,
-    /// Looked up on disk alone.
+    /// Looked up on disk, not in memory.
     pub nvme: u64,
+    /// Looked up in the bucket alone.
+    pub object: u64,
 }
 
 /// Of the durations of calls.
@@ -167,13 +172,20 @@ impl Driver<'_> {
             layout_digest: self.group.layout_digest.clone(),
             groups: vec![self.group.group],
             sequence_hashes: hashes.clone(),
+            search_wait_ms: SEARCH_WAIT_MS,
             ..LookupRequest::default()
         };
         let found = self.client.lookup(request).await?;
         let hits = self.get(blocks, &hashes, found.readable_blocks as usize).await?;
-        let in_memory = found.residency.iter().take(hits).filter(|tiers| **tiers & HOST_BIT != 0).count();
-        self.report.hits.host += in_memory as u64;
-        self.report.hits.nvme += (hits - in_memory) as u64;
+        for tiers in found.residency.iter().take(hits) {
+            let hits = &mut self.report.hits;
+            let tier = match *tiers {
+                tiers if tiers & HOST_BIT != 0 => &mut hits.host,
+                tiers if tiers & NVME_BIT != 0 => &mut hits.nvme,
+                _ => &mut hits.object,
+            };
+            *tier += 1;
+        }
         self.put(blocks, &hashes, hits).await
     }
 
@@ -241,7 +253,7 @@ impl Driver<'_> {
 
     fn finish(mut self) -> Report {
         let mut report = self.report;
-        let hits = report.hits.host + report.hits.nvme;
+        let hits = report.hits.host + report.hits.nvme + report.hits.object;
         report.hit_ratio = if report.blocks == 0 { 0.0 } else { hits as f64 / report.blocks as f64 };
         (report.get_bytes, report.put_bytes) = (self.gets.bytes, self.puts.bytes);
         (report.get_gbps, report.put_gbps) = (self.gets.gbps(), self.puts.gbps());

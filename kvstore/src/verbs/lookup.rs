@@ -13,7 +13,7 @@ use kvstore_tiers::{BootTime, GroupPresence, SequenceHash, readable_prefix};
 use tonic::Status;
 
 use crate::daemon::{Daemon, random_hold_id};
-use crate::{caps, clock, telemetry, wire};
+use crate::{admission, caps, clock, telemetry, wire};
 
 /// One layer group of one shard that a look-up asks about.
 struct Part {
@@ -80,7 +80,10 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
         ));
     }
     telemetry::add(&daemon.traffic.lookups, 1);
-    daemon.accesses.note(&layout, &hashes, clock::now());
+    let is_new = daemon.accesses.note(&layout, &hashes, clock::now());
+    if is_new {
+        daemon.admitter.count(&layout, &hashes);
+    }
     let Some(parts) = parts_of(daemon, &layout, request, &hashes)? else {
         // There is no room to register every shard of the group: nothing is known of it.
         return Ok(LookupResponse { residency: vec![0; hashes.len()], ..LookupResponse::default() });
@@ -88,6 +91,11 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
     let readable = readable_blocks(&layout, &parts);
     let residency =
         (0..hashes.len()).map(|block| wire::residency(parts.iter().filter_map(|part| part.at(block)))).collect();
+    for part in parts.iter().filter(|_| is_new) {
+        let resident = part.presences.iter().take_while(|presence| **presence == Presence::Resident).count();
+        let run = hashes.get(..resident).unwrap_or_default();
+        admission::admit_reused(daemon, &part.layout, part.group, run, &part.on_disk);
+    }
     let searching = readable < hashes.len() && !search(daemon, namespace, request)?.is_empty();
     let mut response =
         LookupResponse { readable_blocks: readable as u32, residency, searching, ..LookupResponse::default() };

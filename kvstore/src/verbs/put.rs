@@ -95,6 +95,14 @@ impl Target {
         self.level == Level::Local
     }
 
+    /// True where puts wait while uploads keep too much memory: somebody waits for DURABLE, or memory alone has the blocks until
+    /// they are uploaded. A store that does not answer is waited for by nobody but the former.
+    fn waits_for_uploads(&self, daemon: &Daemon) -> bool {
+        let Some(object) = &daemon.object else { return false };
+        let memory_alone = daemon.nvme.is_none() || daemon.admitter.is_selective();
+        self.level == Level::Durable || (daemon.config().uploads_all() && memory_alone && object.answers())
+    }
+
     /// True where blocks go to the bucket: asked for, or the configuration says so of all.
     fn uploads(&self, daemon: &Daemon) -> bool {
         daemon.object.is_some() && (self.level == Level::Durable || daemon.config().uploads_all())
@@ -216,7 +224,7 @@ impl PutCall<'_> {
         };
         let length = checked_length(target, block.length)?;
         let request = fill_request(target, hash, parent, length, self.deadline);
-        let has_room = wait_for_dirty_room(self.daemon).await && wait_for_upload_room(self.daemon, target.level).await;
+        let has_room = wait_for_room_below(self.daemon, target).await;
         let into = if has_room { begin(self.daemon, &request).await? } else { busy(self.daemon) };
         self.current = Some(Current { hash, parent, expected: block.length, received: 0, crc32: block.crc32, into });
         Ok(())
@@ -346,9 +354,15 @@ fn written_back(
     let mut finished = Finished::of(status, Level::Memory);
     let uploads = target.uploads(daemon);
     let sums_of_upload = if uploads { sums.clone() } else { Vec::new() };
-    if let Some(nvme) = &daemon.nvme {
+    let bytes = target.layout.group(u32::from(target.group)).map_or(0, |group| group.block_bytes);
+    // Where the bucket cannot be had, a DURABLE put is LOCAL at least.
+    let must = target.level != Level::Memory;
+    let admitted = || daemon.admitter.admits(&target.layout, &hash, bytes, must, clock::now());
+    if let Some(nvme) = daemon.nvme.as_ref() {
         let block = BlockRef { layout: &target.layout, group: target.group, hash };
-        if let WriteBack::Queued(Some(local)) = nvme.write_back(&block, parent, sums, target.waits_for_disk()) {
+        if !admitted() {
+            telemetry::add(&daemon.traffic.not_admitted, 1);
+        } else if let WriteBack::Queued(Some(local)) = nvme.write_back(&block, parent, sums, target.waits_for_disk()) {
             finished.local = Some(local);
         }
     }
@@ -448,9 +462,20 @@ fn not_durable(why: &str) -> Status {
     ))
 }
 
-/// Puts that are to be DURABLE wait while uploads keep too much memory; false where that takes too long.
-async fn wait_for_upload_room(daemon: &Daemon, level: Level) -> bool {
-    let Some(object) = daemon.object.as_ref().filter(|_| level == Level::Durable) else { return true };
+/// True where what is put now may go to the tiers below at once.
+pub fn has_room_below(daemon: &Daemon, target: &Target) -> bool {
+    let on_disk = daemon.nvme.as_ref().is_none_or(|nvme| nvme.has_dirty_room());
+    on_disk
+        && (!target.waits_for_uploads(daemon) || daemon.object.as_ref().is_none_or(|object| object.has_upload_room()))
+}
+
+/// Puts wait while too much has yet to be written or uploaded; false where that takes too long.
+pub async fn wait_for_room_below(daemon: &Daemon, target: &Target) -> bool {
+    wait_for_dirty_room(daemon).await && wait_for_upload_room(daemon, target).await
+}
+
+async fn wait_for_upload_room(daemon: &Daemon, target: &Target) -> bool {
+    let Some(object) = daemon.object.as_ref().filter(|_| target.waits_for_uploads(daemon)) else { return true };
     let until = Instant::now() + caps::DIRTY_WAIT;
     loop {
         let uploaded = object.uploaded();
@@ -468,7 +493,7 @@ async fn wait_for_upload_room(daemon: &Daemon, level: Level) -> bool {
 }
 
 /// Puts wait while too many blocks have yet to be written; false where that takes too long.
-pub async fn wait_for_dirty_room(daemon: &Daemon) -> bool {
+async fn wait_for_dirty_room(daemon: &Daemon) -> bool {
     let Some(nvme) = &daemon.nvme else { return true };
     let until = Instant::now() + caps::DIRTY_WAIT;
     loop {

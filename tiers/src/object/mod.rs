@@ -278,6 +278,11 @@ impl ObjectTier {
         }
     }
 
+    /// True while the store answers, as far as is known.
+    pub fn answers(&self) -> bool {
+        !self.bucket.is_away() && self.abilities.lock().is_some()
+    }
+
     /// Why DURABLE puts are refused, if they are: the store was not probed yet, or does not show what was written.
     pub fn refuses_durable(&self) -> Option<String> {
         match *self.abilities.lock() {
