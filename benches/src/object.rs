@@ -219,6 +219,7 @@ async fn write_blocks(address: std::net::SocketAddr, prefix: &str) -> anyhow::Re
             block,
             sums,
             durable: true,
+            has_waited: true,
         };
         match tier.object.offer(offer) {
             Offered::Accepted(Some(told)) => waiting.push(told),

@@ -373,7 +373,8 @@ fn written_back(
             return finished;
         };
         let (layout, group, durable) = (Arc::clone(&target.layout), target.group, target.level == Level::Durable);
-        let offer = Offer { layout, group, hash, parent, block, sums: sums_of_upload, durable };
+        let has_waited = target.waits_for_uploads(daemon);
+        let offer = Offer { layout, group, hash, parent, block, sums: sums_of_upload, durable, has_waited };
         if let Offered::Accepted(Some(waiting)) = object.offer(offer) {
             finished.durable = Some(waiting);
         }
@@ -485,7 +486,7 @@ async fn wait_for_upload_room(daemon: &Daemon, target: &Target) -> bool {
             return true;
         }
         // What makes the room may be this call's own blocks.
-        object.flush();
+        object.make_room();
         if tokio::time::timeout_at(until, uploaded).await.is_err() {
             return object.has_upload_room();
         }

@@ -39,6 +39,8 @@ pub struct Offer {
     pub sums: Vec<u32>,
     /// Somebody waits for it.
     pub durable: bool,
+    /// Whoever offers it has waited for room: see [`ObjectTier::has_upload_room`].
+    pub has_waited: bool,
 }
 
 /// What came of an offer.
@@ -224,7 +226,7 @@ impl ObjectTier {
     }
 
     fn take(self: &Arc<Self>, offer: Offer, digest: Digest, limits: &super::ObjectLimits) -> Offered {
-        let Offer { layout, group, hash, parent, block, sums, durable } = offer;
+        let Offer { layout, group, hash, parent, block, sums, durable, has_waited } = offer;
         let (told, waiting) = oneshot::channel();
         let told = durable.then_some(told);
         let length = block.len() as u32;
@@ -238,11 +240,11 @@ impl ObjectTier {
             }
             return Offered::Accepted(durable.then_some(waiting));
         }
-        // Whoever waits has waited for room already: see `has_upload_room`. One block of each such call goes beyond the bounds.
-        let backlog_bytes = if durable { 2 * limits.backlog_bytes } else { limits.backlog_bytes };
+        // Where room was waited for, what was on its way when it ended goes beyond the bounds: a block of each call.
+        let backlog_bytes = if has_waited { 2 * limits.backlog_bytes } else { limits.backlog_bytes };
         let full = uploads.waiters.len() >= caps::OBJECT_BACKLOG_BLOCKS_MAX
             || uploads.bytes + u64::from(length) > backlog_bytes;
-        let leased = durable || self.leased_bytes.load(Ordering::Acquire) + u64::from(length) <= limits.upload_bytes;
+        let leased = has_waited || self.leased_bytes.load(Ordering::Acquire) + u64::from(length) <= limits.upload_bytes;
         let on_disk = || self.nvme.as_ref().is_some_and(|nvme| nvme.will_have(&layout, group, &hash));
         if full || !(leased || on_disk()) {
             self.counts.refused_blocks.fetch_add(1, Ordering::Relaxed);
@@ -305,6 +307,11 @@ impl ObjectTier {
         if uploads.open.len() > caps::OBJECT_OPEN_PACKS_MAX && uploads.close(|_| true) {
             self.work.notify_one();
         }
+    }
+
+    /// Whatever is being put together is written now: memory is short.
+    pub fn make_room(&self) {
+        self.close_open();
     }
 
     /// No more comes for those who wait: what they wait for is written now.
