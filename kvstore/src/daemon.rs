@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use kvstore_tiers::admission::Admission;
-use kvstore_tiers::host::{HoldId, HostOptions, HostTier, NamespaceId};
+use kvstore_tiers::host::{HoldId, HostOptions, HostTier, NamespaceId, NamespaceLimits};
 use kvstore_tiers::nvme::{NvmeOptions, NvmeTier, OpenError};
 use kvstore_tiers::object::{ObjectOptions, ObjectTier, OpenObjectError};
 use parking_lot::Mutex;
@@ -110,6 +110,7 @@ impl Daemon {
             bytes_ceiling: config::memory_bytes(),
         };
         let host = HostTier::new(options, &namespaces);
+        host.set_namespace_limits(limits_of(&config, &namespaces));
         let nvme = match &config.nvme {
             Some(nvme) => Some(NvmeTier::open(&nvme_options(nvme), &host)?),
             None => None,
@@ -155,6 +156,11 @@ impl Daemon {
         self.sources.lock().raw.without_secrets().to_toml()
     }
 
+    /// True where every block of this namespace goes to the bucket.
+    pub fn uploads_all(&self, namespace: NamespaceId) -> bool {
+        self.object.is_some() && self.namespaces.get(namespace.0).is_some_and(|name| self.config().uploads_all(name))
+    }
+
     /// The namespace with this name.
     pub fn namespace(&self, name: &str) -> Option<NamespaceId> {
         self.namespaces.iter().position(|known| known == name).map(NamespaceId)
@@ -181,6 +187,7 @@ impl Daemon {
         let new = raw.check()?;
         let changes = config::changes(&self.config.load(), &new)?;
         self.host.set_limits(new.host);
+        self.host.set_namespace_limits(limits_of(&new, &self.namespaces));
         if let (Some(tier), Some(nvme)) = (&self.nvme, &new.nvme) {
             tier.set_limits(nvme.bytes, nvme.dirty_bytes);
         }
@@ -249,6 +256,11 @@ impl Daemon {
             self.prefetches.forget_old(clock::now());
         }
     }
+}
+
+/// What each namespace may have of the memory, in their order.
+fn limits_of(config: &Config, namespaces: &[String]) -> impl Iterator<Item = NamespaceLimits> {
+    namespaces.iter().map(|name| config.policies.get(name).map(|policy| policy.limits).unwrap_or_default())
 }
 
 fn admission_of(config: &Config) -> (Admission, Option<u64>) {

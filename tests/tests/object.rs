@@ -291,6 +291,35 @@ async fn deleted_blocks_leave_the_bucket_and_their_neighbours_stay() {
     assert_eq!(client.get(&group, &hashes([8, 9])).await.unwrap(), [GetOutcome::Miss, GetOutcome::Miss]);
 }
 
+/// Blocks are deleted while they are being written to the bucket: they must not be there afterwards.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_deleted_while_it_is_uploaded_does_not_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = S3Server::start(folder.path(), "127.0.0.1:0").await;
+    let proxy = FaultProxy::start(server.address).await;
+    let first = daemon(&s3::settings(proxy.address, "p"), None, &[]).await;
+    let (client, group) = first.group(BLOCK).await;
+    until_serving(&client).await;
+    proxy.plan([(Meant::Writes, Fault::Delay(Duration::from_secs(1)))]);
+    let options = PutOptions { level: Level::Durable, ..PutOptions::default() };
+    let putting = client.put_with(&group, chain(0..3, BLOCK), options);
+    let deleting = async {
+        until(&client, |object| object.writes > 0).await;
+        client.delete(&group, &hashes(0..3)).await.unwrap()
+    };
+    let (_, deleted) = tokio::join!(putting, deleting);
+    assert_eq!(deleted.deleted, 3);
+    let begun = Instant::now();
+    while !packs_in(folder.path()).is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(10), "the pack is still there");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let second = daemon(&s3::settings(server.address, "p"), None, &[]).await;
+    let (client, group) = second.group(BLOCK).await;
+    until_serving(&client).await;
+    assert_eq!(lookup(&client, &group, hashes(0..3)).await.readable_blocks, 0);
+}
+
 /// The store is away: DURABLE says so in time, a lower level is given where that will do, reads go on, and what waited is
 /// uploaded when it comes back, by a daemon that was killed meanwhile, too.
 #[tokio::test(flavor = "multi_thread")]

@@ -86,6 +86,7 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
             size(object(old, |object| object.keep_bytes).flatten()),
             size(object(new, |object| object.keep_bytes).flatten()),
         ),
+        ("namespace", policies(old), policies(new)),
         ("local.spin", time(old.local_spin), time(new.local_spin)),
         ("local.staging_bytes", bytes(old.local_staging_bytes), bytes(new.local_staging_bytes)),
         ("calls.deadline", time(old.call_deadline), time(new.call_deadline)),
@@ -107,4 +108,9 @@ fn object<T>(config: &Config, of: impl Fn(&ObjectConfig) -> T) -> Option<T> {
 fn age(config: &Config) -> String {
     let age = object(config, |object| object.keep_age).flatten();
     age.map_or_else(|| "off".to_owned(), |age| humantime::format_duration(age).to_string())
+}
+
+fn policies(config: &Config) -> String {
+    let policies = config.policies.iter().map(|(name, policy)| format!("{name}: {policy}"));
+    policies.collect::<Vec<_>>().join("; ")
 }

@@ -5,6 +5,7 @@
 
 mod live;
 mod machine;
+mod namespaces;
 mod object;
 mod raw;
 
@@ -22,6 +23,7 @@ use kvstore_tiers::object::{ObjectLimits, ObjectUrl};
 
 pub use live::{Change, changes};
 pub use machine::{boot_id, default_socket, memory_bytes};
+pub use namespaces::NamespacePolicy;
 pub use raw::RawConfig;
 
 /// The commented sample, which a test keeps true.
@@ -164,6 +166,8 @@ pub struct Config {
     pub nvme: Option<NvmeConfig>,
     /// The Object tier, where there is one.
     pub object: Option<ObjectConfig>,
+    /// What holds for single namespaces.
+    pub policies: BTreeMap<String, NamespacePolicy>,
     /// The ways in.
     pub listeners: Vec<Listener>,
     /// Metrics and health over HTTP.
@@ -185,9 +189,10 @@ pub struct Config {
 }
 
 impl Config {
-    /// True where every block goes to the bucket.
-    pub fn uploads_all(&self) -> bool {
-        self.object.as_ref().is_some_and(|object| object.uploads == Uploads::All)
+    /// True where every block of this namespace goes to the bucket.
+    pub fn uploads_all(&self, namespace: &str) -> bool {
+        let of_namespace = self.policies.get(namespace).and_then(|policy| policy.uploads);
+        self.object.as_ref().is_some_and(|object| of_namespace.unwrap_or(object.uploads) == Uploads::All)
     }
 
     /// The namespaces, each once.

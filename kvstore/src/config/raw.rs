@@ -17,6 +17,7 @@ use kvstore_tiers::host::HostLimits;
 use kvstore_tiers::nvme;
 use serde::{Deserialize, Serialize};
 
+use super::namespaces::{self, RawNamespace};
 use super::{Address, Config, ConfigError, Listener, LogFormat, NvmeConfig, invalid, machine};
 use crate::caps::{self, NVME_BYTES_AUTO_MAX};
 
@@ -33,6 +34,8 @@ pub struct RawConfig {
     log: RawLog,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     listen: Vec<RawListener>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    namespace: Vec<RawNamespace>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -249,6 +252,7 @@ impl RawConfig {
         let nvme = self.nvme.check(&host)?;
         let object = self.object.check(&host, nvme.as_ref())?;
         let listeners = self.check_listeners()?;
+        let policies = namespaces::check(&self.namespace, &host, object.as_ref(), &listeners)?;
         let huge_pages = match self.host.huge_pages.as_str() {
             "auto" => HugePages::Auto,
             "off" => HugePages::Off,
@@ -275,6 +279,7 @@ impl RawConfig {
             host,
             nvme,
             object,
+            policies,
             huge_pages,
             eviction: PolicyKind::from_str(&self.host.eviction).map_err(|problem| invalid("host.eviction", problem))?,
             listeners,

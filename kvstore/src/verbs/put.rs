@@ -100,12 +100,12 @@ impl Target {
     fn waits_for_uploads(&self, daemon: &Daemon) -> bool {
         let Some(object) = &daemon.object else { return false };
         let memory_alone = daemon.nvme.is_none() || daemon.admitter.is_selective();
-        self.level == Level::Durable || (daemon.config().uploads_all() && memory_alone && object.answers())
+        self.level == Level::Durable || (daemon.uploads_all(self.layout.namespace) && memory_alone && object.answers())
     }
 
     /// True where blocks go to the bucket: asked for, or the configuration says so of all.
     fn uploads(&self, daemon: &Daemon) -> bool {
-        daemon.object.is_some() && (self.level == Level::Durable || daemon.config().uploads_all())
+        daemon.object.is_some() && (self.level == Level::Durable || daemon.uploads_all(self.layout.namespace))
     }
 }
 

@@ -6,6 +6,7 @@ import time
 import pytest
 
 import models
+from daemon import Daemon
 
 BLOCK = 32
 
@@ -381,6 +382,28 @@ def test_staged_and_direct_engines_read_each_other(zygote, model, daemon, oracle
             outputs = engine.generate(prompts)
         assert tokens(outputs) == oracle(prompts)
         assert [output.cached for output in outputs] == [896, 672]
+
+
+def test_another_node_finds_a_prefix_in_the_bucket(zygote, model, oracle, tmp_path):
+    """Two daemons that share nothing but a bucket, one after the other. The request waits while the bucket is searched."""
+    settings = ("nvme.paths=off", "host.bytes=512MiB", f"object.url=file://{tmp_path}/bucket", "object.upload=all")
+    prompts = [prompt(900), prompt(700, seed=2)]
+    for node, cached in (("a", None), ("b", [896, 672])):
+        (tmp_path / node).mkdir()
+        daemon = Daemon(tmp_path / node, *settings)
+        try:
+            if cached is None:
+                store(zygote, model(), daemon.address, prompts)
+            else:
+                with zygote.engine(model(), daemon.address, extra=dict(search_seconds=20)) as engine:
+                    outputs = engine.generate(prompts)
+                assert tokens(outputs) == oracle(prompts)
+                assert [output.cached for output in outputs] == cached
+            # In order: what waits to be uploaded is.
+            daemon.process.terminate()
+            assert daemon.process.wait(30) == 0
+        finally:
+            daemon.kill()
 
 
 def test_tensor_parallel_groups(zygote, model, disk_daemon):

@@ -31,14 +31,15 @@ pub enum HoldKind {
 pub enum HoldError {
     /// Too much of the tier is held already.
     #[error(
-        "{held_bytes} bytes are pinned, and at most {bytes_max} ({}% of the Host tier) may be: unpin, or wait for a TTL",
-        caps::HELD_PERCENT_MAX
+        "{held_bytes} bytes are pinned, and at most {bytes_max} ({percent}% of the Host tier) may be: unpin, or wait for a TTL"
     )]
     TooManyBytes {
         /// Bytes pinned now.
         held_bytes: u64,
         /// The most.
         bytes_max: u64,
+        /// The same, of the tier.
+        percent: u64,
     },
     /// Too many holds.
     #[error(
@@ -111,8 +112,10 @@ impl HostTier {
         expires: BootTime,
     ) -> Result<Held, HoldError> {
         let mut state = self.state.lock();
-        let bytes_max = state.limits.bytes / 100 * caps::HELD_PERCENT_MAX;
+        let tier_bytes = state.limits.bytes;
         let Some(namespace) = state.namespace_mut(namespace) else { return Err(HoldError::TooMany) };
+        let percent = namespace.limits.held_percent.min(caps::HELD_PERCENT_MAX);
+        let bytes_max = tier_bytes / 100 * percent;
         let more: usize = runs.iter().map(|(_, _, hashes)| hashes.len()).sum();
         if namespace.holds.by_id.len() >= caps::HOLDS_MAX || namespace.holds.keys + more > caps::HELD_KEYS_MAX {
             return Err(HoldError::TooMany);
@@ -126,7 +129,7 @@ impl HostTier {
         if held_bytes > bytes_max {
             keys.iter().for_each(|key| namespace.residency.unpin(key));
             let held_bytes = namespace.residency.pinned_bytes();
-            return Err(HoldError::TooManyBytes { held_bytes, bytes_max });
+            return Err(HoldError::TooManyBytes { held_bytes, bytes_max, percent });
         }
         let blocks = keys.len();
         namespace.holds.insert(id, Hold { keys, expires, kind });

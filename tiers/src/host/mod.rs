@@ -31,7 +31,7 @@ pub use demote::DemotingBlock;
 pub use fill::{BeginFill, BlockFill, FillRequest, TransferFill, section_bytes};
 pub use holds::{Held, HoldError, HoldId, HoldKind};
 pub use lease::{LeasedBlock, Leasing};
-pub use namespace::{LayoutGroup, NamespaceId, RegisteredLayout};
+pub use namespace::{LayoutGroup, NamespaceId, NamespaceLimits, RegisteredLayout};
 pub use room::SlabPlan;
 
 use holds::Holds;
@@ -307,6 +307,12 @@ impl HostTier {
         self.state.lock().limits = limits;
     }
 
+    /// What each namespace may have, in the order of their numbers. A smaller bound is reached by [`Self::tick`], as leases end.
+    pub fn set_namespace_limits(&self, limits: impl Iterator<Item = NamespaceLimits>) {
+        let mut state = self.state.lock();
+        state.namespaces.iter_mut().zip(limits).for_each(|(namespace, limits)| namespace.limits = limits);
+    }
+
     /// Background work: ends holds that expired, evicts above the high watermark, gives back slabs above
     /// the bound. Call it a few times a second.
     pub fn tick(&self, now: BootTime) {
@@ -317,7 +323,8 @@ impl HostTier {
             namespace.residency.look_again();
         }
         let mapped = self.mapped.load(Ordering::Acquire);
-        let retired = state.shrink(mapped);
+        let mut retired = state.shrink(mapped);
+        retired.extend(state.shrink_namespaces());
         state.evict_to_watermark(mapped);
         drop(state);
         if !retired.is_empty() {

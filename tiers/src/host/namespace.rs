@@ -20,6 +20,21 @@ use crate::residency::{Readers, Residency};
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub struct NamespaceId(pub usize);
 
+/// What one namespace may have of the Host tier; may change while it runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NamespaceLimits {
+    /// Bytes of its slabs at most; `None`: as many as the tier has.
+    pub bytes: Option<u64>,
+    /// At most this part of the tier may be pinned or held by tickets, in percent.
+    pub held_percent: u64,
+}
+
+impl Default for NamespaceLimits {
+    fn default() -> Self {
+        Self { bytes: None, held_percent: caps::HELD_PERCENT_MAX }
+    }
+}
+
 /// A layout that clients may use.
 #[derive(Debug)]
 pub struct RegisteredLayout {
@@ -88,6 +103,7 @@ pub(super) struct Namespace {
     pub(super) readers: Arc<AttachedReaders>,
     pub(super) residency: Residency<Arc<Slab>>,
     pub(super) holds: Holds,
+    pub(super) limits: NamespaceLimits,
     layouts: Vec<Arc<RegisteredLayout>>,
     by_digest: HashMap<[u8; 32], u32>,
     families: HashMap<[u8; 32], Vec<u32>>,
@@ -107,11 +123,18 @@ impl Namespace {
             readers,
             residency,
             holds: Holds::default(),
+            limits: NamespaceLimits::default(),
             layouts: Vec::new(),
             by_digest: HashMap::new(),
             families: HashMap::new(),
             demand: Vec::new(),
         }
+    }
+
+    /// Bytes of its slabs.
+    pub(super) fn slab_bytes(&self) -> u64 {
+        let slabs = self.residency.pools().flat_map(|pool| self.residency.slab_numbers(pool));
+        slabs.filter_map(|slab| self.residency.slab(slab)).map(|slab| slab.geometry().slab_bytes).sum()
     }
 
     pub(super) fn register(

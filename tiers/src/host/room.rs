@@ -127,6 +127,7 @@ impl HostTier {
 
     fn plan(&self, state: &mut State, namespace: NamespaceId, pool: PoolId) -> Option<SlabPlan> {
         let room = state.limits.bytes.saturating_sub(self.mapped.load(Ordering::Acquire));
+        let room = room.min(state.room_of(namespace));
         let namespace_state = state.namespace(namespace)?;
         let (slot_bytes, _, _) = namespace_state.residency.pool_occupancy(pool);
         let geometry = slab_geometry(state.slab_bytes, slot_bytes, room)?;
@@ -145,8 +146,38 @@ const LOOK_EVERY_MS: u64 = 50;
 const UNMAP_MS: u64 = 100;
 
 impl State {
+    /// Bytes of slabs that a namespace may have yet, of its own bound.
+    fn room_of(&self, namespace: NamespaceId) -> u64 {
+        let Some(at) = self.namespace(namespace) else { return 0 };
+        let Some(bytes) = at.limits.bytes else { return u64::MAX };
+        let making = self.making.iter().filter(|(of, _)| *of == namespace).count() as u64 * self.slab_bytes;
+        bytes.saturating_sub(at.slab_bytes() + making)
+    }
+
+    /// Withdraws slabs of namespaces that have more than their own bound, as far as leases allow, the emptiest first.
+    pub(super) fn shrink_namespaces(&mut self) -> Vec<Arc<Slab>> {
+        let mut retired = Vec::new();
+        for at in 0..self.namespaces.len() {
+            while let Some(namespace) = self.namespaces.get(at) {
+                if namespace.limits.bytes.is_none_or(|bytes| namespace.slab_bytes() <= bytes) {
+                    break;
+                }
+                let residency = &namespace.residency;
+                let emptiest =
+                    |pool| residency.slab_numbers(pool).into_iter().map(|slab| residency.slab_used(slab)).min();
+                let pools = residency.pools().filter_map(|pool| Some((emptiest(pool)?, pool.0)));
+                let Some((_, pool)) = pools.min() else { break };
+                let Some(slab) = self.withdraw_emptiest(at, PoolId(pool)) else { break };
+                retired.push(slab);
+            }
+        }
+        retired
+    }
+
     /// Takes a slab from another pool for `pool`, where that is right.
     fn take_from_others(&mut self, namespace: NamespaceId, pool: PoolId, now: BootTime) -> Option<Arc<Slab>> {
+        // Pools of one namespace share its bound: what it takes from others must fit, too.
+        let only_own = self.room_of(namespace) < self.slab_bytes;
         let receiver = self.namespace_mut(namespace)?;
         let slabs = receiver.residency.slab_numbers(pool).len();
         if slabs > 0 && !receiver.may_look(pool, now, LOOK_EVERY_MS) {
@@ -155,6 +186,9 @@ impl State {
         let wanted = receiver.demand(pool, now) / (slabs + 1) as f64;
         let mut donors: Vec<(bool, f64, usize, PoolId)> = Vec::new();
         for (at, donor) in self.namespaces.iter().enumerate() {
+            if only_own && NamespaceId(at) != namespace {
+                continue;
+            }
             for other in donor.residency.pools().filter(|other| (NamespaceId(at), *other) != (namespace, pool)) {
                 let count = donor.residency.slab_numbers(other).len();
                 let empty = donor.residency.pool_occupancy(other).2 == 0;

@@ -105,6 +105,10 @@ struct Reference {
 const LEASE_MS: i64 = 10 * 60 * 1000;
 /// ... and its holder stops this much before.
 const LEASE_MARGIN: Duration = Duration::from_secs(60);
+/// Namespaces that are told apart in a report.
+const NAMESPACES_TOLD: usize = 4096;
+/// Bytes of a reference, or of a lease, at most: 65,536 names of 35 bytes.
+const REFERENCE_BYTES_MAX: u64 = 4 << 20;
 /// Deletions at once.
 const DELETES_AT_ONCE: usize = 16;
 /// Ages are told apart to this many milliseconds, up to so many steps: three years.
@@ -153,7 +157,8 @@ impl ObjectTier {
         let mut objects = self.bucket.stream(&folder);
         while let Some(object) = next_object(&mut objects, until).await? {
             let Some((namespace, _)) = self.names.split(&object.location) else { continue };
-            collected.found.entry(namespace.to_owned()).or_default().add(object.size);
+            let known = collected.found.len() < NAMESPACES_TOLD || collected.found.contains_key(&namespace);
+            collected.found.entry(if known { namespace } else { "(others)".into() }).or_default().add(object.size);
             if let Some(bytes) = by_age.get_mut(age_step(listed_ms, &object)) {
                 *bytes += object.size;
             }
@@ -230,7 +235,8 @@ impl ObjectTier {
         let number = |location: &Path| location.filename()?.parse::<u64>().ok();
         let last = taken.iter().filter_map(|object| Some((number(&object.location)?, object))).max_by_key(|(n, _)| *n);
         if let Some((_, object)) = last {
-            let (bytes, _) = self.bucket.read(&object.location, 0..object.size, deadline).await?;
+            let (bytes, _) =
+                self.bucket.read(&object.location, 0..object.size.min(REFERENCE_BYTES_MAX), deadline).await?;
             let left =
                 serde_json::from_slice::<Lease>(&bytes).map_or(0, |lease| lease.expires_ms - self.store_now_ms());
             if left > 0 {
@@ -320,6 +326,9 @@ impl ObjectTier {
         let mut referenced = Referenced::new();
         let folder = self.names.root().clone().join("refs");
         for object in self.bucket.list(&folder, REFERENCES_MAX, until).await? {
+            if object.size > REFERENCE_BYTES_MAX {
+                return Err(Trouble::Damaged(format!("the reference {} has {} bytes", object.location, object.size)));
+            }
             let (bytes, _) = match self.bucket.read(&object.location, 0..object.size, until).await {
                 Err(Trouble::NotFound) => continue,
                 read => read?,

@@ -137,5 +137,6 @@ impl ObjectTier {
         for batch in cancelled {
             self.drop_batch(batch);
         }
+        self.delete_once_written(layout, group, hashes);
     }
 }

@@ -238,7 +238,7 @@ impl Body {
             }
             return Ok(rest);
         }
-        let (padding, rest) = chunk.split_at(chunk.len().min((frame_end - self.at) as usize));
+        let (padding, rest) = chunk.split_at(chunk.len().min(frame_end.saturating_sub(self.at) as usize));
         self.at += padding.len() as u64;
         Ok(rest)
     }
@@ -258,7 +258,7 @@ impl Body {
         self.at += head.len() as u64;
         if self.head.len() == wanted && wanted > FIRST {
             let header = FrameHeader::decode(&self.head).map_err(|error| damaged(error.to_string()))?;
-            if !is_wanted(&header, read) {
+            if header.payload_offset() != self.head.len() || !is_wanted(&header, read) {
                 return Err(damaged("the frame is another block's".into()));
             }
             read.fill.shorten(header.block_bytes as usize);
@@ -289,7 +289,7 @@ fn is_wanted(header: &FrameHeader, read: &Read) -> bool {
         header.block_bytes == group.block_bytes
     };
     let expected = identity(&read.layout, read.group, &read.hash, header.identity.parent);
-    length && expected == Some(header.identity)
+    length && header.frame_bytes() == read.packed.frame_bytes && expected == Some(header.identity)
 }
 
 /// What a block's frame says of it.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use kvstore_plane::SequenceHash;
+use kvstore_transfer::frame::FRAME_ALIGN;
 use object_store::ObjectMeta;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -229,9 +230,13 @@ impl ObjectTier {
             }
             Err(trouble) => return Err(trouble),
         };
+        // A frame is its block, a page of header at most, and what rounds it up.
+        let block_bytes = chain.layout.group(u32::from(chain.group)).map_or(0, |group| group.block_bytes);
+        let frame_bytes_max = block_bytes + 2 * FRAME_ALIGN as u64;
         let ours = footer.namespace_digest == chain.layout.namespace_digest
             && footer.layout_digest == chain.layout.digest
-            && footer.group == chain.group;
+            && footer.group == chain.group
+            && footer.blocks.iter().all(|block| block.frame_bytes <= frame_bytes_max);
         let packed = |block: &super::pack::PackedBlock| Packed {
             digest: self.digest(&chain.layout, chain.group, &block.hash),
             offset: block.offset,

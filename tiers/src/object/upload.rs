@@ -106,6 +106,8 @@ pub(super) struct Uploads {
     open: HashMap<ChainEnd, Batch>,
     queue: VecDeque<Batch>,
     waiters: HashMap<Digest, Vec<oneshot::Sender<bool>>>,
+    /// Blocks that were deleted while they were being written.
+    deleted: HashSet<Digest>,
     /// Bytes that are offered and not uploaded.
     pub bytes: u64,
     pub under_way: usize,
@@ -397,7 +399,11 @@ impl ObjectTier {
                 continue;
             }
             match self.write_pack(&batch.layout, batch.group, &run).await {
-                Ok(()) => self.done(&batch, run, true),
+                Ok(()) => {
+                    let hashes: Vec<SequenceHash> = run.iter().map(|member| member.hash).collect();
+                    self.done(&batch, run, true);
+                    self.delete_late(&batch.layout, batch.group, &hashes);
+                }
                 Err(trouble) => {
                     failed = Some(trouble);
                     left.extend(run);
@@ -442,6 +448,23 @@ impl ObjectTier {
         batch.tries += 1;
         batch.not_before = Instant::now() + self.bucket.backoff(batch.tries);
         self.uploads.lock().enqueue(batch);
+    }
+
+    /// What was deleted while it was written goes again.
+    fn delete_late(self: &Arc<Self>, layout: &Arc<RegisteredLayout>, group: u16, hashes: &[SequenceHash]) {
+        let deleted: Vec<SequenceHash> = {
+            let mut uploads = self.uploads.lock();
+            let is_deleted = |hash: &&SequenceHash| uploads.deleted.remove(&self.digest(layout, group, hash));
+            hashes.iter().filter(is_deleted).copied().collect()
+        };
+        if !deleted.is_empty() {
+            let (tier, layout) = (Arc::clone(self), Arc::clone(layout));
+            self.runtime.spawn(async move {
+                if let Err(trouble) = Box::pin(tier.delete(&layout, group, &deleted)).await {
+                    tracing::warn!(%trouble, "deleted blocks that were being uploaded are in the bucket still");
+                }
+            });
+        }
     }
 
     /// Blocks that are not in memory are brought there.
@@ -501,6 +524,9 @@ impl ObjectTier {
             for member in &members {
                 let digest = self.digest(&batch.layout, batch.group, &member.hash);
                 waiting.extend(uploads.waiters.remove(&digest).unwrap_or_default());
+                if !durable {
+                    uploads.deleted.remove(&digest);
+                }
                 uploads.bytes = uploads.bytes.saturating_sub(u64::from(member.length));
             }
         }
@@ -509,6 +535,17 @@ impl ObjectTier {
         self.uploaded.notify_waiters();
         for waiter in waiting {
             let _ = waiter.send(durable);
+        }
+    }
+
+    /// Those of these blocks that are being written just now are deleted once they are.
+    pub(super) fn delete_once_written(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) {
+        let mut uploads = self.uploads.lock();
+        for hash in hashes {
+            let digest = self.digest(layout, group, hash);
+            if uploads.waiters.contains_key(&digest) {
+                uploads.deleted.insert(digest);
+            }
         }
     }
 

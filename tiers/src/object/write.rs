@@ -158,7 +158,8 @@ impl ObjectTier {
         if footer.nonce == packing.footer.nonce {
             return Ok(Whose::Own);
         }
-        if !self.is_young(meta.last_modified.timestamp_millis()) {
+        // The same blocks take the same bytes.
+        if meta.size != packing.bytes || !self.is_young(meta.last_modified.timestamp_millis()) {
             return Ok(Whose::Unsound);
         }
         let (bytes, _) = self.bucket.read(location, 0..meta.size, deadline).await?;
