@@ -3,6 +3,8 @@
 //! A tier holds what the faster ones hold, too: blocks are written through to disk, and what is uploaded stays on disk. So the hits
 //! of a tier and of those above it are what one cache of its size has.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::sampled::SampledAccesses;
 use serde::Serialize;
@@ -73,21 +75,34 @@ pub struct Advice {
     pub tiers: Vec<TierAdvice>,
 }
 
+fn times(bytes: u64, shift: i32) -> u64 {
+    (bytes as f64 * 2f64.powi(shift)) as u64
+}
+
 /// Advice from a sample.
 pub fn advise(sample: &SampledAccesses, setting: &Setting) -> Advice {
-    let ratio = |bytes: u64| sample.hit_ratio(setting.policy, (bytes / setting.block_bytes.max(1)).max(1));
+    let blocks = |bytes: u64| (bytes / setting.block_bytes.max(1)).max(1);
+    let sizes = |bytes: u64| (-(STEPS_DOWN as i32)..=STEPS_UP as i32).map(move |shift| times(bytes, shift));
+    let capacities: BTreeSet<u64> =
+        setting.tiers.iter().flatten().flat_map(|bytes| sizes(*bytes)).map(blocks).collect();
+    let capacities: Vec<u64> = capacities.into_iter().collect();
+    let curve: BTreeMap<u64, f64> = sample
+        .curve(setting.policy, &capacities)
+        .into_iter()
+        .map(|point| (point.capacity_blocks, point.hit_ratio))
+        .collect();
+    let ratio = |bytes: u64| curve.get(&blocks(bytes)).copied().unwrap_or(0.0);
     // Of the tiers above, as they are.
     let mut above = 0.0;
     let mut tiers = Vec::new();
     for (tier, bytes) in TIERS.into_iter().zip(setting.tiers) {
         let Some(bytes) = bytes else { continue };
         let choice = |shift: i32| {
-            let times = 2f64.powi(shift);
-            let bytes = (bytes as f64 * times) as u64;
+            let bytes = times(bytes, shift);
             // A tier that is smaller than the one above adds nothing.
             let hit_ratio = ratio(bytes).max(above);
             Choice {
-                times,
+                times: 2f64.powi(shift),
                 bytes,
                 hit_ratio,
                 read_ratio: hit_ratio - above,

@@ -8,7 +8,6 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use kvstore_tiers::admission::Admission;
 use kvstore_tiers::host::{HoldId, HostOptions, HostTier, NamespaceId, NamespaceLimits};
 use kvstore_tiers::nvme::{NvmeOptions, NvmeTier, OpenError};
 use kvstore_tiers::object::{ObjectOptions, ObjectTier, OpenObjectError};
@@ -19,7 +18,7 @@ use crate::accesses::Accesses;
 use crate::admission::Admitter;
 use crate::caps;
 use crate::clock;
-use crate::config::{self, Change, Config, ConfigError, NvmeConfig, ObjectConfig, RawConfig};
+use crate::config::{self, Change, Config, ConfigError, NvmeConfig, ObjectConfig, RawConfig, Uploads};
 use crate::telemetry::{LogControl, Traffic};
 use crate::verbs::prefetch::Prefetches;
 
@@ -126,10 +125,7 @@ impl Daemon {
             traffic: Traffic::default(),
             prefetches: Prefetches::default(),
             accesses: Accesses::default(),
-            admitter: {
-                let (admission, budget) = admission_of(&config);
-                Admitter::new(admission, budget, clock::now())
-            },
+            admitter: Admitter::new(&config, clock::now()),
             data_calls: Arc::new(Semaphore::new(caps::DATA_CALLS_MAX)),
             leasable: Arc::new(Semaphore::new(caps::LEASED_BLOCKS_MAX)),
             verifications: Arc::new(Semaphore::new(caps::VERIFICATIONS_MAX)),
@@ -156,9 +152,10 @@ impl Daemon {
         self.sources.lock().raw.without_secrets().to_toml()
     }
 
-    /// True where every block of this namespace goes to the bucket.
-    pub fn uploads_all(&self, namespace: NamespaceId) -> bool {
-        self.object.is_some() && self.namespaces.get(namespace.0).is_some_and(|name| self.config().uploads_all(name))
+    /// Which blocks of this namespace go to the bucket.
+    pub fn uploads_of(&self, namespace: NamespaceId) -> Uploads {
+        let name = self.namespaces.get(namespace.0).filter(|_| self.object.is_some());
+        name.map_or(Uploads::Asked, |name| self.config().uploads_of(name))
     }
 
     /// The namespace with this name.
@@ -191,8 +188,7 @@ impl Daemon {
         if let (Some(tier), Some(nvme)) = (&self.nvme, &new.nvme) {
             tier.set_limits(nvme.bytes, nvme.dirty_bytes);
         }
-        let (admission, budget) = admission_of(&new);
-        self.admitter.set(admission, budget, clock::now());
+        self.admitter.set(&new, clock::now());
         if let (Some(tier), Some(object)) = (&self.object, &new.object) {
             tier.set_limits(object.limits);
         }
@@ -261,10 +257,6 @@ impl Daemon {
 /// What each namespace may have of the memory, in their order.
 fn limits_of(config: &Config, namespaces: &[String]) -> impl Iterator<Item = NamespaceLimits> {
     namespaces.iter().map(|name| config.policies.get(name).map(|policy| policy.limits).unwrap_or_default())
-}
-
-fn admission_of(config: &Config) -> (Admission, Option<u64>) {
-    config.nvme.as_ref().map_or((Admission::All, None), |nvme| (nvme.admission, nvme.write_budget))
 }
 
 /// Why a daemon cannot start.

@@ -169,6 +169,26 @@ async fn only_what_is_asked_for_again_goes_to_disk() {
     until(&client, |status| admitted(status) == 50).await;
 }
 
+/// The same for the bucket.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_what_is_asked_for_again_goes_to_the_bucket() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("object.url=file://{}", folder.path().display());
+    let daemon = TestDaemon::start(&[&url, "object.upload=reused"]).await;
+    let (client, group) = daemon.group(BLOCK).await;
+    let written = |status: &StatusResponse| status.object.as_ref().map_or(0, |object| object.written_blocks);
+    until(&client, |status| status.object.as_ref().is_some_and(|object| object.state == "SERVING")).await;
+    for user in 0..10 {
+        request(&client, &group, user * 100..user * 100 + 10).await;
+    }
+    for user in [3, 7] {
+        request(&client, &group, user * 100..user * 100 + 12).await;
+    }
+    until(&client, |status| written(status) == 20).await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(written(&client.status().await.unwrap()), 20);
+}
+
 /// A drive takes no more than its budget; what is to be LOCAL is written all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_more_is_written_to_disk_than_the_budget() {

@@ -115,11 +115,21 @@ impl SampledAccesses {
         ((outcome.hits as f64 + lacking) / expected).clamp(0.0, 1.0)
     }
 
-    /// The hit ratio at each of these capacities.
+    /// The hit ratio at each of these capacities, worked out on all cores.
     pub fn curve(&self, policy: PolicyKind, capacities: &[u64]) -> Vec<CurvePoint> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).clamp(1, capacities.len().max(1));
         let point =
             |capacity: &u64| CurvePoint { capacity_blocks: *capacity, hit_ratio: self.hit_ratio(policy, *capacity) };
-        capacities.iter().map(point).collect()
+        let mut points: Vec<(usize, CurvePoint)> = std::thread::scope(|scope| {
+            let share = |first: usize| {
+                let of_thread = capacities.iter().enumerate().skip(first).step_by(threads);
+                scope.spawn(move || of_thread.map(|(at, capacity)| (at, point(capacity))).collect::<Vec<_>>())
+            };
+            let running: Vec<_> = (0..threads).map(share).collect();
+            running.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()
+        });
+        points.sort_by_key(|(at, _)| *at);
+        points.into_iter().map(|(_, point)| point).collect()
     }
 }
 

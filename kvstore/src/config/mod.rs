@@ -122,8 +122,20 @@ pub struct NvmeConfig {
 pub enum Uploads {
     /// Those that are put at level DURABLE.
     Asked,
+    /// Those, and in the background what two requests asked for.
+    Reused,
     /// All, in the background.
     All,
+}
+
+impl std::str::FromStr for Uploads {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let all = [Self::Asked, Self::Reused, Self::All];
+        let known = all.into_iter().find(|uploads| uploads.name() == name);
+        known.ok_or_else(|| format!("{name:?} is not \"asked\", \"reused\" or \"all\""))
+    }
 }
 
 impl Uploads {
@@ -131,6 +143,7 @@ impl Uploads {
     pub fn name(self) -> &'static str {
         match self {
             Self::Asked => "asked",
+            Self::Reused => "reused",
             Self::All => "all",
         }
     }
@@ -189,10 +202,18 @@ pub struct Config {
 }
 
 impl Config {
-    /// True where every block of this namespace goes to the bucket.
-    pub fn uploads_all(&self, namespace: &str) -> bool {
+    /// Which blocks of this namespace go to the bucket.
+    pub fn uploads_of(&self, namespace: &str) -> Uploads {
         let of_namespace = self.policies.get(namespace).and_then(|policy| policy.uploads);
-        self.object.as_ref().is_some_and(|object| of_namespace.unwrap_or(object.uploads) == Uploads::All)
+        self.object.as_ref().map_or(Uploads::Asked, |object| of_namespace.unwrap_or(object.uploads))
+    }
+
+    /// True where it is to be known what two requests asked for.
+    pub fn counts_requests(&self) -> bool {
+        let of_namespaces = self.policies.values().filter_map(|policy| policy.uploads);
+        let of_all = self.object.iter().map(|object| object.uploads);
+        self.nvme.as_ref().is_some_and(|nvme| nvme.admission == Admission::Reused)
+            || of_all.chain(of_namespaces).any(|uploads| uploads == Uploads::Reused)
     }
 
     /// The namespaces, each once.

@@ -56,11 +56,10 @@ pub(super) fn check(
             Some(_) if object.is_none() => {
                 return Err(invalid("namespace.upload", format!("{name:?}: there is no object.url to upload to")));
             }
-            Some("asked") => Some(Uploads::Asked),
-            Some("all") => Some(Uploads::All),
-            Some(other) => {
-                return Err(invalid("namespace.upload", format!("{name:?}: {other:?} is not \"asked\" or \"all\"")));
-            }
+            Some(text) => Some(
+                Uploads::from_str(text)
+                    .map_err(|problem| invalid("namespace.upload", format!("{name:?}: {problem}")))?,
+            ),
         };
         let bytes = namespace.host_bytes.as_deref().map(|text| {
             let bytes = ByteSize::from_str(text).map(|size| size.as_u64()).ok();

@@ -1,5 +1,7 @@
 //! The object store's part of the configuration.
 
+use std::str::FromStr;
+
 use bytesize::ByteSize;
 use kvstore_tiers::host::HostLimits;
 use kvstore_tiers::object::{ObjectLimits, ObjectUrl};
@@ -13,11 +15,7 @@ impl RawObject {
         host: &HostLimits,
         nvme: Option<&NvmeConfig>,
     ) -> Result<Option<ObjectConfig>, ConfigError> {
-        let uploads = match self.upload.as_str() {
-            "asked" => Uploads::Asked,
-            "all" => Uploads::All,
-            other => return Err(invalid("object.upload", format!("{other:?} is not \"asked\" or \"all\""))),
-        };
+        let uploads = Uploads::from_str(&self.upload).map_err(|problem| invalid("object.upload", problem))?;
         let stall = duration("object.stall", &self.stall)?;
         if self.url == "off" {
             return Ok(None);

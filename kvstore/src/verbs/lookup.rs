@@ -95,6 +95,7 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
         let resident = part.presences.iter().take_while(|presence| **presence == Presence::Resident).count();
         let run = hashes.get(..resident).unwrap_or_default();
         admission::admit_reused(daemon, &part.layout, part.group, run, &part.on_disk);
+        admission::upload_reused(daemon, &part.layout, part.group, run);
     }
     let searching = readable < hashes.len() && !search(daemon, namespace, request)?.is_empty();
     let mut response =

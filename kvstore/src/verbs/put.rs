@@ -22,6 +22,7 @@ use tokio::time::Instant;
 use tonic::Status;
 use tonic::body::Body;
 
+use crate::config::Uploads;
 use crate::daemon::Daemon;
 use crate::{caps, clock, telemetry, wire};
 
@@ -100,12 +101,20 @@ impl Target {
     fn waits_for_uploads(&self, daemon: &Daemon) -> bool {
         let Some(object) = &daemon.object else { return false };
         let memory_alone = daemon.nvme.is_none() || daemon.admitter.is_selective();
-        self.level == Level::Durable || (daemon.uploads_all(self.layout.namespace) && memory_alone && object.answers())
+        let uploads_all = || daemon.uploads_of(self.layout.namespace) == Uploads::All;
+        self.level == Level::Durable || (memory_alone && uploads_all() && object.answers())
     }
 
-    /// True where blocks go to the bucket: asked for, or the configuration says so of all.
-    fn uploads(&self, daemon: &Daemon) -> bool {
-        daemon.object.is_some() && (self.level == Level::Durable || daemon.uploads_all(self.layout.namespace))
+    /// True where a block goes to the bucket: asked for, or by the configuration.
+    fn uploads(&self, daemon: &Daemon, hash: &SequenceHash) -> bool {
+        daemon.object.is_some()
+            && (self.level == Level::Durable
+                || match daemon.uploads_of(self.layout.namespace) {
+                    Uploads::Asked => false,
+                    // By the request that stores it, and by one before.
+                    Uploads::Reused => daemon.admitter.is_reused(&self.layout, hash),
+                    Uploads::All => true,
+                })
     }
 }
 
@@ -312,7 +321,7 @@ pub fn publish(
     parent: Option<SequenceHash>,
     tail: bool,
 ) -> Finished {
-    let is_written = daemon.nvme.is_some() || target.uploads(daemon);
+    let is_written = daemon.nvme.is_some() || target.uploads(daemon, &hash);
     let sums = if is_written { fill.section_sums() } else { Vec::new() };
     let bytes = fill.length() as u64;
     // Leased until it is queued for the disk: under pressure it would be the first to leave, as the newest leaf of its chain.
@@ -352,7 +361,7 @@ fn written_back(
     leased: Option<LeasedBlock>,
 ) -> Finished {
     let mut finished = Finished::of(status, Level::Memory);
-    let uploads = target.uploads(daemon);
+    let uploads = target.uploads(daemon, &hash);
     let sums_of_upload = if uploads { sums.clone() } else { Vec::new() };
     let bytes = target.layout.group(u32::from(target.group)).map_or(0, |group| group.block_bytes);
     // Where the bucket cannot be had, a DURABLE put is LOCAL at least.

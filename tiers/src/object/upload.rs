@@ -162,8 +162,9 @@ impl Uploads {
         cancelled
     }
 
-    fn next(&mut self, now: Instant) -> Option<Batch> {
-        let at = self.queue.iter().position(|batch| batch.not_before <= now)?;
+    /// The next that is due; while the store is `away` those alone for which somebody waits, to be told so.
+    fn next(&mut self, now: Instant, away: bool) -> Option<Batch> {
+        let at = self.queue.iter().position(|batch| batch.not_before <= now && (batch.durable || !away))?;
         self.under_way += 1;
         self.queue.remove(at)
     }
@@ -235,7 +236,8 @@ impl ObjectTier {
         let per_pack = self.blocks_per_pack(&layout, group);
         let mut uploads = self.uploads.lock();
         if let Some(waiters) = uploads.waiters.get_mut(&digest) {
-            waiters.extend(told);
+            // Without an answer from the store it is told no at once: what waits already is not tried for its sake.
+            waiters.extend(told.filter(|_| !self.bucket.is_away()));
             if durable {
                 let concerns = |batch: &Batch| batch.members.iter().any(|member| member.hash == hash);
                 uploads.open.values_mut().filter(|batch| concerns(batch)).for_each(|batch| batch.durable = true);
@@ -254,11 +256,12 @@ impl ObjectTier {
         }
         uploads.waiters.insert(digest, told.into_iter().collect());
         uploads.bytes += u64::from(length);
+        drop(uploads);
+        // Logged before it can be done: the other way round it would stay in the log.
+        self.log_added(&layout, Owed { layout: 0, group, hash, parent, length });
         let block = leased.then(|| self.held(block));
         let member = Member { hash, parent, length, sums, block };
-        self.append(&mut uploads, &layout, group, member, durable, per_pack);
-        drop(uploads);
-        self.log_added(&layout, Owed { layout: 0, group, hash, parent, length });
+        self.append(&mut self.uploads.lock(), &layout, group, member, durable, per_pack);
         Offered::Accepted(durable.then_some(waiting))
     }
 
@@ -381,7 +384,8 @@ impl ObjectTier {
             let woken = self.work.notified();
             tokio::pin!(woken);
             woken.as_mut().enable();
-            let batch = self.uploads.lock().next(Instant::now());
+            let away = self.bucket.is_away();
+            let batch = self.uploads.lock().next(Instant::now(), away);
             match batch {
                 Some(batch) => self.upload(batch).await,
                 None => woken.await,
@@ -412,12 +416,7 @@ impl ObjectTier {
         }
         self.uploads.lock().under_way -= 1;
         if left.is_empty() {
-            if batch.held_on_disk
-                && let Some(nvme) = &self.nvme
-            {
-                nvme.unpin(batch.id);
-            }
-            return;
+            return self.let_go(&batch);
         }
         // What was deleted or evicted meanwhile is nowhere any more; what failed is tried again.
         let (again, lost): (Vec<_>, Vec<_>) = left.into_iter().partition(|member| {
@@ -433,7 +432,7 @@ impl ObjectTier {
             tracing::debug!(%trouble, blocks = batch.members.len(), "an upload failed");
         }
         if batch.members.is_empty() {
-            return;
+            return self.let_go(&batch);
         }
         self.tell_no(&batch);
         let keeps = self.log.is_some() && self.nvme.is_some();
@@ -448,6 +447,15 @@ impl ObjectTier {
         batch.tries += 1;
         batch.not_before = Instant::now() + self.bucket.backoff(batch.tries);
         self.uploads.lock().enqueue(batch);
+    }
+
+    /// The Nvme tier need not hold the batch's blocks any more.
+    fn let_go(&self, batch: &Batch) {
+        if batch.held_on_disk
+            && let Some(nvme) = &self.nvme
+        {
+            nvme.unpin(batch.id);
+        }
     }
 
     /// What was deleted while it was written goes again.
