@@ -4,6 +4,9 @@
 //! sampled blocks alone, has about the same hit ratio ("Cache Modeling and Optimization using Miniature Simulations", Waldspurger,
 //! Saemundsson, Ahmad, Park, USENIX ATC 2017). What popular blocks outside of the sample would have hit is added, as that work's
 //! predecessor SHARDS does. Pure; bounded by what it is made for.
+//!
+//! A policy that learns sees less in a sample: on the conversation trace its hit ratios come out 1.7 points too low at worst, on
+//! synthetic loops that it learns by heart up to ten. What is told is rather too little than too much.
 
 use std::collections::VecDeque;
 
@@ -159,18 +162,34 @@ mod tests {
         requests
     }
 
+    fn worst_difference(requests: &[Vec<u64>], one_in: u64, policy: PolicyKind, capacities: &[u64]) -> f64 {
+        let mut sample = SampledAccesses::new(one_in, usize::MAX);
+        requests.iter().for_each(|request| sample.request(request.iter().copied()));
+        let curve = sample.curve(policy, capacities);
+        let difference = |point: &CurvePoint| {
+            let capacity = point.capacity_blocks as usize;
+            let whole = simulate(policy.build(capacity), requests.iter().map(Vec::as_slice), capacity).ratio();
+            (whole - point.hit_ratio).abs()
+        };
+        curve.iter().map(difference).fold(0.0, f64::max)
+    }
+
     #[test]
     fn a_sample_tells_about_what_a_whole_simulation_would() {
-        let requests = requests();
-        // What a learning policy gains where it has little room, it gains by learning: a sample teaches it less.
-        for (policy, within) in [(PolicyKind::Lru, 0.03), (PolicyKind::Hazard, 0.07)] {
-            let mut sample = SampledAccesses::new(8, usize::MAX);
-            requests.iter().for_each(|request| sample.request(request.iter().copied()));
-            for capacity in [5_000, 10_000, 20_000, 40_000] {
-                let whole = simulate(policy.build(capacity), requests.iter().map(Vec::as_slice), capacity).ratio();
-                let estimate = sample.hit_ratio(policy, capacity as u64);
-                assert!((whole - estimate).abs() < within, "{policy:?} at {capacity}: {estimate} of {whole}");
-            }
+        let worst = worst_difference(&requests(), 8, PolicyKind::Lru, &[5_000, 10_000, 20_000, 40_000]);
+        assert!(worst < 0.03, "{worst}");
+        // A learning policy learns less from a sample, so that it needs real traffic, and gains less from it than it will.
+        let slice = include_str!("../../examples/conversation_slice.jsonl");
+        let requests: Vec<Vec<u64>> = slice
+            .lines()
+            .map(|line| {
+                let request: serde_json::Value = serde_json::from_str(line).unwrap();
+                request["hash_ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect()
+            })
+            .collect();
+        for policy in [PolicyKind::Lru, PolicyKind::Hazard] {
+            let worst = worst_difference(&requests, 4, policy, &[1_000, 2_000, 5_000, 10_000, 20_000]);
+            assert!(worst < 0.03, "{policy:?}: {worst}");
         }
     }
 
