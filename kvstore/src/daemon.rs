@@ -266,7 +266,7 @@ pub enum StartError {
     #[error(transparent)]
     Nvme(#[from] OpenError),
     /// The object store.
-    #[error("object.url: {0}")]
+    #[error("object.url")]
     Object(#[from] OpenObjectError),
 }
 

@@ -26,12 +26,16 @@ struct Daemon {
 
 impl Daemon {
     fn start(folder: &Path) -> Self {
+        Self::start_with(folder, &[])
+    }
+
+    fn start_with(folder: &Path, more: &[&str]) -> Self {
         let address = format!("unix:{}", folder.join("crash.sock").display());
         let disk = format!("nvme.paths={}", folder.join("disk").display());
         let settings = [disk.as_str(), "nvme.bytes=192MiB", "host.bytes=32MiB", "http.address=off", "log.level=error"];
         let mut command = Command::new(env!("CARGO_BIN_EXE_kvstore"));
         command.args(["serve", "--listen", &address]).stdin(Stdio::null()).stdout(Stdio::null());
-        settings.iter().for_each(|setting| _ = command.args(["--set", setting]));
+        settings.iter().chain(more).for_each(|setting| _ = command.args(["--set", setting]));
         Self { child: command.spawn().unwrap(), address }
     }
 
@@ -123,4 +127,58 @@ async fn kill_9_under_load_loses_nothing_that_was_local() {
     // The median: one start on a machine that is busy with other tests says nothing.
     ready.sort();
     assert!(ready[ready.len() / 2] < Duration::from_secs(2), "ready after {ready:?}");
+}
+
+/// The object store is away, blocks of a durable namespace are acknowledged as LOCAL, and the daemon is killed, several times:
+/// the next one uploads all of them once the store is there, and a daemon without any of this one's disks reads them.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_owed_to_the_bucket_survives_kill_9() {
+    let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let bucket = folder.path().join("bucket");
+    // Where a folder should be is a file: nothing can be written below it.
+    std::fs::write(&bucket, "").unwrap();
+    let url = format!("object.url=file://{}", bucket.display());
+    let settings = [url.as_str(), "object.upload=all", "object.stall=1s"];
+    let mut local = Vec::new();
+    for kill in 0..5u64 {
+        let daemon = Daemon::start_with(folder.path(), &settings);
+        let client = daemon.client().await;
+        let owed = client.status().await.unwrap().object.unwrap().backlog_blocks;
+        assert!(owed >= local.len() as u64, "{owed} of {} are remembered after kill {kill}", local.len());
+        let groups = groups(&client).await;
+        for id in kill * 100..kill * 100 + 12 {
+            let options = PutOptions { level: Level::Local, ..PutOptions::default() };
+            let results = client.put_with(&groups[(id % 3) as usize], vec![block(id)], options).await.unwrap();
+            assert_eq!(results[0].level(), Level::Local);
+            local.push(id);
+        }
+        tokio::time::sleep(Duration::from_millis(kill * 97)).await;
+        // SIGKILL.
+        drop(daemon);
+    }
+    std::fs::remove_file(&bucket).unwrap();
+    let daemon = Daemon::start_with(folder.path(), &settings);
+    let client = daemon.client().await;
+    let until = Instant::now() + Duration::from_secs(30);
+    loop {
+        let object = client.status().await.unwrap().object.unwrap();
+        if object.backlog_blocks == 0 {
+            break;
+        }
+        assert!(Instant::now() < until, "{object:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    drop(daemon);
+    let daemon = Daemon::start_with(other.path(), &[&url]);
+    let client = daemon.client().await;
+    while client.status().await.unwrap().object.unwrap().state != "SERVING" {
+        assert!(Instant::now() < until, "the store is never served");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let groups = groups(&client).await;
+    for id in local {
+        let outcome = client.get(&groups[(id % 3) as usize], &[replay::sequence_hash(id)]).await.unwrap();
+        let bytes = outcome[0].bytes().unwrap_or_else(|| panic!("block {id} is not in the bucket: {outcome:?}"));
+        assert_eq!(replay::wrong_bytes(id, bytes), 0, "WRONG BYTES in {id}");
+    }
 }

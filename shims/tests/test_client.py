@@ -11,6 +11,8 @@ from conftest import register
 
 import kvstore
 
+from daemon import Daemon
+
 
 def hashes(ids):
     return [hashlib.sha256(str(at).encode()).digest() for at in ids]
@@ -279,3 +281,36 @@ def test_a_child_of_a_fork_attaches_anew(daemon):
     assert bytes(leases[2]) == block(2, group.block_bytes), "the parent's leases are as they were"
     del leases
     assert group.get(hashes([7])) == [block(7, group.block_bytes)], "what the child put is there"
+
+
+def test_durable_blocks_are_found_by_another_daemon(tmp_path):
+    """Two daemons that share nothing but a bucket. A look-up says that it is searched, or waits for it."""
+    bucket = ("nvme.paths=off", f"object.url=file://{tmp_path}/bucket")
+    names = hashes(range(6))
+    for node in ("a", "b"):
+        (tmp_path / node).mkdir()
+        daemon = Daemon(tmp_path / node, *bucket)
+        try:
+            client = kvstore.Client(daemon.address)
+            kind = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=4096)
+            layout = client.register_layout("durable", dtype="uint8", block_tokens=16, groups=[kind])
+            group, size = layout.group(), layout.group().block_bytes
+            until = time.monotonic() + 20
+            while node == "a":
+                try:
+                    stored = group.put_from(names, blocks(range(6), size), level="durable")
+                    assert stored[0].level == "durable"
+                    break
+                except kvstore.Unavailable:
+                    # The store is still being probed.
+                    assert time.monotonic() < until
+                    time.sleep(0.02)
+            if node == "b":
+                first = layout.lookup(names)
+                assert first.blocks == 6 or first.searching
+                found = layout.lookup(names, search_wait=5)
+                assert (found.blocks, found.in_memory, found.searching) == (6, 0, False)
+                assert group.get(names) == blocks(range(6), size)
+                assert layout.lookup(names).in_memory == 6
+        finally:
+            daemon.kill()

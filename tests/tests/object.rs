@@ -321,7 +321,7 @@ async fn what_is_deleted_while_it_is_uploaded_does_not_come_back() {
 }
 
 /// The store is away: DURABLE says so in time, a lower level is given where that will do, reads go on, and what waited is
-/// uploaded when it comes back, by a daemon that was killed meanwhile, too.
+/// uploaded when it comes back, by the next daemon, too.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_outage_is_said_survived_and_made_up_for() {
     let (folder, disk) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -345,7 +345,6 @@ async fn an_outage_is_said_survived_and_made_up_for() {
     let object = until(&client, |object| object.state == "AWAY").await;
     assert_eq!((object.backlog_blocks, object.backlog_bytes), (20, 20 * u64::from(BLOCK)), "{object:?}");
     assert!(object.backlog_bytes_max > 0 && object.reason.contains("503"), "{object:?}");
-    // Without a goodbye: the folder's lock is let go, nothing else.
     first.running.shut_down().await;
 
     let second = daemon(&bucket, Some(disk.path()), &["object.stall=1s"]).await;

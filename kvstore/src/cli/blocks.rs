@@ -97,6 +97,9 @@ pub struct Put {
     file: PathBuf,
 }
 
+/// A look-up waits so long for a bucket to be searched.
+const SEARCH_WAIT_MS: u32 = 5000;
+
 fn parse_level(text: &str) -> Result<Level, String> {
     match text {
         "memory" => Ok(Level::Memory),
@@ -219,6 +222,8 @@ impl Lookup {
             layout_digest: group.layout_digest,
             groups: vec![0],
             sequence_hashes: hashes.clone(),
+            // Where there is a bucket, it is searched first.
+            search_wait_ms: SEARCH_WAIT_MS,
             ..LookupRequest::default()
         };
         let answer = client.lookup(request).await?;

@@ -257,8 +257,12 @@ impl ObjectTier {
             let deadline = Instant::now() + self.bucket.stall() * 4;
             match probe::probe(&self.bucket, self.names.root(), &name, deadline).await {
                 Ok(abilities) => {
+                    let does_what_is_needed = abilities.reads_own_writes && abilities.creates_once;
                     for lack in abilities.lacks() {
-                        tracing::warn!("the object store: {lack}");
+                        match does_what_is_needed {
+                            true => tracing::info!("the object store: {lack}"),
+                            false => tracing::warn!("the object store: {lack}"),
+                        }
                     }
                     tracing::info!(root = %self.names.root(), "the object store answers: reads, creates and updates were tried");
                     self.clock_ahead_ms.store(abilities.clock_ahead_ms, Ordering::Relaxed);
