@@ -275,7 +275,7 @@ async fn read_blocks(address: std::net::SocketAddr, prefix: &str) -> anyhow::Res
             }
             let block = BlockRef { layout: &tier.layout, group: 0, hash: hash(next) };
             let (layout, priority) = (&tier.layout, Priority::Demand);
-            match tier.object.promote(&mut batch, &block, layout, priority, BootTime(u64::MAX), now()) {
+            match tier.object.promote(&mut batch, &block, layout, priority, || false, BootTime(u64::MAX), now()) {
                 Promote::Started(coming) => window.push_back(coming),
                 Promote::NeedsSlab(plan) => {
                     tier.host.make_slab(plan)?;

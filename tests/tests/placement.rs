@@ -207,6 +207,34 @@ async fn no_more_is_written_to_disk_than_the_budget() {
     assert!(results.iter().all(|result| result.level() == Level::Local), "{results:?}");
 }
 
+/// What a request reads from the bucket goes to disk, by the same rules: not with a budget of nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_read_from_the_bucket_goes_to_disk_within_the_budget() {
+    let bucket = tempfile::tempdir().unwrap();
+    let url = format!("object.url=file://{}", bucket.path().display());
+    let serving = |status: &StatusResponse| status.object.as_ref().is_some_and(|object| object.state == "SERVING");
+    {
+        let daemon = TestDaemon::start(&[&url]).await;
+        let (client, group) = daemon.group(BLOCK).await;
+        until(&client, serving).await;
+        let durable = PutOptions { level: Level::Durable, ..PutOptions::default() };
+        client.put_with(&group, chain(0..40, BLOCK), durable).await.unwrap();
+    }
+    for (budget, expected) in [("off", 40), ("0B", 0)] {
+        let disk = tempfile::tempdir().unwrap();
+        let path = format!("nvme.paths={}", disk.path().display());
+        let budget = format!("nvme.write_budget={budget}");
+        let daemon = TestDaemon::start(&[&url, &path, "nvme.bytes=256MiB", &budget]).await;
+        let (client, group) = daemon.group(BLOCK).await;
+        until(&client, serving).await;
+        let outcomes = client.get(&group, &hashes(0..40)).await.unwrap();
+        assert!(outcomes.iter().all(|outcome| outcome.bytes().is_some()), "{budget}");
+        until(&client, |status| admitted(status) >= expected).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(admitted(&client.status().await.unwrap()), expected, "{budget}");
+    }
+}
+
 /// The daemon's own accesses are what it is advised from.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_tells_what_was_asked_for() {

@@ -81,7 +81,13 @@ impl Promoter {
         let from_disk = self.daemon.nvme.as_ref().map(|nvme| nvme.promote(&block, self.priority, deadline, now));
         match (from_disk, &self.daemon.object) {
             (None | Some(Promote::Absent), Some(object)) => {
-                object.promote(batch, &block, &self.layout, self.priority, deadline, now)
+                // Prefetches may be for nothing; what is asked for now is worth a write, by the same rules as what is put.
+                let bytes = self.layout.group(u32::from(self.group)).map_or(0, |group| group.block_bytes);
+                let keeps = || {
+                    self.priority == Priority::Demand
+                        && self.daemon.admitter.admits(&self.layout, &hash, bytes, false, now)
+                };
+                object.promote(batch, &block, &self.layout, self.priority, keeps, deadline, now)
             }
             (from_disk, _) => from_disk.unwrap_or(Promote::Absent),
         }

@@ -46,13 +46,15 @@ struct Read {
 
 impl ObjectTier {
     /// Starts to bring a block into memory, as a part of `batch`. Never waits. Only blocks that are known to be in the bucket
-    /// are found: see [`Self::search`].
+    /// are found: see [`Self::search`]. `keeps` is asked once it is on its way: whether it is to go to the disk, too.
+    #[expect(clippy::too_many_arguments, reason = "what a promotion is of, and what is to become of it")]
     pub fn promote(
         &self,
         batch: &mut ReadBatch,
         block: &BlockRef<'_>,
         layout: &Arc<RegisteredLayout>,
         priority: Priority,
+        keeps: impl FnOnce() -> bool,
         deadline: BootTime,
         now: BootTime,
     ) -> Promote {
@@ -80,7 +82,7 @@ impl ObjectTier {
                 }
                 let (done, coming) = oneshot::channel();
                 let (layout, group, hash) = (Arc::clone(layout), block.group, block.hash);
-                let keep = priority == Priority::Demand;
+                let keep = keeps();
                 batch.0.push(Read { pack, packed, layout, group, hash, fill, keep, done });
                 Promote::Started(coming)
             }
