@@ -151,7 +151,7 @@ def test_a_lookup_says_what_is_in_memory_and_holds_it(group, daemon):
     layers = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=REGIONS * PAGE // 16, order="opaque")
     layout = client.register_layout("pages", dtype="uint8", block_tokens=16, groups=[layers])
     found = layout.lookup(names([0, 1, 2, 3]))
-    assert found == (3, 3, None)
+    assert found == (3, 3, None, False)
     held = layout.lookup(names([0, 1, 2, 3]), hold=30.0)
     assert held.blocks == 3 and len(held.ticket) == 16
     assert client.release_ticket(held.ticket) and not client.release_ticket(held.ticket)
