@@ -18,6 +18,7 @@ use tonic::Status;
 use super::client::{LocalClient, Task};
 use crate::daemon::{Daemon, InFlight};
 use crate::verbs::put::{self, Finished, Into, Target};
+use crate::verbs::room_below;
 use crate::{caps, clock, wire};
 
 /// What the blocks of one Stage command have in common.
@@ -103,7 +104,7 @@ impl Batch {
                 return Err(Status::resource_exhausted(problem));
             }
         }
-        if put::has_room_below(daemon, target) {
+        if room_below::is_there(daemon, target) {
             let request = put::fill_request(target, block.hash, block.parent, block.length, self.expires);
             match daemon.host.begin_fill(&request, clock::now()) {
                 BeginFill::Fill(fill, ahead) => {
@@ -137,7 +138,7 @@ impl Batch {
     async fn wait_for_slot(self: Arc<Self>, client: Arc<LocalClient>, _task: Task, tag: u64, block: StageBlock) {
         let Self { daemon, target, .. } = &*self;
         let begun = tokio::time::timeout_at(self.expires, async {
-            if !put::wait_for_room_below(daemon, target).await {
+            if !room_below::wait_for(daemon, target).await {
                 return Ok(put::busy(daemon));
             }
             let request = put::fill_request(target, block.hash, block.parent, block.length, self.expires);

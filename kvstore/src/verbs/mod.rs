@@ -9,6 +9,7 @@ pub mod prefetch;
 pub mod promote;
 pub mod put;
 pub mod register_layout;
+pub mod room_below;
 pub mod status;
 pub mod verify;
 

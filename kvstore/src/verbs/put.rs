@@ -22,6 +22,7 @@ use tokio::time::Instant;
 use tonic::Status;
 use tonic::body::Body;
 
+use super::room_below;
 use crate::config::Uploads;
 use crate::daemon::Daemon;
 use crate::{caps, clock, telemetry, wire};
@@ -98,7 +99,7 @@ impl Target {
 
     /// True where puts wait while uploads keep too much memory: somebody waits for DURABLE, or memory alone has the blocks until
     /// they are uploaded. A store that does not answer is waited for by nobody but the former.
-    fn waits_for_uploads(&self, daemon: &Daemon) -> bool {
+    pub(super) fn waits_for_uploads(&self, daemon: &Daemon) -> bool {
         let Some(object) = &daemon.object else { return false };
         let memory_alone = daemon.nvme.is_none() || daemon.admitter.is_selective();
         let uploads_all = || daemon.uploads_of(self.layout.namespace) == Uploads::All;
@@ -233,7 +234,7 @@ impl PutCall<'_> {
         };
         let length = checked_length(target, block.length)?;
         let request = fill_request(target, hash, parent, length, self.deadline);
-        let has_room = wait_for_room_below(self.daemon, target).await;
+        let has_room = room_below::wait_for(self.daemon, target).await;
         let into = if has_room { begin(self.daemon, &request).await? } else { busy(self.daemon) };
         self.current = Some(Current { hash, parent, expected: block.length, received: 0, crc32: block.crc32, into });
         Ok(())
@@ -470,53 +471,6 @@ fn not_durable(why: &str) -> Status {
     Status::unavailable(format!(
         "not DURABLE: {why}; what was stored is uploaded once the store answers; ask for LOCAL, or set or_lower, to do without"
     ))
-}
-
-/// True where what is put now may go to the tiers below at once.
-pub fn has_room_below(daemon: &Daemon, target: &Target) -> bool {
-    let on_disk = daemon.nvme.as_ref().is_none_or(|nvme| nvme.has_dirty_room());
-    on_disk
-        && (!target.waits_for_uploads(daemon) || daemon.object.as_ref().is_none_or(|object| object.has_upload_room()))
-}
-
-/// Puts wait while too much has yet to be written or uploaded; false where that takes too long.
-pub async fn wait_for_room_below(daemon: &Daemon, target: &Target) -> bool {
-    wait_for_dirty_room(daemon).await && wait_for_upload_room(daemon, target).await
-}
-
-async fn wait_for_upload_room(daemon: &Daemon, target: &Target) -> bool {
-    let Some(object) = daemon.object.as_ref().filter(|_| target.waits_for_uploads(daemon)) else { return true };
-    let until = Instant::now() + caps::DIRTY_WAIT;
-    loop {
-        let uploaded = object.uploaded();
-        tokio::pin!(uploaded);
-        uploaded.as_mut().enable();
-        if object.has_upload_room() {
-            return true;
-        }
-        // What makes the room may be this call's own blocks.
-        object.make_room();
-        if tokio::time::timeout_at(until, uploaded).await.is_err() {
-            return object.has_upload_room();
-        }
-    }
-}
-
-/// Puts wait while too many blocks have yet to be written; false where that takes too long.
-async fn wait_for_dirty_room(daemon: &Daemon) -> bool {
-    let Some(nvme) = &daemon.nvme else { return true };
-    let until = Instant::now() + caps::DIRTY_WAIT;
-    loop {
-        let cleaned = nvme.cleaned();
-        tokio::pin!(cleaned);
-        cleaned.as_mut().enable();
-        if nvme.has_dirty_room() {
-            return true;
-        }
-        if tokio::time::timeout_at(until, cleaned).await.is_err() {
-            return nvme.has_dirty_room();
-        }
-    }
 }
 
 /// The answer where a level has no tier.

@@ -8,6 +8,7 @@
 mod collect;
 mod delete;
 mod directory;
+mod keep;
 mod log;
 pub mod names;
 mod open;
