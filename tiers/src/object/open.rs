@@ -125,6 +125,9 @@ mod tests {
         assert_eq!(open("file:///data/kv", &[]).unwrap().prefix, Path::from("data/kv"));
         let s3 = open("s3://bucket/a/b", &[("aws_region", "eu-west-1"), ("aws_allow_http", "true")]).unwrap();
         assert_eq!((s3.prefix, s3.checks_uploads), (Path::from("a/b"), true));
+        assert_eq!(open("gs://bucket/a", &[]).unwrap().prefix, Path::from("a"));
+        let azure = open("az://container/a", &[("azure_storage_account_name", "me")]).unwrap();
+        assert_eq!((azure.prefix, azure.checks_uploads), (Path::from("a"), false));
         for bad in ["", "bucket", "file:///", "ftp://x/y", "http://host/bucket", "memory:///"] {
             let error = open(bad, &[]).unwrap_err().to_string();
             assert!(error.contains(&format!("{bad:?}")) && error.contains("s3://bucket"), "{bad}: {error}");
