@@ -58,6 +58,9 @@ pub struct PutOptions {
     pub level: v1::Level,
     /// For DURABLE: where the object store does not take the blocks now, a lower level will do; each result says which.
     pub or_lower: bool,
+    /// The blocks go to the object store in the background, whatever the daemon's configuration says of the namespace: of a
+    /// session that is to outlive the node. Nothing waits for that.
+    pub upload: bool,
     /// More blocks of the same request follow in another put.
     pub more_follows: bool,
     /// Leave out the checksum, over gRPC: for bytes that the caller cannot vouch for anyway. (Over the local plane there is no
@@ -132,6 +135,7 @@ impl Client {
             level: options.level.into(),
             more_follows: options.more_follows,
             or_lower: options.or_lower,
+            upload: options.upload,
         };
         let open = data_stream::message(&v1::PutRequest { part: Some(Wire::Open(open)) });
         let frames = blocks.into_iter().flat_map(move |block| block_frames(block, options));

@@ -1,9 +1,10 @@
-//! What goes to disk and to the bucket: by the configuration, by how often it was asked for, and within the budget.
+//! What goes to disk and to the bucket: by the configuration, by how often it was asked for and what it costs to compute again,
+//! and within the budget.
 
 use std::sync::Arc;
 
-use kvstore_tiers::admission::{Admission, Frequencies, WriteBudget};
-use kvstore_tiers::host::RegisteredLayout;
+use kvstore_tiers::admission::{Admission, Depths, Frequencies, Worth, WriteBudget, recompute_cost};
+use kvstore_tiers::host::{NamespaceId, RegisteredLayout};
 use kvstore_tiers::nvme::BlockRef;
 use kvstore_tiers::object::{Offer, Offered};
 use kvstore_tiers::{BootTime, SequenceHash, SlotKey};
@@ -17,82 +18,160 @@ use crate::{clock, telemetry};
 /// See the head of this file.
 pub struct Admitter(Mutex<State>);
 
-struct State {
+/// What holds for a namespace.
+#[derive(Clone, Copy)]
+struct Rules {
     admission: Admission,
-    /// Somebody wants to know what two requests asked for.
+    promote_after: u8,
+}
+
+struct State {
+    /// By namespace.
+    rules: Vec<Rules>,
+    reused_after: u8,
+    /// Somebody wants to know how many requests asked for a block.
     counts: bool,
-    /// Made when it is first needed: 2 MiB.
-    frequencies: Option<Frequencies>,
+    /// Made when they are first needed: 2 MiB, and one.
+    seen: Option<(Frequencies, Depths)>,
     budget: WriteBudget,
+    worth: Worth,
+}
+
+/// On what occasion a block may be written to disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Occasion {
+    /// It was stored just now.
+    Stored,
+    /// It was asked for, and is in memory.
+    AskedFor,
+    /// It was read from the bucket.
+    Promoted,
+    /// It is to leave memory.
+    Leaving,
+    /// Somebody waits for it there.
+    Must,
 }
 
 impl Admitter {
-    /// By these rules.
-    pub fn new(config: &Config, now: BootTime) -> Self {
-        let state =
-            State { admission: Admission::All, counts: false, frequencies: None, budget: WriteBudget::new(None, now) };
+    /// By these rules; `namespaces` in the order of their numbers.
+    pub fn new(config: &Config, namespaces: &[String], now: BootTime) -> Self {
+        let state = State {
+            rules: Vec::new(),
+            reused_after: 2,
+            counts: false,
+            seen: None,
+            budget: WriteBudget::new(None, now),
+            worth: Worth::default(),
+        };
         let admitter = Self(Mutex::new(state));
-        admitter.set(config, now);
+        admitter.set(config, namespaces, now);
         admitter
     }
 
     /// By other rules from now on.
-    pub fn set(&self, config: &Config, now: BootTime) {
-        let (admission, bytes_per_day) =
-            config.nvme.as_ref().map_or((Admission::All, None), |nvme| (nvme.admission, nvme.write_budget));
+    pub fn set(&self, config: &Config, namespaces: &[String], now: BootTime) {
+        let nvme = config.nvme.as_ref();
+        let rules = |name: &String| Rules {
+            admission: config.admission_of(name),
+            promote_after: (config.policies.get(name).and_then(|policy| policy.promote_after))
+                .or(nvme.map(|nvme| nvme.promote_after))
+                .unwrap_or(1),
+        };
         let mut state = self.0.lock();
-        state.admission = admission;
+        state.rules = namespaces.iter().map(rules).collect();
+        state.reused_after = nvme.map_or(2, |nvme| nvme.reused_after);
         state.counts = config.counts_requests();
-        state.budget.set(bytes_per_day, now);
+        state.budget.set(nvme.and_then(|nvme| nvme.write_budget), now);
     }
 
     /// A request asks for these blocks.
     pub fn count(&self, layout: &RegisteredLayout, hashes: &[SequenceHash]) {
         let mut state = self.0.lock();
         if state.counts {
-            let frequencies = state.frequencies.get_or_insert_default();
-            hashes.iter().for_each(|hash| frequencies.count(name(layout, hash)));
+            let (frequencies, depths) = state.seen.get_or_insert_default();
+            for (depth, hash) in hashes.iter().enumerate() {
+                let name = name(layout, hash);
+                frequencies.count(name);
+                depths.note(name, depth);
+            }
         }
     }
 
-    /// True where a block that was stored just now goes to disk; then its bytes count. `must`: somebody waits for it there.
+    /// True where a block of this group goes to disk now; then its bytes count.
     pub fn admits(
         &self,
         layout: &RegisteredLayout,
+        group: u16,
         hash: &SequenceHash,
-        bytes: u64,
-        must: bool,
+        occasion: Occasion,
         now: BootTime,
     ) -> bool {
-        let mut state = self.0.lock();
-        let reused = match state.admission {
-            Admission::All => true,
-            // Asked for by the request that stores it now, and by one before.
-            Admission::Reused => state.is_reused(layout, hash),
-        };
-        // What must be written counts, too.
-        let within = (must || reused) && state.budget.take(bytes, now);
-        must || within
+        let bytes = layout.group(u32::from(group)).map_or(0, |group| group.block_bytes);
+        self.0.lock().admits(layout, hash, bytes, occasion, now)
     }
 
-    /// True where two requests asked for the block.
+    /// True where enough requests asked for the block.
     pub fn is_reused(&self, layout: &RegisteredLayout, hash: &SequenceHash) -> bool {
         self.0.lock().is_reused(layout, hash)
     }
 
-    /// True where blocks that are read again go to disk then.
-    pub fn is_selective(&self) -> bool {
-        self.0.lock().admission == Admission::Reused
+    /// Which blocks of this namespace go to disk.
+    pub fn admission(&self, namespace: NamespaceId) -> Admission {
+        self.0.lock().rules(namespace).admission
     }
 }
 
 impl State {
+    fn rules(&self, namespace: NamespaceId) -> Rules {
+        self.rules.get(namespace.0).copied().unwrap_or(Rules { admission: Admission::All, promote_after: 1 })
+    }
+
+    /// How many requests asked for the block, as far as that is counted.
+    fn requests(&self, layout: &RegisteredLayout, hash: &SequenceHash) -> u8 {
+        self.seen.as_ref().map_or(0, |(frequencies, _)| frequencies.of(name(layout, hash)))
+    }
+
     fn is_reused(&self, layout: &RegisteredLayout, hash: &SequenceHash) -> bool {
-        self.frequencies.as_ref().is_some_and(|frequencies| frequencies.of(name(layout, hash)) >= 2)
+        self.requests(layout, hash) >= self.reused_after
+    }
+
+    fn admits(
+        &mut self,
+        layout: &RegisteredLayout,
+        hash: &SequenceHash,
+        bytes: u64,
+        occasion: Occasion,
+        now: BootTime,
+    ) -> bool {
+        if occasion == Occasion::Must {
+            // Beyond the budget, too; but it counts.
+            self.budget.take(bytes, now);
+            return true;
+        }
+        let Rules { admission, promote_after } = self.rules(layout.namespace);
+        let wanted = match admission {
+            Admission::All => occasion != Occasion::Leaving,
+            Admission::Reused => occasion != Occasion::Leaving && self.is_reused(layout, hash),
+            Admission::Evicted => occasion == Occasion::Leaving,
+        };
+        let promoted =
+            occasion != Occasion::Promoted || promote_after <= 1 || self.requests(layout, hash) >= promote_after;
+        wanted && promoted && {
+            let left = self.budget.left(now);
+            let value = self.value(layout, hash, bytes);
+            self.worth.admits(value, left) && self.budget.take(bytes, now)
+        }
+    }
+
+    /// What keeping a byte of the block saves, in tokens that attend to nothing.
+    fn value(&self, layout: &RegisteredLayout, hash: &SequenceHash, bytes: u64) -> f64 {
+        let depth = self.seen.as_ref().map_or(0, |(_, depths)| depths.of(name(layout, hash)));
+        let requests = f64::from(self.requests(layout, hash).max(1));
+        requests * recompute_cost(layout.layout.block_tokens, depth) / bytes.max(1) as f64
     }
 }
 
-/// A request asks for blocks that are in memory: those that are not in the bucket, and are asked for a second time, go there now.
+/// A request asks for blocks that are in memory: those that are not in the bucket, and were asked for often enough, go there now.
 pub fn upload_reused(daemon: &Daemon, layout: &Arc<RegisteredLayout>, group: u16, hashes: &[SequenceHash]) {
     let Some(object) = daemon.object.as_ref().filter(|_| daemon.uploads_of(layout.namespace) == Uploads::Reused) else {
         return;
@@ -112,17 +191,17 @@ pub fn upload_reused(daemon: &Daemon, layout: &Arc<RegisteredLayout>, group: u16
     }
 }
 
-/// A request asks for blocks that are in memory: those that are not on disk, and are asked for a second time, go there now.
+/// A request asks for blocks that are in memory: those that are not on disk, and were asked for often enough, go there now.
 pub fn admit_reused(daemon: &Daemon, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash], on_disk: &[bool]) {
-    let Some(nvme) = daemon.nvme.as_ref().filter(|_| daemon.admitter.is_selective()) else { return };
-    let bytes = layout.group(u32::from(group)).map_or(0, |group| group.block_bytes);
+    let selective = daemon.admitter.admission(layout.namespace) == Admission::Reused;
+    let Some(nvme) = daemon.nvme.as_ref().filter(|_| selective) else { return };
     let mut parent = None;
     for (hash, on_disk) in hashes.iter().zip(on_disk) {
         if !on_disk {
             if !nvme.has_dirty_room() {
                 return;
             }
-            if daemon.admitter.admits(layout, hash, bytes, false, clock::now()) {
+            if daemon.admitter.admits(layout, group, hash, Occasion::AskedFor, clock::now()) {
                 let _ = nvme.write_back(&BlockRef { layout, group, hash: *hash }, parent, Vec::new(), false);
             } else {
                 telemetry::add(&daemon.traffic.not_admitted, 1);

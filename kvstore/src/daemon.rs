@@ -8,8 +8,8 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use kvstore_tiers::host::{HoldId, HostOptions, HostTier, NamespaceId, NamespaceLimits};
-use kvstore_tiers::nvme::{NvmeOptions, NvmeTier, OpenError};
+use kvstore_tiers::host::{HoldId, HostOptions, HostTier, NamespaceId, NamespaceLimits, namespace_digest};
+use kvstore_tiers::nvme::{NvmeNamespace, NvmeOptions, NvmeTier, OpenError};
 use kvstore_tiers::object::{ObjectOptions, ObjectTier, OpenObjectError};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
@@ -18,7 +18,7 @@ use crate::accesses::Accesses;
 use crate::admission::Admitter;
 use crate::caps;
 use crate::clock;
-use crate::config::{self, Change, Config, ConfigError, NvmeConfig, ObjectConfig, RawConfig, Uploads};
+use crate::config::{self, Change, Config, ConfigError, NamespacePolicy, NvmeConfig, ObjectConfig, RawConfig, Uploads};
 use crate::telemetry::{LogControl, Traffic};
 use crate::verbs::prefetch::Prefetches;
 
@@ -114,6 +114,9 @@ impl Daemon {
             Some(nvme) => Some(NvmeTier::open(&nvme_options(nvme), &host)?),
             None => None,
         };
+        if let Some(nvme) = &nvme {
+            nvme.set_namespaces(nvme_namespaces(&config));
+        }
         let object = match &config.object {
             Some(object) => Some(open_object(object, &config, &namespaces, &host, nvme.as_ref())?),
             None => None,
@@ -125,7 +128,7 @@ impl Daemon {
             traffic: Traffic::default(),
             prefetches: Prefetches::default(),
             accesses: Accesses::default(),
-            admitter: Admitter::new(&config, clock::now()),
+            admitter: Admitter::new(&config, &namespaces, clock::now()),
             data_calls: Arc::new(Semaphore::new(caps::DATA_CALLS_MAX)),
             leasable: Arc::new(Semaphore::new(caps::LEASED_BLOCKS_MAX)),
             verifications: Arc::new(Semaphore::new(caps::VERIFICATIONS_MAX)),
@@ -158,6 +161,11 @@ impl Daemon {
         name.map_or(Uploads::Asked, |name| self.config().uploads_of(name))
     }
 
+    /// The namespaces' names, in the order of their numbers.
+    pub fn namespaces(&self) -> &[String] {
+        &self.namespaces
+    }
+
     /// The namespace with this name.
     pub fn namespace(&self, name: &str) -> Option<NamespaceId> {
         self.namespaces.iter().position(|known| known == name).map(NamespaceId)
@@ -187,8 +195,9 @@ impl Daemon {
         self.host.set_namespace_limits(limits_of(&new, &self.namespaces));
         if let (Some(tier), Some(nvme)) = (&self.nvme, &new.nvme) {
             tier.set_limits(nvme.bytes, nvme.dirty_bytes);
+            tier.set_namespaces(nvme_namespaces(&new));
         }
-        self.admitter.set(&new, clock::now());
+        self.admitter.set(&new, &self.namespaces, clock::now());
         if let (Some(tier), Some(object)) = (&self.object, &new.object) {
             tier.set_limits(object.limits);
         }
@@ -256,7 +265,17 @@ impl Daemon {
 
 /// What each namespace may have of the memory, in their order.
 fn limits_of(config: &Config, namespaces: &[String]) -> impl Iterator<Item = NamespaceLimits> {
-    namespaces.iter().map(|name| config.policies.get(name).map(|policy| policy.limits).unwrap_or_default())
+    namespaces.iter().map(|name| config.host_limits_of(name))
+}
+
+/// What each namespace may have of the disks.
+fn nvme_namespaces(config: &Config) -> Vec<NvmeNamespace> {
+    let of = |(name, policy): (&String, &NamespacePolicy)| NvmeNamespace {
+        digest: namespace_digest(name),
+        bytes: policy.nvme_bytes,
+        ttl_ms: policy.ttl.map(|ttl| ttl.as_millis() as u64),
+    };
+    config.policies.iter().map(of).collect()
 }
 
 /// Why a daemon cannot start.

@@ -19,3 +19,4 @@ pub mod telemetry;
 pub mod trace;
 mod verbs;
 mod wire;
+mod write_back;

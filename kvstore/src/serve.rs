@@ -12,8 +12,10 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::daemon::{Daemon, Sources};
-use crate::{caps, http, local, server, telemetry};
+use crate::{caps, http, local, server, telemetry, write_back};
 
+/// A daemon that stops writes back this long at most: half of what Kubernetes gives a pod by default.
+const WRITE_BACK_WITHIN: Duration = Duration::from_secs(15);
 /// After the drain, connections that stay open get this much longer to close.
 const CLOSE_WITHIN: Duration = Duration::from_secs(1);
 
@@ -92,6 +94,7 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
         tasks.spawn(async move { Ok(http::serve(daemon, listener, stopping).await?) });
     }
     tokio::spawn(Arc::clone(&daemon).tick_forever());
+    tokio::spawn(write_back::write_back_forever(Arc::clone(&daemon)));
     if daemon.object.is_some() {
         tokio::spawn(crate::verbs::collect::collect_forever(Arc::clone(&daemon)));
     }
@@ -113,6 +116,7 @@ impl Running {
             self.tasks.abort_all();
             while self.tasks.join_next().await.is_some() {}
         }
+        write_back::write_back_all(&self.daemon, WRITE_BACK_WITHIN).await;
         if let Some(object) = &self.daemon.object {
             // Before the volumes: what is uploaded may have to be read from them.
             object.close(caps::UPLOADS_CLOSE_WITHIN).await;

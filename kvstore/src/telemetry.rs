@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use kvstore_tiers::host::namespace_digest;
 use kvstore_tiers::nvme::NvmeStatus;
 use kvstore_tiers::object::ObjectStatus;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -154,6 +155,10 @@ pub fn render(daemon: &Daemon) -> String {
     }
     if let Some(nvme) = &daemon.nvme {
         render_nvme(&nvme.status());
+        for name in daemon.namespaces() {
+            let bytes = nvme.namespace_bytes(&namespace_digest(name));
+            metrics::gauge!("kvstore_nvme_namespace_bytes", "namespace" => name.clone()).set(bytes as f64);
+        }
     }
     if let Some(object) = &daemon.object {
         render_object(&object.status());
@@ -245,7 +250,7 @@ fn render_object(status: &ObjectStatus) {
 }
 
 /// Every metric, with its help text: `docs/metrics.md` is checked against this list.
-pub const METRICS: [(&str, &str, &str); 85] = [
+pub const METRICS: [(&str, &str, &str); 86] = [
     ("kvstore_put_blocks_total", "counter", "Blocks stored by puts"),
     ("kvstore_put_bytes_total", "counter", "Bytes stored by puts"),
     ("kvstore_get_hits_total", "counter", "Blocks that gets found"),
@@ -323,6 +328,7 @@ pub const METRICS: [(&str, &str, &str); 85] = [
         "counter",
         "Blocks that were not worth a write to disk, or beyond its budget",
     ),
+    ("kvstore_nvme_namespace_bytes", "gauge", "Blocks of a namespace on disk, bytes"),
     ("kvstore_nvme_dirty_bytes", "gauge", "Blocks that wait to be written to disk, bytes"),
     ("kvstore_nvme_dirty_max_bytes", "gauge", "Puts wait above this, bytes"),
     ("kvstore_nvme_serving", "gauge", "1 while a volume fully serves"),

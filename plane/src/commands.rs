@@ -36,6 +36,8 @@ pub enum Command {
         group: u16,
         /// Answer only once the block is on disk, data and index synced.
         local: bool,
+        /// They go to the object store in the background, whatever the daemon's configuration says.
+        upload: bool,
         /// Nobody waits after this long.
         deadline_ms: u32,
         /// The blocks.
@@ -153,8 +155,9 @@ impl Command {
     pub fn encode(&self) -> (u16, Vec<u8>) {
         let mut writer = Writer::default();
         let kind = match self {
-            Self::Stage { layout, group, local, deadline_ms, blocks } => {
-                writer.u32(*layout).u16(*group).u16(u16::from(*local)).u32(*deadline_ms).u32(blocks.len() as u32);
+            Self::Stage { layout, group, local, upload, deadline_ms, blocks } => {
+                let flags = u16::from(*local) | u16::from(*upload) << 1;
+                writer.u32(*layout).u16(*group).u16(flags).u32(*deadline_ms).u32(blocks.len() as u32);
                 for block in blocks {
                     put_hash(&mut writer, &block.hash);
                     match &block.parent {
@@ -197,7 +200,7 @@ impl Command {
         Ok(match kind {
             1 => {
                 let (layout, group) = (reader.u32().ok_or(SHORT)?, reader.u16().ok_or(SHORT)?);
-                let local = reader.u16().ok_or(SHORT)? & 1 == 1;
+                let flags = reader.u16().ok_or(SHORT)?;
                 let (deadline_ms, count) = (reader.u32().ok_or(SHORT)?, reader.u32().ok_or(SHORT)?);
                 if count == 0 || count > caps::BLOCKS_PER_STAGE_MAX as u32 {
                     return Err(BadCommand("no block, or too many"));
@@ -209,7 +212,8 @@ impl Command {
                     Ok(StageBlock { hash, parent, length, tail: reader.u32().ok_or(SHORT)? & 1 == 1 })
                 };
                 let blocks = (0..count).map(block).collect::<Result<_, _>>()?;
-                Self::Stage { layout, group, local, deadline_ms, blocks }
+                let (local, upload) = (flags & 1 == 1, flags & 2 == 2);
+                Self::Stage { layout, group, local, upload, deadline_ms, blocks }
             }
             2 => {
                 let (offset, bytes) = (reader.u64().ok_or(SHORT)?, reader.u32().ok_or(SHORT)?);
@@ -337,15 +341,15 @@ mod tests {
     fn command() -> impl Strategy<Value = Command> {
         let hashes = || prop::collection::vec(hash(), 1..20);
         prop_oneof![
-            (any::<u32>(), any::<u16>(), any::<bool>(), any::<u32>(), prop::collection::vec(block(), 1..20)).prop_map(
-                |(layout, group, local, deadline_ms, blocks)| Command::Stage {
+            (any::<u32>(), any::<u16>(), any::<(bool, bool)>(), any::<u32>(), prop::collection::vec(block(), 1..20))
+                .prop_map(|(layout, group, (local, upload), deadline_ms, blocks)| Command::Stage {
                     layout,
                     group,
                     local,
+                    upload,
                     deadline_ms,
                     blocks
-                }
-            ),
+                }),
             (any::<u64>(), any::<u32>(), any::<bool>(), prop::option::of(any::<u32>()))
                 .prop_map(|(offset, bytes, last, crc32)| Command::Copy { offset, bytes, last, crc32 }),
             Just(Command::Abandon),
@@ -397,6 +401,7 @@ mod tests {
             layout: 0,
             group: 0,
             local: false,
+            upload: true,
             deadline_ms: 0,
             blocks: vec![block; caps::BLOCKS_PER_STAGE_MAX],
         };

@@ -252,11 +252,11 @@ impl Put {
         buffers: &Bound<'_, PyAny>,
         parent: Option<&Bound<'_, PyAny>>,
         level: &str,
-        more_follows: bool,
+        (more_follows, upload): (bool, bool),
     ) -> PyResult<Self> {
         let hashes = hashes_of(hashes)?;
         let buffers = Buffers::borrow(buffers, hashes.len(), false)?;
-        let options = PutOptions { level: level_of(level)?, more_follows, ..PutOptions::default() };
+        let options = PutOptions { level: level_of(level)?, more_follows, upload, ..PutOptions::default() };
         Ok(Self { hashes, parent: parent.map(hash_of).transpose()?, buffers, options })
     }
 
@@ -338,7 +338,8 @@ impl Group {
         awaitable(py, call, plain)
     }
 
-    #[pyo3(signature = (hashes, buffers, parent, level, more_follows))]
+    #[pyo3(signature = (hashes, buffers, parent, level, more_follows, upload))]
+    #[expect(clippy::too_many_arguments, reason = "a put's options, and where its bytes are")]
     fn put_from(
         &self,
         py: Python<'_>,
@@ -347,12 +348,14 @@ impl Group {
         parent: Option<&Bound<'_, PyAny>>,
         level: &str,
         more_follows: bool,
+        upload: bool,
     ) -> PyResult<Vec<(&'static str, Option<&'static str>)>> {
-        let put = Put::new(hashes, buffers, parent, level, more_follows)?;
+        let put = Put::new(hashes, buffers, parent, level, (more_follows, upload))?;
         wait(py, put.run(&self.client, &self.group)).map(|stored| results(&stored)).map_err(raise)
     }
 
-    #[pyo3(signature = (hashes, buffers, parent, level, more_follows))]
+    #[pyo3(signature = (hashes, buffers, parent, level, more_follows, upload))]
+    #[expect(clippy::too_many_arguments, reason = "a put's options, and where its bytes are")]
     fn put_from_async<'py>(
         &self,
         py: Python<'py>,
@@ -361,8 +364,9 @@ impl Group {
         parent: Option<&Bound<'_, PyAny>>,
         level: &str,
         more_follows: bool,
+        upload: bool,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let put = Put::new(hashes, buffers, parent, level, more_follows)?;
+        let put = Put::new(hashes, buffers, parent, level, (more_follows, upload))?;
         let (client, group) = (self.client.clone(), self.group.clone());
         awaitable(py, async move { put.run(&client, &group).await.map(|stored| results(&stored)) }, plain)
     }
@@ -386,7 +390,7 @@ impl Group {
         pages::start_get(&self.client, &self.group, hashes_of(hashes)?, pages, numbers)
     }
 
-    #[pyo3(signature = (hashes, pages, numbers, parent, level, more_follows))]
+    #[pyo3(signature = (hashes, pages, numbers, parent, level, more_follows, upload))]
     #[expect(clippy::too_many_arguments, reason = "a put's options, and where its bytes are")]
     fn put_pages(
         &self,
@@ -397,9 +401,10 @@ impl Group {
         parent: Option<&Bound<'_, PyAny>>,
         level: &str,
         more_follows: bool,
+        upload: bool,
     ) -> PyResult<Vec<(&'static str, Option<&'static str>)>> {
         let (hashes, parent) = (hashes_of(hashes)?, parent.map(hash_of).transpose()?);
-        let options = PutOptions { level: level_of(level)?, more_follows, ..PutOptions::default() };
+        let options = PutOptions { level: level_of(level)?, more_follows, upload, ..PutOptions::default() };
         let stored =
             pages::put(py, (&self.client, &self.group), &hashes, pages.get(), &numbers, parent.as_deref(), options)?;
         Ok(results(&stored))

@@ -145,17 +145,17 @@ impl Tiers {
 
     /// Puts block `id` into memory; false where there is no room.
     pub fn put_in_memory(&self, id: u64) -> bool {
-        self.put_content_in_memory(id, &replay::content(id, self.block_bytes as usize))
+        self.put_content_in_memory(id, None, &replay::content(id, self.block_bytes as usize))
     }
 
-    fn put_content_in_memory(&self, id: u64, content: &[u8]) -> bool {
+    fn put_content_in_memory(&self, id: u64, parent: Option<u64>, content: &[u8]) -> bool {
         let urgency =
             Urgency { source: FlightSource::Writer, priority: Priority::Demand, deadline: BootTime(u64::MAX) };
         let request = FillRequest {
             layout: &self.layout,
             group: 0,
             hash: hash(id),
-            parent: None,
+            parent: parent.map(hash),
             length: self.block_bytes,
             urgency,
         };
@@ -168,18 +168,27 @@ impl Tiers {
                 }
                 BeginFill::NeedsSlab(plan) => self.host.make_slab(plan).unwrap(),
                 BeginFill::Resident => return true,
-                BeginFill::InFlight | BeginFill::Wait | BeginFill::Busy => return false,
+                BeginFill::InFlight | BeginFill::Wait | BeginFill::Busy | BeginFill::Outranked => return false,
             }
         }
     }
 
     /// Puts `content` as block `id`, like [`Self::put`].
     pub fn put_bytes(&self, id: u64, content: &[u8], local: bool) -> bool {
-        self.put_content_in_memory(id, content) && self.write_back(id, local)
+        self.put_content_in_memory(id, None, content) && self.write_back(id, None, local)
     }
 
-    fn write_back(&self, id: u64, local: bool) -> bool {
-        match self.nvme.write_back(&self.block(id), None, Vec::new(), local) {
+    /// Puts blocks, each the parent of the next; true once all are LOCAL.
+    pub fn put_chain(&self, ids: std::ops::Range<u64>) -> bool {
+        ids.clone().all(|id| {
+            let parent = (id > ids.start).then(|| id - 1);
+            let content = replay::content(id, self.block_bytes as usize);
+            self.put_content_in_memory(id, parent, &content) && self.write_back(id, parent, true)
+        })
+    }
+
+    fn write_back(&self, id: u64, parent: Option<u64>, local: bool) -> bool {
+        match self.nvme.write_back(&self.block(id), parent.map(hash), Vec::new(), local) {
             WriteBack::Queued(Some(waiting)) => waiting.blocking_recv().unwrap_or(false),
             WriteBack::Queued(None) => true,
             WriteBack::Refused => false,
@@ -191,7 +200,7 @@ impl Tiers {
         while !self.nvme.has_dirty_room() {
             std::thread::sleep(Duration::from_millis(1));
         }
-        self.put_in_memory(id) && self.write_back(id, local)
+        self.put_in_memory(id) && self.write_back(id, None, local)
     }
 
     /// Reads block `id`; every byte that comes is checked to be the right one.
@@ -214,7 +223,9 @@ impl Tiers {
                 },
                 Promote::Absent => return Got::Miss,
                 Promote::NeedsSlab(plan) => self.host.make_slab(plan).unwrap(),
-                Promote::Resident | Promote::InFlight | Promote::Busy => std::thread::sleep(Duration::from_millis(1)),
+                Promote::Resident | Promote::InFlight | Promote::Busy | Promote::Outranked => {
+                    std::thread::sleep(Duration::from_millis(1))
+                }
             }
         }
         panic!("block {id} neither came nor missed within 10 s");

@@ -159,7 +159,7 @@ async fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 fn stage(hash: u8, length: u32) -> Command {
     let hash = SequenceHash::new(&[hash; 20]).unwrap();
     let blocks = vec![StageBlock { hash, parent: None, length, tail: true }];
-    Command::Stage { layout: 0, group: 0, local: false, deadline_ms: 2000, blocks }
+    Command::Stage { layout: 0, group: 0, local: false, upload: false, deadline_ms: 2000, blocks }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -234,8 +234,22 @@ async fn wild_commands_are_refused_and_harm_nobody() {
     }
     // Other wrong things: an unknown layout, group, length, tag, checksum; a tag that is in use; bytes too many.
     let wrong = [
-        Command::Stage { layout: 99, group: 0, local: false, deadline_ms: 0, blocks: stage_blocks(3, BLOCK_BYTES) },
-        Command::Stage { layout: 0, group: 7, local: false, deadline_ms: 0, blocks: stage_blocks(3, BLOCK_BYTES) },
+        Command::Stage {
+            layout: 99,
+            group: 0,
+            local: false,
+            upload: false,
+            deadline_ms: 0,
+            blocks: stage_blocks(3, BLOCK_BYTES),
+        },
+        Command::Stage {
+            layout: 0,
+            group: 7,
+            local: false,
+            upload: false,
+            deadline_ms: 0,
+            blocks: stage_blocks(3, BLOCK_BYTES),
+        },
         stage(3, BLOCK_BYTES - 1),
         stage(3, u32::MAX),
         Command::Promote { layout: 5, group: 0, deadline_ms: 0, ticket: 0, hashes: vec![hash(1)] },

@@ -3,7 +3,8 @@
 //! Most blocks of most workloads are never asked for again. Where the configuration says so, only blocks that were asked for by a
 //! second request are written; how often names were asked for is counted in a sketch (Cormode and Muthukrishnan's count-min, with
 //! conservative updates), which forgets by halving, as in TinyLFU (Einziger, Friedman, Manes, 2017). And a budget bounds the bytes
-//! a day that a drive is to take.
+//! a day that a drive is to take: as it runs short, only blocks go that save the most computing for each byte, which is how often
+//! they are asked for, times what it costs to compute them again: the more, the more tokens they attend to.
 
 use crate::clock::BootTime;
 
@@ -13,8 +14,10 @@ pub enum Admission {
     /// Every block that is stored.
     #[default]
     All,
-    /// Those that were asked for by two requests.
+    /// Those that enough requests asked for: two, unless configured.
     Reused,
+    /// Those that leave memory, when they do: write-back.
+    Evicted,
 }
 
 impl Admission {
@@ -23,7 +26,18 @@ impl Admission {
         match self {
             Self::All => "all",
             Self::Reused => "reused",
+            Self::Evicted => "evicted",
         }
+    }
+}
+
+impl std::str::FromStr for Admission {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let all = [Self::All, Self::Reused, Self::Evicted];
+        let known = all.into_iter().find(|admission| admission.name() == name);
+        known.ok_or_else(|| format!("{name:?} is not \"all\", \"reused\" or \"evicted\""))
     }
 }
 
@@ -75,6 +89,70 @@ impl Frequencies {
     }
 }
 
+/// Tokens at which attention costs as much as all else: the cost of a token is 2 FLOPs a parameter, and 4 a layer, a unit of
+/// width and a token that it attends to, which for an 8B model (32 layers, 4096 wide) is as much at 30,000.
+const ATTENTION_TOKENS: f64 = 32_768.0;
+/// Names whose depth is remembered: four bytes each.
+const DEPTHS: usize = 1 << 18;
+
+/// How many blocks precede a name in its prompt, as far as it was asked for lately; a name may push out another.
+pub struct Depths(Vec<u32>);
+
+impl Default for Depths {
+    fn default() -> Self {
+        Self(vec![0; DEPTHS])
+    }
+}
+
+impl Depths {
+    fn place(name: u64) -> (usize, u32) {
+        ((name >> 16) as usize % DEPTHS, (name & 0xFFFF) as u32)
+    }
+
+    /// The name stands behind `blocks` others.
+    pub fn note(&mut self, name: u64, blocks: usize) {
+        let (at, tag) = Self::place(name);
+        if let Some(place) = self.0.get_mut(at) {
+            *place = tag << 16 | blocks.min(0xFFFF) as u32;
+        }
+    }
+
+    /// See [`Self::note`]; 0 where it is not known.
+    pub fn of(&self, name: u64) -> u32 {
+        let (at, tag) = Self::place(name);
+        self.0.get(at).filter(|place| **place >> 16 == tag).map_or(0, |place| place & 0xFFFF)
+    }
+}
+
+/// What it costs to compute a block again, in tokens that attend to nothing.
+pub fn recompute_cost(block_tokens: u32, blocks_before: u32) -> f64 {
+    let tokens = f64::from(block_tokens);
+    tokens * (1.0 + (f64::from(blocks_before) + 0.5) * tokens / ATTENTION_TOKENS)
+}
+
+/// Which blocks are worth a write while a budget is short: by what a byte of them saves, against what is usual.
+#[derive(Debug, Default)]
+pub struct Worth {
+    usual: f64,
+    seen: u32,
+}
+
+/// Values that the usual one is an average of, the later the more.
+const USUAL_OF: u32 = 1024;
+/// With this part of the budget left, every block goes; with less, the least valuable stay out.
+const AMPLE: f64 = 0.25;
+/// With nothing left, a block must be worth this many times the usual.
+const STRICTEST: f64 = 4.0;
+
+impl Worth {
+    /// True where a block whose bytes save `value` each is worth a write, with `left` of the budget.
+    pub fn admits(&mut self, value: f64, left: f64) -> bool {
+        self.seen = (self.seen + 1).min(USUAL_OF);
+        self.usual += (value - self.usual) / f64::from(self.seen);
+        left >= AMPLE || value >= self.usual * STRICTEST * (AMPLE - left.max(0.0)) / AMPLE
+    }
+}
+
 /// Bytes a day that may be written; what is not used is saved for an hour.
 #[derive(Debug)]
 pub struct WriteBudget {
@@ -100,13 +178,24 @@ impl WriteBudget {
         }
     }
 
-    /// True where these bytes may be written; then they count.
-    pub fn take(&mut self, bytes: u64, now: BootTime) -> bool {
-        let Some(per_day) = self.bytes_per_day else { return true };
+    /// How much is left, of the most that is saved: 1 without a bound, less than 0 on credit.
+    pub fn left(&mut self, now: BootTime) -> f64 {
+        let Some(per_day) = self.bytes_per_day else { return 1.0 };
+        self.earn(per_day, now);
+        self.left / (per_day as f64 * SAVED_MS as f64 / DAY_MS as f64).max(1.0)
+    }
+
+    fn earn(&mut self, per_day: u64, now: BootTime) {
         let rate = per_day as f64 / DAY_MS as f64;
         let earned = now.ms_since(self.at) as f64 * rate;
         self.left = (self.left + earned).min(rate * SAVED_MS as f64);
         self.at = now;
+    }
+
+    /// True where these bytes may be written; then they count.
+    pub fn take(&mut self, bytes: u64, now: BootTime) -> bool {
+        let Some(per_day) = self.bytes_per_day else { return true };
+        self.earn(per_day, now);
         // A block may be larger than what can be saved: it is then written on credit.
         let may = self.left > 0.0;
         if may {
@@ -131,6 +220,36 @@ mod tests {
         assert!(overcounted < 2000, "{overcounted}");
         (0..HALVED_AFTER).for_each(|_| frequencies.count(7));
         assert_eq!(frequencies.of(spread(5000)), 0);
+    }
+
+    #[test]
+    fn depths_are_remembered_for_a_while_and_never_made_up() {
+        let mut depths = Depths::default();
+        let name = |at: u64| (at + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        (0..1000).for_each(|at| depths.note(name(at), at as usize));
+        let right = (0..1000).filter(|at| depths.of(name(*at)) == *at as u32).count();
+        assert!(right > 990, "{right}");
+        assert_eq!((1000..2000).map(|at| depths.of(name(at))).filter(|depth| *depth > 0).count(), 0);
+        assert!(recompute_cost(16, 4000) > 2.9 * recompute_cost(16, 0));
+    }
+
+    /// A tenth of the blocks is worth ten times the rest; the budget is for a fifth of all. First come, first served would
+    /// write a fifth of those.
+    #[test]
+    fn a_short_budget_goes_to_what_saves_most() {
+        let (mut budget, mut worth) = (WriteBudget::new(Some(24 * 3_600_000), BootTime(0)), Worth::default());
+        let (mut dear, mut cheap, mut bytes) = (0, 0, 0);
+        for at in 0..200_000u64 {
+            let now = BootTime(at * 20);
+            let value = if at % 10 == 3 { 10.0 } else { 1.0 };
+            if worth.admits(value, budget.left(now)) && budget.take(100, now) {
+                bytes += 100;
+                if value > 1.0 { dear += 1 } else { cheap += 1 }
+            }
+        }
+        assert!(dear > 19_500, "{dear} of 20,000 that save most, {cheap} of the rest");
+        assert!(cheap > 5_000, "what is left of the budget is used: {cheap}");
+        assert!(bytes <= 200_000 * 20 + 3_600_000, "{bytes}");
     }
 
     #[test]

@@ -43,6 +43,12 @@ pub const STAGING_PERCENT_MAX: u64 = 12;
 pub const STAGING_BYTES_MIN: u64 = 128 << 10;
 /// ... and no more than a client can have on its way at once.
 pub const STAGING_BYTES_MAX: u64 = 64 << 20;
+/// Blocks before one that is to leave memory, in its prefix, that are written to the tiers below with it: they leave next.
+pub const WRITE_BACK_RUN: usize = 16;
+/// ... while fewer than one part in this many of a pool waits for that, or is leased.
+pub const PARKED_PARTS: usize = 8;
+/// Blocks that wait to be written below before they leave memory: a few runs. Each is leased until it is queued.
+pub const LEAVING_MAX: usize = 256;
 /// Pins and tickets at once, of one namespace.
 pub const HOLDS_MAX: usize = 65_536;
 /// Blocks that all pins and tickets of one namespace name, each as often as it is named: 48 MiB of keys.
@@ -82,6 +88,12 @@ pub const NVME_INDEX_FILES_MAX: i32 = 64;
 pub const NVME_REINSERT_PERCENT: u64 = 15;
 /// Blocks that wait to be written at most, whatever their size: some 400 bytes each beside the block.
 pub const NVME_DIRTY_BLOCKS_MAX: u64 = 65_536;
+/// Unused blocks of a namespace with a ttl are looked for each time one part in this many of it is over.
+pub const TTL_PARTS: u64 = 8;
+/// The longest ttl: what is not asked for in a year goes by space, if not before.
+pub const TTL_MS_MAX: u64 = 366 * 24 * 3600 * 1000;
+/// The shortest: look-ups and sweeps count seconds.
+pub const TTL_MS_MIN: u64 = 10_000;
 /// Transfers that fail in a row before a volume counts as gone.
 pub const NVME_ERRORS_IN_A_ROW_MAX: u32 = 16;
 /// Bytes of a pack in the object store that a writer aims at: a request costs as much time as some 3 MB of transfer (30 ms at

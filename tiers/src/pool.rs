@@ -23,12 +23,15 @@ pub(crate) struct Pool {
     pub(crate) free: usize,
     pub(crate) slots: usize,
     pub(crate) policy: Box<dyn EvictionPolicy>,
+    /// By block: the second in which it was stored or read last. Empty where nobody wants to know.
+    pub(crate) used_at: Vec<u32>,
 }
 
 impl Pool {
     pub(crate) fn new(slot_bytes: u64, stride: u32, policy: PolicyKind) -> Self {
         let policy = policy.build(0);
-        Self { slot_bytes, stride: stride.max(1), slabs: Vec::new(), free_head: NONE, free: 0, slots: 0, policy }
+        let (stride, slabs, used_at) = (stride.max(1), Vec::new(), Vec::new());
+        Self { slot_bytes, stride, slabs, free_head: NONE, free: 0, slots: 0, policy, used_at }
     }
 
     /// Slots that hold a block or are being filled.

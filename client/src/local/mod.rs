@@ -430,6 +430,7 @@ impl LocalGroup {
             layout: self.layout,
             group: self.group,
             local: options.level == v1::Level::Local,
+            upload: options.upload,
             more_follows: options.more_follows,
             deadline_ms,
         };

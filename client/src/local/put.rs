@@ -35,6 +35,7 @@ pub(crate) struct PutInto {
     pub(crate) layout: u32,
     pub(crate) group: u16,
     pub(crate) local: bool,
+    pub(crate) upload: bool,
     pub(crate) more_follows: bool,
     pub(crate) deadline_ms: u32,
 }
@@ -88,8 +89,8 @@ impl<'a> Putting<'a> {
             tail: at == last && !into.more_follows,
         };
         let staged = blocks.iter().enumerate().take(end).skip(self.staged).map(stage).collect();
-        let PutInto { layout, group, local, deadline_ms, .. } = into;
-        let command = Command::Stage { layout, group, local, deadline_ms, blocks: staged };
+        let PutInto { layout, group, local, upload, deadline_ms, .. } = into;
+        let command = Command::Stage { layout, group, local, upload, deadline_ms, blocks: staged };
         let tag = self.tag(self.staged);
         self.staged = end;
         self.attachment.submit(tag, &command).await

@@ -69,6 +69,8 @@ impl Verify {
             dirty_bytes: 0,
             engine: NvmeEngine::Auto,
             admission: Default::default(),
+            reused_after: 2,
+            promote_after: 1,
             write_budget: None,
         };
         let options = nvme_options(&config);

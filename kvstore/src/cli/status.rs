@@ -118,7 +118,14 @@ fn print_human(status: &v1::StatusResponse) {
 
 fn nvme_to_json(nvme: &v1::NvmeTierStatus) -> serde_json::Value {
     let volumes: Vec<_> = nvme.volumes.iter().map(volume_to_json).collect();
-    json!({ "dirty_bytes": nvme.dirty_bytes, "dirty_bytes_max": nvme.dirty_bytes_max, "volumes": volumes })
+    let namespace =
+        |of: &v1::NamespaceBytes| json!({ "namespace": of.namespace, "bytes": of.bytes, "bytes_max": of.bytes_max });
+    json!({
+        "dirty_bytes": nvme.dirty_bytes,
+        "dirty_bytes_max": nvme.dirty_bytes_max,
+        "volumes": volumes,
+        "namespaces": nvme.namespaces.iter().map(namespace).collect::<Vec<_>>(),
+    })
 }
 
 fn volume_to_json(volume: &v1::VolumeStatus) -> serde_json::Value {
@@ -154,6 +161,12 @@ fn print_nvme(nvme: &v1::NvmeTierStatus) {
         "nvme",
         format!("{} wait to be written, at most {}", bytes(nvme.dirty_bytes), bytes(nvme.dirty_bytes_max)),
     )]);
+    if nvme.namespaces.len() > 1 || nvme.namespaces.iter().any(|of| of.bytes_max > 0) {
+        for of in &nvme.namespaces {
+            let most = if of.bytes_max > 0 { format!(" of {} at most", bytes(of.bytes_max)) } else { String::new() };
+            print_pairs(&[(format!("  {}", of.namespace).as_str(), format!("{}{most}", bytes(of.bytes)))]);
+        }
+    }
     for volume in &nvme.volumes {
         let state = match volume.reason.as_str() {
             "" => volume.state.clone(),

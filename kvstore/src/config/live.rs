@@ -61,6 +61,16 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
             nvme(new, |nvme| nvme.admission.name()).unwrap_or("off").to_owned(),
         ),
         (
+            "nvme.reused_after",
+            nvme(old, |nvme| nvme.reused_after).unwrap_or_default().to_string(),
+            nvme(new, |nvme| nvme.reused_after).unwrap_or_default().to_string(),
+        ),
+        (
+            "nvme.promote_after",
+            nvme(old, |nvme| nvme.promote_after).unwrap_or_default().to_string(),
+            nvme(new, |nvme| nvme.promote_after).unwrap_or_default().to_string(),
+        ),
+        (
             "nvme.write_budget",
             size(nvme(old, |nvme| nvme.write_budget).flatten()),
             size(nvme(new, |nvme| nvme.write_budget).flatten()),

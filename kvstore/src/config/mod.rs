@@ -16,8 +16,9 @@ use std::time::Duration;
 
 use kvstore_tiers::HugePages;
 use kvstore_tiers::admission::Admission;
+use kvstore_tiers::caps::HELD_PERCENT_MAX;
 use kvstore_tiers::eviction::PolicyKind;
-use kvstore_tiers::host::HostLimits;
+use kvstore_tiers::host::{HostLimits, NamespaceLimits};
 use kvstore_tiers::nvme::NvmeEngine;
 use kvstore_tiers::object::{ObjectLimits, ObjectUrl};
 
@@ -113,6 +114,10 @@ pub struct NvmeConfig {
     pub engine: NvmeEngine,
     /// Which blocks are written.
     pub admission: Admission,
+    /// Requests that make a block reused.
+    pub reused_after: u8,
+    /// What is read from the bucket goes to disk once this many requests asked for it.
+    pub promote_after: u8,
     /// Bytes a day that may be written, of all disks together; `None`: any.
     pub write_budget: Option<u64>,
 }
@@ -122,8 +127,10 @@ pub struct NvmeConfig {
 pub enum Uploads {
     /// Those that are put at level DURABLE.
     Asked,
-    /// Those, and in the background what two requests asked for.
+    /// Those, and in the background what enough requests asked for.
     Reused,
+    /// Those, and what leaves memory: write-back.
+    Evicted,
     /// All, in the background.
     All,
 }
@@ -132,9 +139,9 @@ impl std::str::FromStr for Uploads {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        let all = [Self::Asked, Self::Reused, Self::All];
+        let all = [Self::Asked, Self::Reused, Self::Evicted, Self::All];
         let known = all.into_iter().find(|uploads| uploads.name() == name);
-        known.ok_or_else(|| format!("{name:?} is not \"asked\", \"reused\" or \"all\""))
+        known.ok_or_else(|| format!("{name:?} is not \"asked\", \"reused\", \"evicted\" or \"all\""))
     }
 }
 
@@ -144,6 +151,7 @@ impl Uploads {
         match self {
             Self::Asked => "asked",
             Self::Reused => "reused",
+            Self::Evicted => "evicted",
             Self::All => "all",
         }
     }
@@ -208,12 +216,36 @@ impl Config {
         self.object.as_ref().map_or(Uploads::Asked, |object| of_namespace.unwrap_or(object.uploads))
     }
 
-    /// True where it is to be known what two requests asked for.
+    /// Which blocks of this namespace go to disk.
+    pub fn admission_of(&self, namespace: &str) -> Admission {
+        let of_namespace = self.policies.get(namespace).and_then(|policy| policy.admission);
+        self.nvme.as_ref().map_or(Admission::All, |nvme| of_namespace.unwrap_or(nvme.admission))
+    }
+
+    /// What this namespace may have of the memory, and whether it is written back.
+    pub fn host_limits_of(&self, namespace: &str) -> NamespaceLimits {
+        let policy = self.policies.get(namespace).copied().unwrap_or_default();
+        let to_disk = self.nvme.is_some() && self.admission_of(namespace) == Admission::Evicted;
+        NamespaceLimits {
+            bytes: policy.host_bytes,
+            held_percent: policy.pin_percent.unwrap_or(HELD_PERCENT_MAX),
+            ttl_ms: policy.ttl.map(|ttl| ttl.as_millis() as u64),
+            writes_back: to_disk || self.uploads_of(namespace) == Uploads::Evicted,
+        }
+    }
+
+    /// True where it is to be known how many requests asked for a block.
     pub fn counts_requests(&self) -> bool {
-        let of_namespaces = self.policies.values().filter_map(|policy| policy.uploads);
-        let of_all = self.object.iter().map(|object| object.uploads);
-        self.nvme.as_ref().is_some_and(|nvme| nvme.admission == Admission::Reused)
-            || of_all.chain(of_namespaces).any(|uploads| uploads == Uploads::Reused)
+        let Some(nvme) = &self.nvme else {
+            return self.namespaces().iter().any(|name| self.uploads_of(name) == Uploads::Reused);
+        };
+        nvme.write_budget.is_some()
+            || nvme.promote_after > 1
+            || self.policies.values().any(|policy| policy.promote_after.is_some_and(|requests| requests > 1))
+            || self
+                .namespaces()
+                .iter()
+                .any(|name| self.admission_of(name) == Admission::Reused || self.uploads_of(name) == Uploads::Reused)
     }
 
     /// The namespaces, each once.

@@ -17,7 +17,7 @@ use kvstore_tiers::host::HostLimits;
 use kvstore_tiers::nvme;
 use serde::{Deserialize, Serialize};
 
-use super::namespaces::{self, RawNamespace};
+use super::namespaces::{self, RawNamespace, Tiers};
 use super::{Address, Config, ConfigError, Listener, LogFormat, NvmeConfig, invalid, machine};
 use crate::caps::{self, NVME_BYTES_AUTO_MAX};
 
@@ -69,6 +69,8 @@ struct RawNvme {
     dirty_bytes: String,
     io: String,
     admit: String,
+    reused_after: u8,
+    promote_after: u8,
     write_budget: String,
 }
 
@@ -81,6 +83,8 @@ impl Default for RawNvme {
             dirty_bytes: "auto".into(),
             io: "auto".into(),
             admit: "all".into(),
+            reused_after: 2,
+            promote_after: 1,
             write_budget: "off".into(),
         }
     }
@@ -252,7 +256,11 @@ impl RawConfig {
         let nvme = self.nvme.check(&host)?;
         let object = self.object.check(&host, nvme.as_ref())?;
         let listeners = self.check_listeners()?;
-        let policies = namespaces::check(&self.namespace, &host, object.as_ref(), &listeners)?;
+        let policies = namespaces::check(
+            &self.namespace,
+            &Tiers { host: &host, nvme: nvme.as_ref(), object: object.as_ref() },
+            &listeners,
+        )?;
         let huge_pages = match self.host.huge_pages.as_str() {
             "auto" => HugePages::Auto,
             "off" => HugePages::Off,
@@ -398,11 +406,14 @@ impl RawNvme {
             );
             return Err(invalid("nvme.dirty_bytes", problem));
         }
-        let admission = match self.admit.as_str() {
-            "all" => Admission::All,
-            "reused" => Admission::Reused,
-            other => return Err(invalid("nvme.admit", format!("{other:?} is not \"all\" or \"reused\""))),
-        };
+        let admission = Admission::from_str(&self.admit).map_err(|problem| invalid("nvme.admit", problem))?;
+        let (reused_after, promote_after) = (self.reused_after, self.promote_after);
+        if reused_after < 2 {
+            return Err(invalid("nvme.reused_after", format!("{reused_after} is not within 2 to 255 requests")));
+        }
+        if promote_after == 0 {
+            return Err(invalid("nvme.promote_after", "0 is not within 1 to 255 requests"));
+        }
         let write_budget = match self.write_budget.as_str() {
             "off" => None,
             text => Some(
@@ -414,7 +425,17 @@ impl RawNvme {
                     .as_u64(),
             ),
         };
-        Ok(Some(NvmeConfig { paths, bytes, index_bytes, dirty_bytes, engine, admission, write_budget }))
+        Ok(Some(NvmeConfig {
+            paths,
+            bytes,
+            index_bytes,
+            dirty_bytes,
+            engine,
+            admission,
+            reused_after,
+            promote_after,
+            write_budget,
+        }))
     }
 
     fn check_paths(&self) -> Result<Option<Vec<PathBuf>>, ConfigError> {

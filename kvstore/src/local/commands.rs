@@ -59,10 +59,10 @@ fn start(
     call: InFlight,
 ) -> Result<(), Status> {
     match command {
-        Command::Stage { layout, group, local, deadline_ms, blocks } => {
+        Command::Stage { layout, group, local, upload, deadline_ms, blocks } => {
             let (layout, group) = known(daemon, client, layout, group)?;
             let level = if local { Level::Local } else { Level::Memory };
-            let target = Target { layout, group, level };
+            let target = Target { layout, group, level, upload };
             let expires = Instant::now() + deadline(daemon, deadline_ms);
             let (daemon, runtime) = (Arc::clone(daemon), runtime.clone());
             Batch { daemon, runtime, target, expires, _call: call }.stage(client, tag, &blocks);

@@ -94,6 +94,9 @@ impl Batch {
         if target.waits_for_disk() && daemon.nvme.is_none() {
             return Err(put::no_tier("LOCAL", "an Nvme tier"));
         }
+        if target.upload && daemon.object.is_none() {
+            return Err(put::no_tier("DURABLE (upload)", "an object store (object.url)"));
+        }
         {
             let stages = client.stages.lock();
             if stages.contains_key(&tag) {
@@ -123,7 +126,7 @@ impl Batch {
                     return Ok(());
                 }
                 BeginFill::NeedsSlab(plan) => daemon.host.drop_plan(plan),
-                BeginFill::InFlight | BeginFill::Busy | BeginFill::Wait => {}
+                BeginFill::InFlight | BeginFill::Busy | BeginFill::Wait | BeginFill::Outranked => {}
             }
         }
         let Some(task) = client.begin_task() else {

@@ -128,7 +128,10 @@ fn parts_of(
         for group in &groups {
             let (group, _) = wire::known_group(layout, *group)?;
             let presences = daemon.host.presence(&shard, group, hashes);
-            let on_disk = daemon.nvme.as_ref().map(|nvme| nvme.presence(&shard, group, hashes)).unwrap_or_default();
+            let on_disk = match &daemon.nvme {
+                Some(nvme) => nvme.look_up(&shard, group, hashes, clock::now()),
+                None => Vec::new(),
+            };
             let in_bucket =
                 daemon.object.as_ref().map(|object| object.presence(&shard, group, hashes)).unwrap_or_default();
             parts.push(Part { layout: Arc::clone(&shard), group, presences, on_disk, in_bucket });

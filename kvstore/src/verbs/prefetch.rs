@@ -17,7 +17,7 @@ use kvstore_tiers::{BootTime, SequenceHash};
 use parking_lot::Mutex;
 use tonic::Status;
 
-use super::promote::Promoter;
+use super::promote::{Coming, Promoter};
 use crate::daemon::{Daemon, random_hold_id};
 use crate::{caps, clock, wire};
 
@@ -128,17 +128,26 @@ async fn bring(promoter: Promoter, id: HoldId, hashes: Vec<SequenceHash>) {
     let below = promoter.below(&hashes).await;
     let presences = promoter.daemon.host.presence(&promoter.layout, promoter.group, &hashes);
     let wanted = hashes.into_iter().zip(below).zip(presences);
-    let mut wanted =
-        wanted.filter(|((_, below), presence)| *below && *presence != Presence::Resident).map(|((hash, _), _)| hash);
+    // More than that would push out its own beginning, and all else.
+    let most = promoter.memory_blocks() / 2;
+    let mut wanted = wanted
+        .filter(|((_, below), presence)| *below && *presence != Presence::Resident)
+        .map(|((hash, _), _)| hash)
+        .take(most);
     let mut window = VecDeque::new();
     let ahead = promoter.window();
+    let mut outranked = false;
     while !promoter.daemon.prefetches.has_ended(id) && tokio::time::Instant::now() < promoter.deadline {
         let mut batch = ReadBatch::default();
         while window.len() < ahead
             && (window.len() <= ahead / 2 || !batch.is_empty())
+            && !outranked
             && let Some(hash) = wanted.next()
         {
-            window.push_back((hash, promoter.start_in(&mut batch, hash).await));
+            let coming = promoter.start_in(&mut batch, hash).await;
+            // What is hotter stays; and what follows is of no use without this one.
+            outranked = matches!(coming, Coming::Outranked);
+            window.push_back((hash, coming));
         }
         promoter.send(batch);
         let Some((hash, coming)) = window.pop_front() else { break };

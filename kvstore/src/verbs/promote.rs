@@ -10,6 +10,7 @@ use kvstore_tiers::{BootTime, SequenceHash};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use crate::admission::Occasion;
 use crate::daemon::Daemon;
 use crate::{caps, clock};
 
@@ -21,6 +22,8 @@ pub enum Coming {
     Soon(oneshot::Receiver<Option<LeasedBlock>>),
     /// Somebody else brings it, or there is no room yet: to be asked for again.
     Later,
+    /// It is brought ahead of need, and what would leave memory for it is worth more.
+    Outranked,
 }
 
 /// The blocks that a call wants, and how urgently.
@@ -62,6 +65,7 @@ impl Promoter {
                     leasing => return Coming::Now(leasing),
                 },
                 Promote::InFlight | Promote::Busy => return Coming::Later,
+                Promote::Outranked => return Coming::Outranked,
                 Promote::NeedsSlab(plan) => {
                     let host = Arc::clone(&self.daemon.host);
                     let made = tokio::task::spawn_blocking(move || host.make_slab(plan)).await;
@@ -82,10 +86,9 @@ impl Promoter {
         match (from_disk, &self.daemon.object) {
             (None | Some(Promote::Absent), Some(object)) => {
                 // Prefetches may be for nothing; what is asked for now is worth a write, by the same rules as what is put.
-                let bytes = self.layout.group(u32::from(self.group)).map_or(0, |group| group.block_bytes);
                 let keeps = || {
                     self.priority == Priority::Demand
-                        && self.daemon.admitter.admits(&self.layout, &hash, bytes, false, now)
+                        && self.daemon.admitter.admits(&self.layout, self.group, &hash, Occasion::Promoted, now)
                 };
                 object.promote(batch, &block, &self.layout, self.priority, keeps, deadline, now)
             }
@@ -124,13 +127,19 @@ impl Promoter {
     /// keep several streams busy, and no more than an eighth of the memory.
     pub fn window(&self) -> usize {
         let block_bytes = self.layout.group(u32::from(self.group)).map_or(1, |group| group.block_bytes.max(1));
-        let memory = (self.daemon.host.limits().bytes / 8 / block_bytes) as usize;
+        let memory = self.memory_blocks() / 8;
         match &self.daemon.object {
             None => caps::PROMOTIONS_PER_CALL,
             Some(_) => ((caps::OBJECT_WINDOW_BYTES / block_bytes) as usize)
                 .min(memory)
                 .clamp(caps::PROMOTIONS_PER_CALL, caps::BLOCKS_PER_GET_MAX),
         }
+    }
+
+    /// Blocks that fit the memory.
+    pub fn memory_blocks(&self) -> usize {
+        let block_bytes = self.layout.group(u32::from(self.group)).map_or(1, |group| group.block_bytes.max(1));
+        (self.daemon.host.limits().bytes / block_bytes) as usize
     }
 
     /// True where the block is pinned, and is nowhere: a loss.
@@ -165,6 +174,7 @@ impl Promoter {
         loop {
             match coming {
                 Coming::Now(leasing) => return leasing,
+                Coming::Outranked => return Leasing::Miss,
                 Coming::Soon(block) => {
                     return match tokio::time::timeout_at(self.deadline, block).await {
                         Ok(Ok(Some(block))) => Leasing::Leased(block),

@@ -12,6 +12,7 @@ use http_body_util::BodyExt;
 use kvstore_proto::data_stream::{Part, PartDecoder, StreamError};
 use kvstore_proto::v1::put_request::Part as Wire;
 use kvstore_proto::v1::{Level, PutBlock, PutOpen, PutRequest, PutResponse, PutResult, PutStatus};
+use kvstore_tiers::admission::Admission;
 use kvstore_tiers::host::{BeginFill, BlockFill, FillRequest, LeasedBlock, NamespaceId, RegisteredLayout};
 use kvstore_tiers::nvme::{BlockRef, WriteBack};
 use kvstore_tiers::object::{Offer, Offered};
@@ -23,6 +24,7 @@ use tonic::Status;
 use tonic::body::Body;
 
 use super::room_below;
+use crate::admission::Occasion;
 use crate::config::Uploads;
 use crate::daemon::Daemon;
 use crate::{caps, clock, telemetry, wire};
@@ -89,6 +91,8 @@ pub struct Target {
     pub group: u16,
     /// The level that was asked for.
     pub level: Level,
+    /// The blocks go to the bucket in the background, whatever the configuration says.
+    pub upload: bool,
 }
 
 impl Target {
@@ -101,8 +105,8 @@ impl Target {
     /// they are uploaded. A store that does not answer is waited for by nobody but the former.
     pub(super) fn waits_for_uploads(&self, daemon: &Daemon) -> bool {
         let Some(object) = &daemon.object else { return false };
-        let memory_alone = daemon.nvme.is_none() || daemon.admitter.is_selective();
-        let uploads_all = || daemon.uploads_of(self.layout.namespace) == Uploads::All;
+        let memory_alone = daemon.nvme.is_none() || daemon.admitter.admission(self.layout.namespace) != Admission::All;
+        let uploads_all = || self.upload || daemon.uploads_of(self.layout.namespace) == Uploads::All;
         self.level == Level::Durable || (memory_alone && uploads_all() && object.answers())
     }
 
@@ -110,8 +114,9 @@ impl Target {
     fn uploads(&self, daemon: &Daemon, hash: &SequenceHash) -> bool {
         daemon.object.is_some()
             && (self.level == Level::Durable
+                || self.upload
                 || match daemon.uploads_of(self.layout.namespace) {
-                    Uploads::Asked => false,
+                    Uploads::Asked | Uploads::Evicted => false,
                     // By the request that stores it, and by one before.
                     Uploads::Reused => daemon.admitter.is_reused(&self.layout, hash),
                     Uploads::All => true,
@@ -217,7 +222,10 @@ impl PutCall<'_> {
         self.more_follows = open.more_follows;
         self.or_lower = open.or_lower;
         let level = if open.level() == Level::Unspecified { Level::Memory } else { open.level() };
-        self.target = Some(Target { layout, group, level });
+        if open.upload && self.daemon.object.is_none() {
+            return Err(no_tier("DURABLE (open.upload)", "an object store (object.url)"));
+        }
+        self.target = Some(Target { layout, group, level, upload: open.upload });
         Ok(())
     }
 
@@ -364,10 +372,9 @@ fn written_back(
     let mut finished = Finished::of(status, Level::Memory);
     let uploads = target.uploads(daemon, &hash);
     let sums_of_upload = if uploads { sums.clone() } else { Vec::new() };
-    let bytes = target.layout.group(u32::from(target.group)).map_or(0, |group| group.block_bytes);
     // Where the bucket cannot be had, a DURABLE put is LOCAL at least.
-    let must = target.level != Level::Memory;
-    let admitted = || daemon.admitter.admits(&target.layout, &hash, bytes, must, clock::now());
+    let occasion = if target.level == Level::Memory { Occasion::Stored } else { Occasion::Must };
+    let admitted = || daemon.admitter.admits(&target.layout, target.group, &hash, occasion, clock::now());
     if let Some(nvme) = daemon.nvme.as_ref() {
         let block = BlockRef { layout: &target.layout, group: target.group, hash };
         if !admitted() {
@@ -531,7 +538,7 @@ pub async fn begin(daemon: &Arc<Daemon>, request: &FillRequest<'_>) -> Result<In
                 waits += 1;
                 tokio::time::sleep(caps::ROOM_POLL).await;
             }
-            BeginFill::Wait | BeginFill::Busy => return Ok(busy(daemon)),
+            BeginFill::Wait | BeginFill::Busy | BeginFill::Outranked => return Ok(busy(daemon)),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Status: the daemon at this moment.
 
 use kvstore_proto::v1;
+use kvstore_tiers::host::namespace_digest;
 use kvstore_tiers::nvme::{NvmeStatus, VolumeStatus};
 use kvstore_tiers::object::ObjectStatus;
 
@@ -57,7 +58,14 @@ pub fn status(daemon: &Daemon) -> v1::StatusResponse {
             lookups: get(&traffic.lookups),
             busy: get(&traffic.busy),
         }),
-        nvme: daemon.nvme.as_ref().map(|nvme| nvme_status(nvme.status())),
+        nvme: daemon.nvme.as_ref().map(|nvme| {
+            let namespaces = daemon.namespaces().iter().map(|name| v1::NamespaceBytes {
+                namespace: name.clone(),
+                bytes: nvme.namespace_bytes(&namespace_digest(name)),
+                bytes_max: config.policies.get(name).and_then(|policy| policy.nvme_bytes).unwrap_or_default(),
+            });
+            v1::NvmeTierStatus { namespaces: namespaces.collect(), ..nvme_status(nvme.status()) }
+        }),
         object: daemon.object.as_ref().map(|object| {
             let url = config.object.as_ref().map(|object| object.url.url.clone()).unwrap_or_default();
             object_status(url, object.status())
@@ -77,6 +85,7 @@ fn nvme_status(status: NvmeStatus) -> v1::NvmeTierStatus {
         dirty_bytes: status.dirty_bytes,
         dirty_bytes_max: status.dirty_bytes_max,
         volumes: status.volumes.into_iter().map(volume_status).collect(),
+        namespaces: Vec::new(),
     }
 }
 

@@ -291,21 +291,37 @@ class Group:
         return self._native.get(hashes)
 
     def put_from(
-        self, hashes, buffers, *, parent: bytes | None = None, level: str = "memory", more_follows: bool = False
+        self,
+        hashes,
+        buffers,
+        *,
+        parent: bytes | None = None,
+        level: str = "memory",
+        more_follows: bool = False,
+        upload: bool = False,
     ) -> list[PutResult]:
         """Stores blocks of one prefix, each the child of the one before it; the outcome of each.
 
         ``parent``: the hash before the first. ``level``: "memory" (readable), "local" (on this node's disk, synced) or
-        "durable". ``more_follows``: more blocks of the same request come in another call.
+        "durable". ``more_follows``: more blocks of the same request come in another call. ``upload``: the blocks go to the object
+        store in the background, whatever the daemon's configuration says, as those of a session that is to outlive the node; raises
+        Unsupported where the daemon has none.
         """
-        stored = self._native.put_from(hashes, _buffers(buffers), parent, level, more_follows)
+        stored = self._native.put_from(hashes, _buffers(buffers), parent, level, more_follows, upload)
         return [PutResult(*result) for result in stored]
 
     async def put_from_async(
-        self, hashes, buffers, *, parent: bytes | None = None, level: str = "memory", more_follows: bool = False
+        self,
+        hashes,
+        buffers,
+        *,
+        parent: bytes | None = None,
+        level: str = "memory",
+        more_follows: bool = False,
+        upload: bool = False,
     ) -> list[PutResult]:
         """See :meth:`put_from`. Cancelled, what was whole by then stays."""
-        stored = await self._native.put_from_async(hashes, _buffers(buffers), parent, level, more_follows)
+        stored = await self._native.put_from_async(hashes, _buffers(buffers), parent, level, more_follows, upload)
         return [PutResult(*result) for result in stored]
 
     def get_pages(self, hashes, pages: Pages, numbers: list[int]) -> int:
@@ -329,9 +345,10 @@ class Group:
         parent: bytes | None = None,
         level: str = "memory",
         more_follows: bool = False,
+        upload: bool = False,
     ) -> list[PutResult]:
         """Stores blocks from pages of an engine's memory, which must not change meanwhile: see :meth:`put_from`."""
-        stored = self._native.put_pages(hashes, pages._native, numbers, parent, level, more_follows)
+        stored = self._native.put_pages(hashes, pages._native, numbers, parent, level, more_follows, upload)
         return [PutResult(*result) for result in stored]
 
     def leases(self, hashes) -> Leases:

@@ -88,6 +88,13 @@ impl Ghosts {
         Some(self.life(record, now_tick))
     }
 
+    /// How often a block was read before it was evicted, where that is remembered.
+    pub(super) fn touches_of(&self, key_hash: u64) -> Option<u8> {
+        let (set, fingerprint) = self.place(key_hash)?;
+        let record = self.sets[set].iter().find(|record| record.present() && record.fingerprint() == fingerprint)?;
+        Some((record.0 >> 9 & 7) as u8)
+    }
+
     fn life(&self, record: Record, now_tick: u32) -> Lifetime {
         let touches = (record.0 >> 9 & 7) as u8;
         let tail = record.0 >> 12 & 1 == 1;

@@ -5,7 +5,7 @@
 //! touches the whole chain. Hits and refreshes count alike.
 
 use super::links::Lists;
-use super::{ANCESTORS_MAX, BlockIndex, EvictionPolicy, NewBlock, Removal, Touch};
+use super::{ANCESTORS_MAX, BlockIndex, EvictionKind, EvictionPolicy, NewBlock, Removal, Touch};
 
 const RECENCY: u32 = 0;
 const NONE: u32 = u32::MAX;
@@ -104,6 +104,17 @@ impl EvictionPolicy for Lru {
 
     fn victim(&mut self) -> Option<BlockIndex> {
         self.lists.back(RECENCY).map(BlockIndex)
+    }
+
+    fn parent(&self, block: BlockIndex) -> Option<BlockIndex> {
+        let node = self.node(block.0);
+        let parent = self.node(node.parent);
+        (node.birth != 0 && parent.birth != 0 && parent.birth == node.parent_birth).then_some(BlockIndex(node.parent))
+    }
+
+    /// What comes is always more recent than what is there.
+    fn outranks(&self, _block: BlockIndex, _key_hash: u64, _kind: EvictionKind) -> bool {
+        false
     }
 
     fn set_capacity(&mut self, _blocks: usize) {}

@@ -49,6 +49,8 @@ pub enum BeginFill {
     Wait,
     /// No room, and nothing that may leave.
     Busy,
+    /// It is brought ahead of need, and what would leave for it is worth more.
+    Outranked,
 }
 
 impl HostTier {
@@ -73,7 +75,7 @@ impl HostTier {
                 Reserve::Resident => return BeginFill::Resident,
                 Reserve::InFlight => return BeginFill::InFlight,
                 Reserve::Busy => return BeginFill::Busy,
-                Reserve::NoSlot => match self.room_in(&mut state, namespace, group.pool, now) {
+                Reserve::NoSlot => match self.room_for(&mut state, namespace, &incoming, urgency.priority, now) {
                     Room::Make(plan) => return BeginFill::NeedsSlab(plan),
                     Room::Taken(slab) => {
                         drop(state);
@@ -83,6 +85,7 @@ impl HostTier {
                     }
                     Room::Evicted => {}
                     Room::Wait => return BeginFill::Wait,
+                    Room::Outranked => return BeginFill::Outranked,
                     Room::Busy => return BeginFill::Busy,
                 },
             }

@@ -32,6 +32,17 @@ pub struct LeasedBlock {
 }
 
 impl LeasedBlock {
+    /// Of a lease that the residency has counted already.
+    pub(super) fn new(
+        tier: &Arc<HostTier>,
+        namespace: NamespaceId,
+        slot: SlotRef,
+        bytes: SlotBytes,
+        crc32: u32,
+    ) -> Self {
+        Self { tier: Arc::clone(tier), namespace, slot, bytes: Some(bytes), crc32 }
+    }
+
     /// CRC-32 of the bytes, as they were filled.
     pub fn crc32(&self) -> u32 {
         self.crc32

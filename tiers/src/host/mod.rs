@@ -11,6 +11,8 @@ mod holds;
 mod lease;
 mod namespace;
 mod room;
+mod unused;
+mod write_back;
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -18,6 +20,7 @@ use std::sync::{Arc, Weak};
 use kvstore_plane::{SequenceHash, SlotKey};
 use kvstore_transfer::{HugePages, Slab, SlabError};
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 
 use crate::caps;
 use crate::clock::BootTime;
@@ -31,8 +34,9 @@ pub use demote::DemotingBlock;
 pub use fill::{BeginFill, BlockFill, FillRequest, TransferFill, section_bytes};
 pub use holds::{Held, HoldError, HoldId, HoldKind};
 pub use lease::{LeasedBlock, Leasing};
-pub use namespace::{LayoutGroup, NamespaceId, NamespaceLimits, RegisteredLayout};
+pub use namespace::{LayoutGroup, NamespaceId, NamespaceLimits, RegisteredLayout, namespace_digest};
 pub use room::SlabPlan;
+pub use write_back::LeavingBlock;
 
 use holds::Holds;
 use namespace::Namespace;
@@ -136,6 +140,10 @@ pub struct HostTier {
     slab_serial: AtomicU32,
     /// Blocks that clients said they read.
     local_reads: AtomicU64,
+    /// Blocks are to be offered to the tiers below.
+    leaving: Notify,
+    /// When unused blocks were swept last.
+    swept: AtomicU64,
     huge_pages: HugePages,
     epoch: u64,
 }
@@ -203,6 +211,8 @@ impl HostTier {
             slab_watchers: Mutex::new(Vec::new()),
             slab_serial: AtomicU32::new(0),
             local_reads: AtomicU64::new(0),
+            leaving: Notify::new(),
+            swept: AtomicU64::new(0),
             huge_pages: options.huge_pages,
             epoch: options.epoch,
         })
@@ -310,7 +320,10 @@ impl HostTier {
     /// What each namespace may have, in the order of their numbers. A smaller bound is reached by [`Self::tick`], as leases end.
     pub fn set_namespace_limits(&self, limits: impl Iterator<Item = NamespaceLimits>) {
         let mut state = self.state.lock();
-        state.namespaces.iter_mut().zip(limits).for_each(|(namespace, limits)| namespace.limits = limits);
+        for (namespace, limits) in state.namespaces.iter_mut().zip(limits) {
+            namespace.limits = limits;
+            namespace.residency.set_writes_back(limits.writes_back);
+        }
     }
 
     /// Background work: ends holds that expired, evicts above the high watermark, gives back slabs above
@@ -326,7 +339,12 @@ impl HostTier {
         let mut retired = state.shrink(mapped);
         retired.extend(state.shrink_namespaces());
         state.evict_to_watermark(mapped);
+        let leaving = state.namespaces.iter().any(|namespace| namespace.residency.has_leaving());
         drop(state);
+        if leaving {
+            self.leaving.notify_one();
+        }
+        self.sweep_unused(now);
         if !retired.is_empty() {
             self.slabs_changed();
         }

@@ -20,6 +20,11 @@ use crate::residency::{Readers, Residency};
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub struct NamespaceId(pub usize);
 
+/// A namespace's name, as disks and buckets know it.
+pub fn namespace_digest(name: &str) -> [u8; 32] {
+    *blake3::hash(name.as_bytes()).as_bytes()
+}
+
 /// What one namespace may have of the Host tier; may change while it runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NamespaceLimits {
@@ -27,11 +32,15 @@ pub struct NamespaceLimits {
     pub bytes: Option<u64>,
     /// At most this part of the tier may be pinned or held by tickets, in percent.
     pub held_percent: u64,
+    /// What nobody stored or read in this long leaves; `None`: nothing does.
+    pub ttl_ms: Option<u64>,
+    /// Blocks that no tier below has are offered to them before they leave: see [`HostTier::take_leaving`](super::HostTier).
+    pub writes_back: bool,
 }
 
 impl Default for NamespaceLimits {
     fn default() -> Self {
-        Self { bytes: None, held_percent: caps::HELD_PERCENT_MAX }
+        Self { bytes: None, held_percent: caps::HELD_PERCENT_MAX, ttl_ms: None, writes_back: false }
     }
 }
 
@@ -117,7 +126,7 @@ impl Namespace {
         let residency = Residency::new(seed, policy, table.memory(), Arc::clone(&readers) as Arc<dyn Readers>);
         Self {
             name: name.to_owned(),
-            digest: *blake3::hash(name.as_bytes()).as_bytes(),
+            digest: namespace_digest(name),
             seed,
             table,
             readers,
@@ -260,6 +269,11 @@ impl Namespace {
 
     pub(super) fn demand(&self, pool: PoolId, now: BootTime) -> f64 {
         self.demand.get(pool.0).map_or(0.0, |demand| demand.at(now))
+    }
+
+    /// True where somebody asked for a block of it lately: in the last few minutes.
+    pub(super) fn is_asked(&self, now: BootTime) -> bool {
+        self.residency.pools().any(|pool| self.demand(pool, now) > 1.0)
     }
 
     pub(super) fn add_to(&self, status: &mut HostStatus) {

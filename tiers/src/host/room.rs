@@ -8,11 +8,12 @@ use std::sync::atomic::Ordering;
 use kvstore_plane::{SlabGeometry, SlabHeader};
 use kvstore_transfer::Slab;
 
-use super::namespace::NamespaceId;
+use super::namespace::{Namespace, NamespaceId};
 use super::{HostTier, State};
 use crate::caps;
 use crate::clock::BootTime;
 use crate::pool::PoolId;
+use crate::residency::{Incoming, Priority};
 
 /// A slab moves only to a pool whose slabs are used this many times as much: moving one back and forth
 /// costs the blocks in it.
@@ -55,6 +56,8 @@ pub(super) enum Room {
     Wait,
     /// Everything is leased, pinned, or on its way.
     Busy,
+    /// What would leave is worth more than what comes.
+    Outranked,
 }
 
 /// Bytes of a slot for blocks of `block_bytes`: whole pages.
@@ -84,13 +87,27 @@ pub(super) fn slab_geometry(slab_bytes: u64, block_bytes: u64, room: u64) -> Opt
 }
 
 impl HostTier {
-    pub(super) fn room_in(&self, state: &mut State, namespace: NamespaceId, pool: PoolId, now: BootTime) -> Room {
+    pub(super) fn room_for(
+        &self,
+        state: &mut State,
+        namespace: NamespaceId,
+        incoming: &Incoming,
+        priority: Priority,
+        now: BootTime,
+    ) -> Room {
+        let pool = incoming.pool;
         // Several that want a slot at once need one slab, not one each.
         if state.making.contains(&(namespace, pool)) {
             return Room::Wait;
         }
         if let Some(plan) = self.plan(state, namespace, pool) {
             return Room::Make(plan);
+        }
+        let ahead_of_need = priority == Priority::Prefetch;
+        if ahead_of_need
+            && state.namespace_mut(namespace).is_some_and(|at| at.residency.would_push_out_better(incoming))
+        {
+            return Room::Outranked;
         }
         // What is on its way already is waited for, or every slab would leave before the first is unmapped.
         let retiring = state.retiring_bytes();
@@ -105,6 +122,9 @@ impl HostTier {
             return Room::Wait;
         }
         let evicted = state.namespace_mut(namespace).is_some_and(|namespace| namespace.evict(pool));
+        if state.namespace(namespace).is_some_and(|namespace| namespace.residency.has_leaving()) {
+            self.leaving.notify_one();
+        }
         // A block that is written to disk or sent just now keeps its whole prefix in memory, and leaves soon; so may one
         // that is being filled.
         let on_its_way = |residency: &crate::residency::Residency<_>| residency.has_parked() || residency.flights() > 0;
@@ -154,6 +174,25 @@ impl State {
         bytes.saturating_sub(at.slab_bytes() + making)
     }
 
+    /// What each namespace may have while others want it, in bytes: of those that have memory, as much as their own bounds are
+    /// to each other; one without a bound counts as an equal part.
+    fn shares(&self) -> Vec<u64> {
+        let holds = |namespace: &Namespace| namespace.slab_bytes() > 0;
+        let count = self.namespaces.iter().filter(|namespace| holds(namespace)).count().max(1) as u64;
+        let whole = self.limits.bytes;
+        let weight = |at: &Namespace| at.limits.bytes.map_or(whole / count, |bytes| bytes.min(whole)).max(1);
+        let total: u128 =
+            self.namespaces.iter().filter(|at| holds(at)).map(|namespace| u128::from(weight(namespace))).sum();
+        let share = |at: &Namespace| (u128::from(whole) * u128::from(weight(at)) / total.max(1)) as u64;
+        self.namespaces.iter().map(share).collect()
+    }
+
+    /// True where a namespace has more than its share, with `more` bytes.
+    fn is_beyond(&self, shares: &[u64], at: usize, more: u64) -> bool {
+        let (Some(namespace), Some(share)) = (self.namespaces.get(at), shares.get(at)) else { return false };
+        namespace.slab_bytes() + more > *share
+    }
+
     /// Withdraws slabs of namespaces that have more than their own bound, as far as leases allow, the emptiest first.
     pub(super) fn shrink_namespaces(&mut self) -> Vec<Arc<Slab>> {
         let mut retired = Vec::new();
@@ -184,16 +223,26 @@ impl State {
             return None;
         }
         let wanted = receiver.demand(pool, now) / (slabs + 1) as f64;
+        let shares = self.shares();
+        let grows_beyond = self.is_beyond(&shares, namespace.0, self.slab_bytes);
         let mut donors: Vec<(bool, f64, usize, PoolId)> = Vec::new();
         for (at, donor) in self.namespaces.iter().enumerate() {
-            if only_own && NamespaceId(at) != namespace {
+            let is_other = NamespaceId(at) != namespace;
+            if only_own && is_other {
                 continue;
             }
+            // Whoever is within its share, and used, gives nothing to one that would be beyond its own.
+            let is_beyond = self.is_beyond(&shares, at, 0);
+            if is_other && grows_beyond && !is_beyond && donor.is_asked(now) {
+                continue;
+            }
+            // And who is beyond it gives to who is not.
+            let gives_way = is_other && is_beyond && !grows_beyond;
             for other in donor.residency.pools().filter(|other| (NamespaceId(at), *other) != (namespace, pool)) {
                 let count = donor.residency.slab_numbers(other).len();
                 let empty = donor.residency.pool_occupancy(other).2 == 0;
                 let demand = donor.demand(other, now) / count.max(1) as f64;
-                if count > 0 && (empty || slabs == 0 || demand * DEMAND_RATIO < wanted) {
+                if count > 0 && (empty || slabs == 0 || gives_way || demand * DEMAND_RATIO < wanted) {
                     donors.push((!empty, demand, at, other));
                 }
             }

@@ -7,7 +7,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use super::extents::Entry;
-use super::format::{Digest, Extent};
+use super::format::{Digest, Extent, IndexValue};
 use super::index::IndexBatch;
 use super::store::{State, Store, add};
 use super::write::{Commit, Framed, NoPlace, answer, is_no_space};
@@ -77,8 +77,10 @@ impl Store {
         self.fail(failed);
         owed.iter().for_each(|digest| batch.delete_block(*digest));
         let mut wanted = !sync_waiters.is_empty();
+        let numbers;
         {
             let state = self.state.lock();
+            numbers = state.numbers.save(&mut batch);
             written.iter().for_each(|framed| batch.put_block(framed.dirty.digest, &framed.value));
             let waits = |framed: &Framed| {
                 state.pending.get(framed.dirty.digest).is_some_and(|pending| !pending.waiters.is_empty())
@@ -94,6 +96,7 @@ impl Store {
         match outcome {
             Ok(local) => {
                 owed.clear();
+                self.state.lock().numbers.saved(numbers);
                 self.publish(written, local && wanted);
                 sync_waiters.into_iter().for_each(|waiter| _ = waiter.send(local));
             }
@@ -154,9 +157,9 @@ impl Store {
                 continue;
             }
             let pinned = state.pins.holds(dirty.digest);
-            let entry =
-                Entry { digest: dirty.digest, parent_tag: dirty.parent_tag, extent: value.extent, hits: 0, pinned };
-            state.extents.insert(entry);
+            let (digest, used) = (dirty.digest, state.second);
+            let IndexValue { extent, parent_tag, namespace, .. } = value;
+            state.extents.insert(Entry { digest, parent_tag, extent, hits: 0, pinned, namespace, used });
             add(&self.counters.admitted_blocks, 1);
             add(&self.counters.admitted_bytes, u64::from(dirty.block.length()));
             ended.push((dirty, pending, true));

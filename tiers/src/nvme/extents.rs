@@ -1,4 +1,5 @@
-//! The extent map: where each block of a volume lies, in memory. Pure; sixty bytes a block or so.
+//! The extent map: where each block of a volume lies, in memory, and how much each namespace has. Pure; sixty bytes a block
+//! or so.
 //!
 //! Entries live in chunks, so that growth copies nothing; a hash table of their numbers finds them by
 //! digest; each segment's entries form a list, so that reclaim needs neither a scan nor the index.
@@ -7,7 +8,8 @@
 
 use hashbrown::HashTable;
 
-use super::format::{Digest, Extent};
+use super::format::{Digest, Extent, PAGE};
+use crate::caps::NVME_SEGMENT_BYTES_MAX;
 
 const NONE: u32 = u32::MAX;
 const CHUNK: usize = 4096;
@@ -25,6 +27,10 @@ pub struct Entry {
     pub hits: u8,
     /// Not to be dropped.
     pub pinned: bool,
+    /// Whose: its number on this volume, 0 where an earlier build wrote it.
+    pub namespace: u8,
+    /// Second of this daemon's life when it was stored or asked for last.
+    pub used: u32,
 }
 
 /// 48 bytes.
@@ -33,16 +39,20 @@ struct Stored {
     digest: u128,
     parent_tag: u64,
     segment: u32,
-    page: u32,
-    pages: u32,
+    page: u16,
+    pages: u16,
     next: u32,
     previous: u32,
+    used: u32,
     hits: u8,
+    namespace: u8,
     apart: bool,
     pinned: bool,
 }
 
 const _: () = assert!(size_of::<Stored>() == 48);
+// A segment's first page is its header: neither a page's number nor a count of pages needs more than 16 bits.
+const _: () = assert!(NVME_SEGMENT_BYTES_MAX / PAGE <= 1 << 16);
 const EMPTY: Stored = Stored {
     digest: 0,
     parent_tag: 0,
@@ -51,7 +61,9 @@ const EMPTY: Stored = Stored {
     pages: 0,
     next: NONE,
     previous: NONE,
+    used: 0,
     hits: 0,
+    namespace: 0,
     apart: false,
     pinned: false,
 };
@@ -61,9 +73,16 @@ impl Stored {
         Entry {
             digest: Digest(self.digest),
             parent_tag: self.parent_tag,
-            extent: Extent { segment: self.segment, page: self.page, pages: self.pages, apart: self.apart },
+            extent: Extent {
+                segment: self.segment,
+                page: u32::from(self.page),
+                pages: u32::from(self.pages),
+                apart: self.apart,
+            },
             hits: self.hits,
             pinned: self.pinned,
+            namespace: self.namespace,
+            used: self.used,
         }
     }
 }
@@ -94,6 +113,8 @@ pub struct Extents {
     blocks: usize,
     live_pages: u64,
     pinned_pages: u64,
+    /// By namespace.
+    pages_of: [u64; 256],
 }
 
 impl Default for Extents {
@@ -106,6 +127,7 @@ impl Default for Extents {
             blocks: 0,
             live_pages: 0,
             pinned_pages: 0,
+            pages_of: [0; 256],
         }
     }
 }
@@ -146,11 +168,13 @@ impl Extents {
             digest: entry.digest.0,
             parent_tag: entry.parent_tag,
             segment: entry.extent.segment,
-            page: entry.extent.page,
-            pages: entry.extent.pages,
+            page: entry.extent.page as u16,
+            pages: entry.extent.pages as u16,
             next,
             previous: NONE,
+            used: entry.used,
             hits: entry.hits,
+            namespace: entry.namespace,
             apart: entry.extent.apart,
             pinned: entry.pinned,
         };
@@ -163,6 +187,7 @@ impl Extents {
         lists.in_use.pages += entry.extent.pages;
         self.blocks += 1;
         self.live_pages += u64::from(entry.extent.pages);
+        self.pages_of[usize::from(entry.namespace)] += u64::from(entry.extent.pages);
         if entry.pinned {
             self.count_pinned(&entry.extent, true);
         }
@@ -222,9 +247,10 @@ impl Extents {
         }
         let in_use = &mut self.segments[stored.segment as usize].in_use;
         in_use.blocks -= 1;
-        in_use.pages -= stored.pages;
+        in_use.pages -= u32::from(stored.pages);
         self.blocks -= 1;
         self.live_pages -= u64::from(stored.pages);
+        self.pages_of[usize::from(stored.namespace)] -= u64::from(stored.pages);
         let free = self.free;
         *self.at_mut(number) = Stored { next: free, ..EMPTY };
         self.free = number;
@@ -237,6 +263,31 @@ impl Extents {
             let stored = self.at_mut(number);
             stored.hits = stored.hits.saturating_add(1);
         }
+    }
+
+    /// A block was asked for at second `now`; true where it is here.
+    pub fn mark_used(&mut self, digest: Digest, now: u32) -> bool {
+        let found = self.find(digest);
+        if let Some(number) = found {
+            self.at_mut(number).used = now;
+        }
+        found.is_some()
+    }
+
+    /// What has this tag was used at `used` at least; then its parent's tag, where it was used before `since` until now.
+    pub fn renew(&mut self, tag: u64, used: u32, since: u32) -> Option<u64> {
+        let number = *self.table.find(tag, |number| Digest(self.at(*number).digest).tag() == tag)?;
+        let stored = self.at_mut(number);
+        let renewed = stored.used < since;
+        if renewed {
+            stored.used = used;
+        }
+        Some(stored.parent_tag).filter(|parent| renewed && *parent != 0)
+    }
+
+    /// Pages of a namespace's blocks, by its number on this volume.
+    pub fn pages_of(&self, namespace: u8) -> u64 {
+        self.pages_of[usize::from(namespace)]
     }
 
     /// Halves what is remembered of the reads of a segment's blocks.
@@ -271,6 +322,18 @@ impl Extents {
             number = stored.next;
         }
         entries
+    }
+
+    /// Pages of a segment's blocks, each as often as its namespace says.
+    pub fn weighed_pages(&self, segment: u32, weight: impl Fn(u8) -> u64) -> u64 {
+        let mut number = self.segments.get(segment as usize).map_or(NONE, |lists| lists.first);
+        let mut pages = 0;
+        while number != NONE {
+            let stored = self.at(number);
+            pages += u64::from(stored.pages) * weight(stored.namespace);
+            number = stored.next;
+        }
+        pages
     }
 
     /// What of a segment is live.
@@ -312,11 +375,12 @@ mod tests {
                 0..4 => {
                     let extent = Extent {
                         segment: next(40) as u32,
-                        page: step as u32,
+                        page: step as u32 & 0xFFFF,
                         pages: 1 + next(9) as u32,
                         apart: step % 2 == 0,
                     };
-                    let entry = Entry { digest, parent_tag: step, extent, hits: 0, pinned: next(10) == 0 };
+                    let (pinned, namespace) = (next(10) == 0, next(3) as u8);
+                    let entry = Entry { digest, parent_tag: step, extent, hits: 0, pinned, namespace, used: 0 };
                     let before = extents.insert(entry);
                     assert_eq!(before, model.insert(name, entry).map(|entry| entry.extent));
                 }
@@ -342,6 +406,9 @@ mod tests {
             model.values().filter(|entry| of(entry)).map(|entry| u64::from(entry.extent.pages)).sum()
         };
         assert_eq!(extents.pages(), (sum(&|_| true), sum(&|entry| entry.pinned)));
+        for namespace in 0..3 {
+            assert_eq!(extents.pages_of(namespace), sum(&|entry| entry.namespace == namespace));
+        }
         for segment in 0..40 {
             let mut listed = extents.of_segment(segment);
             let mut expected: Vec<Entry> =

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvstore_transfer::frame::FrameHeader;
 use kvstore_transfer::volume::{self, Direction, IoMemories, IoMemory, Transfer};
@@ -18,6 +18,8 @@ use super::write::{Commit, Dirty, Framed, NoPlace, answer, is_no_space};
 
 /// Small frames are written together up to this many bytes.
 const RUN_BYTES_MAX: usize = 1 << 20;
+/// A volume that is closed waits for its last writes for so long: a disk that hangs is not waited for.
+const LAST_WRITES_WITHIN: Duration = Duration::from_secs(5);
 /// Between two attempts to use a full file system.
 const RETRY_EVERY: Duration = Duration::from_millis(500);
 
@@ -31,7 +33,16 @@ impl Store {
                 self.write_items(items);
             }
         }
+        self.await_writes();
         let _ = self.commits.send(Commit::Stop);
+    }
+
+    /// What the device has yet to write is committed before the committer stops: it ends with a stop.
+    fn await_writes(&self) {
+        let until = Instant::now() + LAST_WRITES_WITHIN;
+        while !self.state.lock().pending.is_empty() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn next_items(self: &Arc<Self>) -> Option<Vec<Dirty>> {
@@ -116,6 +127,7 @@ impl Store {
             let pages = (header.frame_bytes() / PAGE) as u32;
             let pinned = self.state.lock().pins.holds(dirty.digest);
             let class = if pinned { SegmentClass::Pinned } else { SegmentClass::Ordinary };
+            self.keep_within_bound(&dirty.identity.namespace_digest, header.frame_bytes());
             let place = match self.place(class, pages, apart) {
                 Ok(place) => place,
                 Err(problem) => {
@@ -124,11 +136,13 @@ impl Store {
                 }
             };
             let head = header.rebind(place.generation).encode();
+            let namespace = self.state.lock().numbers.assign(&dirty.identity.namespace_digest);
             let value = IndexValue {
                 extent: place.extent,
                 generation: place.generation,
                 header_crc32: FrameHeader::header_crc32(&head),
                 parent_tag: dirty.parent_tag,
+                namespace,
             };
             let Some(bytes) = dirty.block.bytes() else {
                 self.state.lock().segments.end_write(place.extent.segment);

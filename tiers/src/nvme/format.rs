@@ -2,7 +2,9 @@
 
 use kvstore_plane::SequenceHash;
 use kvstore_transfer::frame::{FRAME_ALIGN, FrameIdentity};
-use xxhash_rust::xxh3::xxh3_128_with_seed;
+use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128_with_seed};
+
+use crate::caps::NVME_SEGMENT_BYTES_MAX;
 
 /// The version of volume headers, segment headers and index values that this build writes and reads.
 pub const VOLUME_VERSION: u16 = 1;
@@ -65,6 +67,11 @@ impl Digest {
         }
     }
 
+    /// What draws the block to a volume: it goes to the one where this is greatest (rendezvous hashing).
+    pub fn weight(self, volume_id: &[u8; 16]) -> u64 {
+        xxh3_64_with_seed(volume_id, self.tag())
+    }
+
     /// Half of it, by which children name their parent; never 0.
     pub fn tag(self) -> u64 {
         (self.0 as u64).max(1)
@@ -112,7 +119,9 @@ impl VolumeHeader {
     /// Reads and checks one.
     pub fn decode(page: &[u8]) -> Result<Self, FormatError> {
         let mut fields = check(page, VOLUME_MAGIC, "the volume header", 32)?;
-        Ok(Self { volume_id: fields.take(), segment_bytes: fields.u64(), seed: fields.u64() })
+        let header = Self { volume_id: fields.take(), segment_bytes: fields.u64(), seed: fields.u64() };
+        let known = (PAGE * 2..=NVME_SEGMENT_BYTES_MAX).contains(&header.segment_bytes);
+        known.then_some(header).ok_or(FormatError::Checksum("the volume header"))
     }
 }
 
@@ -169,6 +178,8 @@ pub struct IndexValue {
     pub header_crc32: u32,
     /// Names the parent; 0 for a root.
     pub parent_tag: u64,
+    /// The namespace's number on this volume; 0 where it is not known.
+    pub namespace: u8,
 }
 
 /// A run of pages of one segment that a frame fills.
@@ -198,8 +209,8 @@ impl IndexValue {
     /// As stored.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(INDEX_VALUE_BYTES);
-        // Version, codec (0 plain), flags, zero.
-        out.extend_from_slice(&[VOLUME_VERSION as u8, 0, u8::from(self.extent.apart), 0]);
+        // Version, codec (0 plain), flags, namespace.
+        out.extend_from_slice(&[VOLUME_VERSION as u8, 0, u8::from(self.extent.apart), self.namespace]);
         out.extend_from_slice(&self.extent.segment.to_le_bytes());
         out.extend_from_slice(&self.extent.page.to_le_bytes());
         out.extend_from_slice(&self.extent.pages.to_le_bytes());
@@ -213,7 +224,7 @@ impl IndexValue {
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
         let name = "an index value";
         let mut fields = Fields(bytes);
-        let [version, codec, flags, _] = fields.take();
+        let [version, codec, flags, namespace] = fields.take();
         if u16::from(version) != VOLUME_VERSION {
             return Err(FormatError::Version(name, u16::from(version)));
         }
@@ -222,7 +233,7 @@ impl IndexValue {
         }
         let (segment, page, pages) = (fields.u32(), fields.u32(), fields.u32());
         let extent = Extent { segment, page, pages, apart: flags & 1 == 1 };
-        Ok(Self { extent, header_crc32: fields.u32(), generation: fields.u64(), parent_tag: fields.u64() })
+        Ok(Self { extent, header_crc32: fields.u32(), generation: fields.u64(), parent_tag: fields.u64(), namespace })
     }
 }
 
@@ -306,7 +317,8 @@ mod tests {
     #[test]
     fn index_values_come_back_and_unknown_versions_are_refused_by_name() {
         let extent = Extent { segment: 9, page: 17, pages: 257, apart: true };
-        let value = IndexValue { extent, generation: generation(77, 3), header_crc32: 5, parent_tag: u64::MAX };
+        let value =
+            IndexValue { extent, generation: generation(77, 3), header_crc32: 5, parent_tag: u64::MAX, namespace: 200 };
         assert_eq!(IndexValue::decode(&value.encode()), Ok(value));
         assert_eq!(life_of(value.generation), 77);
         let mut newer = value.encode();

@@ -93,8 +93,9 @@ impl NvmeTier {
         self.stores.iter().any(|store| store.state.lock().pins.holds(self.digest(store, block)))
     }
 
-    /// Ends the pins whose time is over.
-    pub fn tick(&self, now: BootTime) {
+    /// Background work: ends the pins whose time is over, holds namespaces to what they may have. Call it a few times a second.
+    pub fn tick(self: &Arc<Self>, now: BootTime) {
+        self.hold_namespaces(now);
         for store in &self.stores {
             loop {
                 let expired = store.state.lock().pins.next_expired(now);

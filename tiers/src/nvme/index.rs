@@ -1,7 +1,7 @@
 //! The index of one volume: RocksDB, small and bounded. Read whole at the start, only written after.
 //!
 //! Keys start with what they name: `b` and a digest (a block's place), `s` and a segment's number (its
-//! life), `p` and an id (a pin). Nothing here is trusted beyond its name: each frame is checked when read.
+//! life), `p` and an id (a pin), `n` and a number (a namespace's digest). Nothing here is trusted beyond its name: each frame is checked when read.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -72,6 +72,11 @@ impl IndexBatch {
         self.batch.delete(segment_key(segment));
     }
 
+    /// A namespace has a number.
+    pub fn put_namespace(&mut self, number: u8, digest: &[u8; 32]) {
+        self.batch.put([b'n', number], digest);
+    }
+
     /// A pin begins.
     pub fn put_pin(&mut self, id: u128, record: &[u8]) {
         self.batch.put(pin_key(id), record);
@@ -120,6 +125,8 @@ pub enum IndexItem<'a> {
     Segment(u32, u64, SegmentClass),
     /// A pin.
     Pin(u128, &'a [u8]),
+    /// A namespace's number, and its digest.
+    Namespace(u8, [u8; 32]),
 }
 
 /// See the head of this file.
@@ -240,6 +247,11 @@ impl Index {
                     if let (Ok(segment), Ok(life)) = (<[u8; 4]>::try_from(segment), <[u8; 8]>::try_from(life)) {
                         let class = if *class == 1 { SegmentClass::Pinned } else { SegmentClass::Ordinary };
                         each(IndexItem::Segment(u32::from_be_bytes(segment), u64::from_le_bytes(life), class));
+                    }
+                }
+                (Some((b'n', [number])), digest) => {
+                    if let Ok(digest) = <[u8; 32]>::try_from(digest) {
+                        each(IndexItem::Namespace(*number, digest));
                     }
                 }
                 (Some((b'p', id)), record) => {

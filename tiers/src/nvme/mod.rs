@@ -11,6 +11,7 @@ mod flush;
 mod format;
 mod hold;
 mod index;
+mod namespaces;
 mod pins;
 mod promote;
 mod read;
@@ -23,7 +24,7 @@ mod verify;
 mod write;
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak, mpsc};
 use std::thread::JoinHandle;
 
@@ -38,6 +39,7 @@ use crate::host::{HostTier, RegisteredLayout, section_bytes};
 use crate::layout::BlockKind;
 use crate::residency::Delete;
 
+use extents::Extents;
 pub(crate) use format::{Digest, padded};
 use store::Store;
 use write::{Commit, Dirty, DirtyBytes, DirtyCount, Pending};
@@ -45,6 +47,7 @@ use write::{Commit, Dirty, DirtyBytes, DirtyCount, Pending};
 pub use format::{Extent, FormatError, IndexValue, SegmentClass, SegmentHeader, VolumeHeader};
 pub use hold::PinRefused;
 pub use kvstore_transfer::volume::{Fault, IoEngine as NvmeEngine};
+pub use namespaces::NvmeNamespace;
 pub use promote::Promote;
 pub use status::{NvmeStatus, VolumeStatus};
 pub use store::{Health, OpenError, engine_of, index_bytes_of, usable_bytes};
@@ -79,14 +82,36 @@ pub(crate) struct Peers {
     cleaned: Notify,
     /// A promotion ended.
     promoted: Notify,
+    /// What each namespace may have.
+    namespaces: RwLock<Vec<NvmeNamespace>>,
 }
 
 impl Peers {
-    /// True where some volume has a block with this tag, or one is on its way there.
-    fn has_tag(&self, tag: u64) -> bool {
-        self.stores.read().iter().filter_map(Weak::upgrade).any(|store| {
+    fn new(dirty: Arc<DirtyCount>) -> Self {
+        Self {
+            stores: RwLock::new(Vec::new()),
+            dirty,
+            cleaned: Notify::new(),
+            promoted: Notify::new(),
+            namespaces: RwLock::new(Vec::new()),
+        }
+    }
+
+    fn live(&self) -> impl Iterator<Item = Arc<Store>> {
+        let stores: Vec<_> = self.stores.read().iter().filter_map(Weak::upgrade).collect();
+        stores.into_iter()
+    }
+
+    /// The seed of the volumes that are open: a new one takes it over, so that all know a block by one name.
+    pub(crate) fn seed(&self) -> Option<u64> {
+        self.live().next().map(|store| store.header.seed)
+    }
+
+    /// True where some volume has a block with this tag, or one is on its way there; or may have it, under another seed.
+    fn has_tag(&self, seed: u64, tag: u64) -> bool {
+        self.live().any(|store| {
             let state = store.state.lock();
-            state.extents.has_tag(tag) || state.pending.has_tag(tag)
+            store.header.seed != seed || state.extents.has_tag(tag) || state.pending.has_tag(tag)
         })
     }
 }
@@ -99,6 +124,10 @@ pub struct NvmeTier {
     dirty_max: AtomicU64,
     index_bytes: Option<u64>,
     boot_id: [u8; 16],
+    opened: BootTime,
+    /// Unused blocks are being swept; and when that was done last.
+    sweeping: AtomicBool,
+    swept: AtomicU64,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -125,8 +154,7 @@ impl NvmeTier {
     /// Opens every volume. Ready when it returns: what has to be found again is found in the background.
     pub fn open(options: &NvmeOptions, host: &Arc<HostTier>) -> Result<Arc<Self>, OpenError> {
         let dirty = Arc::new(DirtyCount::default());
-        let peers =
-            Arc::new(Peers { stores: RwLock::new(Vec::new()), dirty, cleaned: Notify::new(), promoted: Notify::new() });
+        let peers = Arc::new(Peers::new(dirty));
         let mut stores = Vec::new();
         let mut commits = Vec::new();
         for path in &options.paths {
@@ -150,6 +178,9 @@ impl NvmeTier {
             dirty_max: AtomicU64::new(options.dirty_bytes),
             index_bytes: options.index_bytes,
             boot_id: options.boot_id,
+            opened: options.now,
+            sweeping: AtomicBool::new(false),
+            swept: AtomicU64::new(options.now.0),
             threads: Mutex::new(threads),
         }))
     }
@@ -161,13 +192,29 @@ impl NvmeTier {
 
     /// Which blocks of a prefix are on disk.
     pub fn presence(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> Vec<bool> {
+        self.present(layout, group, hashes, |extents, digest| extents.get(digest).is_some())
+    }
+
+    /// The same, for a request that wants them: they count as used now.
+    pub fn look_up(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash], now: BootTime) -> Vec<bool> {
+        let second = self.second(now);
+        self.present(layout, group, hashes, |extents, digest| extents.mark_used(digest, second))
+    }
+
+    fn present(
+        &self,
+        layout: &RegisteredLayout,
+        group: u16,
+        hashes: &[SequenceHash],
+        is_here: impl Fn(&mut Extents, Digest) -> bool,
+    ) -> Vec<bool> {
         let mut found = vec![false; hashes.len()];
         for store in &self.stores {
             let digest = |hash: &SequenceHash| self.digest(store, &BlockRef { layout, group, hash: *hash });
             let digests: Vec<Digest> = hashes.iter().map(digest).collect();
-            let state = store.state.lock();
+            let mut state = store.state.lock();
             if !state.health.left {
-                let here = digests.iter().map(|digest| state.extents.get(*digest).is_some());
+                let here = digests.into_iter().map(|digest| is_here(&mut state.extents, digest));
                 found.iter_mut().zip(here).for_each(|(found, here)| *found |= here);
             }
         }
@@ -294,7 +341,7 @@ impl NvmeTier {
         let weighed = self.stores.iter().map(|store| (store, self.digest(store, block)));
         weighed
             .filter(|(store, _)| store.state.lock().health.takes_writes())
-            .max_by_key(|(store, digest)| digest.0 ^ u128::from(store.header.seed))
+            .max_by_key(|(store, digest)| digest.weight(&store.header.volume_id))
     }
 
     // ------------------------------------------------------------------------------- leaving

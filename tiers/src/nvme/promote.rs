@@ -24,6 +24,8 @@ pub enum Promote {
     NeedsSlab(SlabPlan),
     /// No room in memory, or the lane is full.
     Busy,
+    /// It is brought ahead of need, and what would leave memory for it is worth more.
+    Outranked,
     /// Not on disk.
     Absent,
 }
@@ -39,7 +41,12 @@ impl NvmeTier {
         };
         let found = self.stores.iter().find_map(|store| {
             let digest = self.digest(store, block);
-            store.begin_read(digest).map(|entry| (store, entry))
+            let entry = store.begin_read(digest)?;
+            if priority == Priority::Demand {
+                // A read from disk says as much for a block as one from memory.
+                store.state.lock().extents.touch(digest);
+            }
+            Some((store, entry))
         });
         let Some((store, entry)) = found else { return Promote::Absent };
         let request = FillRequest {
@@ -83,6 +90,7 @@ impl NvmeTier {
                 Promote::InFlight
             }
             BeginFill::NeedsSlab(plan) => Promote::NeedsSlab(plan),
+            BeginFill::Outranked => Promote::Outranked,
             BeginFill::Busy | BeginFill::Wait => Promote::Busy,
         };
         store.end_read(&entry);

@@ -106,8 +106,12 @@ impl Store {
         let digest = Digest::of_frame(self.header.seed, &frame.identity);
         let parent_tag = super::parent_tag(self.header.seed, &frame.identity);
         let header_crc32 = FrameHeader::header_crc32(encoded);
-        let entry = Entry { digest, parent_tag, extent, hits: 0, pinned: false };
-        (entry, IndexValue { extent, generation: frame.generation, header_crc32, parent_tag })
+        let (namespace, used) = {
+            let mut state = self.state.lock();
+            (state.numbers.assign(&frame.identity.namespace_digest), state.second)
+        };
+        let entry = Entry { digest, parent_tag, extent, hits: 0, pinned: false, namespace, used };
+        (entry, IndexValue { extent, generation: frame.generation, header_crc32, parent_tag, namespace })
     }
 
     fn take_found(&self, segment: u32, life: u64, class: SegmentClass, found: Vec<(Entry, IndexValue)>) {
@@ -116,6 +120,7 @@ impl Store {
         for found in found.chunks(BATCH_BLOCKS) {
             let mut state = self.state.lock();
             state.segments.restore(segment, life, class, false);
+            state.numbers.save(&mut batch);
             for (entry, value) in found {
                 // The same block twice: it moved. The later copy counts, in the map and in the index.
                 let newer = state.extents.get(entry.digest).is_none_or(|known| {

@@ -15,6 +15,7 @@ use kvstore_transfer::{AlignedBytes, Lane, volume};
 use super::extents::Entry;
 use super::format::{Digest, IndexValue, PAGE, SegmentClass, SegmentHeader};
 use super::index::IndexBatch;
+use super::namespaces::Standings;
 use super::read::read_frame;
 use super::store::{State, Store, add};
 use crate::caps;
@@ -52,16 +53,29 @@ impl Store {
     }
 
     fn reclaim(self: &Arc<Self>) -> bool {
+        let standings = self.standings();
         let candidates = {
             let state = self.state.lock();
-            state.segments.candidates(|segment| state.extents.segment_use(segment).pinned_pages == 0)
+            let unpinned = |segment| state.extents.segment_use(segment).pinned_pages == 0;
+            // Where somebody has more than its share, what it has may be young.
+            if standings.contested {
+                state.segments.all_candidates(unpinned)
+            } else {
+                state.segments.candidates(unpinned)
+            }
         };
         // A look at every block of every candidate would cost more than it saves: those with the fewest live pages.
         let mut ranked: Vec<(usize, u32)> = candidates.into_iter().enumerate().collect();
         let count = ranked.len() as u64;
-        ranked.sort_by_cached_key(|(_, segment)| self.state.lock().extents.segment_use(*segment).pages);
+        ranked.sort_by_cached_key(|(_, segment)| {
+            let extents = &self.state.lock().extents;
+            match standings.contested {
+                true => extents.weighed_pages(*segment, |namespace| standings.of(namespace)),
+                false => u64::from(extents.segment_use(*segment).pages),
+            }
+        });
         ranked.truncate(LOOKED_AT);
-        let worth = |(rank, segment): &(usize, u32)| self.worth(*segment, *rank as u64, count);
+        let worth = |(rank, segment): &(usize, u32)| self.worth(*segment, *rank as u64, count, &standings);
         let Some((rank, victim)) = ranked.iter().copied().min_by_key(worth) else { return false };
         // What an older segment was spared for wears off: else it would stay for reads of long ago.
         for (_, older) in ranked.iter().filter(|(other, _)| *other < rank) {
@@ -71,8 +85,8 @@ impl Store {
     }
 
     /// What would be lost or moved with a segment: twice the pages of what was read and would move; those of the
-    /// rest, the less the older the segment is; none of what leads nowhere.
-    fn worth(&self, segment: u32, rank: u64, count: u64) -> u64 {
+    /// rest, the less the older the segment is; none of what leads nowhere. What namespaces have beyond their shares counts less.
+    fn worth(&self, segment: u32, rank: u64, count: u64, standings: &Standings) -> u64 {
         let (entries, orphans) = self.entries_and_orphans(segment);
         let weight = |entry: &Entry| match entry {
             _ if orphans.contains(&entry.digest) => 0,
@@ -80,7 +94,8 @@ impl Store {
             Entry { hits: 1.., .. } => 2 * count,
             _ => count + rank,
         };
-        entries.iter().map(|entry| weight(entry) * u64::from(entry.extent.pages)).sum()
+        let pages = |entry: &Entry| standings.of(entry.namespace) * u64::from(entry.extent.pages);
+        entries.iter().map(|entry| weight(entry) * pages(entry)).sum()
     }
 
     /// The blocks of a segment, and those of them whose parents are on no volume and on their way to none.
@@ -88,7 +103,7 @@ impl Store {
         let entries = self.state.lock().extents.of_segment(segment);
         let mut orphans = HashSet::new();
         for entry in entries.iter().filter(|entry| entry.parent_tag != 0 && !entry.pinned) {
-            if !self.peers.has_tag(entry.parent_tag) {
+            if !self.peers.has_tag(self.header.seed, entry.parent_tag) {
                 orphans.insert(entry.digest);
             }
         }
@@ -98,12 +113,14 @@ impl Store {
     /// Moves what must or should stay out of a sealed segment, and forgets the rest.
     pub fn empty(self: &Arc<Self>, victim: u32) -> bool {
         let (entries, orphans) = self.entries_and_orphans(victim);
+        let standings = self.standings();
         let budget = self.header.segment_bytes / 100 * caps::NVME_REINSERT_PERCENT / PAGE;
         let mut hot: Vec<&Entry> = entries
             .iter()
-            .filter(|entry| !entry.pinned && entry.hits > 0 && !orphans.contains(&entry.digest))
+            .filter(|entry| entry.hits > 0 || standings.spares(entry.namespace))
+            .filter(|entry| !entry.pinned && !orphans.contains(&entry.digest))
             .collect();
-        hot.sort_by_key(|entry| std::cmp::Reverse(entry.hits));
+        hot.sort_by_key(|entry| std::cmp::Reverse(u64::from(entry.hits) * standings.of(entry.namespace)));
         let mut pages = 0;
         hot.retain(|entry| {
             pages += u64::from(entry.extent.pages);
@@ -234,6 +251,7 @@ impl Store {
             generation: place.generation,
             header_crc32: FrameHeader::header_crc32(&head),
             parent_tag: entry.parent_tag,
+            namespace: entry.namespace,
         })
     }
 

@@ -230,6 +230,13 @@ impl Segments {
     /// The oldest sealed segments, oldest first, out of the oldest quarter. Pinned ones only where
     /// `unpinned` says that nothing in them is pinned any more.
     pub fn candidates(&self, unpinned: impl Fn(u32) -> bool) -> Vec<u32> {
+        let mut sealed = self.all_candidates(unpinned);
+        sealed.truncate(sealed.len().div_ceil(4).min(CANDIDATES));
+        sealed
+    }
+
+    /// The same, out of all of them.
+    pub fn all_candidates(&self, unpinned: impl Fn(u32) -> bool) -> Vec<u32> {
         let mut sealed: Vec<(u64, u32)> = (0u32..)
             .zip(&self.all)
             .filter(|(at, known)| match known.state {
@@ -240,8 +247,21 @@ impl Segments {
             .map(|(at, known)| (known.life, at))
             .collect();
         sealed.sort_unstable();
-        let quarter = sealed.len().div_ceil(4).min(CANDIDATES);
-        sealed.into_iter().take(quarter).map(|(_, at)| at).collect()
+        sealed.into_iter().map(|(_, at)| at).collect()
+    }
+
+    /// Segments that may hold blocks, the oldest first.
+    pub fn oldest_first(&self) -> Vec<u32> {
+        let holds = |(_, known): &(u32, &Segment)| !matches!(known.state, State::Absent | State::Free | State::Emptied);
+        let mut used: Vec<(u64, u32)> =
+            (0u32..).zip(&self.all).filter(holds).map(|(at, known)| (known.life, at)).collect();
+        used.sort_unstable();
+        used.into_iter().map(|(_, at)| at).collect()
+    }
+
+    /// How many segments the bound allows.
+    pub fn allowed(&self) -> usize {
+        self.allowed
     }
 
     /// The blocks of a sealed segment are forgotten: free as soon as nobody reads it.

@@ -18,8 +18,9 @@ use parking_lot::{Condvar, Mutex};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use super::extents::{Entry, Extents};
-use super::format::{FormatError, PAGE, SEGMENTS_AT, SegmentHeader, VolumeHeader, life_of};
+use super::format::{FormatError, IndexValue, PAGE, SEGMENTS_AT, SegmentHeader, VolumeHeader, life_of};
 use super::index::{Index, IndexBatch, IndexError, IndexItem};
+use super::namespaces::Numbers;
 use super::pins::Pins;
 use super::segments::Segments;
 use super::write::{Commit, PendingBlocks, WriteQueue};
@@ -134,6 +135,10 @@ pub(super) struct State {
     pub health: Health,
     /// Segments that were written since the last sync.
     pub unsynced: HashSet<u32>,
+    /// The namespaces' numbers.
+    pub numbers: Numbers,
+    /// Of this daemon's life.
+    pub second: u32,
 }
 
 /// See the head of this file.
@@ -183,7 +188,7 @@ impl Store {
         let length = file.bytes().map_err(io("read the length of", &file_path))?;
         let volume = volume::open(file, options.engine).map_err(io("drive", &file_path))?;
         let header = match length {
-            0 => make_header(&*volume, options.bytes).map_err(io("write", &file_path))?,
+            0 => make_header(&*volume, options.bytes, peers.seed()).map_err(io("write", &file_path))?,
             _ => read_header(&*volume).map_err(|cause| OpenError::Format { path: file_path.clone(), cause })?,
         };
         let volume = match &options.faults {
@@ -202,6 +207,8 @@ impl Store {
             pending: PendingBlocks::default(),
             health: Health::default(),
             unsynced: HashSet::new(),
+            numbers: Numbers::default(),
+            second: 0,
         };
         // Not bounded by itself, but by what is put into it: writes at the device, blocks that were deleted, pins.
         let (commits, commits_to) = mpsc::channel();
@@ -253,7 +260,7 @@ impl Store {
         let mut state = self.state.lock();
         let mut stale = IndexBatch::default();
         let mut stale_blocks = 0;
-        let State { extents, segments, pins, .. } = &mut *state;
+        let State { extents, segments, pins, numbers, .. } = &mut *state;
         let mut result = self.index.load(b's', |item| {
             if let IndexItem::Segment(segment, life, class) = item {
                 segments.restore(segment, life, class, true);
@@ -262,6 +269,11 @@ impl Store {
         result = result.and(self.index.load(b'p', |item| {
             if let IndexItem::Pin(id, record) = item {
                 pins.restore(id, record, &options.boot_id, options.now);
+            }
+        }));
+        result = result.and(self.index.load(b'n', |item| {
+            if let IndexItem::Namespace(number, digest) = item {
+                numbers.restore(number, digest);
             }
         }));
         result = result.and(self.index.load(b'b', |item| {
@@ -274,8 +286,8 @@ impl Store {
                 return;
             }
             let pinned = pins.holds(digest);
-            let entry = Entry { digest, parent_tag: value.parent_tag, extent: value.extent, hits: 0, pinned };
-            extents.insert(entry);
+            let IndexValue { extent, parent_tag, namespace, .. } = value;
+            extents.insert(Entry { digest, parent_tag, extent, hits: 0, pinned, namespace, used: 0 });
         }));
         drop(state);
         add(&self.counters.stale_blocks, stale_blocks);
@@ -293,6 +305,7 @@ impl Store {
 
     /// The index is lost: starts it anew and marks what has to be scanned.
     fn prepare_rebuild(&self, present: usize) {
+        self.state.lock().numbers.save_again();
         if let Err(error) = self.index.recreate() {
             self.state.lock().health.index_closed = true;
             tracing::error!(%error, "the index cannot be made anew yet");
@@ -394,14 +407,14 @@ fn take_lock(path: &Path) -> Result<File, OpenError> {
     Ok(lock)
 }
 
-fn make_header(volume: &dyn Volume, bytes: u64) -> std::io::Result<VolumeHeader> {
+fn make_header(volume: &dyn Volume, bytes: u64, seed: Option<u64>) -> std::io::Result<VolumeHeader> {
     let mut random = [0u8; 24];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
     let [volume_id @ .., a, b, c, d, e, f, g, h] = random;
     let header = VolumeHeader {
         volume_id,
         segment_bytes: segment_bytes_of(bytes),
-        seed: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
+        seed: seed.unwrap_or(u64::from_le_bytes([a, b, c, d, e, f, g, h])),
     };
     volume.file().allocate(0, SEGMENTS_AT)?;
     let page = header.encode();

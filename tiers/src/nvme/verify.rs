@@ -4,8 +4,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use kvstore_transfer::Lane;
-use parking_lot::RwLock;
-use tokio::sync::Notify;
 
 use super::extents::Entry;
 use super::read::read_frame;
@@ -88,8 +86,7 @@ pub fn verify_folder(
     mut progress: impl FnMut(&VerifyReport),
 ) -> Result<VerifyReport, OpenError> {
     let dirty = Arc::default();
-    let peers =
-        Arc::new(Peers { stores: RwLock::new(Vec::new()), dirty, cleaned: Notify::new(), promoted: Notify::new() });
+    let peers = Arc::new(Peers::new(dirty));
     if !path.join("blocks").exists() {
         let cause = std::io::Error::from(std::io::ErrorKind::NotFound);
         return Err(OpenError::Io { step: "find a volume in", path: path.to_owned(), cause });

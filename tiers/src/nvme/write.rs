@@ -96,6 +96,10 @@ impl PendingBlocks {
         self.by_digest.get(&digest)
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.by_digest.is_empty()
+    }
+
     pub fn has_tag(&self, tag: u64) -> bool {
         self.tags.contains(&tag)
     }

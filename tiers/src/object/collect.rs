@@ -32,6 +32,8 @@ pub struct CollectRules {
     pub keep_bytes: Option<u64>,
     /// In this namespace alone; it need not be one of this daemon's.
     pub namespace: Option<String>,
+    /// Not in these: they have rules of their own.
+    pub except: Vec<String>,
     /// Nothing goes: what would is only counted.
     pub dry_run: bool,
 }
@@ -157,6 +159,9 @@ impl ObjectTier {
         let mut objects = self.bucket.stream(&folder);
         while let Some(object) = next_object(&mut objects, until).await? {
             let Some((namespace, _)) = self.names.split(&object.location) else { continue };
+            if rules.except.contains(&namespace) {
+                continue;
+            }
             let known = collected.found.len() < NAMESPACES_TOLD || collected.found.contains_key(&namespace);
             collected.found.entry(if known { namespace } else { "(others)".into() }).or_default().add(object.size);
             if let Some(bytes) = by_age.get_mut(age_step(listed_ms, &object)) {
@@ -172,7 +177,8 @@ impl ObjectTier {
             while batch.len() < DELETES_AT_ONCE
                 && let Some(object) = next_object(&mut objects, until).await?
             {
-                let is_pack = self.names.split(&object.location).is_some();
+                let namespace = self.names.split(&object.location).map(|(namespace, _)| namespace);
+                let is_pack = namespace.is_some_and(|namespace| !rules.except.contains(&namespace));
                 if is_pack && object.last_modified.timestamp_millis() <= cutoff_ms {
                     batch.push(object);
                 }

@@ -82,7 +82,7 @@ impl ObjectTier {
                     let host = Arc::clone(&self.host);
                     let _ = tokio::task::spawn_blocking(move || host.make_slab(plan)).await;
                 }
-                Promote::InFlight | Promote::Busy => tokio::time::sleep(BRING_POLL).await,
+                Promote::InFlight | Promote::Busy | Promote::Outranked => tokio::time::sleep(BRING_POLL).await,
             }
         }
         None

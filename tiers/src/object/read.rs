@@ -89,6 +89,7 @@ impl ObjectTier {
             BeginFill::Resident => Promote::Resident,
             BeginFill::InFlight => Promote::InFlight,
             BeginFill::NeedsSlab(plan) => Promote::NeedsSlab(plan),
+            BeginFill::Outranked => Promote::Outranked,
             BeginFill::Busy | BeginFill::Wait => Promote::Busy,
         }
     }

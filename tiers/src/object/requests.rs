@@ -218,6 +218,10 @@ impl Bucket {
 
     fn failed(&self, trouble: &Trouble) {
         self.counts.failures.fetch_add(1, Ordering::Relaxed);
+        if matches!(trouble, Trouble::Damaged(_)) {
+            // It answers: some damaged packs must not make the sound ones misses.
+            return;
+        }
         if self.in_a_row.fetch_add(1, Ordering::Relaxed) + 1 < caps::OBJECT_FAILURES_IN_A_ROW_MAX {
             return;
         }
@@ -329,5 +333,20 @@ impl Bucket {
             Err(Trouble::NotFound) => Ok(()),
             other => other,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A few damaged packs that were read at once made the whole store count as away for a second.
+    #[test]
+    fn damaged_bodies_are_no_absence() {
+        let bucket = Bucket::new(Arc::new(object_store::memory::InMemory::new()), Duration::from_secs(1));
+        (0..100).for_each(|_| bucket.failed(&Trouble::Damaged("a flipped byte".into())));
+        assert!(!bucket.is_away());
+        (0..caps::OBJECT_FAILURES_IN_A_ROW_MAX).for_each(|_| bucket.failed(&Trouble::Failed("500".into())));
+        assert!(bucket.is_away());
     }
 }

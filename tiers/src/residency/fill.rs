@@ -102,6 +102,7 @@ impl<S: SlabMemory> Residency<S> {
             && let Some(pool) = self.pools.get_mut(pool.0)
         {
             pool.policy.insert(block, new);
+            self.mark_used(ticket.slot);
         }
         self.counts.published += 1;
         Publish::Published

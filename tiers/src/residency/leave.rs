@@ -2,6 +2,7 @@
 
 use kvstore_plane::{SlotKey, SlotRef, SlotState};
 
+use super::write_back::Offer;
 use super::{Delete, Evicted, Residency, SlabMemory};
 use crate::caps;
 use crate::eviction::Removal;
@@ -60,8 +61,15 @@ impl<S: SlabMemory> Residency<S> {
             if self.entry(slot).is_some_and(|entry| entry.leases() > 0 || entry.is_demoting()) {
                 // Not a candidate again before that ends.
                 self.parked.insert(slot);
-            } else {
-                victims.push(slot);
+                continue;
+            }
+            match self.offer_below(slot) {
+                Offer::Made => {}
+                Offer::NotNow => {
+                    self.set_held(slot, false);
+                    break;
+                }
+                Offer::None => victims.push(slot),
             }
         }
         victims
@@ -74,7 +82,8 @@ impl<S: SlabMemory> Residency<S> {
 
     /// Evicts blocks by name, where nothing keeps them: how the shards of one block leave together.
     pub fn evict_keys(&mut self, keys: impl Iterator<Item = SlotKey>) -> Vec<Evicted> {
-        let slots: Vec<SlotRef> = keys.filter_map(|key| self.find(&key).map(|(slot, _)| slot)).collect();
+        let mut slots: Vec<SlotRef> = keys.filter_map(|key| self.find_slot(&key)).collect();
+        slots.retain(|slot| matches!(self.offer_below(*slot), Offer::None));
         self.evict_slots(&slots)
     }
 

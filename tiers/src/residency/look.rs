@@ -11,6 +11,11 @@ impl<S: SlabMemory> Residency<S> {
         Some((slot, self.entry(slot)?))
     }
 
+    /// Where a block is that is readable or on its way.
+    pub fn find_slot(&self, key: &SlotKey) -> Option<SlotRef> {
+        self.find(key).map(|(slot, _)| slot)
+    }
+
     /// Whether a block is readable, on its way, or neither.
     pub fn presence(&self, key: &SlotKey) -> Presence {
         match self.find(key).map(|(_, entry)| entry.state()) {

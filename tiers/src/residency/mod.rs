@@ -24,6 +24,8 @@ mod read;
 mod readers;
 mod slabs;
 mod types;
+mod unused;
+mod write_back;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -36,7 +38,9 @@ use crate::eviction::PolicyKind;
 use crate::pool::{Pool, PoolId};
 
 pub use readers::{NoReaders, Readers};
-pub use types::{Delete, Evicted, FillTicket, FlightSource, Incoming, Presence, Priority, Publish, Reserve, Urgency};
+pub use types::{
+    Delete, Evicted, FillTicket, FlightSource, Incoming, Leaving, Presence, Priority, Publish, Reserve, Urgency,
+};
 
 /// Memory that carries a slot directory.
 pub trait SlabMemory {
@@ -101,6 +105,14 @@ pub struct Residency<S> {
     waiting: readers::Waiting,
     counts: ResidencyCounts,
     pinned_bytes: u64,
+    /// Of this residency's life: see `unused.rs`.
+    second: u32,
+    /// Seconds after which a block that nobody used leaves.
+    ttl: Option<u32>,
+    /// Blocks are offered to the tiers below before they leave.
+    writes_back: bool,
+    /// Those that are to be offered, leased: see `write_back.rs`.
+    leaving: Vec<Leaving>,
 }
 
 impl<S: SlabMemory> Residency<S> {
@@ -126,6 +138,10 @@ impl<S: SlabMemory> Residency<S> {
             waiting: readers::Waiting::default(),
             counts: ResidencyCounts::default(),
             pinned_bytes: 0,
+            second: 0,
+            ttl: None,
+            writes_back: false,
+            leaving: Vec::new(),
         }
     }
 

@@ -73,6 +73,7 @@ impl<S: SlabMemory> Residency<S> {
             && let Some(pool) = self.pools.get_mut(pool.0)
         {
             pool.policy.touch(block, touch);
+            self.mark_used(slot);
         }
     }
 

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use kvstore_plane::{SlotEntry, SlotRef, SlotState};
 
+use super::write_back::Offer;
 use super::{Residency, SlabMemory, SlabPlace};
 use crate::caps;
 use crate::eviction::BlockIndex;
@@ -81,6 +82,10 @@ impl<S: SlabMemory> Residency<S> {
     pub fn withdraw_slab(&mut self, number: u32) -> Option<S> {
         let count = self.slab(number)?.directory().len() as u32;
         let slots: Vec<SlotRef> = (0..count).map(|slot| SlotRef { slab: number, slot }).collect();
+        // All are asked: what is offered now need not be waited for the next time.
+        if slots.iter().filter(|slot| !matches!(self.offer_below(**slot), Offer::None)).count() > 0 {
+            return None;
+        }
         self.evict_slots(&slots);
         if self.slab_used(number) > 0 {
             return None;

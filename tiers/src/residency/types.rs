@@ -1,6 +1,6 @@
 //! What goes into a residency and what comes out of it.
 
-use kvstore_plane::{SequenceHash, SlotKey, SlotRef};
+use kvstore_plane::{SequenceHash, SlotKey, SlotRecord, SlotRef};
 
 use crate::clock::BootTime;
 use crate::layout::BlockKind;
@@ -104,6 +104,17 @@ pub enum Delete {
     Absent,
     /// Pinned: unpin it first.
     Pinned,
+}
+
+/// A block that would leave, and that no tier below has: leased, until whoever takes it releases it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Leaving {
+    /// Where it is.
+    pub slot: SlotRef,
+    /// What is there.
+    pub record: SlotRecord,
+    /// The block before it in its prefix, where that is in memory.
+    pub parent: Option<SequenceHash>,
 }
 
 /// A block that was evicted.

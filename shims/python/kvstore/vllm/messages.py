@@ -12,7 +12,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvstore.store import BlockLayout
 
-__all__ = ["BlockRun", "Load", "RankLayout", "Save", "StepPlan", "WorkerReport"]
+__all__ = ["UPLOAD", "BlockRun", "Load", "RankLayout", "Save", "StepPlan", "WorkerReport"]
+
+
+# In a request's kv_transfer_params: its session is to outlive the node, and its blocks go to the object store.
+UPLOAD = "kvstore_upload"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Save:
 
     job: int
     runs: list[BlockRun]
+    # They go to the object store, too, whatever the daemon does with others.
+    upload: bool = False
 
 
 @dataclass

@@ -20,7 +20,7 @@ from kvstore import weights
 from kvstore.store import Store
 
 from .layout import groups_of, has_names_of_items
-from .messages import BlockRun, Load, RankLayout, Save, StepPlan, WorkerReport
+from .messages import UPLOAD, BlockRun, Load, RankLayout, Save, StepPlan, WorkerReport
 from .options import Options
 
 __all__ = ["HANDED_OVER", "SchedulerSide"]
@@ -307,7 +307,8 @@ class SchedulerSide:
         self._pool.touch([self._pool.blocks[number] for number in kept])
         self._jobs[self._next_job] = _Job(kept)
         self._pending += len(kept)
-        plan.saves.append(Save(self._next_job, runs))
+        upload = (tracked.request.kv_transfer_params or {}).get(UPLOAD) is True
+        plan.saves.append(Save(self._next_job, runs, upload))
         self._next_job += 1
 
     def _runs(self, group: int, tracked: _Tracked, start: int, end: int) -> list[BlockRun]:

@@ -18,7 +18,7 @@ import kvstore
 from kvstore.store import Store
 
 from .layout import describe, groups_of, regions_of, shards_of, split
-from .messages import BlockRun, Load, RankLayout, Save, StepPlan, WorkerReport
+from .messages import UPLOAD, BlockRun, Load, RankLayout, Save, StepPlan, WorkerReport
 from .options import Options
 from .pages import DirectPages, StagedLoad, StagedPages, Staging
 from .stats import KvStoreStats
@@ -286,7 +286,7 @@ class WorkerSide:
             # A block counts once all its shards are stored.
             kept = [collections.Counter() for _ in run.hashes]
             for at, pages in enumerate(self._pages[run.group]):
-                for block, result in enumerate(self._save_part(run, at, pages, version, mark)):
+                for block, result in enumerate(self._save_part(run, at, pages, version, mark, save.upload)):
                     kept[block][result.status] += 1
             stored = sum(statuses["stored"] > 0 and _is_whole(statuses, self.layout.parts) for statuses in kept)
             whole = sum(_is_whole(statuses, self.layout.parts) for statuses in kept)
@@ -294,13 +294,16 @@ class WorkerSide:
             self._count("present_blocks", whole - stored)
             self._count("dropped_blocks", len(kept) - whole)
 
-    def _save_part(self, run: BlockRun, at: int, pages, version: bytes, mark: Any) -> list[kvstore.PutResult]:
+    def _save_part(
+        self, run: BlockRun, at: int, pages, version: bytes, mark: Any, upload: bool
+    ) -> list[kvstore.PutResult]:
         layout, results = self._store.layout(self.layout.part(at), version), []
         each = max(SAVE_BYTES // pages.block_bytes, 1)
         for first in range(0, len(run.hashes), each) if layout is not None else ():
             last = first + each
-            try:
-                results += pages.save(
+
+            def save(upload: bool, first=first, last=last):
+                return pages.save(
                     layout.group(run.group),
                     run.hashes[first:last],
                     run.numbers[first:last],
@@ -308,7 +311,18 @@ class WorkerSide:
                     parent=run.hashes[first - 1] if first else run.parent,
                     level=self._options.level,
                     more_follows=last < len(run.hashes),
+                    upload=upload,
                 )
+
+            try:
+                try:
+                    results += save(upload)
+                except kvstore.Unsupported as error:
+                    if not upload:
+                        raise
+                    logger.warning("kvstore: %s is asked for, and cannot be had: %s", UPLOAD, error)
+                    upload = False
+                    results += save(upload)
             except kvstore.Error as error:
                 self._store.failed(error)
                 break
