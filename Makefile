@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` and `make test`.
-.PHONY: demo test test-models test-python test-engines python wheel lint bench bench-peers bench-engines engines audit help
+.PHONY: demo test soak test-models test-python test-engines python wheel lint bench bench-peers bench-engines engines audit help
 
 # Figures to measure: grpc, index, eviction, nvme, restart, local, object, advise, or several with commas.
 FIGURES ?= grpc,index,eviction,nvme,restart,local,object,advise
@@ -20,6 +20,7 @@ help:
 	@echo "make demo    run a real trace of LLM requests, kill -9 in the middle, every byte verified"
 	@echo "make test    all tests"
 	@echo "make test-engines  the engine shims on real engines (installs about 3 GB, once)"
+	@echo "make soak    an outage of the object store, ten minutes long"
 	@echo "make lint    formatting, clippy, licences and sources of dependencies"
 	@echo "make wheel   the Python package, for Python 3.10 and newer"
 	@echo "make bench   measure the figures of benches/RESULTS.md (FIGURES=grpc for one group)"
@@ -53,6 +54,11 @@ test-models:
 	@scripts/setup.sh build
 	RUSTFLAGS="--cfg loom" cargo test --locked --package kvstore-plane --release --test loom --target-dir $(TARGET)/models --quiet
 	RUSTFLAGS="--cfg shuttle" cargo test --locked --package kvstore-plane --release --test shuttle --target-dir $(TARGET)/models --quiet
+
+# What takes too long for every change: an outage of the object store of ten minutes.
+soak:
+	@scripts/setup.sh build nextest
+	cargo nextest run --locked --package kvstore-tests --test object_outage --run-ignored only --no-capture
 
 # The Python package against a real daemon: that of the Rust tests, or KVSTORE_BIN.
 test-python: wheel

@@ -149,7 +149,7 @@ async fn who_floods_the_memory_gives_way_first() {
         put(&b, &group_b, at..at + 20, Level::Memory).await;
         tokio::time::sleep(Duration::from_millis(60)).await;
     }
-    let there = [0..300, 1000..1180].map(|ids| hashes(ids));
+    let there = [0..300, 1000..1180].map(hashes);
     let mut held = 0;
     for names in there {
         held += b.contains(&group_b, &names).await.unwrap().iter().filter(|there| **there).count();

@@ -120,7 +120,10 @@ impl Store {
             .filter(|entry| entry.hits > 0 || standings.spares(entry.namespace))
             .filter(|entry| !entry.pinned && !orphans.contains(&entry.digest))
             .collect();
-        hot.sort_by_key(|entry| std::cmp::Reverse(u64::from(entry.hits) * standings.of(entry.namespace)));
+        // Of equals the earlier one first: it may be the other's parent, without which that leads nowhere.
+        hot.sort_by_key(|entry| {
+            (std::cmp::Reverse(u64::from(entry.hits) * standings.of(entry.namespace)), entry.extent.page)
+        });
         let mut pages = 0;
         hot.retain(|entry| {
             pages += u64::from(entry.extent.pages);
