@@ -314,3 +314,31 @@ def test_durable_blocks_are_found_by_another_daemon(tmp_path):
                 assert layout.lookup(names).in_memory == 6
         finally:
             daemon.kill()
+
+
+def test_a_session_is_uploaded_where_it_says_so(tmp_path):
+    """Nothing of others goes to the bucket; without one, whoever asks is told so."""
+    daemon = Daemon(tmp_path, "nvme.paths=off", f"object.url=file://{tmp_path}/bucket")
+    try:
+        client = kvstore.Client(daemon.address)
+        kind = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=4096)
+        group = client.register_layout("session", dtype="uint8", block_tokens=16, groups=[kind]).group()
+        group.put_from(hashes(range(6)), blocks(range(6), group.block_bytes))
+        stored = group.put_from(hashes(range(10, 13)), blocks(range(10, 13), group.block_bytes), upload=True)
+        assert [result.level for result in stored] == ["memory"] * 3
+        until = time.monotonic() + 20
+        while not (packs := [path for path in (tmp_path / "bucket").rglob("*") if path.stat().st_size > 3 * 65536]):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert len(packs) == 1
+    finally:
+        daemon.kill()
+    (tmp_path / "without").mkdir()
+    daemon = Daemon(tmp_path / "without", "nvme.paths=off")
+    try:
+        client = kvstore.Client(daemon.address)
+        group = client.register_layout("session", dtype="uint8", block_tokens=16, groups=[kind]).group()
+        with pytest.raises(kvstore.Unsupported, match="object.url"):
+            group.put_from(hashes([1]), blocks([1], group.block_bytes), upload=True)
+    finally:
+        daemon.kill()

@@ -406,6 +406,38 @@ def test_another_node_finds_a_prefix_in_the_bucket(zygote, model, oracle, tmp_pa
             daemon.kill()
 
 
+def test_a_session_goes_to_the_bucket_when_it_says_so(zygote, model, tmp_path):
+    """One of two requests is to outlive the node: its blocks alone are uploaded. Without a bucket it is served all the same."""
+    settings = ("nvme.paths=off", "host.bytes=512MiB", f"object.url=file://{tmp_path}/bucket")
+    others, session = [prompt(900)], [prompt(700, seed=2)]
+    daemon = Daemon(tmp_path, *settings)
+    try:
+        with zygote.engine(model(), daemon.address) as engine:
+            engine.generate(others)
+            engine.generate(session, hand_over={"kvstore_upload": True})
+            engine.until_saved(896 // 32 + 672 // 32)
+        daemon.process.terminate()
+        assert daemon.process.wait(30) == 0
+    finally:
+        daemon.kill()
+    for node, prompts, cached in (("a", others, 0), ("b", session, 672)):
+        (tmp_path / node).mkdir()
+        daemon = Daemon(tmp_path / node, *settings)
+        try:
+            with zygote.engine(model(), daemon.address, extra=dict(search_seconds=20)) as engine:
+                assert [output.cached for output in engine.generate(prompts)] == [cached]
+        finally:
+            daemon.kill()
+    (tmp_path / "c").mkdir()
+    daemon = Daemon(tmp_path / "c", "nvme.paths=off", "host.bytes=512MiB")
+    try:
+        with zygote.engine(model(), daemon.address) as engine:
+            engine.generate(session, hand_over={"kvstore_upload": True})
+            engine.until_saved(672 // 32)
+    finally:
+        daemon.kill()
+
+
 def test_tensor_parallel_groups(zygote, model, disk_daemon):
     """Two ranks share a look-up: a hit is as long as both have it. With tp_shards one rank's blocks are read by two, and theirs by
     one; without, they are other blocks. Two ranks' sums are rounded otherwise than one's, so each has its own oracle. A daemon
