@@ -371,14 +371,15 @@ impl EvictionPolicy for Hazard {
         node.and_then(|_| self.parent_of(block.0)).map(BlockIndex)
     }
 
-    /// As its class and age are worth now, against a block that was read just now, as often as its ghost says and once more.
+    /// As its class and age are worth now, against a block that was read just now, as often in all as its ghost says: that somebody
+    /// hopes to read it is no read.
     fn outranks(&self, block: BlockIndex, key_hash: u64, kind: EvictionKind) -> bool {
         if self.nodes.get(block.0 as usize).is_none_or(|node| node.state == State::Vacant) {
             return false;
         }
         let cell = self.cell_of(block.0) as usize;
         let worth = self.lifetimes.worth(cell / EPOCHS, self.lifetimes.age_of_place(cell % EPOCHS));
-        let touches = self.ghosts.touches_of(key_hash).unwrap_or(1).saturating_add(1);
+        let touches = self.ghosts.touches_of(key_hash).unwrap_or(1);
         let newest = self.lifetimes.places().map(|(_, age)| age).min().unwrap_or_default();
         let class = Self::class_of(kind.ordinal(), touches, false);
         worth > self.lifetimes.worth(usize::from(class), newest)

@@ -108,7 +108,7 @@ pub trait EvictionPolicy: Send {
     fn victim(&mut self) -> Option<BlockIndex>;
     /// The block before `block` in its prefix, where it is in the pool.
     fn parent(&self, block: BlockIndex) -> Option<BlockIndex>;
-    /// True where `block` is worth more to keep than the block with this hash of its key would be, which is to be read soon.
+    /// True where `block` is worth more to keep than the block with this hash of its key would be, were it there since just now.
     fn outranks(&self, block: BlockIndex, key_hash: u64, kind: EvictionKind) -> bool;
     /// The pool now has room for about `blocks` blocks.
     fn set_capacity(&mut self, blocks: usize);

@@ -294,9 +294,7 @@ class WorkerSide:
             self._count("present_blocks", whole - stored)
             self._count("dropped_blocks", len(kept) - whole)
 
-    def _save_part(
-        self, run: BlockRun, at: int, pages, version: bytes, mark: Any, upload: bool
-    ) -> list[kvstore.PutResult]:
+    def _save_part(self, run: BlockRun, at: int, pages, version: bytes, mark: Any, upload: bool) -> list[kvstore.PutResult]:
         layout, results = self._store.layout(self.layout.part(at), version), []
         each = max(SAVE_BYTES // pages.block_bytes, 1)
         for first in range(0, len(run.hashes), each) if layout is not None else ():
