@@ -97,22 +97,28 @@ impl Peers {
         }
     }
 
-    fn live(&self) -> impl Iterator<Item = Arc<Store>> {
-        let stores: Vec<_> = self.stores.read().iter().filter_map(Weak::upgrade).collect();
-        stores.into_iter()
+    /// The first that `of` says of a volume; none of them is locked when it is asked.
+    fn find<T>(&self, of: impl FnMut(Arc<Store>) -> Option<T>) -> Option<T> {
+        self.stores.read().iter().filter_map(Weak::upgrade).find_map(of)
+    }
+
+    /// The sum of what `of` says of each volume.
+    fn sum(&self, of: impl FnMut(Arc<Store>) -> u64) -> u64 {
+        self.stores.read().iter().filter_map(Weak::upgrade).map(of).sum()
     }
 
     /// The seed of the volumes that are open: a new one takes it over, so that all know a block by one name.
     pub(crate) fn seed(&self) -> Option<u64> {
-        self.live().next().map(|store| store.header.seed)
+        self.find(|store| Some(store.header.seed))
     }
 
     /// True where some volume has a block with this tag, or one is on its way there; or may have it, under another seed.
     fn has_tag(&self, seed: u64, tag: u64) -> bool {
-        self.live().any(|store| {
+        let has = |store: Arc<Store>| {
             let state = store.state.lock();
             store.header.seed != seed || state.extents.has_tag(tag) || state.pending.has_tag(tag)
-        })
+        };
+        self.find(|store| has(store).then_some(())).is_some()
     }
 }
 

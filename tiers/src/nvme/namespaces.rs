@@ -3,7 +3,7 @@
 //!
 //! A bound is held by dropping the namespace's own oldest blocks as it writes more, those that were never read first. Unused
 //! blocks are swept an eighth of their time late at most; a block keeps its prefix. Where namespaces compete for a full disk,
-//! those above their share lose more when a segment is emptied.
+//! those above their share give way first when a segment is emptied.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -129,14 +129,14 @@ impl Peers {
 
     /// Bytes of a namespace's blocks, of all volumes.
     fn bytes_of(&self, digest: &[u8; 32]) -> u64 {
-        self.live().map(|store| store.bytes_of(digest)).sum()
+        self.sum(|store| store.bytes_of(digest))
     }
 
     /// A block that was used at second `used` keeps its prefix.
     fn renew_prefix(&self, parent: u64, used: u32, since: u32) {
         let mut next = Some(parent);
         while let Some(tag) = next {
-            next = self.live().find_map(|store| store.state.lock().extents.renew(tag, used, since));
+            next = self.find(|store| store.state.lock().extents.renew(tag, used, since));
         }
     }
 }
@@ -219,8 +219,8 @@ impl Store {
     pub fn standings(&self) -> Standings {
         let known: Vec<(u8, [u8; 32])> =
             self.state.lock().numbers.iter().map(|(number, digest)| (number, *digest)).collect();
-        let segments = |store: Arc<Store>| store.state.lock().segments.allowed() as u64 * store.header.segment_bytes;
-        let capacity = self.peers.live().map(segments).sum();
+        let capacity =
+            (self.peers).sum(|store| store.state.lock().segments.allowed() as u64 * store.header.segment_bytes);
         let users: Vec<_> = known
             .into_iter()
             .map(|(number, digest)| {
