@@ -1,0 +1,303 @@
+//! The prefix index: which holders have how much of a chain of blocks.
+//!
+//! A *holder* is a place that blocks lie in: the memory of an engine, a tier of a node, the bucket of all. A block is named by its
+//! sequence hash, which names its whole prefix. The index is one flat table from a block to the set of its holders:
+//!
+//! - **Blocks** lie in buckets of one cache line, four to a bucket: 8 bytes of name, 8 of holders (up to five, or the number of a
+//!   *cell* that lists more). Buckets lie in segments of 64 KiB, which split one at a time as they fill (extendible hashing): no
+//!   moment of growth needs twice the memory.
+//! - **One writer at a time, readers never wait.** A reader sees a block's name, its holders, and the name again; a cell has a
+//!   version. What changes under a reader's eyes is read again, a few times, and then counts as not there: the index may miss a
+//!   block in a race, and never makes one up.
+//! - **Removal** in the middle of a chain is what it is: the chain is that long for that holder, and long again once the block is
+//!   back. Nothing is kept of blocks that have no holder.
+//! - **A holder that leaves** is gone at once: its tag is dead. Its blocks are swept a segment with each later event; a tag is given
+//!   out again only after that, and never to somebody whom a reader that began before could take for the old one.
+//! - **The bound** in bytes holds at every moment. Where it is reached, a full segment gives up a block that nobody looked up since
+//!   the hand passed it twice (CLOCK).
+
+mod cells;
+mod holders;
+mod table;
+
+pub use holders::HolderId;
+
+use cells::Cells;
+use holders::Holders;
+use table::{Set, Table};
+
+use crate::caps;
+use crate::sync::{Mutex, Ordering};
+
+/// How much of a chain a holder has: its first `blocks` blocks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
+pub struct Match {
+    /// Who.
+    pub holder: HolderId,
+    /// At least one.
+    pub blocks: u32,
+}
+
+/// There are as many holders as there may be.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{} holders are known, the most at once", caps::HOLDERS_MAX)]
+pub struct TooManyHolders;
+
+/// What an index holds now, and what became of the rest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct IndexStatus {
+    /// Blocks.
+    pub blocks: u64,
+    /// Pairs of a block and a holder, those of holders that left and are yet to be swept included.
+    pub pairs: u64,
+    /// Bytes of memory.
+    pub bytes: u64,
+    /// The bound.
+    pub bytes_max: u64,
+    /// Blocks that were given up at the bound.
+    pub evicted: u64,
+    /// Pairs that found no room.
+    pub refused: u64,
+}
+
+/// See the head of this file. Shared by reference.
+pub struct PrefixIndex {
+    table: Table,
+    cells: Cells,
+    holders: Holders,
+    writer: Mutex<Writer>,
+}
+
+struct Writer {
+    /// Where the sweep is.
+    swept: usize,
+    evicted: u64,
+    refused: u64,
+    blocks: u64,
+    pairs: u64,
+}
+
+impl PrefixIndex {
+    /// An empty index that takes `bytes_max` bytes at most, and 1 MiB at least.
+    pub fn new(bytes_max: u64) -> Self {
+        let bytes_max = bytes_max.max(caps::INDEX_BYTES_MIN);
+        // Cells take from the same bound: an eighth of it at most.
+        Self {
+            table: Table::new(bytes_max - bytes_max / 8),
+            cells: Cells::new(bytes_max / 8),
+            holders: Holders::new(),
+            writer: Mutex::new(Writer { swept: 0, evicted: 0, refused: 0, blocks: 0, pairs: 0 }),
+        }
+    }
+
+    /// A holder without blocks.
+    pub fn add_holder(&self) -> Result<HolderId, TooManyHolders> {
+        let _writer = self.writer.lock();
+        self.holders.add().ok_or(TooManyHolders)
+    }
+
+    /// The holder has no blocks any more: it restarted, or lost them all. Costs nothing; what it had is swept later.
+    pub fn clear(&self, holder: HolderId) {
+        let mut writer = self.writer.lock();
+        self.clear_in(&mut writer, holder);
+    }
+
+    fn clear_in(&self, writer: &mut Writer, holder: HolderId) {
+        if self.holders.tag(holder).is_none() {
+            return;
+        }
+        while !self.holders.retag(holder, self.table.segments()) {
+            // Every tag is in use or waits to be swept, the one of just now at least: sweep now.
+            self.sweep(writer, self.table.segments());
+        }
+    }
+
+    /// The holder is no more.
+    pub fn remove_holder(&self, holder: HolderId) {
+        let _writer = self.writer.lock();
+        self.holders.remove(holder, self.table.segments());
+    }
+
+    /// The holder has these blocks now.
+    pub fn store(&self, holder: HolderId, names: &[u64]) {
+        let mut writer = self.writer.lock();
+        let Some(tag) = self.holders.tag(holder) else { return };
+        self.ahead(names);
+        for name in names {
+            self.store_one(&mut writer, tag, *name);
+        }
+        self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
+    }
+
+    /// The holder does not have these blocks any more.
+    pub fn remove(&self, holder: HolderId, names: &[u64]) {
+        let mut writer = self.writer.lock();
+        let Some(tag) = self.holders.tag(holder) else { return };
+        self.ahead(names);
+        for name in names {
+            let Some(at) = self.table.find(table::mixed(*name)) else { continue };
+            let (set, gone) = self.cells.only(at.set(), at.key(), |known| known != tag);
+            if gone > 0 {
+                writer.pairs -= gone;
+                self.replace(&mut writer, at, set);
+            }
+        }
+        self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
+    }
+
+    /// Loads the buckets of names that are about to be written side by side: they wait for memory together.
+    fn ahead(&self, names: &[u64]) {
+        // A dozen at a time would do; an event has some tens.
+        names.iter().for_each(|name| self.table.touch(table::mixed(*name)));
+    }
+
+    fn store_one(&self, writer: &mut Writer, tag: u16, name: u64) {
+        let key = table::mixed(name);
+        if let Some(at) = self.table.find(key) {
+            match self.cells.with(at.set(), key, tag) {
+                Some((set, added)) => {
+                    writer.pairs += u64::from(added);
+                    if set != at.set() {
+                        self.table.write(at, set);
+                    }
+                }
+                None => writer.refused += 1,
+            }
+            return;
+        }
+        loop {
+            match self.table.insert(key, Set::one(tag)) {
+                table::Insert::Done => {
+                    writer.blocks += 1;
+                    writer.pairs += 1;
+                    return;
+                }
+                table::Insert::NeedsSplit => self.split(writer, key),
+                table::Insert::Full(victim) => match victim {
+                    Some(victim) => {
+                        self.table.clear(victim);
+                        writer.pairs -= self.cells.give_up(victim.set(), victim.key());
+                        writer.evicted += 1;
+                        writer.blocks -= 1;
+                    }
+                    None => {
+                        writer.refused += 1;
+                        return;
+                    }
+                },
+            }
+        }
+    }
+
+    fn replace(&self, writer: &mut Writer, at: table::At, set: Set) {
+        if set.is_empty() {
+            writer.blocks -= 1;
+            self.table.clear(at);
+        } else if set != at.set() {
+            self.table.write(at, set);
+        }
+    }
+
+    /// Takes tags of holders that left out of the next segments; tags that are in none any more may be given out again.
+    fn sweep(&self, writer: &mut Writer, segments: usize) {
+        for _ in 0..segments {
+            if !self.holders.has_dead() {
+                return;
+            }
+            let all = self.table.segments();
+            writer.swept = if writer.swept >= all { 0 } else { writer.swept };
+            self.sweep_segment(writer, writer.swept);
+            writer.swept += 1;
+            self.holders.segment_swept();
+        }
+    }
+
+    fn sweep_segment(&self, writer: &mut Writer, segment: usize) {
+        let is_dead = self.holders.dead();
+        for at in self.table.of_segment(segment) {
+            let (set, gone) = self.cells.only(at.set(), at.key(), |tag| !is_dead(tag));
+            if gone > 0 {
+                writer.pairs -= gone;
+                self.replace(writer, at, set);
+            }
+        }
+    }
+
+    /// A full segment becomes two. Neither has tags of holders that left before.
+    fn split(&self, writer: &mut Writer, key: u64) {
+        if self.holders.has_dead()
+            && let Some(segment) = self.table.place_of(key)
+        {
+            self.sweep_segment(writer, segment);
+        }
+        self.table.split(key);
+        self.holders.segment_made();
+    }
+
+    /// How much of a chain each holder has, those that have the first block at all, the longest first. `names`: of a prompt's
+    /// blocks, in order. Never waits.
+    pub fn find(&self, names: &[u64], matches: &mut Vec<Match>) {
+        matches.clear();
+        let seen = self.holders.generation();
+        let mut active = cells::Active::default();
+        for run in 0..names.len().div_ceil(AHEAD) {
+            let names = names.get(run * AHEAD..names.len().min((run + 1) * AHEAD)).unwrap_or_default();
+            // Side by side: the buckets of a run come from memory together.
+            let mut keys = [0u64; AHEAD];
+            for (key, name) in keys.iter_mut().zip(names) {
+                *key = table::mixed(*name);
+                self.table.touch(*key);
+            }
+            for (at, key) in keys.iter().take(names.len()).enumerate() {
+                let blocks = (run * AHEAD + at) as u32;
+                let known = self.table.step(*key, &self.cells, &mut active, |tag| self.add(tag, blocks, seen, matches));
+                if !known || active.is_empty() {
+                    active.drain(|tag| self.add(tag, blocks, seen, matches));
+                    matches.sort_unstable_by(|a, b| b.blocks.cmp(&a.blocks).then(a.holder.cmp(&b.holder)));
+                    return;
+                }
+            }
+        }
+        active.drain(|tag| self.add(tag, names.len() as u32, seen, matches));
+        matches.sort_unstable_by(|a, b| b.blocks.cmp(&a.blocks).then(a.holder.cmp(&b.holder)));
+    }
+
+    fn add(&self, tag: u16, blocks: u32, seen: u64, matches: &mut Vec<Match>) {
+        if blocks > 0
+            && let Some(holder) = self.holders.holder(tag, seen)
+        {
+            matches.push(Match { holder, blocks });
+        }
+    }
+
+    /// Which of these blocks the holder has.
+    pub fn has(&self, holder: HolderId, names: &[u64]) -> Vec<bool> {
+        let seen = self.holders.generation();
+        let tag = self.holders.tag(holder).filter(|tag| self.holders.holder(*tag, seen) == Some(holder));
+        let has = |name: &u64| tag.is_some_and(|tag| self.table.has(table::mixed(*name), &self.cells, tag));
+        names.iter().map(has).collect()
+    }
+
+    /// The index at this moment.
+    pub fn status(&self) -> IndexStatus {
+        let writer = self.writer.lock();
+        IndexStatus {
+            blocks: writer.blocks,
+            pairs: writer.pairs,
+            bytes: self.table.bytes() + self.cells.bytes() + self.holders.bytes(),
+            bytes_max: self.table.bytes_max() + self.cells.bytes_max() + self.holders.bytes(),
+            evicted: writer.evicted,
+            refused: writer.refused,
+        }
+    }
+}
+
+/// Blocks whose buckets are loaded side by side.
+const AHEAD: usize = 32;
+
+/// The order of what readers see: a name, then what is said of it, then the name again.
+const READ: Ordering = Ordering::Acquire;
+const WRITE: Ordering = Ordering::Release;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,474 @@
+//! The table: from a block's name to the set of its holders.
+
+use std::hint::black_box;
+use std::sync::OnceLock;
+
+use super::cells::{Active, Cells, Seen};
+use super::{READ, WRITE};
+use crate::caps;
+use crate::sync::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+const SLOTS: usize = 4;
+const BUCKETS: usize = caps::SEGMENT_BUCKETS;
+/// A segment is split once it is as full as this: beyond, blocks lie far from where they belong.
+const FULL: u32 = (BUCKETS * SLOTS) as u32 / 100 * 85;
+
+/// Spreads names, which engines may choose badly, over all bits. A bijection: no two names become one.
+pub fn mixed(name: u64) -> u64 {
+    let mut key = name ^ 0x9E37_79B9_7F4A_7C15;
+    key = (key ^ key >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    key = (key ^ key >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+    key ^ key >> 31
+}
+
+/// The holders of a block, in a word: how many (3 bits), then up to five tags of 12 bits; or a cell's kind and number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Set(pub u64);
+
+/// Tags in a word.
+pub const INLINE_MAX: usize = 5;
+const LIST: u64 = 6;
+const BITS: u64 = 7;
+
+/// What a word says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// So many tags, in the word.
+    Inline(usize),
+    /// A cell that lists some tens.
+    List(u32),
+    /// A cell with a bit for each tag.
+    Bits(u32),
+}
+
+impl Set {
+    pub const EMPTY: Self = Self(0);
+
+    pub fn one(tag: u16) -> Self {
+        Self::EMPTY.and(tag)
+    }
+
+    pub fn list(cell: u32) -> Self {
+        Self(LIST | u64::from(cell) << 4)
+    }
+
+    pub fn bits(cell: u32) -> Self {
+        Self(BITS | u64::from(cell) << 4)
+    }
+
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    pub fn kind(self) -> Kind {
+        match self.0 & 7 {
+            LIST => Kind::List((self.0 >> 4) as u32),
+            BITS => Kind::Bits((self.0 >> 4) as u32),
+            count => Kind::Inline(count as usize),
+        }
+    }
+
+    /// The tags in the word, where they are.
+    pub fn inline(self) -> impl Iterator<Item = u16> {
+        let count = if let Kind::Inline(count) = self.kind() { count } else { 0 };
+        (0..count).map(move |at| (self.0 >> (4 + 12 * at) & 0xFFF) as u16)
+    }
+
+    /// One tag more, in the word.
+    pub fn and(self, tag: u16) -> Self {
+        let count = self.0 & 7;
+        Self((self.0 & !7) | (count + 1) | u64::from(tag) << (4 + 12 * count))
+    }
+
+    /// These tags, in the word.
+    pub fn of(tags: impl Iterator<Item = u16>) -> Self {
+        tags.fold(Self::EMPTY, Self::and)
+    }
+}
+
+/// One cache line: four names, each before its holders.
+#[repr(align(64))]
+struct Bucket([AtomicU64; 2 * SLOTS]);
+
+impl Bucket {
+    fn key(&self, slot: usize) -> Option<&AtomicU64> {
+        self.0.get(2 * slot)
+    }
+
+    fn set(&self, slot: usize) -> Option<&AtomicU64> {
+        self.0.get(2 * slot + 1)
+    }
+}
+
+struct Segment {
+    buckets: Box<[Bucket]>,
+    /// By bucket: blocks that belong here or before, and lie behind.
+    overflow: Box<[AtomicU8]>,
+    /// By slot: somebody looked it up since the hand passed it last.
+    looked: Box<[AtomicU64]>,
+    /// By slot: somebody did so between the two times that it passed before.
+    looked_before: Box<[AtomicU64]>,
+    /// Leading bits that all names in it have in common.
+    depth: AtomicU32,
+    used: AtomicU32,
+    hand: AtomicU32,
+}
+
+impl Segment {
+    fn new(depth: u32) -> Self {
+        let bucket = |_| Bucket(std::array::from_fn(|_| AtomicU64::new(0)));
+        Self {
+            buckets: (0..BUCKETS).map(bucket).collect(),
+            overflow: (0..BUCKETS).map(|_| AtomicU8::new(0)).collect(),
+            looked: (0..BUCKETS * SLOTS / 64).map(|_| AtomicU64::new(0)).collect(),
+            looked_before: (0..BUCKETS * SLOTS / 64).map(|_| AtomicU64::new(0)).collect(),
+            depth: AtomicU32::new(depth),
+            used: AtomicU32::new(0),
+            hand: AtomicU32::new(0),
+        }
+    }
+
+    const BYTES: u64 = (BUCKETS * (64 + 1) + BUCKETS * SLOTS / 4 + 128) as u64;
+
+    fn overflows(&self, bucket: usize) -> bool {
+        self.overflow.get(bucket).is_some_and(|count| count.load(READ) > 0)
+    }
+
+    /// Counts a block that lies `distance` buckets behind its own, or no longer does. A count that is full stays: readers look on
+    /// in vain.
+    fn count_overflow(&self, home: usize, distance: usize, more: bool) {
+        for behind in 0..distance {
+            if let Some(count) = self.overflow.get((home + behind) % BUCKETS) {
+                let now = count.load(Ordering::Relaxed);
+                let then = match (now, more) {
+                    (u8::MAX, _) => u8::MAX,
+                    (now, true) => now + 1,
+                    (now, false) => now.saturating_sub(1),
+                };
+                count.store(then, WRITE);
+            }
+        }
+    }
+
+    fn looked(&self, slot: usize) -> Option<(&AtomicU64, u64)> {
+        Some((self.looked.get(slot / 64)?, 1 << (slot % 64)))
+    }
+
+    /// The hand passes a slot: what was looked up before the last time is forgotten.
+    fn pass(&self, slot: usize) {
+        if let (Some((looked, bit)), Some(before)) = (self.looked(slot), self.looked_before.get(slot / 64)) {
+            let was = looked.fetch_and(!bit, Ordering::Relaxed) & bit;
+            let others = before.load(Ordering::Relaxed) & !bit;
+            before.store(others | was, Ordering::Relaxed);
+        }
+    }
+
+    fn was_looked(&self, slot: usize) -> bool {
+        let is_set = |words: &[AtomicU64]| {
+            words.get(slot / 64).is_some_and(|word| word.load(Ordering::Relaxed) >> (slot % 64) & 1 == 1)
+        };
+        is_set(&self.looked) || is_set(&self.looked_before)
+    }
+}
+
+/// Where a block is, and what was said of it when the writer looked.
+#[derive(Clone, Copy, Debug)]
+pub struct At {
+    segment: usize,
+    bucket: usize,
+    slot: usize,
+    key: u64,
+    set: Set,
+}
+
+impl At {
+    /// Its holders.
+    pub fn set(&self) -> Set {
+        self.set
+    }
+
+    /// Its name, mixed.
+    pub fn key(&self) -> u64 {
+        self.key
+    }
+
+    fn home(&self) -> usize {
+        self.key as usize % BUCKETS
+    }
+}
+
+/// What came of an insertion.
+pub enum Insert {
+    Done,
+    /// The segment is full: split it, then try again.
+    NeedsSplit,
+    /// It is full, and the table as large as it may be: this one may go instead.
+    Full(Option<At>),
+}
+
+/// See the head of this file.
+pub struct Table {
+    /// By the leading bits of a name: its segment.
+    directory: Box<[AtomicU32]>,
+    bits: u32,
+    segments: Box<[OnceLock<Segment>]>,
+    made: AtomicU32,
+}
+
+impl Table {
+    pub fn new(bytes_max: u64) -> Self {
+        let most = (bytes_max / (Segment::BYTES + 32)).max(1) as usize;
+        // Four times as fine as there are segments: names are spread evenly, but not that evenly.
+        let bits = (most.next_power_of_two().trailing_zeros() + 2).min(caps::DIRECTORY_BITS);
+        let table = Self {
+            directory: (0..1 << bits).map(|_| AtomicU32::new(0)).collect(),
+            bits,
+            segments: (0..most.min(1 << bits)).map(|_| OnceLock::new()).collect(),
+            made: AtomicU32::new(0),
+        };
+        table.make(0);
+        table
+    }
+
+    fn make(&self, depth: u32) -> Option<usize> {
+        let at = self.made.load(Ordering::Relaxed) as usize;
+        self.segments.get(at)?.set(Segment::new(depth)).ok()?;
+        self.made.store(at as u32 + 1, WRITE);
+        Some(at)
+    }
+
+    /// Segments that there are.
+    pub fn segments(&self) -> usize {
+        self.made.load(READ) as usize
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.segments() as u64 * Segment::BYTES + self.fixed_bytes()
+    }
+
+    pub fn bytes_max(&self) -> u64 {
+        self.segments.len() as u64 * Segment::BYTES + self.fixed_bytes()
+    }
+
+    fn fixed_bytes(&self) -> u64 {
+        self.directory.len() as u64 * 4 + self.segments.len() as u64 * size_of::<OnceLock<Segment>>() as u64
+    }
+
+    fn segment_of(&self, key: u64) -> Option<(usize, &Segment)> {
+        let place = (key >> (64 - self.bits)) as usize;
+        let at = self.directory.get(place)?.load(READ) as usize;
+        Some((at, self.segments.get(at)?.get()?))
+    }
+
+    /// Loads the bucket of a name, so that it is near when it is read.
+    pub fn touch(&self, key: u64) {
+        let word = self.segment_of(key).and_then(|(_, segment)| segment.buckets.get(key as usize % BUCKETS)?.key(0));
+        black_box(word.map(|word| word.load(Ordering::Relaxed)));
+    }
+
+    // ------------------------------------------------------------------------------- the writer
+
+    /// Where a block is.
+    pub fn find(&self, key: u64) -> Option<At> {
+        let (at, segment) = self.segment_of(key)?;
+        let home = key as usize % BUCKETS;
+        for distance in 0..=caps::PROBES_MAX {
+            let bucket = (home + distance) % BUCKETS;
+            let words = segment.buckets.get(bucket)?;
+            for slot in 0..SLOTS {
+                if words.key(slot)?.load(Ordering::Relaxed) == key {
+                    let set = Set(words.set(slot)?.load(Ordering::Relaxed));
+                    if !set.is_empty() {
+                        return Some(At { segment: at, bucket, slot, key, set });
+                    }
+                }
+            }
+            if !segment.overflows(bucket) {
+                return None;
+            }
+        }
+        None
+    }
+
+    /// Puts a block that is not there.
+    pub fn insert(&self, key: u64, set: Set) -> Insert {
+        let Some((at, segment)) = self.segment_of(key) else { return Insert::Full(None) };
+        let can_split = segment.depth.load(Ordering::Relaxed) < self.bits && self.segments() < self.segments.len();
+        if can_split && segment.used.load(Ordering::Relaxed) >= FULL {
+            return Insert::NeedsSplit;
+        }
+        if self.insert_in(segment, key, set) {
+            return Insert::Done;
+        }
+        if can_split { Insert::NeedsSplit } else { Insert::Full(self.victim(at, segment, key)) }
+    }
+
+    fn insert_in(&self, segment: &Segment, key: u64, set: Set) -> bool {
+        let home = key as usize % BUCKETS;
+        for distance in 0..=caps::PROBES_MAX {
+            let Some(words) = segment.buckets.get((home + distance) % BUCKETS) else { return false };
+            for slot in 0..SLOTS {
+                let (Some(name), Some(holders)) = (words.key(slot), words.set(slot)) else { return false };
+                if holders.load(Ordering::Relaxed) == 0 {
+                    // Before it can be found: whoever does not find it looks no further than this says.
+                    segment.count_overflow(home, distance, true);
+                    name.store(key, WRITE);
+                    holders.store(set.0, WRITE);
+                    segment.used.fetch_add(1, Ordering::Relaxed);
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    /// One of those that are in the way of `key`, that nobody looked up since the hand passed it twice: with each that goes the hand
+    /// moves on by one slot of the segment.
+    fn victim(&self, at: usize, segment: &Segment, key: u64) -> Option<At> {
+        let hand = segment.hand.fetch_add(1, Ordering::Relaxed) as usize;
+        segment.pass(hand % (BUCKETS * SLOTS));
+        let home = key as usize % BUCKETS;
+        let slots = (caps::PROBES_MAX + 1) * SLOTS;
+        let mut chosen = None;
+        for step in 0..slots {
+            let place = (hand + step) % slots;
+            let (bucket, slot) = ((home + place / SLOTS) % BUCKETS, place % SLOTS);
+            let words = segment.buckets.get(bucket)?;
+            let (name, set) = (words.key(slot)?.load(Ordering::Relaxed), Set(words.set(slot)?.load(Ordering::Relaxed)));
+            let is_looked = segment.was_looked(bucket * SLOTS + slot);
+            if chosen.is_none() || !is_looked {
+                chosen = Some(At { segment: at, bucket, slot, key: name, set });
+            }
+            if !is_looked {
+                break;
+            }
+        }
+        chosen
+    }
+
+    /// Other holders for a block.
+    pub fn write(&self, at: At, set: Set) {
+        if let Some(word) = self.words(&at).and_then(|words| words.set(at.slot)) {
+            word.store(set.0, WRITE);
+        }
+    }
+
+    fn words(&self, at: &At) -> Option<&Bucket> {
+        self.segments.get(at.segment)?.get()?.buckets.get(at.bucket)
+    }
+
+    /// The block has no holder any more.
+    pub fn clear(&self, at: At) {
+        self.write(at, Set::EMPTY);
+        let Some(segment) = self.segments.get(at.segment).and_then(OnceLock::get) else { return };
+        let distance = (at.bucket + BUCKETS - at.home()) % BUCKETS;
+        segment.count_overflow(at.home(), distance, false);
+        segment.used.fetch_sub(1, Ordering::Relaxed);
+        // Twice: the next block here starts without.
+        (0..2).for_each(|_| segment.pass(at.bucket * SLOTS + at.slot));
+    }
+
+    /// The blocks of a segment.
+    pub fn of_segment(&self, at: usize) -> Vec<At> {
+        let Some(segment) = self.segments.get(at).and_then(OnceLock::get) else { return Vec::new() };
+        let mut blocks = Vec::with_capacity(segment.used.load(Ordering::Relaxed) as usize);
+        for (bucket, words) in segment.buckets.iter().enumerate() {
+            for slot in 0..SLOTS {
+                let (Some(name), Some(holders)) = (words.key(slot), words.set(slot)) else { continue };
+                let set = Set(holders.load(Ordering::Relaxed));
+                if !set.is_empty() {
+                    blocks.push(At { segment: at, bucket, slot, key: name.load(Ordering::Relaxed), set });
+                }
+            }
+        }
+        blocks
+    }
+
+    /// The segment of a name.
+    pub fn place_of(&self, key: u64) -> Option<usize> {
+        self.segment_of(key).map(|(at, _)| at)
+    }
+
+    /// Half of a segment's names get one of their own. Readers that look in the old one meanwhile miss some blocks.
+    pub fn split(&self, key: u64) {
+        let Some((at, segment)) = self.segment_of(key) else { return };
+        let depth = segment.depth.load(Ordering::Relaxed);
+        let Some(new) = self.make(depth + 1) else { return };
+        let Some(upper) = self.segments.get(new).and_then(OnceLock::get) else { return };
+        let moves = |key: u64| key >> (63 - depth) & 1 == 1;
+        let moving: Vec<At> = self.of_segment(at).into_iter().filter(|block| moves(block.key)).collect();
+        for block in &moving {
+            // Half as full, the same windows: there is room.
+            self.insert_in(upper, block.key, block.set);
+        }
+        segment.depth.store(depth + 1, Ordering::Relaxed);
+        let first = (key >> (63 - depth) | 1) << (self.bits - depth - 1);
+        let mask = (1usize << self.bits) - 1;
+        let first = first as usize & mask;
+        for place in self.directory.iter().skip(first).take(1 << (self.bits - depth - 1)) {
+            place.store(new as u32, WRITE);
+        }
+        moving.into_iter().for_each(|block| self.clear(block));
+    }
+
+    // ------------------------------------------------------------------------------- readers
+
+    /// One look at a block's holders: `None` where it has none, or changes all the time.
+    fn look<T>(&self, key: u64, mut of: impl FnMut(Set) -> Option<T>) -> Option<T> {
+        let (_, segment) = self.segment_of(key)?;
+        let home = key as usize % BUCKETS;
+        for distance in 0..=caps::PROBES_MAX {
+            let bucket = (home + distance) % BUCKETS;
+            let words = segment.buckets.get(bucket)?;
+            for slot in 0..SLOTS {
+                let (name, holders) = (words.key(slot)?, words.set(slot)?);
+                if name.load(READ) != key {
+                    continue;
+                }
+                for _ in 0..caps::READ_TRIES {
+                    let set = Set(holders.load(READ));
+                    if set.is_empty() || name.load(READ) != key {
+                        break;
+                    }
+                    if let Some(seen) = of(set)
+                        && (matches!(set.kind(), Kind::Inline(_)) || holders.load(READ) == set.0)
+                    {
+                        if let Some((word, bit)) = segment.looked(bucket * SLOTS + slot)
+                            && word.load(Ordering::Relaxed) & bit == 0
+                        {
+                            word.fetch_or(bit, Ordering::Relaxed);
+                        }
+                        return Some(seen);
+                    }
+                }
+            }
+            if !segment.overflows(bucket) {
+                return None;
+            }
+        }
+        None
+    }
+
+    /// Takes a step along a chain: who has this block, of those that had all before it. False where nobody has it.
+    pub fn step(&self, key: u64, cells: &Cells, active: &mut Active, leave: impl FnMut(u16)) -> bool {
+        let same = active.last();
+        let seen = self.look(key, |set| {
+            if Some(set) == same && matches!(set.kind(), Kind::Inline(_)) {
+                return Some((set, Seen::Same));
+            }
+            cells.seen(set, key).map(|seen| (set, seen))
+        });
+        match seen {
+            Some((set, seen)) => {
+                active.meet(set, seen, leave);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// True where a holder with this tag has the block.
+    pub fn has(&self, key: u64, cells: &Cells, tag: u16) -> bool {
+        self.look(key, |set| cells.seen(set, key)).is_some_and(|seen| seen.has(tag))
+    }
+}

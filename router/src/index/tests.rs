@@ -1,0 +1,227 @@
+//! The index against a plain map: whatever happens, it says the same, and no more.
+
+use std::collections::{HashMap, HashSet};
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// What each holder has, by name.
+#[derive(Default)]
+struct Model(HashMap<HolderId, HashSet<u64>>);
+
+impl Model {
+    fn find(&self, chain: &[u64]) -> Vec<Match> {
+        let of = |(holder, blocks): (&HolderId, &HashSet<u64>)| {
+            let length = chain.iter().take_while(|name| blocks.contains(name)).count() as u32;
+            (length > 0).then_some(Match { holder: *holder, blocks: length })
+        };
+        let mut matches: Vec<Match> = self.0.iter().filter_map(of).collect();
+        matches.sort_unstable_by(|a, b| b.blocks.cmp(&a.blocks).then(a.holder.cmp(&b.holder)));
+        matches
+    }
+
+    fn pairs(&self) -> u64 {
+        self.0.values().map(|blocks| blocks.len() as u64).sum()
+    }
+}
+
+fn find(index: &PrefixIndex, chain: &[u64]) -> Vec<Match> {
+    let mut matches = Vec::new();
+    index.find(chain, &mut matches);
+    matches
+}
+
+/// The names of a chain: of its number, and a part that it shares with others.
+fn chain(number: u64, shared: u64, blocks: u64) -> Vec<u64> {
+    (0..blocks).map(|at| if at < shared { at + 1 } else { number * 10_000 + at + 1 }).collect()
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Store(usize, u64, u64, u64),
+    Remove(usize, u64, u64, u64),
+    Clear(usize),
+    Replace(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let run = || (0..40usize, 0..6u64, 0..30u64, 1..30u64);
+    prop_oneof![
+        8 => run().prop_map(|(holder, number, from, blocks)| Step::Store(holder, number, from, blocks)),
+        4 => run().prop_map(|(holder, number, from, blocks)| Step::Remove(holder, number, from, blocks)),
+        1 => (0..40usize).prop_map(Step::Clear),
+        1 => (0..40usize).prop_map(Step::Replace),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    /// Random stores, removals (in the middle, too), losses, and holders that come and go.
+    #[test]
+    fn it_says_what_a_map_says(steps in prop::collection::vec(step(), 1..200)) {
+        let index = PrefixIndex::new(64 << 20);
+        let mut model = Model::default();
+        let mut holders: Vec<HolderId> = (0..40).map(|_| index.add_holder().unwrap()).collect();
+        holders.iter().for_each(|holder| _ = model.0.insert(*holder, HashSet::new()));
+        for step in steps {
+            let names = |number, from, blocks| chain(number, 8, 60)[from as usize..][..blocks as usize].to_vec();
+            match step {
+                Step::Store(at, number, from, blocks) => {
+                    index.store(holders[at], &names(number, from, blocks));
+                    model.0.get_mut(&holders[at]).unwrap().extend(names(number, from, blocks));
+                }
+                Step::Remove(at, number, from, blocks) => {
+                    index.remove(holders[at], &names(number, from, blocks));
+                    let blocks_of = model.0.get_mut(&holders[at]).unwrap();
+                    names(number, from, blocks).iter().for_each(|name| _ = blocks_of.remove(name));
+                }
+                Step::Clear(at) => {
+                    index.clear(holders[at]);
+                    model.0.get_mut(&holders[at]).unwrap().clear();
+                }
+                Step::Replace(at) => {
+                    index.remove_holder(holders[at]);
+                    model.0.remove(&holders[at]);
+                    holders[at] = index.add_holder().unwrap();
+                    model.0.insert(holders[at], HashSet::new());
+                }
+            }
+            for number in 0..6 {
+                let asked = chain(number, 8, 60);
+                prop_assert_eq!(find(&index, &asked), model.find(&asked));
+            }
+            let holder = holders[3];
+            let asked = chain(2, 8, 60);
+            let has: Vec<bool> = asked.iter().map(|name| model.0[&holder].contains(name)).collect();
+            prop_assert_eq!(index.has(holder, &asked), has);
+        }
+        // All that was swept is gone.
+        for _ in 0..1000 {
+            index.store(holders[0], &[]);
+        }
+        prop_assert_eq!(index.status().pairs, model.pairs());
+    }
+}
+
+/// Splits by the hundred: what is there before one is there after it, and every byte is accounted for.
+#[test]
+fn growth_loses_nothing_and_needs_no_second_table() {
+    let index = PrefixIndex::new(256 << 20);
+    let holders: Vec<HolderId> = (0..100).map(|_| index.add_holder().unwrap()).collect();
+    let names = |number: u64| chain(number, 0, 500);
+    let mut most = 0.0f64;
+    for number in 0..2000u64 {
+        index.store(holders[number as usize % 100], &names(number));
+        let status = index.status();
+        if status.pairs > 200_000 {
+            most = most.max(status.bytes as f64 / status.pairs as f64);
+        }
+    }
+    assert_eq!(index.status().pairs, 1_000_000);
+    assert_eq!((index.status().evicted, index.status().refused), (0, 0));
+    for number in 0..2000u64 {
+        let expected = Match { holder: holders[number as usize % 100], blocks: 500 };
+        assert_eq!(find(&index, &names(number)), [expected], "{number}");
+    }
+    assert!(most < 48.0, "{most} bytes a pair at worst");
+    for number in 0..2000u64 {
+        index.remove(holders[number as usize % 100], &names(number));
+    }
+    assert_eq!((index.status().pairs, index.status().blocks), (0, 0));
+}
+
+/// At its bound it gives up what nobody looks up, and stays within it.
+#[test]
+fn the_bound_holds_and_what_is_looked_up_stays() {
+    let index = PrefixIndex::new(4 << 20);
+    let holder = index.add_holder().unwrap();
+    let wanted: Vec<Vec<u64>> = (0..20).map(|number| chain(number, 0, 200)).collect();
+    wanted.iter().for_each(|names| index.store(holder, names));
+    for number in 100..4000u64 {
+        index.store(holder, &chain(number, 0, 200));
+        find(&index, &wanted[number as usize % 20]);
+    }
+    let status = index.status();
+    assert!(status.evicted > 100_000 && status.bytes <= status.bytes_max && status.bytes_max <= 5 << 20, "{status:?}");
+    let there = |names: &Vec<u64>| index.has(holder, names).iter().filter(|has| **has).count();
+    let kept: usize = wanted.iter().map(there).sum();
+    assert!(kept >= 3990, "{kept} of 4000 blocks that are looked up all the time");
+    assert!(status.blocks > 100_000, "{status:?}");
+}
+
+/// One block that everybody has, and everybody loses: through words, lists and bits, up and down.
+#[test]
+fn sets_grow_and_shrink() {
+    let index = PrefixIndex::new(64 << 20);
+    let holders: Vec<HolderId> = (0..caps::HOLDERS_MAX).map(|_| index.add_holder().unwrap()).collect();
+    assert_eq!(index.add_holder(), Err(TooManyHolders));
+    for (at, holder) in holders.iter().enumerate() {
+        index.store(*holder, &[1, 2]);
+        if at < 40 || at % 500 == 0 {
+            assert_eq!(find(&index, &[1, 2, 3]).len(), at + 1);
+        }
+    }
+    assert_eq!(index.status().pairs, 2 * caps::HOLDERS_MAX as u64);
+    // With every tag in use, one that restarts still gets another.
+    index.clear(holders[7]);
+    assert!(find(&index, &[1]).iter().all(|found| found.holder != holders[7]));
+    index.store(holders[7], &[1]);
+    assert_eq!(index.has(holders[7], &[1, 2]), [true, false]);
+    for (at, holder) in holders.iter().enumerate() {
+        index.remove(*holder, &[1, 2]);
+        let left = caps::HOLDERS_MAX - at - 1;
+        if left < 40 || at % 500 == 0 {
+            assert_eq!(find(&index, &[1]).len(), left, "{at}");
+        }
+    }
+    assert_eq!((index.status().pairs, index.status().blocks), (0, 0));
+}
+
+/// Readers beside a writer see what was there before or after each change, and never what no holder ever had: here each holder has
+/// chains of its own, all of one length or none.
+#[test]
+fn readers_make_nothing_up() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let index = PrefixIndex::new(8 << 20);
+    let holders: Vec<HolderId> = (0..64).map(|_| index.add_holder().unwrap()).collect();
+    let stop = AtomicBool::new(false);
+    // Chain `number` is only ever stored by holders of the same remainder, up to block 50 + number % 7.
+    let length = |number: u64| 50 + number % 7;
+    std::thread::scope(|scope| {
+        for reader in 0..3u64 {
+            let (index, holders, stop) = (&index, &holders, &stop);
+            scope.spawn(move || {
+                let mut matches = Vec::new();
+                let mut looks = 0u64;
+                while !stop.load(Ordering::Relaxed) {
+                    let number = (looks * 31 + reader) % 500;
+                    index.find(&chain(number, 0, 80), &mut matches);
+                    for found in &matches {
+                        let at = holders.iter().position(|holder| *holder == found.holder).unwrap() as u64;
+                        assert_eq!(at % 8, number % 8, "a block that {at} never had, of chain {number}");
+                        assert!(u64::from(found.blocks) <= length(number), "{found:?} of chain {number}");
+                    }
+                    looks += 1;
+                }
+                assert!(looks > 100);
+            });
+        }
+        let mut random = 1u64;
+        for step in 0..60_000u64 {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let number = (random >> 33) % 500;
+            let holder = holders[((random >> 13) % 8 * 8 + number % 8) as usize];
+            let names = chain(number, 0, length(number));
+            match step % 4 {
+                3 => index.remove(holder, &names),
+                _ => index.store(holder, &names),
+            }
+            if step % 1000 == 0 {
+                index.clear(holder);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}

@@ -1,0 +1,10 @@
+//! The router: which worker has how much of a prompt's prefix, in which tier.
+//!
+//! A library first. [`index::PrefixIndex`] is pure: it does no I/O, reads no clock, and knows neither engines nor the wire.
+
+#![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a failure in a test is a failed test"))]
+
+pub mod caps;
+pub mod index;
+mod sync;
