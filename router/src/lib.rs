@@ -7,4 +7,5 @@
 
 pub mod caps;
 pub mod index;
+pub mod names;
 mod sync;

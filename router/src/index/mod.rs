@@ -18,9 +18,11 @@
 
 mod cells;
 mod holders;
+mod opaque;
 mod table;
 
 pub use holders::HolderId;
+pub use opaque::UnknownParent;
 
 use cells::Cells;
 use holders::Holders;
@@ -63,6 +65,8 @@ pub struct IndexStatus {
 /// See the head of this file. Shared by reference.
 pub struct PrefixIndex {
     table: Table,
+    /// From engines' own hashes to names: see `opaque.rs`.
+    opaque: Table,
     cells: Cells,
     holders: Holders,
     writer: Mutex<Writer>,
@@ -71,6 +75,10 @@ pub struct PrefixIndex {
 struct Writer {
     /// Where the sweep is.
     swept: usize,
+    /// ... and that of engines' hashes.
+    swept_opaque: usize,
+    /// Segments of those in which some may mean blocks that lost their last holder otherwise than by an engine's word.
+    to_forget: usize,
     evicted: u64,
     refused: u64,
     blocks: u64,
@@ -78,15 +86,34 @@ struct Writer {
 }
 
 impl PrefixIndex {
-    /// An empty index that takes `bytes_max` bytes at most, and 1 MiB at least.
+    /// An empty index that takes `bytes_max` bytes at most, and 1 MiB at least: of blocks that the router can name.
     pub fn new(bytes_max: u64) -> Self {
         let bytes_max = bytes_max.max(caps::INDEX_BYTES_MIN);
+        Self::with(bytes_max, 0)
+    }
+
+    /// The same, of blocks that engines name by hashes of their own, too, which takes half of the bound.
+    pub fn with_opaque_names(bytes_max: u64) -> Self {
+        let bytes_max = bytes_max.max(caps::INDEX_BYTES_MIN);
+        Self::with(bytes_max - bytes_max / 2, bytes_max / 2)
+    }
+
+    fn with(bytes_max: u64, opaque_bytes_max: u64) -> Self {
         // Cells take from the same bound: an eighth of it at most.
         Self {
             table: Table::new(bytes_max - bytes_max / 8),
+            opaque: Table::new(opaque_bytes_max),
             cells: Cells::new(bytes_max / 8),
             holders: Holders::new(),
-            writer: Mutex::new(Writer { swept: 0, evicted: 0, refused: 0, blocks: 0, pairs: 0 }),
+            writer: Mutex::new(Writer {
+                swept: 0,
+                swept_opaque: 0,
+                to_forget: 0,
+                evicted: 0,
+                refused: 0,
+                blocks: 0,
+                pairs: 0,
+            }),
         }
     }
 
@@ -135,14 +162,18 @@ impl PrefixIndex {
         let Some(tag) = self.holders.tag(holder) else { return };
         self.ahead(names);
         for name in names {
-            let Some(at) = self.table.find(table::mixed(*name)) else { continue };
-            let (set, gone) = self.cells.only(at.set(), at.key(), |known| known != tag);
-            if gone > 0 {
-                writer.pairs -= gone;
-                self.replace(&mut writer, at, set);
-            }
+            self.remove_one(&mut writer, tag, *name);
         }
         self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
+    }
+
+    fn remove_one(&self, writer: &mut Writer, tag: u16, name: u64) {
+        let Some(at) = self.table.find(table::mixed(name)) else { return };
+        let (set, gone) = self.cells.only(at.set(), at.key(), |known| known != tag);
+        if gone > 0 {
+            writer.pairs -= gone;
+            self.replace(writer, at, set);
+        }
     }
 
     /// Loads the buckets of names that are about to be written side by side: they wait for memory together.
@@ -179,6 +210,7 @@ impl PrefixIndex {
                         writer.pairs -= self.cells.give_up(victim.set(), victim.key());
                         writer.evicted += 1;
                         writer.blocks -= 1;
+                        writer.to_forget = self.opaque.segments();
                     }
                     None => {
                         writer.refused += 1;
@@ -201,14 +233,27 @@ impl PrefixIndex {
     /// Takes tags of holders that left out of the next segments; tags that are in none any more may be given out again.
     fn sweep(&self, writer: &mut Writer, segments: usize) {
         for _ in 0..segments {
+            self.sweep_opaque(writer);
             if !self.holders.has_dead() {
                 return;
             }
+            writer.to_forget = self.opaque.segments();
             let all = self.table.segments();
             writer.swept = if writer.swept >= all { 0 } else { writer.swept };
             self.sweep_segment(writer, writer.swept);
             writer.swept += 1;
             self.holders.segment_swept();
+        }
+    }
+
+    /// Hashes that mean nothing any more are forgotten, a segment at a time.
+    fn sweep_opaque(&self, writer: &mut Writer) {
+        if writer.to_forget > 0 {
+            let all = self.opaque.segments();
+            writer.swept_opaque = if writer.swept_opaque >= all { 0 } else { writer.swept_opaque };
+            self.forget(writer.swept_opaque);
+            writer.swept_opaque += 1;
+            writer.to_forget -= 1;
         }
     }
 
@@ -284,8 +329,8 @@ impl PrefixIndex {
         IndexStatus {
             blocks: writer.blocks,
             pairs: writer.pairs,
-            bytes: self.table.bytes() + self.cells.bytes() + self.holders.bytes(),
-            bytes_max: self.table.bytes_max() + self.cells.bytes_max() + self.holders.bytes(),
+            bytes: self.table.bytes() + self.opaque.bytes() + self.cells.bytes() + self.holders.bytes(),
+            bytes_max: self.table.bytes_max() + self.opaque.bytes_max() + self.cells.bytes_max() + self.holders.bytes(),
             evicted: writer.evicted,
             refused: writer.refused,
         }

@@ -225,3 +225,50 @@ fn readers_make_nothing_up() {
         stop.store(true, Ordering::Relaxed);
     });
 }
+
+/// The same in engines' own words: what a holder stored by its hashes is found by the router's names, and what it says left is gone;
+/// hashes of blocks that nobody has are forgotten, however they were lost.
+#[test]
+fn engines_hashes_are_understood_and_forgotten() {
+    let index = PrefixIndex::with_opaque_names(64 << 20);
+    let holders: Vec<HolderId> = (0..4).map(|_| index.add_holder().unwrap()).collect();
+    let tokens =
+        |number: u64| -> Vec<u64> { (0..50).map(|at| if at < 10 { at } else { number * 1000 + at }).collect() };
+    let names = |number: u64| {
+        let mut names = Vec::new();
+        crate::names::chain_names(&tokens(number), &mut names);
+        names
+    };
+    let opaque = |name: u64| !name.rotate_left(5);
+    let run = |number: u64| -> Vec<(u64, u64)> {
+        names(number).iter().map(|name| opaque(*name)).zip(tokens(number)).collect()
+    };
+    for number in 0..200u64 {
+        let (holder, run) = (holders[number as usize % 4], run(number));
+        index.store_opaque(holder, 7, None, &run[..20]).unwrap();
+        index.store_opaque(holder, 7, Some(run[19].0), &run[20..]).unwrap();
+    }
+    for number in 0..200u64 {
+        let found = find(&index, &names(number));
+        assert_eq!(found[0], Match { holder: holders[number as usize % 4], blocks: 50 });
+        assert!(found[1..].iter().all(|found| found.blocks == 10) && found.len() == 4, "all have the shared part");
+    }
+    assert_eq!(index.store_opaque(holders[0], 7, Some(12345), &run(1)), Err(UnknownParent(12345)));
+    assert_eq!(index.store_opaque(holders[0], 8, Some(run(1)[3].0), &run(1)), Err(UnknownParent(run(1)[3].0)));
+    // One hash for two blocks: the second is not taken.
+    index.store_opaque(holders[0], 7, None, &[(run(1)[40].0, 999)]).unwrap();
+    assert_eq!((find(&index, &[999]), index.status().refused), (Vec::new(), 1));
+    for number in (0..200u64).filter(|number| number % 4 == 1) {
+        let hashes: Vec<u64> = run(number).iter().rev().map(|(hash, _)| *hash).collect();
+        index.remove_opaque(holders[1], 7, &hashes[..30]);
+        assert_eq!(find(&index, &names(number))[0].blocks, 20);
+    }
+    index.clear(holders[0]);
+    [1, 2, 3].iter().for_each(|at| index.remove_holder(holders[*at]));
+    for _ in 0..100 {
+        index.store(holders[0], &[]);
+    }
+    assert_eq!((index.status().pairs, index.status().blocks), (0, 0));
+    let left: usize = (0..index.opaque.segments()).map(|segment| index.opaque.of_segment(segment).len()).sum();
+    assert_eq!(left, 0, "hashes that mean nothing are forgotten");
+}

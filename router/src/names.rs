@@ -1,0 +1,52 @@
+//! Names of blocks, as the router computes them from tokens: the sequence hash of a block is the hash of its parent's and of its own
+//! tokens' hash, so that it names the whole prefix. XXH3-64 over 16 bytes, little-endian, as Dynamo's router has it.
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+/// The seed of both hashes.
+const SEED: u64 = 1337;
+
+/// The hash of a block's own tokens, whatever stands before it. `seed`: tells apart what tokens alone do not (the model, an adapter, a
+/// tenant's salt); 0 without.
+pub fn tokens_hash(tokens: &[u32], seed: u64) -> u64 {
+    let mut bytes = Vec::with_capacity(tokens.len() * 4);
+    tokens.iter().for_each(|token| bytes.extend_from_slice(&token.to_le_bytes()));
+    xxh3_64_with_seed(&bytes, SEED ^ seed)
+}
+
+/// The name of the block after `parent`; the first block of a chain is named by its tokens alone.
+pub fn next_name(parent: Option<u64>, tokens_hash: u64) -> u64 {
+    let Some(parent) = parent else { return tokens_hash };
+    let [a, b] = [parent.to_le_bytes(), tokens_hash.to_le_bytes()];
+    let mut bytes = [0u8; 16];
+    bytes.iter_mut().zip(a.into_iter().chain(b)).for_each(|(to, from)| *to = from);
+    xxh3_64_with_seed(&bytes, SEED)
+}
+
+/// The names of a chain, into `names`.
+pub fn chain_names(tokens_hashes: &[u64], names: &mut Vec<u64>) {
+    names.clear();
+    let mut parent = None;
+    for hash in tokens_hashes {
+        let name = next_name(parent, *hash);
+        names.push(name);
+        parent = Some(name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_names_the_whole_prefix() {
+        let mut names = Vec::new();
+        chain_names(&[1, 2, 3], &mut names);
+        assert_eq!(names.first(), Some(&1));
+        let mut others = Vec::new();
+        chain_names(&[9, 2, 3], &mut others);
+        assert!(names.iter().zip(&others).all(|(a, b)| a != b));
+        assert_ne!(tokens_hash(&[1, 2], 0), tokens_hash(&[2, 1], 0));
+        assert_ne!(tokens_hash(&[1, 2], 0), tokens_hash(&[1, 2], 7));
+    }
+}
