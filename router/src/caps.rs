@@ -9,6 +9,9 @@ pub const DIRECTORY_BITS: u32 = 18;
 pub const SEGMENT_BUCKETS: usize = 1024;
 /// Buckets that a block may lie behind its own.
 pub const PROBES_MAX: usize = 16;
+/// Blocks that a holder may lack in the middle of chains, before it is no longer known which: it is then looked up block by block until
+/// it starts anew.
+pub const HOLES_MAX: usize = 64;
 /// Times that a reader looks again at what changes under its eyes, before it counts as not there.
 pub const READ_TRIES: usize = 8;
 /// The least bound of an index: a few segments.

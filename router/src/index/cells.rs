@@ -18,20 +18,31 @@ const LIST_AGAIN: usize = LIST_MAX / 2;
 const BIT_WORDS: usize = 64;
 const CELLS_PER_CHUNK: usize = 1024;
 
-/// What a reader saw of a set.
+/// What a reader saw of a set. On the stack: a look-up allocates for no block.
+#[expect(clippy::large_enum_variant, reason = "on the stack, and not kept")]
 pub enum Seen {
-    /// The same as of the block before.
-    Same,
     /// These, so many.
     Few([u16; LIST_MAX], usize),
     /// A bit for each.
-    Many(Box<[u64; BIT_WORDS]>),
+    Many([u64; BIT_WORDS]),
 }
 
 impl Seen {
+    /// True where all of these are in it.
+    pub fn has_all(&self, tags: &[u16]) -> bool {
+        tags.iter().all(|tag| self.has(*tag))
+    }
+
+    /// The tags.
+    pub fn tags(&self, tags: &mut Vec<u16>) {
+        match self {
+            Self::Few(few, count) => tags.extend(few.iter().take(*count)),
+            Self::Many(bits) => tags.extend((0..(BIT_WORDS * 64) as u16).filter(|tag| bit(bits, *tag))),
+        }
+    }
+
     pub fn has(&self, tag: u16) -> bool {
         match self {
-            Self::Same => false,
             Self::Few(tags, count) => tags.iter().take(*count).any(|known| *known == tag),
             Self::Many(bits) => bit(bits, tag),
         }
@@ -40,47 +51,6 @@ impl Seen {
 
 fn bit(bits: &[u64; BIT_WORDS], tag: u16) -> bool {
     bits.get(usize::from(tag) / 64).is_some_and(|word| word >> (tag % 64) & 1 == 1)
-}
-
-/// Who has all blocks of a chain so far.
-#[derive(Default)]
-pub struct Active {
-    last: Option<Set>,
-    tags: Vec<u16>,
-}
-
-impl Active {
-    /// The word of the block before.
-    pub fn last(&self) -> Option<Set> {
-        self.last
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.tags.is_empty()
-    }
-
-    /// The next block's holders: those that do not have it leave; with the first block all come.
-    pub fn meet(&mut self, set: Set, seen: Seen, mut leave: impl FnMut(u16)) {
-        match (self.last.replace(set), seen) {
-            (_, Seen::Same) => {}
-            (None, Seen::Few(tags, count)) => self.tags.extend(tags.iter().take(count)),
-            (None, Seen::Many(bits)) => {
-                self.tags.extend((0..(BIT_WORDS * 64) as u16).filter(|tag| bit(&bits, *tag)));
-            }
-            (Some(_), seen) => self.tags.retain(|tag| {
-                let stays = seen.has(*tag);
-                if !stays {
-                    leave(*tag);
-                }
-                stays
-            }),
-        }
-    }
-
-    /// All that are left leave.
-    pub fn drain(&mut self, leave: impl FnMut(u16)) {
-        self.tags.drain(..).for_each(leave);
-    }
 }
 
 /// Cells of one size.
@@ -195,8 +165,8 @@ impl Cells {
                 Some(Seen::Few(tags, count.min(LIST_MAX)))
             }
             Kind::Bits(cell) => {
-                let mut words = Box::new([0; BIT_WORDS]);
-                self.bits.read(cell, key, &mut *words)?;
+                let mut words = [0; BIT_WORDS];
+                self.bits.read(cell, key, &mut words)?;
                 Some(Seen::Many(words))
             }
         }
@@ -207,7 +177,7 @@ impl Cells {
         match self.seen(set, key) {
             Some(Seen::Few(tags, count)) => tags.iter().take(count).copied().collect(),
             Some(Seen::Many(bits)) => (0..(BIT_WORDS * 64) as u16).filter(|tag| bit(&bits, *tag)).collect(),
-            _ => Vec::new(),
+            None => Vec::new(),
         }
     }
 
@@ -257,6 +227,19 @@ impl Cells {
             Kind::Bits(cell) => self.bits.give_back(cell),
             Kind::Inline(_) => {}
         }
+    }
+
+    /// True where a set has a tag, for the writer.
+    pub fn has(&self, set: Set, key: u64, tag: u16) -> bool {
+        match set.kind() {
+            Kind::Inline(_) => set.inline().any(|known| known == tag),
+            _ => self.seen(set, key).is_some_and(|seen| seen.has(tag)),
+        }
+    }
+
+    /// The tags of a set, for the writer.
+    pub fn each(&self, set: Set, key: u64) -> Vec<u16> {
+        self.tags(set, key)
     }
 
     /// A block's set with one tag more, and whether it is new to it; `None` where there is no cell for it.

@@ -17,6 +17,8 @@
 //!   the hand passed it twice (CLOCK).
 
 mod cells;
+mod chains;
+mod find;
 mod holders;
 mod opaque;
 mod table;
@@ -25,8 +27,9 @@ pub use holders::HolderId;
 pub use opaque::UnknownParent;
 
 use cells::Cells;
+use chains::{Chains, HoleCounts, Of};
 use holders::Holders;
-use table::{Set, Table};
+use table::{At, Place, Set, Table};
 
 use crate::caps;
 use crate::sync::{Mutex, Ordering};
@@ -60,6 +63,8 @@ pub struct IndexStatus {
     pub evicted: u64,
     /// Pairs that found no room.
     pub refused: u64,
+    /// Holders with a hole in some chain: they are looked up block by block.
+    pub holed: u64,
 }
 
 /// See the head of this file. Shared by reference.
@@ -69,10 +74,14 @@ pub struct PrefixIndex {
     opaque: Table,
     cells: Cells,
     holders: Holders,
+    holes: HoleCounts,
     writer: Mutex<Writer>,
 }
 
 struct Writer {
+    chains: Chains,
+    /// Splits and evictions: blocks may lie elsewhere than before.
+    moves: u64,
     /// Where the sweep is.
     swept: usize,
     /// ... and that of engines' hashes.
@@ -105,7 +114,10 @@ impl PrefixIndex {
             opaque: Table::new(opaque_bytes_max),
             cells: Cells::new(bytes_max / 8),
             holders: Holders::new(),
+            holes: HoleCounts::new(),
             writer: Mutex::new(Writer {
+                chains: Chains::default(),
+                moves: 0,
                 swept: 0,
                 swept_opaque: 0,
                 to_forget: 0,
@@ -133,6 +145,9 @@ impl PrefixIndex {
         if self.holders.tag(holder).is_none() {
             return;
         }
+        if let Some(tag) = self.holders.tag(holder) {
+            self.bury(writer, tag);
+        }
         while !self.holders.retag(holder, self.table.segments()) {
             // Every tag is in use or waits to be swept, the one of just now at least: sweep now.
             self.sweep(writer, self.table.segments());
@@ -141,18 +156,32 @@ impl PrefixIndex {
 
     /// The holder is no more.
     pub fn remove_holder(&self, holder: HolderId) {
-        let _writer = self.writer.lock();
+        let mut writer = self.writer.lock();
+        if let Some(tag) = self.holders.tag(holder) {
+            self.bury(&mut writer, tag);
+        }
         self.holders.remove(holder, self.table.segments());
     }
 
-    /// The holder has these blocks now.
-    pub fn store(&self, holder: HolderId, names: &[u64]) {
+    /// What a tag's holder lacks matters no more. A reader that still takes it for the holder's finds it gone.
+    fn bury(&self, writer: &mut Writer, tag: u16) {
+        writer.chains.start_anew(self.of(), tag);
+    }
+
+    fn of(&self) -> Of<'_> {
+        Of { table: &self.table, cells: &self.cells, counts: &self.holes }
+    }
+
+    /// The holder has these blocks now, each the child of the one before it, the first of them `parent`'s.
+    pub fn store(&self, holder: HolderId, parent: Option<u64>, names: &[u64]) {
         let mut writer = self.writer.lock();
         let Some(tag) = self.holders.tag(holder) else { return };
         self.ahead(names);
+        let mut run = Run::begin(self, &mut writer, tag, parent);
         for name in names {
-            self.store_one(&mut writer, tag, *name);
+            run.store(self, &mut writer, *name);
         }
+        run.end(self, &mut writer);
         self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
     }
 
@@ -161,14 +190,23 @@ impl PrefixIndex {
         let mut writer = self.writer.lock();
         let Some(tag) = self.holders.tag(holder) else { return };
         self.ahead(names);
+        let leaves = Leaving::of(names.iter().copied());
         for name in names {
-            self.remove_one(&mut writer, tag, *name);
+            self.remove_one(&mut writer, tag, *name, &leaves);
         }
+        self.settle(&mut writer, tag);
         self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
     }
 
-    fn remove_one(&self, writer: &mut Writer, tag: u16, name: u64) {
+    fn settle(&self, writer: &mut Writer, tag: u16) {
+        if writer.chains.has_holes(tag) {
+            writer.chains.settle(self.of(), tag);
+        }
+    }
+
+    fn remove_one(&self, writer: &mut Writer, tag: u16, name: u64, leaves: &Leaving) {
         let Some(at) = self.table.find(table::mixed(name)) else { return };
+        writer.chains.loses(self.of(), &at, tag, |key| leaves.has(key));
         let (set, gone) = self.cells.only(at.set(), at.key(), |known| known != tag);
         if gone > 0 {
             writer.pairs -= gone;
@@ -179,42 +217,55 @@ impl PrefixIndex {
     /// Loads the buckets of names that are about to be written side by side: they wait for memory together.
     fn ahead(&self, names: &[u64]) {
         // A dozen at a time would do; an event has some tens.
-        names.iter().for_each(|name| self.table.touch(table::mixed(*name)));
+        names.iter().for_each(|name| self.table.touch_to_write(table::mixed(*name)));
     }
 
-    fn store_one(&self, writer: &mut Writer, tag: u16, name: u64) {
-        let key = table::mixed(name);
-        if let Some(at) = self.table.find(key) {
+    /// Where the block is then; `None`: there is no room for it.
+    fn store_one(&self, writer: &mut Writer, tag: u16, key: u64) -> Option<At> {
+        let mut place = self.table.look_for(key);
+        if let Place::Found(at) = place {
             match self.cells.with(at.set(), key, tag) {
                 Some((set, added)) => {
                     writer.pairs += u64::from(added);
                     if set != at.set() {
                         self.table.write(at, set);
                     }
+                    return Some(at);
                 }
-                None => writer.refused += 1,
+                None => {
+                    writer.refused += 1;
+                    return None;
+                }
             }
-            return;
         }
         loop {
-            match self.table.insert(key, Set::one(tag)) {
-                table::Insert::Done => {
+            match self.table.insert(key, Set::one(tag), &place) {
+                table::Insert::Done(at) => {
                     writer.blocks += 1;
                     writer.pairs += 1;
-                    return;
+                    return Some(at);
                 }
-                table::Insert::NeedsSplit => self.split(writer, key),
+                table::Insert::NeedsSplit => {
+                    self.split(writer, key);
+                    place = self.table.look_for(key);
+                }
                 table::Insert::Full(victim) => match victim {
                     Some(victim) => {
+                        for tag in self.cells.each(victim.set(), victim.key()) {
+                            writer.chains.loses(self.of(), &victim, tag, |_| false);
+                        }
+                        writer.chains.forget(self.of(), &victim);
+                        writer.moves += 1;
                         self.table.clear(victim);
                         writer.pairs -= self.cells.give_up(victim.set(), victim.key());
                         writer.evicted += 1;
                         writer.blocks -= 1;
+                        place = self.table.look_for(key);
                         writer.to_forget = self.opaque.segments();
                     }
                     None => {
                         writer.refused += 1;
-                        return;
+                        return None;
                     }
                 },
             }
@@ -224,6 +275,7 @@ impl PrefixIndex {
     fn replace(&self, writer: &mut Writer, at: table::At, set: Set) {
         if set.is_empty() {
             writer.blocks -= 1;
+            writer.chains.forget(self.of(), &at);
             self.table.clear(at);
         } else if set != at.set() {
             self.table.write(at, set);
@@ -275,44 +327,9 @@ impl PrefixIndex {
         {
             self.sweep_segment(writer, segment);
         }
+        writer.moves += 1;
         self.table.split(key);
         self.holders.segment_made();
-    }
-
-    /// How much of a chain each holder has, those that have the first block at all, the longest first. `names`: of a prompt's
-    /// blocks, in order. Never waits.
-    pub fn find(&self, names: &[u64], matches: &mut Vec<Match>) {
-        matches.clear();
-        let seen = self.holders.generation();
-        let mut active = cells::Active::default();
-        for run in 0..names.len().div_ceil(AHEAD) {
-            let names = names.get(run * AHEAD..names.len().min((run + 1) * AHEAD)).unwrap_or_default();
-            // Side by side: the buckets of a run come from memory together.
-            let mut keys = [0u64; AHEAD];
-            for (key, name) in keys.iter_mut().zip(names) {
-                *key = table::mixed(*name);
-                self.table.touch(*key);
-            }
-            for (at, key) in keys.iter().take(names.len()).enumerate() {
-                let blocks = (run * AHEAD + at) as u32;
-                let known = self.table.step(*key, &self.cells, &mut active, |tag| self.add(tag, blocks, seen, matches));
-                if !known || active.is_empty() {
-                    active.drain(|tag| self.add(tag, blocks, seen, matches));
-                    matches.sort_unstable_by(|a, b| b.blocks.cmp(&a.blocks).then(a.holder.cmp(&b.holder)));
-                    return;
-                }
-            }
-        }
-        active.drain(|tag| self.add(tag, names.len() as u32, seen, matches));
-        matches.sort_unstable_by(|a, b| b.blocks.cmp(&a.blocks).then(a.holder.cmp(&b.holder)));
-    }
-
-    fn add(&self, tag: u16, blocks: u32, seen: u64, matches: &mut Vec<Match>) {
-        if blocks > 0
-            && let Some(holder) = self.holders.holder(tag, seen)
-        {
-            matches.push(Match { holder, blocks });
-        }
     }
 
     /// Which of these blocks the holder has.
@@ -329,16 +346,83 @@ impl PrefixIndex {
         IndexStatus {
             blocks: writer.blocks,
             pairs: writer.pairs,
-            bytes: self.table.bytes() + self.opaque.bytes() + self.cells.bytes() + self.holders.bytes(),
+            bytes: self.table.bytes()
+                + self.opaque.bytes()
+                + self.cells.bytes()
+                + self.holders.bytes()
+                + writer.chains.bytes(),
             bytes_max: self.table.bytes_max() + self.opaque.bytes_max() + self.cells.bytes_max() + self.holders.bytes(),
             evicted: writer.evicted,
             refused: writer.refused,
+            holed: writer.chains.holed() as u64,
         }
     }
 }
 
-/// Blocks whose buckets are loaded side by side.
-const AHEAD: usize = 32;
+/// Names that leave together, mixed.
+struct Leaving(Vec<u64>);
+
+impl Leaving {
+    fn of(names: impl Iterator<Item = u64>) -> Self {
+        let mut keys: Vec<u64> = names.map(table::mixed).collect();
+        keys.sort_unstable();
+        Self(keys)
+    }
+
+    fn has(&self, key: u64) -> bool {
+        self.0.binary_search(&key).is_ok()
+    }
+}
+
+/// Blocks of one chain that are being stored, one after the other.
+struct Run {
+    tag: u16,
+    /// The block before: where it is, if the holder has it; its name.
+    before: Option<(Option<At>, u64)>,
+}
+
+impl Run {
+    fn begin(index: &PrefixIndex, writer: &mut Writer, tag: u16, parent: Option<u64>) -> Self {
+        let _ = writer;
+        let before = parent.map(|parent| {
+            let key = table::mixed(parent);
+            let at = index.table.find(key).filter(|at| index.cells.has(at.set(), key, tag));
+            (at, key)
+        });
+        Self { tag, before }
+    }
+
+    fn store(&mut self, index: &PrefixIndex, writer: &mut Writer, name: u64) {
+        let key = table::mixed(name);
+        if let Some((None, parent)) = self.before {
+            writer.chains.lacks(index.of(), self.tag, parent, key);
+        }
+        let moves = writer.moves;
+        let at = index.store_one(writer, self.tag, key);
+        if let (Some((Some(before), parent)), Some(at)) = (&self.before, &at) {
+            if moves == writer.moves {
+                writer.chains.link(index.of(), before, at.key());
+                self.before = Some((Some(*at), key));
+                return;
+            }
+            // Again: it may have moved, or gone, to make room for this one.
+            match index.table.find(*parent).filter(|parent| index.cells.has(parent.set(), parent.key(), self.tag)) {
+                Some(parent) => writer.chains.link(index.of(), &parent, at.key()),
+                None => writer.chains.lacks(index.of(), self.tag, *parent, key),
+            }
+        }
+        self.before = Some((at, key));
+    }
+
+    /// The next block is not stored.
+    fn skip(&mut self, name: u64) {
+        self.before = Some((None, table::mixed(name)));
+    }
+
+    fn end(self, index: &PrefixIndex, writer: &mut Writer) {
+        index.settle(writer, self.tag);
+    }
+}
 
 /// The order of what readers see: a name, then what is said of it, then the name again.
 const READ: Ordering = Ordering::Acquire;

@@ -4,8 +4,8 @@
 //! A *domain* is a set of holders whose hashes mean the same: replicas of one model under one configuration. Where two of them use
 //! one hash for two blocks all the same, the second block is not taken: its removal could not be told from the first one's.
 
-use super::table::{Insert, Set, mixed};
-use super::{HolderId, PrefixIndex, Writer};
+use super::table::{Insert, Place, Set, mixed};
+use super::{HolderId, Leaving, PrefixIndex, Run, Writer};
 use crate::caps;
 use crate::names::next_name;
 
@@ -36,28 +36,32 @@ impl PrefixIndex {
             None => None,
             Some(hash) => Some(self.opaque.find(key(domain, hash)).ok_or(UnknownParent(hash))?.set().0),
         };
+        let mut run = Run::begin(self, &mut writer, tag, before);
         for (hash, tokens_hash) in blocks {
             let name = next_name(before, *tokens_hash);
             before = Some(name);
             // What has no name here could not be removed: it is not stored either.
             if self.learn(&mut writer, key(domain, *hash), name) {
-                self.store_one(&mut writer, tag, name);
+                run.store(self, &mut writer, name);
             } else {
                 writer.refused += 1;
+                run.skip(name);
             }
         }
+        run.end(self, &mut writer);
         self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
         Ok(())
     }
 
     /// True where the engine's hash means this name now.
     fn learn(&self, writer: &mut Writer, key: u64, name: u64) -> bool {
-        if let Some(at) = self.opaque.find(key) {
-            return at.set() == Set(name);
-        }
         loop {
-            match self.opaque.insert(key, Set(name)) {
-                Insert::Done => return true,
+            let place = self.opaque.look_for(key);
+            if let Place::Found(at) = place {
+                return at.set() == Set(name);
+            }
+            match self.opaque.insert(key, Set(name), &place) {
+                Insert::Done(_) => return true,
                 Insert::NeedsSplit => {
                     self.opaque.split(key);
                     // What is yet to be forgotten may lie in the new one.
@@ -83,14 +87,17 @@ impl PrefixIndex {
         for hash in hashes {
             self.opaque.touch(key(domain, *hash));
         }
+        let names = hashes.iter().filter_map(|hash| Some(self.opaque.find(key(domain, *hash))?.set().0));
+        let leaves = Leaving::of(names);
         for hash in hashes {
             let Some(known) = self.opaque.find(key(domain, *hash)) else { continue };
             let name = known.set().0;
-            self.remove_one(&mut writer, tag, name);
+            self.remove_one(&mut writer, tag, name, &leaves);
             if self.table.find(mixed(name)).is_none() {
                 self.opaque.clear(known);
             }
         }
+        self.settle(&mut writer, tag);
         self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
     }
 

@@ -3,15 +3,24 @@
 use std::hint::black_box;
 use std::sync::OnceLock;
 
-use super::cells::{Active, Cells, Seen};
+use super::cells::{Cells, Seen};
 use super::{READ, WRITE};
 use crate::caps;
 use crate::sync::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 const SLOTS: usize = 4;
 const BUCKETS: usize = caps::SEGMENT_BUCKETS;
-/// A segment is split once it is as full as this: beyond, blocks lie far from where they belong.
-const FULL: u32 = (BUCKETS * SLOTS) as u32 / 100 * 85;
+/// A segment is split when it has so many blocks: nine in ten slots at most, as beyond blocks lie far from where they belong. The first
+/// ones split anywhere from half of that on, so that not all are half empty at once ever after: names are spread so evenly that
+/// they would all fill up, and split, together.
+fn fullness(segment: usize, depth: u32) -> u32 {
+    let spread = mixed(segment as u64 ^ u64::from(depth) << 32) as f64 / u64::MAX as f64;
+    let part = if depth < STAGGERED { 0.92 * 0.5f64.powf(spread) } else { 0.84 + 0.08 * spread };
+    ((BUCKETS * SLOTS) as f64 * part) as u32
+}
+
+/// Splits from the first segment that are staggered.
+const STAGGERED: u32 = 8;
 
 /// Spreads names, which engines may choose badly, over all bits. A bijection: no two names become one.
 pub fn mixed(name: u64) -> u64 {
@@ -86,6 +95,11 @@ impl Set {
     }
 }
 
+/// No child is known. (A name that is mixed to this, or the next, is taken for a branch: it costs time.)
+pub const NO_CHILD: u64 = 0;
+/// More than one child: they are listed elsewhere.
+pub const BRANCHES: u64 = u64::MAX;
+
 /// One cache line: four names, each before its holders.
 #[repr(align(64))]
 struct Bucket([AtomicU64; 2 * SLOTS]);
@@ -101,34 +115,40 @@ impl Bucket {
 }
 
 struct Segment {
-    buckets: Box<[Bucket]>,
+    buckets: [Bucket; BUCKETS],
+    /// By slot: the child of the block there; the writer's alone.
+    links: [AtomicU64; BUCKETS * SLOTS],
     /// By bucket: blocks that belong here or before, and lie behind.
-    overflow: Box<[AtomicU8]>,
+    overflow: [AtomicU8; BUCKETS],
     /// By slot: somebody looked it up since the hand passed it last.
-    looked: Box<[AtomicU64]>,
+    looked: [AtomicU64; BUCKETS * SLOTS / 64],
     /// By slot: somebody did so between the two times that it passed before.
-    looked_before: Box<[AtomicU64]>,
+    looked_before: [AtomicU64; BUCKETS * SLOTS / 64],
     /// Leading bits that all names in it have in common.
     depth: AtomicU32,
     used: AtomicU32,
+    /// It is split at so many blocks.
+    full: AtomicU32,
     hand: AtomicU32,
 }
 
 impl Segment {
-    fn new(depth: u32) -> Self {
+    fn new(at: usize, depth: u32) -> Self {
         let bucket = |_| Bucket(std::array::from_fn(|_| AtomicU64::new(0)));
         Self {
-            buckets: (0..BUCKETS).map(bucket).collect(),
-            overflow: (0..BUCKETS).map(|_| AtomicU8::new(0)).collect(),
-            looked: (0..BUCKETS * SLOTS / 64).map(|_| AtomicU64::new(0)).collect(),
-            looked_before: (0..BUCKETS * SLOTS / 64).map(|_| AtomicU64::new(0)).collect(),
+            buckets: std::array::from_fn(bucket),
+            links: std::array::from_fn(|_| AtomicU64::new(NO_CHILD)),
+            overflow: std::array::from_fn(|_| AtomicU8::new(0)),
+            looked: std::array::from_fn(|_| AtomicU64::new(0)),
+            looked_before: std::array::from_fn(|_| AtomicU64::new(0)),
             depth: AtomicU32::new(depth),
             used: AtomicU32::new(0),
+            full: AtomicU32::new(fullness(at, depth)),
             hand: AtomicU32::new(0),
         }
     }
 
-    const BYTES: u64 = (BUCKETS * (64 + 1) + BUCKETS * SLOTS / 4 + 128) as u64;
+    const BYTES: u64 = size_of::<Self>() as u64;
 
     fn overflows(&self, bucket: usize) -> bool {
         self.overflow.get(bucket).is_some_and(|count| count.load(READ) > 0)
@@ -187,6 +207,10 @@ impl At {
         self.set
     }
 
+    fn place(&self) -> usize {
+        self.bucket * SLOTS + self.slot
+    }
+
     /// Its name, mixed.
     pub fn key(&self) -> u64 {
         self.key
@@ -197,9 +221,37 @@ impl At {
     }
 }
 
+/// A slot for a block.
+#[derive(Clone, Copy, Debug)]
+pub struct Vacant {
+    segment: usize,
+    bucket: usize,
+    slot: usize,
+    key: u64,
+    distance: usize,
+}
+
+/// What [`Table::look_for`] found.
+pub enum Place {
+    Found(At),
+    Vacant(Vacant),
+    /// Neither it nor room for it.
+    Nowhere,
+}
+
+fn vacant_in(at: usize, segment: &Segment, key: u64) -> Option<Vacant> {
+    let home = key as usize % BUCKETS;
+    (0..=caps::PROBES_MAX).find_map(|distance| {
+        let bucket = (home + distance) % BUCKETS;
+        let words = segment.buckets.get(bucket)?;
+        let is_vacant = |slot: &usize| words.set(*slot).is_some_and(|set| set.load(Ordering::Relaxed) == 0);
+        (0..SLOTS).find(is_vacant).map(|slot| Vacant { segment: at, bucket, slot, key, distance })
+    })
+}
+
 /// What came of an insertion.
 pub enum Insert {
-    Done,
+    Done(At),
     /// The segment is full: split it, then try again.
     NeedsSplit,
     /// It is full, and the table as large as it may be: this one may go instead.
@@ -211,13 +263,13 @@ pub struct Table {
     /// By the leading bits of a name: its segment.
     directory: Box<[AtomicU32]>,
     bits: u32,
-    segments: Box<[OnceLock<Segment>]>,
+    segments: Box<[OnceLock<Box<Segment>>]>,
     made: AtomicU32,
 }
 
 impl Table {
     pub fn new(bytes_max: u64) -> Self {
-        let most = (bytes_max / (Segment::BYTES + 32)).max(1) as usize;
+        let most = (bytes_max / (Segment::BYTES + 48)).max(1) as usize;
         // Four times as fine as there are segments: names are spread evenly, but not that evenly.
         let bits = (most.next_power_of_two().trailing_zeros() + 2).min(caps::DIRECTORY_BITS);
         let table = Self {
@@ -232,7 +284,7 @@ impl Table {
 
     fn make(&self, depth: u32) -> Option<usize> {
         let at = self.made.load(Ordering::Relaxed) as usize;
-        self.segments.get(at)?.set(Segment::new(depth)).ok()?;
+        self.segments.get(at)?.set(Box::new(Segment::new(at, depth))).ok()?;
         self.made.store(at as u32 + 1, WRITE);
         Some(at)
     }
@@ -251,7 +303,7 @@ impl Table {
     }
 
     fn fixed_bytes(&self) -> u64 {
-        self.directory.len() as u64 * 4 + self.segments.len() as u64 * size_of::<OnceLock<Segment>>() as u64
+        self.directory.len() as u64 * 4 + self.segments.len() as u64 * size_of::<OnceLock<Box<Segment>>>() as u64
     }
 
     fn segment_of(&self, key: u64) -> Option<(usize, &Segment)> {
@@ -266,60 +318,84 @@ impl Table {
         black_box(word.map(|word| word.load(Ordering::Relaxed)));
     }
 
+    /// The same for what the writer needs beside it.
+    pub fn touch_to_write(&self, key: u64) {
+        let Some((_, segment)) = self.segment_of(key) else { return };
+        let home = key as usize % BUCKETS;
+        let word = segment.buckets.get(home).and_then(|bucket| bucket.key(0));
+        let (overflow, link) = (segment.overflow.get(home), segment.links.get(home * SLOTS));
+        black_box((
+            word.map(|word| word.load(Ordering::Relaxed)),
+            overflow.map(|count| count.load(Ordering::Relaxed)),
+            link.map(|link| link.load(Ordering::Relaxed)),
+        ));
+    }
+
     // ------------------------------------------------------------------------------- the writer
 
     /// Where a block is.
     pub fn find(&self, key: u64) -> Option<At> {
-        let (at, segment) = self.segment_of(key)?;
+        match self.look_for(key) {
+            Place::Found(at) => Some(at),
+            _ => None,
+        }
+    }
+
+    /// Where a block is, or where it would go.
+    pub fn look_for(&self, key: u64) -> Place {
+        let Some((at, segment)) = self.segment_of(key) else { return Place::Nowhere };
         let home = key as usize % BUCKETS;
+        let mut vacant = None;
+        let mut may_be = true;
         for distance in 0..=caps::PROBES_MAX {
             let bucket = (home + distance) % BUCKETS;
-            let words = segment.buckets.get(bucket)?;
+            let Some(words) = segment.buckets.get(bucket) else { break };
             for slot in 0..SLOTS {
-                if words.key(slot)?.load(Ordering::Relaxed) == key {
-                    let set = Set(words.set(slot)?.load(Ordering::Relaxed));
-                    if !set.is_empty() {
-                        return Some(At { segment: at, bucket, slot, key, set });
-                    }
+                let (Some(name), Some(holders)) = (words.key(slot), words.set(slot)) else { break };
+                let set = Set(holders.load(Ordering::Relaxed));
+                if set.is_empty() {
+                    vacant = vacant.or(Some(Vacant { segment: at, bucket, slot, key, distance }));
+                } else if may_be && name.load(Ordering::Relaxed) == key {
+                    return Place::Found(At { segment: at, bucket, slot, key, set });
                 }
             }
-            if !segment.overflows(bucket) {
-                return None;
+            may_be = may_be && segment.overflows(bucket);
+            if !may_be && vacant.is_some() {
+                break;
             }
         }
-        None
+        vacant.map_or(Place::Nowhere, Place::Vacant)
     }
 
-    /// Puts a block that is not there.
-    pub fn insert(&self, key: u64, set: Set) -> Insert {
+    /// Puts a block that is not there, where [`Self::look_for`] said.
+    pub fn insert(&self, key: u64, set: Set, place: &Place) -> Insert {
         let Some((at, segment)) = self.segment_of(key) else { return Insert::Full(None) };
         let can_split = segment.depth.load(Ordering::Relaxed) < self.bits && self.segments() < self.segments.len();
-        if can_split && segment.used.load(Ordering::Relaxed) >= FULL {
+        if can_split && segment.used.load(Ordering::Relaxed) >= segment.full.load(Ordering::Relaxed) {
             return Insert::NeedsSplit;
         }
-        if self.insert_in(segment, key, set) {
-            return Insert::Done;
+        match place {
+            Place::Vacant(vacant) => Insert::Done(self.fill(segment, vacant, set)),
+            _ if can_split => Insert::NeedsSplit,
+            _ => Insert::Full(self.victim(at, segment, key)),
         }
-        if can_split { Insert::NeedsSplit } else { Insert::Full(self.victim(at, segment, key)) }
     }
 
-    fn insert_in(&self, segment: &Segment, key: u64, set: Set) -> bool {
-        let home = key as usize % BUCKETS;
-        for distance in 0..=caps::PROBES_MAX {
-            let Some(words) = segment.buckets.get((home + distance) % BUCKETS) else { return false };
-            for slot in 0..SLOTS {
-                let (Some(name), Some(holders)) = (words.key(slot), words.set(slot)) else { return false };
-                if holders.load(Ordering::Relaxed) == 0 {
-                    // Before it can be found: whoever does not find it looks no further than this says.
-                    segment.count_overflow(home, distance, true);
-                    name.store(key, WRITE);
-                    holders.store(set.0, WRITE);
-                    segment.used.fetch_add(1, Ordering::Relaxed);
-                    return true;
-                }
-            }
+    fn fill(&self, segment: &Segment, vacant: &Vacant, set: Set) -> At {
+        let Vacant { segment: at, bucket, slot, key, distance } = *vacant;
+        // Before it can be found: whoever does not find it looks no further than this says.
+        segment.count_overflow(key as usize % BUCKETS, distance, true);
+        if let Some(link) = segment.links.get(bucket * SLOTS + slot) {
+            link.store(NO_CHILD, Ordering::Relaxed);
         }
-        false
+        if let Some(words) = segment.buckets.get(bucket)
+            && let (Some(name), Some(holders)) = (words.key(slot), words.set(slot))
+        {
+            name.store(key, WRITE);
+            holders.store(set.0, WRITE);
+            segment.used.fetch_add(1, Ordering::Relaxed);
+        }
+        At { segment: at, bucket, slot, key, set }
     }
 
     /// One of those that are in the way of `key`, that nobody looked up since the hand passed it twice: with each that goes the hand
@@ -364,8 +440,19 @@ impl Table {
         let distance = (at.bucket + BUCKETS - at.home()) % BUCKETS;
         segment.count_overflow(at.home(), distance, false);
         segment.used.fetch_sub(1, Ordering::Relaxed);
-        // Twice: the next block here starts without.
-        (0..2).for_each(|_| segment.pass(at.bucket * SLOTS + at.slot));
+    }
+
+    /// The child of a block, as far as it is known: [`NO_CHILD`], [`BRANCHES`], or its name.
+    pub fn child(&self, at: &At) -> u64 {
+        let segment = self.segments.get(at.segment).and_then(OnceLock::get);
+        segment.and_then(|segment| segment.links.get(at.place())).map_or(NO_CHILD, |link| link.load(Ordering::Relaxed))
+    }
+
+    pub fn set_child(&self, at: &At, child: u64) {
+        let segment = self.segments.get(at.segment).and_then(OnceLock::get);
+        if let Some(link) = segment.and_then(|segment| segment.links.get(at.place())) {
+            link.store(child, Ordering::Relaxed);
+        }
     }
 
     /// The blocks of a segment.
@@ -399,8 +486,12 @@ impl Table {
         let moving: Vec<At> = self.of_segment(at).into_iter().filter(|block| moves(block.key)).collect();
         for block in &moving {
             // Half as full, the same windows: there is room.
-            self.insert_in(upper, block.key, block.set);
+            if let Some(vacant) = vacant_in(new, upper, block.key) {
+                let moved = self.fill(upper, &vacant, block.set);
+                self.set_child(&moved, self.child(block));
+            }
         }
+        segment.full.store(fullness(at, depth + 1), Ordering::Relaxed);
         segment.depth.store(depth + 1, Ordering::Relaxed);
         let first = (key >> (63 - depth) | 1) << (self.bits - depth - 1);
         let mask = (1usize << self.bits) - 1;
@@ -449,22 +540,9 @@ impl Table {
         None
     }
 
-    /// Takes a step along a chain: who has this block, of those that had all before it. False where nobody has it.
-    pub fn step(&self, key: u64, cells: &Cells, active: &mut Active, leave: impl FnMut(u16)) -> bool {
-        let same = active.last();
-        let seen = self.look(key, |set| {
-            if Some(set) == same && matches!(set.kind(), Kind::Inline(_)) {
-                return Some((set, Seen::Same));
-            }
-            cells.seen(set, key).map(|seen| (set, seen))
-        });
-        match seen {
-            Some((set, seen)) => {
-                active.meet(set, seen, leave);
-                true
-            }
-            None => false,
-        }
+    /// Who has a block now; nobody, where it changes all the time.
+    pub fn seen(&self, key: u64, cells: &Cells) -> Option<Seen> {
+        self.look(key, |set| cells.seen(set, key))
     }
 
     /// True where a holder with this tag has the block.

@@ -69,7 +69,8 @@ proptest! {
             let names = |number, from, blocks| chain(number, 8, 60)[from as usize..][..blocks as usize].to_vec();
             match step {
                 Step::Store(at, number, from, blocks) => {
-                    index.store(holders[at], &names(number, from, blocks));
+                    let parent = (from > 0).then(|| chain(number, 8, 60)[from as usize - 1]);
+                    index.store(holders[at], parent, &names(number, from, blocks));
                     model.0.get_mut(&holders[at]).unwrap().extend(names(number, from, blocks));
                 }
                 Step::Remove(at, number, from, blocks) => {
@@ -99,7 +100,7 @@ proptest! {
         }
         // All that was swept is gone.
         for _ in 0..1000 {
-            index.store(holders[0], &[]);
+            index.store(holders[0], None, &[]);
         }
         prop_assert_eq!(index.status().pairs, model.pairs());
     }
@@ -113,7 +114,7 @@ fn growth_loses_nothing_and_needs_no_second_table() {
     let names = |number: u64| chain(number, 0, 500);
     let mut most = 0.0f64;
     for number in 0..2000u64 {
-        index.store(holders[number as usize % 100], &names(number));
+        index.store(holders[number as usize % 100], None, &names(number));
         let status = index.status();
         if status.pairs > 200_000 {
             most = most.max(status.bytes as f64 / status.pairs as f64);
@@ -138,9 +139,9 @@ fn the_bound_holds_and_what_is_looked_up_stays() {
     let index = PrefixIndex::new(4 << 20);
     let holder = index.add_holder().unwrap();
     let wanted: Vec<Vec<u64>> = (0..20).map(|number| chain(number, 0, 200)).collect();
-    wanted.iter().for_each(|names| index.store(holder, names));
+    wanted.iter().for_each(|names| index.store(holder, None, names));
     for number in 100..4000u64 {
-        index.store(holder, &chain(number, 0, 200));
+        index.store(holder, None, &chain(number, 0, 200));
         find(&index, &wanted[number as usize % 20]);
     }
     let status = index.status();
@@ -158,7 +159,7 @@ fn sets_grow_and_shrink() {
     let holders: Vec<HolderId> = (0..caps::HOLDERS_MAX).map(|_| index.add_holder().unwrap()).collect();
     assert_eq!(index.add_holder(), Err(TooManyHolders));
     for (at, holder) in holders.iter().enumerate() {
-        index.store(*holder, &[1, 2]);
+        index.store(*holder, None, &[1, 2]);
         if at < 40 || at % 500 == 0 {
             assert_eq!(find(&index, &[1, 2, 3]).len(), at + 1);
         }
@@ -167,7 +168,7 @@ fn sets_grow_and_shrink() {
     // With every tag in use, one that restarts still gets another.
     index.clear(holders[7]);
     assert!(find(&index, &[1]).iter().all(|found| found.holder != holders[7]));
-    index.store(holders[7], &[1]);
+    index.store(holders[7], None, &[1]);
     assert_eq!(index.has(holders[7], &[1, 2]), [true, false]);
     for (at, holder) in holders.iter().enumerate() {
         index.remove(*holder, &[1, 2]);
@@ -216,7 +217,7 @@ fn readers_make_nothing_up() {
             let names = chain(number, 0, length(number));
             match step % 4 {
                 3 => index.remove(holder, &names),
-                _ => index.store(holder, &names),
+                _ => index.store(holder, None, &names),
             }
             if step % 1000 == 0 {
                 index.clear(holder);
@@ -266,7 +267,7 @@ fn engines_hashes_are_understood_and_forgotten() {
     index.clear(holders[0]);
     [1, 2, 3].iter().for_each(|at| index.remove_holder(holders[*at]));
     for _ in 0..100 {
-        index.store(holders[0], &[]);
+        index.store(holders[0], None, &[]);
     }
     assert_eq!((index.status().pairs, index.status().blocks), (0, 0));
     let left: usize = (0..index.opaque.segments()).map(|segment| index.opaque.of_segment(segment).len()).sum();

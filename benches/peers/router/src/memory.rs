@@ -1,0 +1,146 @@
+//! Bytes: as the allocator gives them out, not as anybody says.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use tokio::runtime::Runtime;
+
+use crate::peers::{self, Names, Ours, Peer, Scratch};
+use crate::workload::Event;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+
+/// The system's allocator, counted.
+pub struct Counting;
+
+// SAFETY: every call goes to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        LIVE.fetch_add(layout.size(), Ordering::Relaxed);
+        // SAFETY: as the caller promised.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        LIVE.fetch_add(layout.size(), Ordering::Relaxed);
+        // SAFETY: as the caller promised.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: as the caller promised.
+        unsafe { System.dealloc(memory, layout) }
+    }
+
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
+        LIVE.fetch_add(bytes, Ordering::Relaxed);
+        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: as the caller promised.
+        unsafe { System.realloc(memory, layout, bytes) }
+    }
+}
+
+fn live() -> usize {
+    LIVE.load(Ordering::Relaxed)
+}
+
+const WORKERS: usize = 1000;
+const CHAIN: u64 = 250;
+/// Pairs of a block and a worker.
+const PAIRS: u64 = 10_000_000;
+
+/// The chain `number`: a part that one in ten others shares, and a part of its own.
+fn chain(number: u64) -> (Vec<u64>, Vec<u64>) {
+    let tokens: Vec<u64> = (0..CHAIN)
+        .map(|at| {
+            let of = if at < 10 { number % 4000 + 1 } else { number + 10_000_000 };
+            (of * 1000 + at).wrapping_mul(0x9E37_79B9_7F4A_7C15)
+        })
+        .collect();
+    let mut names = Vec::new();
+    kvstore_router::names::chain_names(&tokens, &mut names);
+    (tokens, names)
+}
+
+fn stored(number: u64) -> Event {
+    let (tokens, names) = chain(number);
+    Event::Stored { worker: number as usize % WORKERS, parent: None, start: 0, names, tokens }
+}
+
+fn removed(number: u64) -> Event {
+    let (_, mut names) = chain(number);
+    names.reverse();
+    // The shared part stays: others may have it.
+    names.truncate(CHAIN as usize - 10);
+    Event::Removed { worker: number as usize % WORKERS, names }
+}
+
+pub fn run(runtime: &Arc<Runtime>) {
+    for (kind, names, target) in [("router", Names::Router, 48), ("opaque", Names::Opaque, 80)] {
+        let before = live();
+        let ours = Ours::new(WORKERS, names, 8 << 30);
+        let mut worst = 0.0f64;
+        for number in 0..PAIRS / CHAIN {
+            ours.apply(ours.prepare(&[stored(number)], names));
+            let pairs = (number + 1) * CHAIN;
+            if pairs > PAIRS / 100 {
+                worst = worst.max((live() - before) as f64 / pairs as f64);
+            }
+        }
+        println!("figure router.{kind}_bytes_a_pair_at_worst {worst:.1} target <= {target}");
+        println!("figure router.{kind}_bytes_a_pair {:.1} target none", (live() - before) as f64 / PAIRS as f64);
+        if names == Names::Router {
+            latency(&ours);
+            churn("ours", before, |number| {
+                ours.apply(ours.prepare(&[removed(number), stored(number + PAIRS / CHAIN)], names));
+            });
+        }
+    }
+    let before = live();
+    let theirs = peers::radix_tree(runtime);
+    for number in 0..PAIRS / CHAIN {
+        theirs.apply(peers::prepare_theirs(&[stored(number)], Names::Router));
+    }
+    println!("figure router.router_bytes_a_pair_radix {:.1} target none", (live() - before) as f64 / PAIRS as f64);
+    churn("radix", before, |number| {
+        theirs.apply(peers::prepare_theirs(&[removed(number), stored(number + PAIRS / CHAIN)], Names::Router));
+    });
+}
+
+fn latency(ours: &Ours) {
+    let mut scratch = Scratch::default();
+    let mut times: Vec<u64> = (0..20_000u64)
+        .map(|at| {
+            let (tokens, names) = chain(at * 7919 % (PAIRS / CHAIN));
+            let begun = Instant::now();
+            assert_eq!(ours.find_named(&tokens, &names, &mut scratch), CHAIN as u32);
+            begun.elapsed().as_nanos() as u64
+        })
+        .collect();
+    times.sort_unstable();
+    let p99 = times[times.len() * 99 / 100] as f64 / 1000.0;
+    println!("figure router.lookup_of_1000_workers_and_10m_pairs_p99_us {p99:.1} target <= 20");
+}
+
+/// A day of churn at constant population: each hour a quarter of all chains leaves, and as many come.
+fn churn(peer: &str, before: usize, mut replace: impl FnMut(u64)) {
+    let chains = PAIRS / CHAIN;
+    let (mut number, mut first) = (0, 0.0);
+    for hour in 0..24 {
+        for _ in 0..chains / 4 {
+            replace(number);
+            number += 1;
+        }
+        let bytes = (live() - before) as f64;
+        if hour == 0 {
+            first = bytes;
+        }
+        if hour == 23 {
+            let target = if peer == "ours" { "<= 1.05" } else { "none" };
+            println!("figure router.bytes_after_a_day_of_churn_of_first_hour_{peer} {:.3} target {target}", bytes / first);
+        }
+    }
+}

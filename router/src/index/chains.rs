@@ -1,0 +1,197 @@
+//! Chains: who is whose child, and which holders have a chain with a hole in it.
+//!
+//! A look-up does not visit every block of a chain: it looks at a few, and takes what lies between for granted (`find.rs`). That is
+//! right for a holder that has, with each block, its parent. The writer keeps track of who does not: a block with its child's name,
+//! or, where it has several, a list of them; and for each holder the blocks that it lacks while it has a child of them. A holder
+//! with such holes is walked through, block by block. Where a child cannot be told from others that look the same, a hole is
+//! assumed: that costs time, never a wrong answer.
+
+use std::collections::{HashMap, HashSet};
+
+use super::cells::Cells;
+use super::table::{At, BRANCHES, NO_CHILD, Table};
+use crate::caps;
+use crate::sync::{AtomicU32, Ordering};
+
+/// A block that a holder lacks, and children of it that it has.
+struct Hole {
+    key: u64,
+    children: Vec<u64>,
+}
+
+/// The children of one block.
+#[derive(Default)]
+struct Branches {
+    children: HashSet<u64>,
+    /// Where it has grown to this, those that are nowhere any more are dropped.
+    most: usize,
+}
+
+/// The writer's part.
+#[derive(Default)]
+pub struct Chains {
+    /// Children of blocks with more than one.
+    branches: HashMap<u64, Branches>,
+    /// By tag.
+    holes: HashMap<u16, Vec<Hole>>,
+}
+
+/// Children that are not looked through.
+const FEW: usize = 8;
+
+/// By tag: how many holes its holder has.
+pub struct HoleCounts(Box<[AtomicU32]>);
+
+impl HoleCounts {
+    pub fn new() -> Self {
+        Self((0..caps::HOLDERS_MAX).map(|_| AtomicU32::new(0)).collect())
+    }
+
+    /// True where a holder has, with each block, its parent.
+    pub fn is_closed(&self, tag: u16) -> bool {
+        self.0.get(usize::from(tag)).is_some_and(|count| count.load(Ordering::Acquire) == 0)
+    }
+
+    fn set(&self, tag: u16, count: usize) {
+        if let Some(place) = self.0.get(usize::from(tag)) {
+            place.store(count as u32, Ordering::Release);
+        }
+    }
+}
+
+/// What the writer has at hand.
+#[derive(Clone, Copy)]
+pub struct Of<'a> {
+    pub table: &'a Table,
+    pub cells: &'a Cells,
+    pub counts: &'a HoleCounts,
+}
+
+impl Of<'_> {
+    fn has(&self, key: u64, tag: u16) -> bool {
+        self.table.find(key).is_some_and(|at| self.cells.has(at.set(), key, tag))
+    }
+
+    fn is_there(&self, key: u64) -> bool {
+        self.table.find(key).is_some()
+    }
+}
+
+impl Chains {
+    /// Bytes of the lists, about.
+    pub fn bytes(&self) -> u64 {
+        // Places in the map, and the smallest set of each; larger ones are of few blocks.
+        self.branches.capacity() as u64 * (8 + 1 + size_of::<Branches>() as u64 + 4 * 8)
+    }
+
+    /// `key` is a child of the block at `parent`.
+    pub fn link(&mut self, of: Of<'_>, parent: &At, key: u64) {
+        let child = key;
+        let known = of.table.child(parent);
+        if known == child {
+            return;
+        }
+        if known == NO_CHILD || (known != BRANCHES && !of.is_there(known)) {
+            of.table.set_child(parent, child);
+            return;
+        }
+        let branches = self.branches.entry(parent.key()).or_default();
+        if known != BRANCHES {
+            branches.children.insert(known);
+            of.table.set_child(parent, BRANCHES);
+        }
+        branches.children.insert(child);
+        if branches.children.len() > branches.most.max(FEW) {
+            branches.children.retain(|child| of.is_there(*child));
+            branches.most = 2 * branches.children.len();
+        }
+    }
+
+    /// The block is nowhere any more.
+    pub fn forget(&mut self, of: Of<'_>, at: &At) {
+        if of.table.child(at) == BRANCHES {
+            self.branches.remove(&at.key());
+        }
+    }
+
+    fn children(&self, of: Of<'_>, at: &At) -> Vec<u64> {
+        match of.table.child(at) {
+            NO_CHILD => Vec::new(),
+            BRANCHES => {
+                let branches = self.branches.get(&at.key());
+                branches.map(|branches| branches.children.iter().copied().collect()).unwrap_or_default()
+            }
+            child => vec![child],
+        }
+    }
+
+    /// A holder is about to lose a block: where it has a child of it that does not leave with it, that is a hole. To be told before
+    /// the block is gone. `leaves`: names that leave with it.
+    pub fn loses(&mut self, of: Of<'_>, at: &At, tag: u16, leaves: impl Fn(u64) -> bool) {
+        let stays = |child: &u64| !leaves(*child) && of.has(*child, tag);
+        let link = of.table.child(at);
+        if link == NO_CHILD || (link != BRANCHES && !stays(&link)) {
+            return;
+        }
+        let children: Vec<u64> = self.children(of, at).into_iter().filter(stays).collect();
+        if !children.is_empty() {
+            self.add_hole(of, tag, Hole { key: at.key(), children });
+        }
+    }
+
+    /// A holder is about to have a block without its parent.
+    pub fn lacks(&mut self, of: Of<'_>, tag: u16, parent: u64, key: u64) {
+        self.add_hole(of, tag, Hole { key: parent, children: vec![key] });
+    }
+
+    fn add_hole(&mut self, of: Of<'_>, tag: u16, hole: Hole) {
+        let holes = self.holes.entry(tag).or_default();
+        match holes.iter_mut().find(|known| known.key == hole.key) {
+            Some(known) => known.children.extend(hole.children),
+            None => holes.push(hole),
+        }
+        of.counts.set(tag, holes.len());
+        if holes.len() > caps::HOLES_MAX {
+            // Too many to remember which: it is walked through until it starts anew.
+            holes.truncate(1);
+            if let Some(first) = holes.first_mut() {
+                *first = Hole { key: 0, children: Vec::new() };
+            }
+        }
+    }
+
+    /// A holder has a block now that it may have lacked, or lost one that was a child of one.
+    pub fn settle(&mut self, of: Of<'_>, tag: u16) {
+        let Some(holes) = self.holes.get_mut(&tag) else { return };
+        holes.retain_mut(|hole| {
+            if hole.key == 0 && hole.children.is_empty() {
+                return true;
+            }
+            let has = of.table.find(hole.key).is_some_and(|at| of.cells.has(at.set(), at.key(), tag));
+            if !has {
+                hole.children.retain(|child| of.has(*child, tag));
+            }
+            !has && !hole.children.is_empty()
+        });
+        of.counts.set(tag, holes.len());
+        if holes.is_empty() {
+            self.holes.remove(&tag);
+        }
+    }
+
+    /// Holders that lack something.
+    pub fn holed(&self) -> usize {
+        self.holes.len()
+    }
+
+    /// True where a holder lacks something that it should have.
+    pub fn has_holes(&self, tag: u16) -> bool {
+        self.holes.contains_key(&tag)
+    }
+
+    /// The tag means another holder from now on, or none.
+    pub fn start_anew(&mut self, of: Of<'_>, tag: u16) {
+        self.holes.remove(&tag);
+        of.counts.set(tag, 0);
+    }
+}

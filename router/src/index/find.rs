@@ -1,0 +1,110 @@
+//! Looking up a chain: a few blocks of it at a time, all on their way from memory together, and closer where holders drop out.
+
+use super::holders::HolderId;
+use super::{Match, PrefixIndex, table};
+
+/// Blocks that are looked at side by side.
+const PROBES: usize = 16;
+
+/// A look-up under way.
+struct Find<'a> {
+    index: &'a PrefixIndex,
+    names: &'a [u64],
+    seen: u64,
+    matches: &'a mut Vec<Match>,
+}
+
+impl PrefixIndex {
+    /// How much of a chain each holder has, those that have the first block at all, the longest first. `names`: of a prompt's
+    /// blocks, in order. Never waits.
+    pub fn find(&self, names: &[u64], matches: &mut Vec<Match>) {
+        matches.clear();
+        let seen = self.holders.generation();
+        let Some(first) = names.first().and_then(|name| self.table.seen(table::mixed(*name), &self.cells)) else {
+            return;
+        };
+        let mut tags = Vec::with_capacity(8);
+        first.tags(&mut tags);
+        let mut find = Find { index: self, names, seen, matches };
+        // What is taken for granted of a holder must hold before the look and after it.
+        let (closed, open): (Vec<u16>, Vec<u16>) = tags.into_iter().partition(|tag| self.holes.is_closed(*tag));
+        if !closed.is_empty() {
+            let mut found = Vec::with_capacity(closed.len());
+            find.between(0, names.len(), closed, &mut found);
+            let (still, open): (Vec<_>, Vec<_>) = found.into_iter().partition(|(tag, _)| self.holes.is_closed(*tag));
+            still.into_iter().for_each(|(tag, blocks)| find.add(tag, blocks));
+            find.walk(open.into_iter().map(|(tag, _)| tag).collect());
+        }
+        find.walk(open);
+        matches.sort_unstable_by(|a, b| b.blocks.cmp(&a.blocks).then(a.holder.cmp(&b.holder)));
+    }
+}
+
+impl Find<'_> {
+    fn key(&self, at: usize) -> u64 {
+        table::mixed(self.names.get(at).copied().unwrap_or_default())
+    }
+
+    /// `tags` have the block at `low`, and all before it; where each ends, before `high`, goes into `found`.
+    fn between(&self, low: usize, high: usize, mut tags: Vec<u16>, found: &mut Vec<(u16, usize)>) {
+        let gap = (high - low).div_ceil(PROBES).max(1);
+        // The last of them, and some on the way there.
+        let probes = || (1..PROBES).map(move |at| low + at * gap).filter(move |at| *at + 1 < high).chain([high - 1]);
+        probes().for_each(|at| self.index.table.touch(self.key(at)));
+        let mut before = low;
+        for at in probes() {
+            if at <= before {
+                continue;
+            }
+            let seen = self.index.table.seen(self.key(at), &self.index.cells);
+            if seen.as_ref().is_some_and(|seen| seen.has_all(&tags)) {
+                before = at;
+                continue;
+            }
+            let (stay, leave): (Vec<u16>, Vec<u16>) = match seen {
+                Some(seen) => tags.into_iter().partition(|tag| seen.has(*tag)),
+                None => (Vec::new(), tags),
+            };
+            if !leave.is_empty() {
+                match at - before {
+                    1 => found.extend(leave.into_iter().map(|tag| (tag, at))),
+                    _ => self.between(before, at, leave, found),
+                }
+            }
+            if stay.is_empty() {
+                return;
+            }
+            (tags, before) = (stay, at);
+        }
+        found.extend(tags.into_iter().map(|tag| (tag, before + 1)));
+    }
+
+    /// Block by block.
+    fn walk(&mut self, mut tags: Vec<u16>) {
+        for run in 0..self.names.len().div_ceil(PROBES) {
+            if tags.is_empty() {
+                return;
+            }
+            let ids = run * PROBES..self.names.len().min((run + 1) * PROBES);
+            ids.clone().for_each(|at| self.index.table.touch(self.key(at)));
+            for at in ids {
+                let seen = self.index.table.seen(self.key(at), &self.index.cells);
+                if seen.as_ref().is_some_and(|seen| seen.has_all(&tags)) {
+                    continue;
+                }
+                let leaves = |tag: &u16| seen.as_ref().is_none_or(|seen| !seen.has(*tag));
+                let (leave, stay): (Vec<u16>, Vec<u16>) = tags.into_iter().partition(leaves);
+                leave.into_iter().for_each(|tag| self.add(tag, at));
+                tags = stay;
+            }
+        }
+        tags.into_iter().for_each(|tag| self.add(tag, self.names.len()));
+    }
+
+    fn add(&mut self, tag: u16, blocks: usize) {
+        let holder: Option<HolderId> = self.index.holders.holder(tag, self.seen);
+        if let Some(holder) = holder.filter(|_| blocks > 0) {
+            self.matches.push(Match { holder, blocks: blocks as u32 });
+        }
+    }
+}
