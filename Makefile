@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` and `make test`.
-.PHONY: demo test soak test-models test-python test-engines python wheel lint bench bench-peers bench-engines engines audit help
+.PHONY: demo test soak test-models test-python test-engines python wheel lint bench bench-peers bench-router bench-engines engines audit help
 
 # Figures to measure: grpc, index, eviction, nvme, restart, local, object, advise, or several with commas.
 FIGURES ?= grpc,index,eviction,nvme,restart,local,object,advise
@@ -25,6 +25,7 @@ help:
 	@echo "make wheel   the Python package, for Python 3.10 and newer"
 	@echo "make bench   measure the figures of benches/RESULTS.md (FIGURES=grpc for one group)"
 	@echo "make bench-peers  beside Mooncake Store and Redis, from Python (installs them into a scratch environment)"
+	@echo "make bench-router  the prefix index beside Dynamo's (compiles its crate, once)"
 	@echo "make bench-engines  vLLM on the CPU, with the store and without (installs about 3 GB, once)"
 	@echo "make audit   known vulnerabilities in dependencies (needs the network)"
 
@@ -118,6 +119,11 @@ bench-peers: wheel
 	@$(PEERS)/bin/pip install --quiet --disable-pip-version-check --requirement benches/peers/requirements.txt
 	$(PEERS)/bin/pip install --quiet --force-reinstall --no-deps $(TARGET)/wheels/*.whl
 	$(PEERS)/bin/python benches/peers/bench.py --daemon $(TARGET)/release/kvstore --write benches/RESULTS.md
+
+# The router's prefix index beside Dynamo's, in a workspace of its own.
+bench-router:
+	cargo build --release --locked --quiet --manifest-path benches/peers/router/Cargo.toml --target-dir $(TARGET)
+	$(TARGET)/release/kvstore-router-peers benches/traces/conversation_trace.jsonl
 
 bench-engines: engines
 	cargo build --release --locked --quiet --package kvstore

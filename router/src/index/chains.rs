@@ -3,8 +3,7 @@
 //! A look-up does not visit every block of a chain: it looks at a few, and takes what lies between for granted (`find.rs`). That is
 //! right for a holder that has, with each block, its parent. The writer keeps track of who does not: a block with its child's name,
 //! or, where it has several, a list of them; and for each holder the blocks that it lacks while it has a child of them. A holder
-//! with such holes is walked through, block by block. Where a child cannot be told from others that look the same, a hole is
-//! assumed: that costs time, never a wrong answer.
+//! with such holes is walked through, block by block.
 
 use std::collections::{HashMap, HashSet};
 
@@ -17,6 +16,15 @@ use crate::sync::{AtomicU32, Ordering};
 struct Hole {
     key: u64,
     children: Vec<u64>,
+}
+
+impl Hole {
+    /// There were too many to remember which.
+    const ANY: Self = Self { key: 0, children: Vec::new() };
+
+    fn is_any(&self) -> bool {
+        self.key == 0 && self.children.is_empty()
+    }
 }
 
 /// The children of one block.
@@ -86,21 +94,24 @@ impl Chains {
 
     /// `key` is a child of the block at `parent`.
     pub fn link(&mut self, of: Of<'_>, parent: &At, key: u64) {
-        let child = key;
         let known = of.table.child(parent);
-        if known == child {
+        // A name that looks like one of the two words is listed.
+        let is_plain = key != NO_CHILD && key != BRANCHES;
+        if known == key && is_plain {
             return;
         }
-        if known == NO_CHILD || (known != BRANCHES && !of.is_there(known)) {
-            of.table.set_child(parent, child);
+        if is_plain && (known == NO_CHILD || (known != BRANCHES && !of.is_there(known))) {
+            of.table.set_child(parent, key);
             return;
         }
         let branches = self.branches.entry(parent.key()).or_default();
         if known != BRANCHES {
-            branches.children.insert(known);
+            if known != NO_CHILD {
+                branches.children.insert(known);
+            }
             of.table.set_child(parent, BRANCHES);
         }
-        branches.children.insert(child);
+        branches.children.insert(key);
         if branches.children.len() > branches.most.max(FEW) {
             branches.children.retain(|child| of.is_there(*child));
             branches.most = 2 * branches.children.len();
@@ -151,31 +162,26 @@ impl Chains {
             None => holes.push(hole),
         }
         of.counts.set(tag, holes.len());
+        // Too many to remember which: it is walked through until it starts anew.
         if holes.len() > caps::HOLES_MAX {
-            // Too many to remember which: it is walked through until it starts anew.
-            holes.truncate(1);
-            if let Some(first) = holes.first_mut() {
-                *first = Hole { key: 0, children: Vec::new() };
-            }
+            *holes = vec![Hole::ANY];
         }
     }
 
     /// A holder has a block now that it may have lacked, or lost one that was a child of one.
     pub fn settle(&mut self, of: Of<'_>, tag: u16) {
-        let Some(holes) = self.holes.get_mut(&tag) else { return };
-        holes.retain_mut(|hole| {
-            if hole.key == 0 && hole.children.is_empty() {
-                return true;
+        let Some(mut holes) = self.holes.remove(&tag) else { return };
+        for hole in holes.iter_mut().filter(|hole| !hole.is_any()) {
+            hole.children.retain(|child| of.has(*child, tag));
+            // Filled: from now on its block knows these children, as it was stored without them.
+            if let Some(at) = of.table.find(hole.key).filter(|at| of.cells.has(at.set(), at.key(), tag)) {
+                hole.children.drain(..).for_each(|child| self.link(of, &at, child));
             }
-            let has = of.table.find(hole.key).is_some_and(|at| of.cells.has(at.set(), at.key(), tag));
-            if !has {
-                hole.children.retain(|child| of.has(*child, tag));
-            }
-            !has && !hole.children.is_empty()
-        });
+        }
+        holes.retain(|hole| hole.is_any() || !hole.children.is_empty());
         of.counts.set(tag, holes.len());
-        if holes.is_empty() {
-            self.holes.remove(&tag);
+        if !holes.is_empty() {
+            self.holes.insert(tag, holes);
         }
     }
 

@@ -82,6 +82,8 @@ struct Writer {
     chains: Chains,
     /// Splits and evictions: blocks may lie elsewhere than before.
     moves: u64,
+    /// The parent of the block that is being stored.
+    spared: Option<u64>,
     /// Where the sweep is.
     swept: usize,
     /// ... and that of engines' hashes.
@@ -118,6 +120,7 @@ impl PrefixIndex {
             writer: Mutex::new(Writer {
                 chains: Chains::default(),
                 moves: 0,
+                spared: None,
                 swept: 0,
                 swept_opaque: 0,
                 to_forget: 0,
@@ -142,28 +145,23 @@ impl PrefixIndex {
     }
 
     fn clear_in(&self, writer: &mut Writer, holder: HolderId) {
-        if self.holders.tag(holder).is_none() {
-            return;
-        }
-        if let Some(tag) = self.holders.tag(holder) {
-            self.bury(writer, tag);
-        }
+        let Some(tag) = self.holders.tag(holder) else { return };
         while !self.holders.retag(holder, self.table.segments()) {
             // Every tag is in use or waits to be swept, the one of just now at least: sweep now.
             self.sweep(writer, self.table.segments());
         }
+        self.bury(writer, tag);
     }
 
     /// The holder is no more.
     pub fn remove_holder(&self, holder: HolderId) {
         let mut writer = self.writer.lock();
-        if let Some(tag) = self.holders.tag(holder) {
-            self.bury(&mut writer, tag);
-        }
+        let Some(tag) = self.holders.tag(holder) else { return };
         self.holders.remove(holder, self.table.segments());
+        self.bury(&mut writer, tag);
     }
 
-    /// What a tag's holder lacks matters no more. A reader that still takes it for the holder's finds it gone.
+    /// What a tag's holder lacks matters no more, once the tag is nobody's: a reader that sees no hole any more sees that, too.
     fn bury(&self, writer: &mut Writer, tag: u16) {
         writer.chains.start_anew(self.of(), tag);
     }
@@ -177,7 +175,7 @@ impl PrefixIndex {
         let mut writer = self.writer.lock();
         let Some(tag) = self.holders.tag(holder) else { return };
         self.ahead(names);
-        let mut run = Run::begin(self, &mut writer, tag, parent);
+        let mut run = Run::begin(self, tag, parent);
         for name in names {
             run.store(self, &mut writer, *name);
         }
@@ -249,7 +247,8 @@ impl PrefixIndex {
                     self.split(writer, key);
                     place = self.table.look_for(key);
                 }
-                table::Insert::Full(victim) => match victim {
+                // The block's parent stays: it would be a hole at once.
+                table::Insert::Full(victim) => match victim.filter(|victim| Some(victim.key()) != writer.spared) {
                     Some(victim) => {
                         for tag in self.cells.each(victim.set(), victim.key()) {
                             writer.chains.loses(self.of(), &victim, tag, |_| false);
@@ -382,8 +381,7 @@ struct Run {
 }
 
 impl Run {
-    fn begin(index: &PrefixIndex, writer: &mut Writer, tag: u16, parent: Option<u64>) -> Self {
-        let _ = writer;
+    fn begin(index: &PrefixIndex, tag: u16, parent: Option<u64>) -> Self {
         let before = parent.map(|parent| {
             let key = table::mixed(parent);
             let at = index.table.find(key).filter(|at| index.cells.has(at.set(), key, tag));
@@ -398,6 +396,7 @@ impl Run {
             writer.chains.lacks(index.of(), self.tag, parent, key);
         }
         let moves = writer.moves;
+        writer.spared = self.before.as_ref().map(|(_, parent)| *parent);
         let at = index.store_one(writer, self.tag, key);
         if let (Some((Some(before), parent)), Some(at)) = (&self.before, &at) {
             if moves == writer.moves {

@@ -36,7 +36,7 @@ impl PrefixIndex {
             None => None,
             Some(hash) => Some(self.opaque.find(key(domain, hash)).ok_or(UnknownParent(hash))?.set().0),
         };
-        let mut run = Run::begin(self, &mut writer, tag, before);
+        let mut run = Run::begin(self, tag, before);
         for (hash, tokens_hash) in blocks {
             let name = next_name(before, *tokens_hash);
             before = Some(name);

@@ -95,7 +95,7 @@ impl Set {
     }
 }
 
-/// No child is known. (A name that is mixed to this, or the next, is taken for a branch: it costs time.)
+/// No child is known.
 pub const NO_CHILD: u64 = 0;
 /// More than one child: they are listed elsewhere.
 pub const BRANCHES: u64 = u64::MAX;
