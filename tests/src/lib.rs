@@ -7,10 +7,13 @@ pub mod fault_proxy;
 pub mod s3;
 pub mod tier;
 
+use std::path::Path;
+use std::time::{Duration, Instant};
+
 use bytes::Bytes;
 use kvstore::replay;
 use kvstore::serve::{Running, StartOptions, start};
-use kvstore_client::v1::{BlockKind, DimensionOrder, LayerGroup, Layout};
+use kvstore_client::v1::{BlockKind, DimensionOrder, LayerGroup, Layout, StatusResponse};
 use kvstore_client::{Client, GroupRef, Plane, PutBlock};
 
 /// Bytes of a block in most tests: small, and no multiple of anything.
@@ -69,6 +72,45 @@ impl TestDaemon {
     pub fn mapped(&self) -> u64 {
         self.running.daemon.host.status().bytes_mapped
     }
+}
+
+/// Waits for the daemon to come to a state, 20 s at most.
+pub async fn until(client: &Client, reached: impl Fn(&StatusResponse) -> bool) -> StatusResponse {
+    let begun = Instant::now();
+    loop {
+        let status = client.status().await.unwrap();
+        if reached(&status) {
+            return status;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(20), "{status:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A daemon with two namespaces, "a" and "b", from a file in `folder` with `more` in it: a client of each, and the group of a layout
+/// with blocks of `block_bytes`.
+pub async fn two_namespaces(
+    folder: &Path,
+    settings: &[&str],
+    more: &str,
+    block_bytes: u32,
+) -> (Running, [Client; 2], [GroupRef; 2]) {
+    let socket = |name: &str| format!("unix:{}", folder.join(format!("{name}.sock")).display());
+    let listen = |name: &str| format!("[[listen]]\naddress = \"{}\"\nnamespace = \"{name}\"\n", socket(name));
+    let file = folder.join("kvstore.toml");
+    std::fs::write(&file, format!("{}{}{more}", listen("a"), listen("b"))).unwrap();
+    let fixed = ["host.bytes=64MiB", "http.address=off", "log.level=error"];
+    let settings = fixed.iter().chain(settings).map(|setting| setting.to_string()).collect();
+    let running = start(StartOptions { file: Some(file), settings, listen: vec![] }).await.unwrap();
+    let mut clients = Vec::new();
+    let mut groups = Vec::new();
+    for name in ["a", "b"] {
+        let client = Client::connect_over(&socket(name), Plane::Grpc).await.unwrap();
+        let layout = replay::layout("test", block_bytes, BlockKind::Attention);
+        groups.push(client.register_layout(layout).await.unwrap().group(0));
+        clients.push(client);
+    }
+    (running, clients.try_into().ok().unwrap(), groups.try_into().unwrap())
 }
 
 /// The names of blocks `ids`.

@@ -10,34 +10,13 @@ use kvstore::serve::{Running, StartOptions, start};
 use kvstore_client::v1::{BlockKind, Level, StatusResponse};
 use kvstore_client::{Client, GroupRef, Plane, PutOptions};
 use kvstore_tests::tier::{Got, TierOptions, Tiers, hash, now};
-use kvstore_tests::{chain, hashes};
+use kvstore_tests::{chain, hashes, two_namespaces, until};
 use kvstore_tiers::host::{NamespaceLimits, namespace_digest};
 use kvstore_tiers::nvme::{NvmeNamespace, NvmeTier};
 use kvstore_tiers::residency::Presence;
 
 const BLOCK: u32 = 64 << 10;
 const MIB: u64 = 1 << 20;
-
-/// A daemon with two namespaces, "a" and "b"; what it may be told of them again is in its file.
-async fn two_namespaces(folder: &Path, settings: &[&str], more: &str) -> (Running, [Client; 2], [GroupRef; 2]) {
-    let socket = |name: &str| format!("unix:{}", folder.join(format!("{name}.sock")).display());
-    let listen = |name: &str| format!("[[listen]]\naddress = \"{}\"\nnamespace = \"{name}\"\n", socket(name));
-    let file = folder.join("kvstore.toml");
-    std::fs::write(&file, format!("{}{}{more}", listen("a"), listen("b"))).unwrap();
-    let disk = format!("nvme.paths={}", folder.join("disk").display());
-    let fixed = ["http.address=off", "log.level=error", &disk];
-    let settings = fixed.iter().chain(settings).map(|setting| setting.to_string()).collect();
-    let running = start(StartOptions { file: Some(file), settings, listen: vec![] }).await.unwrap();
-    let mut clients = Vec::new();
-    let mut groups = Vec::new();
-    for name in ["a", "b"] {
-        let client = Client::connect_over(&socket(name), Plane::Grpc).await.unwrap();
-        let layout = replay::layout("test", BLOCK, BlockKind::Attention);
-        groups.push(client.register_layout(layout).await.unwrap().group(0));
-        clients.push(client);
-    }
-    (running, clients.try_into().ok().unwrap(), groups.try_into().unwrap())
-}
 
 async fn put(client: &Client, group: &GroupRef, ids: std::ops::Range<u64>, level: Level) {
     for at in ids.step_by(20) {
@@ -54,26 +33,15 @@ fn on_disk(status: &StatusResponse, namespace: &str) -> u64 {
     namespaces.filter(|of| of.namespace == namespace).map(|of| of.bytes).sum()
 }
 
-async fn until(client: &Client, reached: impl Fn(&StatusResponse) -> bool) -> StatusResponse {
-    let begun = Instant::now();
-    loop {
-        let status = client.status().await.unwrap();
-        if reached(&status) {
-            return status;
-        }
-        assert!(begun.elapsed() < Duration::from_secs(20), "{status:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
 /// A namespace with a bound drops its own oldest blocks, and no other's; what was put last is there, LOCAL. The bound outlives a
 /// restart, since the disk knows whose a block is, and is lowered while it runs.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_namespace_has_no_more_of_the_disk_than_its_bound() {
     let folder = tempfile::tempdir().unwrap();
     let policy = "[[namespace]]\nname = \"a\"\nnvme_bytes = \"8MiB\"\n";
-    let settings = ["host.bytes=16MiB", "nvme.bytes=256MiB"];
-    let (running, [a, b], [group_a, group_b]) = two_namespaces(folder.path(), &settings, policy).await;
+    let disk = format!("nvme.paths={}", folder.path().join("disk").display());
+    let settings = [disk.as_str(), "host.bytes=16MiB", "nvme.bytes=256MiB"];
+    let (running, [a, b], [group_a, group_b]) = two_namespaces(folder.path(), &settings, policy, BLOCK).await;
     put(&b, &group_b, 0..200, Level::Local).await;
     put(&a, &group_a, 0..600, Level::Local).await;
     let status = until(&a, |status| on_disk(status, "a") <= 8 * MIB).await;
@@ -81,7 +49,7 @@ async fn a_namespace_has_no_more_of_the_disk_than_its_bound() {
     assert!(on_disk(&status, "b") >= 200 * u64::from(BLOCK), "{status:?}");
     running.shut_down().await;
 
-    let (running, [a, b], [group_a, group_b]) = two_namespaces(folder.path(), &settings, policy).await;
+    let (running, [a, b], [group_a, group_b]) = two_namespaces(folder.path(), &settings, policy, BLOCK).await;
     let status = a.status().await.unwrap();
     assert!((6 * MIB..=8 * MIB).contains(&on_disk(&status, "a")), "{status:?}");
     assert_eq!(a.contains(&group_a, &hashes(520..600)).await.unwrap(), [true; 80], "the newest are there");
@@ -104,8 +72,9 @@ async fn a_namespace_has_no_more_of_the_disk_than_its_bound() {
 async fn pinned_blocks_are_kept_though_their_namespace_is_at_its_bound() {
     let folder = tempfile::tempdir().unwrap();
     let policy = "[[namespace]]\nname = \"a\"\nnvme_bytes = \"8MiB\"\n";
-    let settings = ["host.bytes=16MiB", "nvme.bytes=256MiB"];
-    let (running, [a, _], [group, _]) = two_namespaces(folder.path(), &settings, policy).await;
+    let disk = format!("nvme.paths={}", folder.path().join("disk").display());
+    let settings = [disk.as_str(), "host.bytes=16MiB", "nvme.bytes=256MiB"];
+    let (running, [a, _], [group, _]) = two_namespaces(folder.path(), &settings, policy, BLOCK).await;
     put(&a, &group, 0..40, Level::Local).await;
     let pinned = a.pin(&group, &hashes(0..40), 60_000).await.unwrap();
     assert_eq!(pinned.pinned_blocks, 40);
@@ -119,8 +88,9 @@ async fn pinned_blocks_are_kept_though_their_namespace_is_at_its_bound() {
 #[tokio::test(flavor = "multi_thread")]
 async fn who_floods_a_disk_gives_way_first() {
     let folder = tempfile::tempdir().unwrap();
-    let settings = ["host.bytes=16MiB", "nvme.bytes=96MiB"];
-    let (running, [a, b], [group_a, group_b]) = two_namespaces(folder.path(), &settings, "").await;
+    let disk = format!("nvme.paths={}", folder.path().join("disk").display());
+    let settings = [disk.as_str(), "host.bytes=16MiB", "nvme.bytes=96MiB"];
+    let (running, [a, b], [group_a, group_b]) = two_namespaces(folder.path(), &settings, "", BLOCK).await;
     put(&b, &group_b, 0..200, Level::Local).await;
     for round in 1..=10 {
         put(&a, &group_a, round * 10_000..round * 10_000 + 1000, Level::Memory).await;
@@ -137,7 +107,7 @@ async fn who_floods_a_disk_gives_way_first() {
 async fn who_floods_the_memory_gives_way_first() {
     let folder = tempfile::tempdir().unwrap();
     let settings = ["host.bytes=64MiB", "nvme.paths=off"];
-    let (running, [a, b], [group_a, group_b]) = two_namespaces(folder.path(), &settings, "").await;
+    let (running, [a, b], [group_a, group_b]) = two_namespaces(folder.path(), &settings, "", BLOCK).await;
     put(&b, &group_b, 0..300, Level::Memory).await;
     for round in 1..=4 {
         put(&a, &group_a, round * 10_000..round * 10_000 + 1000, Level::Memory).await;

@@ -3,49 +3,13 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
 
 use std::collections::HashMap;
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use kvstore::replay;
-use kvstore::serve::{Running, StartOptions, start};
-use kvstore_client::v1::{BlockKind, Level, LookupRequest, StatusResponse};
-use kvstore_client::{Client, Error, GroupRef, Plane, PutOptions};
-use kvstore_tests::{TestDaemon, chain, hashes};
+use kvstore_client::v1::{Level, LookupRequest, StatusResponse};
+use kvstore_client::{Client, Error, GroupRef, PutOptions};
+use kvstore_tests::{TestDaemon, chain, hashes, two_namespaces, until};
 
 const BLOCK: u32 = 64 << 10;
-
-/// A daemon with two namespaces, "a" and "b", from a file with `more` in it.
-async fn two_namespaces(folder: &Path, settings: &[&str], more: &str) -> (Running, [Client; 2], [GroupRef; 2]) {
-    let socket = |name: &str| format!("unix:{}", folder.join(format!("{name}.sock")).display());
-    let listen = |name: &str| format!("[[listen]]\naddress = \"{}\"\nnamespace = \"{name}\"\n", socket(name));
-    let file = folder.join("kvstore.toml");
-    std::fs::write(&file, format!("{}{}{more}", listen("a"), listen("b"))).unwrap();
-    let fixed = ["host.bytes=64MiB", "http.address=off", "log.level=error"];
-    let settings = fixed.iter().chain(settings).map(|setting| setting.to_string()).collect();
-    let running = start(StartOptions { file: Some(file), settings, listen: vec![] }).await.unwrap();
-    let clients = [
-        Client::connect_over(&socket("a"), Plane::Grpc).await.unwrap(),
-        Client::connect_over(&socket("b"), Plane::Grpc).await.unwrap(),
-    ];
-    let mut groups = Vec::new();
-    for client in &clients {
-        let layout = replay::layout("test", BLOCK, BlockKind::Attention);
-        groups.push(client.register_layout(layout).await.unwrap().group(0));
-    }
-    (running, clients, groups.try_into().unwrap())
-}
-
-async fn until(client: &Client, reached: impl Fn(&StatusResponse) -> bool) -> StatusResponse {
-    let begun = Instant::now();
-    loop {
-        let status = client.status().await.unwrap();
-        if reached(&status) {
-            return status;
-        }
-        assert!(begun.elapsed() < Duration::from_secs(20), "{status:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
 
 /// Bytes of slots of a namespace.
 fn slots(status: &StatusResponse, namespace: &str) -> u64 {
@@ -66,7 +30,7 @@ async fn a_namespace_has_no_more_memory_than_its_bound() {
     let folder = tempfile::tempdir().unwrap();
     let policy = |bytes: &str| format!("[[namespace]]\nname = \"a\"\nhost_bytes = \"{bytes}\"\n");
     let (running, [a, b], [group_a, group_b]) =
-        two_namespaces(folder.path(), &["nvme.paths=off"], &policy("16MiB")).await;
+        two_namespaces(folder.path(), &["nvme.paths=off"], &policy("16MiB"), BLOCK).await;
     put(&b, &group_b, 0..400).await;
     put(&a, &group_a, 0..2000).await;
     let status = a.status().await.unwrap();
@@ -97,7 +61,7 @@ async fn a_namespace_has_no_more_memory_than_its_bound() {
 async fn a_namespaces_pins_are_bounded_by_its_own_part() {
     let folder = tempfile::tempdir().unwrap();
     let policy = "[[namespace]]\nname = \"a\"\npin_percent = 10\n";
-    let (running, [a, b], [group_a, group_b]) = two_namespaces(folder.path(), &["nvme.paths=off"], policy).await;
+    let (running, [a, b], [group_a, group_b]) = two_namespaces(folder.path(), &["nvme.paths=off"], policy, BLOCK).await;
     put(&a, &group_a, 0..200).await;
     put(&b, &group_b, 0..200).await;
     let error = a.pin(&group_a, &hashes(0..200), 60_000).await.unwrap_err();
@@ -113,7 +77,8 @@ async fn a_namespace_is_durable_by_policy() {
     let folder = tempfile::tempdir().unwrap();
     let url = format!("object.url=file://{}", folder.path().join("bucket").display());
     let policy = "[[namespace]]\nname = \"a\"\nupload = \"all\"\n";
-    let (running, [a, b], [group_a, group_b]) = two_namespaces(folder.path(), &["nvme.paths=off", &url], policy).await;
+    let (running, [a, b], [group_a, group_b]) =
+        two_namespaces(folder.path(), &["nvme.paths=off", &url], policy, BLOCK).await;
     until(&a, |status| status.object.as_ref().is_some_and(|object| object.state == "SERVING")).await;
     put(&a, &group_a, 0..40).await;
     put(&b, &group_b, 0..40).await;

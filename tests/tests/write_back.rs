@@ -2,26 +2,14 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvstore::replay;
 use kvstore_client::v1::{Level, StatusResponse};
 use kvstore_client::{Client, GroupRef, Plane, PutOptions};
-use kvstore_tests::{TestDaemon, chain, hashes};
+use kvstore_tests::{TestDaemon, chain, hashes, until};
 
 const BLOCK: u32 = 64 << 10;
-
-async fn until(client: &Client, reached: impl Fn(&StatusResponse) -> bool) -> StatusResponse {
-    let begun = Instant::now();
-    loop {
-        let status = client.status().await.unwrap();
-        if reached(&status) {
-            return status;
-        }
-        assert!(begun.elapsed() < Duration::from_secs(20), "{status:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
 
 fn admitted(status: &StatusResponse) -> u64 {
     status.nvme.iter().flat_map(|nvme| &nvme.volumes).map(|volume| volume.admitted_blocks).sum()

@@ -140,7 +140,10 @@ fn churn(peer: &str, before: usize, mut replace: impl FnMut(u64)) {
         }
         if hour == 23 {
             let target = if peer == "ours" { "<= 1.05" } else { "none" };
-            println!("figure router.bytes_after_a_day_of_churn_of_first_hour_{peer} {:.3} target {target}", bytes / first);
+            println!(
+                "figure router.bytes_after_a_day_of_churn_of_first_hour_{peer} {:.3} target {target}",
+                bytes / first
+            );
         }
     }
 }

@@ -65,12 +65,7 @@ pub fn run(blocks: &str, workload: &Workload, runtime: &Arc<Runtime>, rounds: us
             }
         }
     }
-    let ratios = [
-        ("idle_named_p99", 0.3),
-        ("idle_p99", 0.8),
-        ("paced_p50", 0.7),
-        ("paced_p99", 0.4),
-    ];
+    let ratios = [("idle_named_p99", 0.3), ("idle_p99", 0.8), ("paced_p50", 0.7), ("paced_p99", 0.4)];
     for (what, target) in ratios {
         let of = |peer: &str| figures.median(&format!("{what}_{peer}"));
         let best = of("radix").min(of("positional"));

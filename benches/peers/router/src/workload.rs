@@ -89,7 +89,8 @@ impl Workload {
             let mut names = Vec::new();
             chain_names(&tokens, &mut names);
             let held = |cache: &Cache| names.iter().take_while(|name| cache.used.contains_key(name)).count();
-            let best = (0..workers).max_by_key(|worker| (held(&caches[*worker]), (*worker + workers - at % workers) % workers));
+            let best = (0..workers)
+                .max_by_key(|worker| (held(&caches[*worker]), (*worker + workers - at % workers) % workers));
             // One in four goes elsewhere, as under load.
             let worker = if at % 4 == 0 { at / 4 % workers } else { best.unwrap_or(0) };
             let start = held(&caches[worker]);
