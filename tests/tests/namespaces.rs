@@ -2,13 +2,10 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use kvstore::replay;
-use kvstore::serve::{Running, StartOptions, start};
-use kvstore_client::v1::{BlockKind, Level, StatusResponse};
-use kvstore_client::{Client, GroupRef, Plane, PutOptions};
+use kvstore_client::v1::{Level, StatusResponse};
+use kvstore_client::{Client, GroupRef, PutOptions};
 use kvstore_tests::tier::{Got, TierOptions, Tiers, hash, now};
 use kvstore_tests::{chain, hashes, two_namespaces, until};
 use kvstore_tiers::host::{NamespaceLimits, namespace_digest};

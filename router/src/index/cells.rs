@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 
 use super::READ;
 use super::table::{INLINE_MAX, Kind, Set};
+use crate::caps::CELLS_PER_CHUNK;
 use crate::sync::{AtomicU32, AtomicU64, Mutex, Ordering, fence};
 
 /// Tags in a list: four a word.
@@ -16,7 +17,6 @@ const LIST_WORDS: usize = 2 + LIST_MAX / 4;
 /// A set that shrinks below this many goes back from bits to a list: half, so that one that goes up and down stays.
 const LIST_AGAIN: usize = LIST_MAX / 2;
 const BIT_WORDS: usize = 64;
-const CELLS_PER_CHUNK: usize = 1024;
 
 /// What a reader saw of a set. On the stack: a look-up allocates for no block.
 #[expect(clippy::large_enum_variant, reason = "on the stack, and not kept")]

@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 use super::cells::Cells;
 use super::table::{At, BRANCHES, NO_CHILD, Table};
 use crate::caps;
-use crate::sync::{AtomicU32, Ordering};
+use crate::sync::{AtomicU64, Ordering};
 
 /// A block that a holder lacks, and children of it that it has.
 struct Hole {
@@ -42,27 +42,46 @@ pub struct Chains {
     branches: HashMap<u64, Branches>,
     /// By tag.
     holes: HashMap<u16, Vec<Hole>>,
+    /// Tags whose holes are being changed.
+    changing: Vec<u16>,
 }
 
 /// Children that are not looked through.
 const FEW: usize = 8;
 
-/// By tag: how many holes its holder has.
-pub struct HoleCounts(Box<[AtomicU32]>);
+/// By tag: how many holes its holder has (lower half), and how often that changed: odd while the writer is about it.
+pub struct HoleCounts(Box<[AtomicU64]>);
+
+/// What a reader saw of a holder's holes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Holes(u64);
+
+impl Holes {
+    /// The holder has, with each block, its parent.
+    pub fn is_closed(self) -> bool {
+        self.0 as u32 == 0 && self.is_still()
+    }
+
+    /// Nothing was being changed.
+    pub fn is_still(self) -> bool {
+        (self.0 >> 32).is_multiple_of(2)
+    }
+}
 
 impl HoleCounts {
     pub fn new() -> Self {
-        Self((0..caps::HOLDERS_MAX).map(|_| AtomicU32::new(0)).collect())
+        Self((0..caps::HOLDERS_MAX).map(|_| AtomicU64::new(0)).collect())
     }
 
-    /// True where a holder has, with each block, its parent.
-    pub fn is_closed(&self, tag: u16) -> bool {
-        self.0.get(usize::from(tag)).is_some_and(|count| count.load(Ordering::Acquire) == 0)
+    /// A holder's holes now. What a reader found out about the holder holds where this was the same before and after.
+    pub fn of(&self, tag: u16) -> Holes {
+        Holes(self.0.get(usize::from(tag)).map_or(1 << 32, |word| word.load(Ordering::Acquire)))
     }
 
-    fn set(&self, tag: u16, count: usize) {
-        if let Some(place) = self.0.get(usize::from(tag)) {
-            place.store(count as u32, Ordering::Release);
+    fn set(&self, tag: u16, count: usize, versions: u64) {
+        if let Some(word) = self.0.get(usize::from(tag)) {
+            let version = (word.load(Ordering::Relaxed) >> 32).wrapping_add(versions);
+            word.store(version << 32 | count as u64, Ordering::Release);
         }
     }
 }
@@ -161,10 +180,27 @@ impl Chains {
             Some(known) => known.children.extend(hole.children),
             None => holes.push(hole),
         }
-        of.counts.set(tag, holes.len());
+        let count = holes.len();
         // Too many to remember which: it is walked through until it starts anew.
         if holes.len() > caps::HOLES_MAX {
             *holes = vec![Hole::ANY];
+        }
+        self.changed(of, tag, count);
+    }
+
+    fn changed(&mut self, of: Of<'_>, tag: u16, count: usize) {
+        let first = !self.changing.contains(&tag);
+        if first {
+            self.changing.push(tag);
+        }
+        of.counts.set(tag, count, u64::from(first));
+    }
+
+    /// An event is over: readers may rely on what they see again.
+    pub fn end_changes(&mut self, of: Of<'_>) {
+        for tag in self.changing.drain(..) {
+            let count = self.holes.get(&tag).map_or(0, Vec::len);
+            of.counts.set(tag, count, 1);
         }
     }
 
@@ -179,10 +215,11 @@ impl Chains {
             }
         }
         holes.retain(|hole| hole.is_any() || !hole.children.is_empty());
-        of.counts.set(tag, holes.len());
+        let count = holes.len();
         if !holes.is_empty() {
             self.holes.insert(tag, holes);
         }
+        self.changed(of, tag, count);
     }
 
     /// Holders that lack something.
@@ -197,7 +234,8 @@ impl Chains {
 
     /// The tag means another holder from now on, or none.
     pub fn start_anew(&mut self, of: Of<'_>, tag: u16) {
-        self.holes.remove(&tag);
-        of.counts.set(tag, 0);
+        if self.holes.remove(&tag).is_some() {
+            of.counts.set(tag, 0, 2);
+        }
     }
 }

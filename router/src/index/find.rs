@@ -1,7 +1,9 @@
 //! Looking up a chain: a few blocks of it at a time, all on their way from memory together, and closer where holders drop out.
 
+use super::chains::Holes;
 use super::holders::HolderId;
 use super::{Match, PrefixIndex, table};
+use crate::caps;
 
 /// Blocks that are looked at side by side.
 const PROBES: usize = 16;
@@ -26,16 +28,10 @@ impl PrefixIndex {
         let mut tags = Vec::with_capacity(8);
         first.tags(&mut tags);
         let mut find = Find { index: self, names, seen, matches };
-        // What is taken for granted of a holder must hold before the look and after it.
-        let (closed, open): (Vec<u16>, Vec<u16>) = tags.into_iter().partition(|tag| self.holes.is_closed(*tag));
-        if !closed.is_empty() {
-            let mut found = Vec::with_capacity(closed.len());
-            find.between(0, names.len(), closed, &mut found);
-            let (still, open): (Vec<_>, Vec<_>) = found.into_iter().partition(|(tag, _)| self.holes.is_closed(*tag));
-            still.into_iter().for_each(|(tag, blocks)| find.add(tag, blocks));
-            find.walk(open.into_iter().map(|(tag, _)| tag).collect());
+        let mut open = find.closed(tags);
+        for _ in 0..caps::READ_TRIES {
+            open = find.open(open);
         }
-        find.walk(open);
         matches.sort_unstable_by(|a, b| b.blocks.cmp(&a.blocks).then(a.holder.cmp(&b.holder)));
     }
 }
@@ -43,6 +39,42 @@ impl PrefixIndex {
 impl Find<'_> {
     fn key(&self, at: usize) -> u64 {
         table::mixed(self.names.get(at).copied().unwrap_or_default())
+    }
+
+    /// Looks for those that have, with each block, its parent; the others are left.
+    fn closed(&mut self, tags: Vec<u16>) -> Vec<u16> {
+        let holes = |tag: &u16| self.index.holes.of(*tag);
+        let (closed, mut open): (Vec<u16>, Vec<u16>) = tags.into_iter().partition(|tag| holes(tag).is_closed());
+        let before: Vec<Holes> = closed.iter().map(holes).collect();
+        if !closed.is_empty() {
+            let mut found = Vec::with_capacity(closed.len());
+            self.between(0, self.names.len(), closed.clone(), &mut found);
+            for (tag, blocks) in found {
+                let was = closed.iter().zip(&before).find(|(known, _)| **known == tag).map(|(_, holes)| *holes);
+                match was.filter(|was| was.is_closed() && *was == self.index.holes.of(tag)) {
+                    Some(_) => self.add(tag, blocks),
+                    None => open.push(tag),
+                }
+            }
+        }
+        open
+    }
+
+    /// Looks for the others, block by block; those whose holes changed meanwhile are left.
+    fn open(&mut self, tags: Vec<u16>) -> Vec<u16> {
+        if tags.is_empty() {
+            return tags;
+        }
+        let before: Vec<Holes> = tags.iter().map(|tag| self.index.holes.of(*tag)).collect();
+        let mut left = Vec::new();
+        for (tag, blocks) in self.walk(tags.clone()) {
+            let was = tags.iter().zip(&before).find(|(known, _)| **known == tag).map(|(_, holes)| *holes);
+            match was.filter(|was| was.is_still() && *was == self.index.holes.of(tag)) {
+                Some(_) => self.add(tag, blocks),
+                None => left.push(tag),
+            }
+        }
+        left
     }
 
     /// `tags` have the block at `low`, and all before it; where each ends, before `high`, goes into `found`.
@@ -79,12 +111,10 @@ impl Find<'_> {
         found.extend(tags.into_iter().map(|tag| (tag, before + 1)));
     }
 
-    /// Block by block.
-    fn walk(&mut self, mut tags: Vec<u16>) {
+    /// Where each of `tags` ends, block by block.
+    fn walk(&self, mut tags: Vec<u16>) -> Vec<(u16, usize)> {
+        let mut found = Vec::with_capacity(tags.len());
         for run in 0..self.names.len().div_ceil(PROBES) {
-            if tags.is_empty() {
-                return;
-            }
             let ids = run * PROBES..self.names.len().min((run + 1) * PROBES);
             ids.clone().for_each(|at| self.index.table.touch(self.key(at)));
             for at in ids {
@@ -94,11 +124,15 @@ impl Find<'_> {
                 }
                 let leaves = |tag: &u16| seen.as_ref().is_none_or(|seen| !seen.has(*tag));
                 let (leave, stay): (Vec<u16>, Vec<u16>) = tags.into_iter().partition(leaves);
-                leave.into_iter().for_each(|tag| self.add(tag, at));
+                found.extend(leave.into_iter().map(|tag| (tag, at)));
                 tags = stay;
+                if tags.is_empty() {
+                    return found;
+                }
             }
         }
-        tags.into_iter().for_each(|tag| self.add(tag, self.names.len()));
+        found.extend(tags.into_iter().map(|tag| (tag, self.names.len())));
+        found
     }
 
     fn add(&mut self, tag: u16, blocks: usize) {

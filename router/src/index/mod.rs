@@ -196,10 +196,12 @@ impl PrefixIndex {
         self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
     }
 
+    /// An event of a holder is over.
     fn settle(&self, writer: &mut Writer, tag: u16) {
         if writer.chains.has_holes(tag) {
             writer.chains.settle(self.of(), tag);
         }
+        writer.chains.end_changes(self.of());
     }
 
     fn remove_one(&self, writer: &mut Writer, tag: u16, name: u64, leaves: &Leaving) {

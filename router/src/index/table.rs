@@ -6,21 +6,16 @@ use std::sync::OnceLock;
 use super::cells::{Cells, Seen};
 use super::{READ, WRITE};
 use crate::caps;
-use crate::sync::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
-const SLOTS: usize = 4;
+const SLOTS: usize = 5;
 const BUCKETS: usize = caps::SEGMENT_BUCKETS;
-/// A segment is split when it has so many blocks: nine in ten slots at most, as beyond blocks lie far from where they belong. The first
-/// ones split anywhere from half of that on, so that not all are half empty at once ever after: names are spread so evenly that
-/// they would all fill up, and split, together.
+/// A segment is split when it has so many blocks: about nine in ten slots, as beyond blocks lie far from where they belong. Names are
+/// spread so evenly that all segments would split at the same moment: they differ by a tenth.
 fn fullness(segment: usize, depth: u32) -> u32 {
     let spread = mixed(segment as u64 ^ u64::from(depth) << 32) as f64 / u64::MAX as f64;
-    let part = if depth < STAGGERED { 0.92 * 0.5f64.powf(spread) } else { 0.84 + 0.08 * spread };
-    ((BUCKETS * SLOTS) as f64 * part) as u32
+    ((BUCKETS * SLOTS) as f64 * (0.86 + 0.08 * spread)) as u32
 }
-
-/// Splits from the first segment that are staggered.
-const STAGGERED: u32 = 8;
 
 /// Spreads names, which engines may choose badly, over all bits. A bijection: no two names become one.
 pub fn mixed(name: u64) -> u64 {
@@ -100,30 +95,70 @@ pub const NO_CHILD: u64 = 0;
 /// More than one child: they are listed elsewhere.
 pub const BRANCHES: u64 = u64::MAX;
 
-/// One cache line: four names, each before its holders.
-#[repr(align(64))]
-struct Bucket([AtomicU64; 2 * SLOTS]);
+/// Two cache lines side by side, which come from memory together: five names, what is said of the bucket, each name's holders, and
+/// each name's child.
+#[repr(align(128))]
+struct Bucket([AtomicU64; 16]);
+
+/// Of what is said of the bucket: blocks that belong here or before, and lie behind (eight bits) ...
+const BEHIND: u64 = 0xFF;
+/// ... by slot, whether somebody looked its block up since the hand passed it last ...
+const LOOKED: u32 = 8;
+/// ... and whether somebody did so between the two times before.
+const LOOKED_BEFORE: u32 = 16;
 
 impl Bucket {
+    fn new() -> Self {
+        Self(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
+
     fn key(&self, slot: usize) -> Option<&AtomicU64> {
-        self.0.get(2 * slot)
+        self.0.get(slot)
     }
 
     fn set(&self, slot: usize) -> Option<&AtomicU64> {
-        self.0.get(2 * slot + 1)
+        self.0.get(SLOTS + 1 + slot)
+    }
+
+    /// The writer's alone.
+    fn link(&self, slot: usize) -> Option<&AtomicU64> {
+        self.0.get(2 * SLOTS + 1 + slot)
+    }
+
+    fn said(&self) -> &AtomicU64 {
+        let [_, _, _, _, _, said, ..] = &self.0;
+        said
+    }
+
+    fn overflows(&self) -> bool {
+        self.said().load(READ) & BEHIND > 0
+    }
+
+    /// A reader found a block.
+    fn look(&self, slot: usize) {
+        let bit = 1 << (LOOKED as usize + slot);
+        if self.said().load(Ordering::Relaxed) & bit == 0 {
+            self.said().fetch_or(bit, Ordering::Relaxed);
+        }
+    }
+
+    fn was_looked(&self, slot: usize) -> bool {
+        let bits = 1 << (LOOKED as usize + slot) | 1 << (LOOKED_BEFORE as usize + slot);
+        self.said().load(Ordering::Relaxed) & bits != 0
+    }
+
+    /// The hand passes a slot: what was looked up before the last time is forgotten.
+    fn pass(&self, slot: usize) {
+        let (now, before) = (1u64 << (LOOKED as usize + slot), 1u64 << (LOOKED_BEFORE as usize + slot));
+        let was = self.said().fetch_and(!(now | before), Ordering::Relaxed);
+        if was & now != 0 {
+            self.said().fetch_or(before, Ordering::Relaxed);
+        }
     }
 }
 
 struct Segment {
     buckets: [Bucket; BUCKETS],
-    /// By slot: the child of the block there; the writer's alone.
-    links: [AtomicU64; BUCKETS * SLOTS],
-    /// By bucket: blocks that belong here or before, and lie behind.
-    overflow: [AtomicU8; BUCKETS],
-    /// By slot: somebody looked it up since the hand passed it last.
-    looked: [AtomicU64; BUCKETS * SLOTS / 64],
-    /// By slot: somebody did so between the two times that it passed before.
-    looked_before: [AtomicU64; BUCKETS * SLOTS / 64],
     /// Leading bits that all names in it have in common.
     depth: AtomicU32,
     used: AtomicU32,
@@ -134,13 +169,8 @@ struct Segment {
 
 impl Segment {
     fn new(at: usize, depth: u32) -> Self {
-        let bucket = |_| Bucket(std::array::from_fn(|_| AtomicU64::new(0)));
         Self {
-            buckets: std::array::from_fn(bucket),
-            links: std::array::from_fn(|_| AtomicU64::new(NO_CHILD)),
-            overflow: std::array::from_fn(|_| AtomicU8::new(0)),
-            looked: std::array::from_fn(|_| AtomicU64::new(0)),
-            looked_before: std::array::from_fn(|_| AtomicU64::new(0)),
+            buckets: std::array::from_fn(|_| Bucket::new()),
             depth: AtomicU32::new(depth),
             used: AtomicU32::new(0),
             full: AtomicU32::new(fullness(at, depth)),
@@ -150,44 +180,17 @@ impl Segment {
 
     const BYTES: u64 = size_of::<Self>() as u64;
 
-    fn overflows(&self, bucket: usize) -> bool {
-        self.overflow.get(bucket).is_some_and(|count| count.load(READ) > 0)
-    }
-
     /// Counts a block that lies `distance` buckets behind its own, or no longer does. A count that is full stays: readers look on
     /// in vain.
     fn count_overflow(&self, home: usize, distance: usize, more: bool) {
         for behind in 0..distance {
-            if let Some(count) = self.overflow.get((home + behind) % BUCKETS) {
-                let now = count.load(Ordering::Relaxed);
-                let then = match (now, more) {
-                    (u8::MAX, _) => u8::MAX,
-                    (now, true) => now + 1,
-                    (now, false) => now.saturating_sub(1),
-                };
-                count.store(then, WRITE);
+            let Some(bucket) = self.buckets.get((home + behind) % BUCKETS) else { return };
+            match (bucket.said().load(Ordering::Relaxed) & BEHIND, more) {
+                (BEHIND, _) | (0, false) => {}
+                (_, true) => _ = bucket.said().fetch_add(1, WRITE),
+                (_, false) => _ = bucket.said().fetch_sub(1, WRITE),
             }
         }
-    }
-
-    fn looked(&self, slot: usize) -> Option<(&AtomicU64, u64)> {
-        Some((self.looked.get(slot / 64)?, 1 << (slot % 64)))
-    }
-
-    /// The hand passes a slot: what was looked up before the last time is forgotten.
-    fn pass(&self, slot: usize) {
-        if let (Some((looked, bit)), Some(before)) = (self.looked(slot), self.looked_before.get(slot / 64)) {
-            let was = looked.fetch_and(!bit, Ordering::Relaxed) & bit;
-            let others = before.load(Ordering::Relaxed) & !bit;
-            before.store(others | was, Ordering::Relaxed);
-        }
-    }
-
-    fn was_looked(&self, slot: usize) -> bool {
-        let is_set = |words: &[AtomicU64]| {
-            words.get(slot / 64).is_some_and(|word| word.load(Ordering::Relaxed) >> (slot % 64) & 1 == 1)
-        };
-        is_set(&self.looked) || is_set(&self.looked_before)
     }
 }
 
@@ -205,10 +208,6 @@ impl At {
     /// Its holders.
     pub fn set(&self) -> Set {
         self.set
-    }
-
-    fn place(&self) -> usize {
-        self.bucket * SLOTS + self.slot
     }
 
     /// Its name, mixed.
@@ -270,6 +269,7 @@ pub struct Table {
 impl Table {
     pub fn new(bytes_max: u64) -> Self {
         let most = (bytes_max / (Segment::BYTES + 48)).max(1) as usize;
+        let most = if cfg!(shuttle) { most.min(4) } else { most };
         // Four times as fine as there are segments: names are spread evenly, but not that evenly.
         let bits = (most.next_power_of_two().trailing_zeros() + 2).min(caps::DIRECTORY_BITS);
         let table = Self {
@@ -314,21 +314,16 @@ impl Table {
 
     /// Loads the bucket of a name, so that it is near when it is read.
     pub fn touch(&self, key: u64) {
-        let word = self.segment_of(key).and_then(|(_, segment)| segment.buckets.get(key as usize % BUCKETS)?.key(0));
-        black_box(word.map(|word| word.load(Ordering::Relaxed)));
+        let bucket = self.segment_of(key).and_then(|(_, segment)| segment.buckets.get(key as usize % BUCKETS));
+        black_box(bucket.map(|bucket| bucket.said().load(Ordering::Relaxed)));
     }
 
-    /// The same for what the writer needs beside it.
+    /// The same for the writer, who needs all of it.
     pub fn touch_to_write(&self, key: u64) {
-        let Some((_, segment)) = self.segment_of(key) else { return };
-        let home = key as usize % BUCKETS;
-        let word = segment.buckets.get(home).and_then(|bucket| bucket.key(0));
-        let (overflow, link) = (segment.overflow.get(home), segment.links.get(home * SLOTS));
-        black_box((
-            word.map(|word| word.load(Ordering::Relaxed)),
-            overflow.map(|count| count.load(Ordering::Relaxed)),
-            link.map(|link| link.load(Ordering::Relaxed)),
-        ));
+        let bucket = self.segment_of(key).and_then(|(_, segment)| segment.buckets.get(key as usize % BUCKETS));
+        black_box(bucket.and_then(|bucket| {
+            Some((bucket.said().load(Ordering::Relaxed), bucket.link(SLOTS - 1)?.load(Ordering::Relaxed)))
+        }));
     }
 
     // ------------------------------------------------------------------------------- the writer
@@ -359,7 +354,7 @@ impl Table {
                     return Place::Found(At { segment: at, bucket, slot, key, set });
                 }
             }
-            may_be = may_be && segment.overflows(bucket);
+            may_be = may_be && words.overflows();
             if !may_be && vacant.is_some() {
                 break;
             }
@@ -385,12 +380,10 @@ impl Table {
         let Vacant { segment: at, bucket, slot, key, distance } = *vacant;
         // Before it can be found: whoever does not find it looks no further than this says.
         segment.count_overflow(key as usize % BUCKETS, distance, true);
-        if let Some(link) = segment.links.get(bucket * SLOTS + slot) {
-            link.store(NO_CHILD, Ordering::Relaxed);
-        }
         if let Some(words) = segment.buckets.get(bucket)
-            && let (Some(name), Some(holders)) = (words.key(slot), words.set(slot))
+            && let (Some(name), Some(holders), Some(link)) = (words.key(slot), words.set(slot), words.link(slot))
         {
+            link.store(NO_CHILD, Ordering::Relaxed);
             name.store(key, WRITE);
             holders.store(set.0, WRITE);
             segment.used.fetch_add(1, Ordering::Relaxed);
@@ -402,7 +395,9 @@ impl Table {
     /// moves on by one slot of the segment.
     fn victim(&self, at: usize, segment: &Segment, key: u64) -> Option<At> {
         let hand = segment.hand.fetch_add(1, Ordering::Relaxed) as usize;
-        segment.pass(hand % (BUCKETS * SLOTS));
+        if let Some(bucket) = segment.buckets.get(hand / SLOTS % BUCKETS) {
+            bucket.pass(hand % SLOTS);
+        }
         let home = key as usize % BUCKETS;
         let slots = (caps::PROBES_MAX + 1) * SLOTS;
         let mut chosen = None;
@@ -411,7 +406,7 @@ impl Table {
             let (bucket, slot) = ((home + place / SLOTS) % BUCKETS, place % SLOTS);
             let words = segment.buckets.get(bucket)?;
             let (name, set) = (words.key(slot)?.load(Ordering::Relaxed), Set(words.set(slot)?.load(Ordering::Relaxed)));
-            let is_looked = segment.was_looked(bucket * SLOTS + slot);
+            let is_looked = words.was_looked(slot);
             if chosen.is_none() || !is_looked {
                 chosen = Some(At { segment: at, bucket, slot, key: name, set });
             }
@@ -444,13 +439,12 @@ impl Table {
 
     /// The child of a block, as far as it is known: [`NO_CHILD`], [`BRANCHES`], or its name.
     pub fn child(&self, at: &At) -> u64 {
-        let segment = self.segments.get(at.segment).and_then(OnceLock::get);
-        segment.and_then(|segment| segment.links.get(at.place())).map_or(NO_CHILD, |link| link.load(Ordering::Relaxed))
+        let link = self.words(at).and_then(|words| words.link(at.slot));
+        link.map_or(NO_CHILD, |link| link.load(Ordering::Relaxed))
     }
 
     pub fn set_child(&self, at: &At, child: u64) {
-        let segment = self.segments.get(at.segment).and_then(OnceLock::get);
-        if let Some(link) = segment.and_then(|segment| segment.links.get(at.place())) {
+        if let Some(link) = self.words(at).and_then(|words| words.link(at.slot)) {
             link.store(child, Ordering::Relaxed);
         }
     }
@@ -524,16 +518,12 @@ impl Table {
                     if let Some(seen) = of(set)
                         && (matches!(set.kind(), Kind::Inline(_)) || holders.load(READ) == set.0)
                     {
-                        if let Some((word, bit)) = segment.looked(bucket * SLOTS + slot)
-                            && word.load(Ordering::Relaxed) & bit == 0
-                        {
-                            word.fetch_or(bit, Ordering::Relaxed);
-                        }
+                        words.look(slot);
                         return Some(seen);
                     }
                 }
             }
-            if !segment.overflows(bucket) {
+            if !words.overflows() {
                 return None;
             }
         }
