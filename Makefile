@@ -50,11 +50,12 @@ test: test-models
 	KVSTORE_AZURITE=$(abspath $(AZURITE))/node_modules/.bin/azurite-blob cargo nextest run --locked --workspace
 	$(MAKE) --no-print-directory test-python
 
-# The shared-memory protocol in every order that the memory model allows (loom), and in many interleavings (shuttle).
+# The shared-memory protocol in every order that the memory model allows (loom), and it and the prefix index in many interleavings
+# (shuttle).
 test-models:
 	@scripts/setup.sh build
 	RUSTFLAGS="--cfg loom" cargo test --locked --package kvstore-plane --release --test loom --target-dir $(TARGET)/models --quiet
-	RUSTFLAGS="--cfg shuttle" cargo test --locked --package kvstore-plane --release --test shuttle --target-dir $(TARGET)/models --quiet
+	RUSTFLAGS="--cfg shuttle" cargo test --locked --package kvstore-plane --package kvstore-router --release --test shuttle --target-dir $(TARGET)/models --quiet
 
 # What takes too long for every change: an outage of the object store of ten minutes.
 soak:
