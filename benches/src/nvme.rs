@@ -212,7 +212,10 @@ fn fio(folder: &Path, direction: &str, block_bytes: u32, more: &[&str]) -> anyho
         // Like a fresh volume: no extent of the file is written yet.
         let _ = std::fs::remove_file(&file);
     }
+    // Elsewhere: a run that verifies leaves a file where it was started.
+    let file = std::path::absolute(file)?;
     let output = Command::new("fio")
+        .current_dir(std::env::temp_dir())
         .args(["--name=peer", "--ioengine=io_uring", "--direct=1", "--iodepth=32", "--output-format=json"])
         .arg(format!("--filename={}", file.display()))
         .arg(format!("--rw={direction}"))
