@@ -107,8 +107,10 @@ impl Of<'_> {
 impl Chains {
     /// Bytes of the lists, about.
     pub fn bytes(&self) -> u64 {
+        let children: usize = self.holes.values().flatten().map(|hole| hole.children.len()).sum();
         // Places in the map, and the smallest set of each; larger ones are of few blocks.
-        self.branches.capacity() as u64 * (8 + 1 + size_of::<Branches>() as u64 + 4 * 8)
+        let branches = self.branches.capacity() as u64 * (8 + 1 + size_of::<Branches>() as u64 + 4 * 8);
+        branches + children as u64 * 8
     }
 
     /// `key` is a child of the block at `parent`.
@@ -177,7 +179,11 @@ impl Chains {
     fn add_hole(&mut self, of: Of<'_>, tag: u16, hole: Hole) {
         let holes = self.holes.entry(tag).or_default();
         match holes.iter_mut().find(|known| known.key == hole.key) {
-            Some(known) => known.children.extend(hole.children),
+            Some(known) => {
+                known.children.extend(hole.children);
+                known.children.sort_unstable();
+                known.children.dedup();
+            }
             None => holes.push(hole),
         }
         let count = holes.len();

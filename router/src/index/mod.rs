@@ -13,7 +13,7 @@
 //!   back. Nothing is kept of blocks that have no holder.
 //! - **A holder that leaves** is gone at once: its tag is dead. Its blocks are swept a segment with each later event; a tag is given
 //!   out again only after that, and never to somebody whom a reader that began before could take for the old one.
-//! - **The bound** in bytes holds at every moment. Where it is reached, a full segment gives up a block that nobody looked up since
+//! - **The bound** in bytes holds at every moment for the table and the sets, which are nearly all of it. Where it is reached, a full segment gives up a block that nobody looked up since
 //!   the hand passed it twice (CLOCK).
 
 mod cells;
@@ -57,7 +57,7 @@ pub struct IndexStatus {
     pub pairs: u64,
     /// Bytes of memory.
     pub bytes: u64,
-    /// The bound.
+    /// The bound on that, but for the lists of children and holes, which come on top.
     pub bytes_max: u64,
     /// Blocks that were given up at the bound.
     pub evicted: u64,
@@ -205,7 +205,8 @@ impl PrefixIndex {
     }
 
     fn remove_one(&self, writer: &mut Writer, tag: u16, name: u64, leaves: &Leaving) {
-        let Some(at) = self.table.find(table::mixed(name)) else { return };
+        let found = self.table.find(table::mixed(name));
+        let Some(at) = found.filter(|at| self.cells.has(at.set(), at.key(), tag)) else { return };
         writer.chains.loses(self.of(), &at, tag, |key| leaves.has(key));
         let (set, gone) = self.cells.only(at.set(), at.key(), |known| known != tag);
         if gone > 0 {

@@ -305,3 +305,22 @@ fn holes_that_were_filled_are_noticed_when_they_open_again() {
     index.store(holder, None, &long);
     assert_eq!(find(&index, &long)[0].blocks, 400);
 }
+
+/// An engine that says the same again and again, or removes what it does not have, costs nothing: what a hole lies before was listed
+/// once more each time.
+#[test]
+fn what_is_said_again_takes_no_memory() {
+    let index = PrefixIndex::new(8 << 20);
+    let holder = index.add_holder().unwrap();
+    let names = chain(1, 0, 20);
+    let say = || {
+        index.store(holder, Some(names[9]), &names[10..]);
+        index.remove(holder, &names[9..10]);
+    };
+    say();
+    let bytes = index.status().bytes;
+    (0..10_000).for_each(|_| say());
+    assert_eq!((index.status().bytes, index.status().holed), (bytes, 1));
+    index.remove(holder, &names[10..]);
+    assert_eq!((index.status().pairs, index.status().holed), (0, 0));
+}

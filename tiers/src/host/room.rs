@@ -1,6 +1,6 @@
 //! Room: which pool gets memory. A pool without a free slot gets a new slab while the bound allows one;
-//! then an unused slab of another pool; then a slab of a pool that is asked for far fewer bytes per slab;
-//! and else it evicts a block of its own.
+//! then an unused slab of another pool; then a slab of a namespace that has more than its share, while its own has less, or of a
+//! pool that is asked for far fewer bytes per slab; and else it evicts a block of its own.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

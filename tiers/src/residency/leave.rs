@@ -3,7 +3,7 @@
 use kvstore_plane::{SlotKey, SlotRef, SlotState};
 
 use super::write_back::Offer;
-use super::{Delete, Evicted, Residency, SlabMemory};
+use super::{Delete, Evicted, Incoming, Residency, SlabMemory};
 use crate::caps;
 use crate::eviction::Removal;
 use crate::pool::PoolId;
@@ -73,6 +73,14 @@ impl<S: SlabMemory> Residency<S> {
             }
         }
         victims
+    }
+
+    /// True where making room for a block would push out one that is worth more.
+    pub fn would_push_out_better(&mut self, incoming: &Incoming) -> bool {
+        let key_hash = incoming.key.table_hash(self.seed);
+        let Some(pool) = self.pools.get_mut(incoming.pool.0) else { return false };
+        let victim = pool.policy.victim();
+        victim.is_some_and(|victim| pool.policy.outranks(victim, key_hash, incoming.kind.eviction()))
     }
 
     /// True where a block would have left, were it not leased or demoting.

@@ -3,7 +3,7 @@
 
 use kvstore_plane::{SequenceHash, SlotRef};
 
-use super::{Incoming, Leaving, Residency, SlabMemory};
+use super::{Leaving, Residency, SlabMemory};
 use crate::caps;
 
 /// The bit of an entry's `copies` that says: it was offered to the tiers below.
@@ -80,13 +80,5 @@ impl<S: SlabMemory> Residency<S> {
     /// What is to be offered, leased: whoever takes it releases it.
     pub fn take_leaving(&mut self) -> Vec<Leaving> {
         std::mem::take(&mut self.leaving)
-    }
-
-    /// True where making room for a block would push out one that is worth more.
-    pub fn would_push_out_better(&mut self, incoming: &Incoming) -> bool {
-        let key_hash = incoming.key.table_hash(self.seed);
-        let Some(pool) = self.pools.get_mut(incoming.pool.0) else { return false };
-        let victim = pool.policy.victim();
-        victim.is_some_and(|victim| pool.policy.outranks(victim, key_hash, incoming.kind.eviction()))
     }
 }
