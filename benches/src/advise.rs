@@ -4,10 +4,13 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+use kvstore::serve::{StartOptions, start};
 use kvstore::{replay, trace};
 use kvstore_tiers::eviction::PolicyKind;
+use kvstore_tiers::host::NamespaceId;
 use kvstore_tiers::sampled::SampledAccesses;
 use kvstore_tiers::simulate::simulate;
+use kvstore_tiers::{BlockKind, BootTime, DimensionOrder, LayerGroup, Layout, SequenceHash, Shard};
 
 use crate::figure::{Figure, median};
 
@@ -81,5 +84,63 @@ pub fn measure(daemon: &Path, path: &Path, rounds: usize) -> anyhow::Result<Vec<
     figures.push(Figure::note("advise", "time_of_simulating_the_policy_alone", median(times)));
     figures.push(Figure::note("advise", "seconds_of_the_command_21_sizes", seconds));
     figures.push(Figure::note("advise", "sampled_accesses", kept as f64));
+    figures.push(Figure::new("advise", "access_log_of_copying_64KiB_blocks", access_log(&trace, rounds)?, "<= 0.01"));
     Ok(figures)
+}
+
+/// What a daemon takes to note every block that the trace asks for, by what it takes to copy those blocks once.
+fn access_log(trace: &[trace::TraceRequest], rounds: usize) -> anyhow::Result<f64> {
+    const BLOCK: usize = 64 << 10;
+    let folder = tempfile::tempdir()?;
+    let settings = ["host.bytes=16MiB", "nvme.paths=off", "http.address=off", "log.level=error"];
+    let options = StartOptions {
+        file: None,
+        settings: settings.map(str::to_owned).to_vec(),
+        listen: vec![format!("unix:{}", folder.path().join("advise.sock").display())],
+    };
+    let runtime = tokio::runtime::Runtime::new()?;
+    let running = runtime.block_on(start(options))?;
+    let group = LayerGroup {
+        kind: BlockKind::Attention,
+        layers: 1,
+        planes: 1,
+        heads: 1,
+        head_bytes: BLOCK as u32,
+        order: DimensionOrder::Opaque,
+    };
+    let layout = Layout {
+        model: b"advise".to_vec(),
+        weights_digest: Vec::new(),
+        dtype: "bytes".into(),
+        block_tokens: 1,
+        groups: vec![group],
+        shard: Shard { index: 0, count: 1 },
+        extra: Vec::new(),
+    };
+    let layout = running.daemon.host.register_layout(NamespaceId(0), layout)?;
+    let of = |id: &u64| SequenceHash::new(&replay::sequence_hash(*id)).map_err(anyhow::Error::from);
+    let requests: Vec<Vec<SequenceHash>> =
+        trace.iter().map(|request| request.blocks.iter().map(of).collect()).collect::<anyhow::Result<_>>()?;
+    let blocks: usize = requests.iter().map(Vec::len).sum();
+    let (from, mut to) = (vec![1u8; 256 * BLOCK], vec![0u8; 256 * BLOCK]);
+    let mut ratios = Vec::new();
+    for round in 0..rounds.min(5) as u64 {
+        let started = Instant::now();
+        for (at, hashes) in (0..).zip(&requests) {
+            // Apart in time: none is taken for the one before.
+            running.daemon.accesses.note(&layout, hashes, BootTime((round << 40) + at * 10_000));
+        }
+        let noted = started.elapsed().as_secs_f64();
+        let started = Instant::now();
+        for at in 0..blocks {
+            let place = at % 256 * BLOCK..(at % 256 + 1) * BLOCK;
+            if let (Some(to), Some(from)) = (to.get_mut(place.clone()), from.get(place)) {
+                to.copy_from_slice(from);
+            }
+        }
+        std::hint::black_box(&to);
+        ratios.push(noted / started.elapsed().as_secs_f64());
+    }
+    runtime.block_on(running.shut_down());
+    Ok(median(ratios))
 }

@@ -19,7 +19,7 @@ static COUNTING: memory::Counting = memory::Counting;
 fn main() -> anyhow::Result<()> {
     let mut arguments = std::env::args().skip(1);
     let trace = PathBuf::from(arguments.next().context("usage: kvstore-router-peers TRACE [ROUNDS]")?);
-    let rounds = arguments.next().map_or(Ok(5), |rounds| rounds.parse())?;
+    let rounds = arguments.next().map_or(Ok(3), |rounds| rounds.parse())?;
     let runtime = Arc::new(tokio::runtime::Builder::new_multi_thread().worker_threads(1).build()?);
     // The trace's own blocks, of 512 tokens; and blocks of 32, as engines have them.
     for (kind, parts, copies) in [("blocks_of_512", 1, 16), ("blocks_of_32", 16, 1)] {
