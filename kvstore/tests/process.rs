@@ -245,11 +245,14 @@ fn health_and_metrics_tell_the_truth() {
         "kvstore_get_hits_total 1",
         "kvstore_host_blocks 1",
         "kvstore_put_seconds_count 1",
-        "kvstore_local_commands_total 1",
         "kvstore_local_clients 0",
     ] {
         assert!(metrics.lines().any(|found| found == line), "{line} is not in:\n{metrics}");
     }
+    // One command names the layout. A read that comes before the slab's announcement asks the daemon for the block, and
+    // gives it back: two more, which once failed this test on a busy machine.
+    let commands = metrics.lines().find_map(|line| line.strip_prefix("kvstore_local_commands_total "));
+    assert!(matches!(commands, Some("1" | "3")), "{commands:?} local commands in:\n{metrics}");
     assert!(command(&["drain"]).status.success());
     assert!(http("/readyz").starts_with("HTTP/1.1 503"));
     assert!(http("/healthz").starts_with("HTTP/1.1 200"));
