@@ -3,7 +3,7 @@
 use tonic::{Code, Status};
 
 /// Why a call failed.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The address is not one.
     #[error("{0:?} is not an address: use unix:/path/to/socket or http://host:port")]

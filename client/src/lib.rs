@@ -24,10 +24,14 @@ mod get;
 mod local;
 mod put;
 mod verbs;
+mod watch;
 
 pub use connection::{Client, Plane};
 pub use error::Error;
 pub use get::{GetOptions, GetOutcome};
+/// What a watch names blocks by.
+#[doc(inline)]
+pub use kvstore_plane::event_name;
 /// What leased blocks are copied out with where they are many: past the cache.
 #[doc(inline)]
 pub use kvstore_plane::stream_copy;
@@ -35,3 +39,4 @@ pub use kvstore_proto::v1;
 pub use local::{LeasedBlock, Leases};
 pub use put::{PutBlock, PutOptions, PutSlice};
 pub use verbs::{GroupRef, RegisteredLayout};
+pub use watch::{Watch, WatchEvent};

@@ -36,6 +36,20 @@ pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(15);
 pub const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 /// The longest a call may ask for.
 pub const DEADLINE_MAX: Duration = Duration::from_secs(600);
+/// Routers that follow one daemon at once: each has a task, and a message of the size below on its way.
+pub const WATCHES_MAX: usize = 64;
+/// A router that takes no message for this long is sent away; it watches again when it can.
+pub const WATCH_STALL: Duration = Duration::from_secs(30);
+/// Names of one message to a router: 64 KiB, some hundred microseconds of its time.
+pub const WATCH_NAMES_PER_MESSAGE: usize = 8192;
+/// Changes of one message.
+pub const WATCH_CHANGES_PER_MESSAGE: usize = 8192;
+/// Changes are gathered this long before they are sent: a request's blocks come together, and a router's index is this much late.
+pub const WATCH_GATHER: Duration = Duration::from_millis(2);
+/// How often a router is told how fast the tiers are read.
+pub const WATCH_RATES_EVERY: Duration = Duration::from_secs(1);
+/// Bytes that are copied to measure how fast memory is: more than caches have.
+pub const COPY_MEASURED_BYTES: usize = 32 << 20;
 /// How often a put that waits for another writer looks again.
 pub const JOIN_POLL: Duration = Duration::from_millis(20);
 /// How often a put that waits for a slab looks again ...

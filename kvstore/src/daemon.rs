@@ -4,7 +4,7 @@ use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -12,7 +12,7 @@ use kvstore_tiers::host::{HoldId, HostOptions, HostTier, NamespaceId, NamespaceL
 use kvstore_tiers::nvme::{NvmeNamespace, NvmeOptions, NvmeTier, OpenError};
 use kvstore_tiers::object::{ObjectOptions, ObjectTier, OpenObjectError};
 use parking_lot::Mutex;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::accesses::Accesses;
 use crate::admission::Admitter;
@@ -46,6 +46,8 @@ pub struct Daemon {
     pub verifications: Arc<Semaphore>,
     /// Collections of the bucket's garbage that may still start.
     pub collections: Arc<Semaphore>,
+    /// Routers that may still follow.
+    pub watches: Arc<Semaphore>,
     /// When this process started.
     pub started: Instant,
     /// Grows with every start.
@@ -57,6 +59,8 @@ pub struct Daemon {
     in_flight: AtomicU64,
     idle: Notify,
     log: LogControl,
+    stopping: watch::Sender<bool>,
+    copy_rate: OnceLock<f64>,
 }
 
 /// Where the configuration comes from, to read it again.
@@ -133,6 +137,7 @@ impl Daemon {
             leasable: Arc::new(Semaphore::new(caps::LEASED_BLOCKS_MAX)),
             verifications: Arc::new(Semaphore::new(caps::VERIFICATIONS_MAX)),
             collections: Arc::new(Semaphore::new(caps::COLLECTIONS_MAX)),
+            watches: Arc::new(Semaphore::new(caps::WATCHES_MAX)),
             started: Instant::now(),
             epoch,
             config: ArcSwap::from_pointee(config),
@@ -142,6 +147,8 @@ impl Daemon {
             in_flight: AtomicU64::new(0),
             idle: Notify::new(),
             log,
+            stopping: watch::Sender::new(false),
+            copy_rate: OnceLock::new(),
         }))
     }
 
@@ -208,6 +215,32 @@ impl Daemon {
             tracing::info!(key = change.key, from = change.from, to = change.to, "configuration changed");
         }
         Ok(changes)
+    }
+
+    /// Turns true when those who follow the daemon's blocks are to be sent away.
+    pub fn stopping(&self) -> watch::Receiver<bool> {
+        self.stopping.subscribe()
+    }
+
+    /// Sends away those who follow.
+    pub fn end_watches(&self) {
+        self.stopping.send_replace(true);
+    }
+
+    /// Bytes a second that one thread copies in memory: measured at the first call, for some 20 ms.
+    pub fn copy_rate(&self) -> f64 {
+        *self.copy_rate.get_or_init(|| {
+            let from = vec![1u8; caps::COPY_MEASURED_BYTES];
+            let mut to = vec![0u8; caps::COPY_MEASURED_BYTES];
+            let copy = |_| {
+                let started = Instant::now();
+                to.copy_from_slice(std::hint::black_box(&from));
+                std::hint::black_box(&to);
+                started.elapsed()
+            };
+            let fastest = (0..4).map(copy).min().unwrap_or_default();
+            from.len() as f64 / fastest.as_secs_f64().max(1e-9)
+        })
     }
 
     /// Counts a call as in flight; `None` while draining.

@@ -105,6 +105,7 @@ impl Running {
     /// Drains, stops and waits. True when every call under way was finished.
     pub async fn shut_down(mut self) -> bool {
         let left = self.daemon.drain(self.daemon.config().drain_deadline).await;
+        self.daemon.end_watches();
         let _ = self.stop.send(true);
         if let Some(plane) = self.plane.take() {
             // Joins a thread that is about to end.

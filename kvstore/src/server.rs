@@ -13,6 +13,7 @@ use futures::Stream;
 use futures::stream;
 use kvstore_proto::v1::admin_server::AdminServer;
 use kvstore_proto::v1::blocks_server::BlocksServer;
+use kvstore_proto::v1::events_server::EventsServer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -140,6 +141,7 @@ pub async fn serve(daemon: Arc<Daemon>, bound: Bound, stop: watch::Receiver<bool
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<BlocksServer<Context>>().await;
     health.set_serving::<AdminServer<Context>>().await;
+    health.set_serving::<EventsServer<Context>>().await;
     health.set_service_status("kvstore.v1.BlockData", tonic_health::ServingStatus::Serving).await;
     let reporting = tokio::spawn(report_health(Arc::clone(&daemon), health));
     let routes = service::routes(&Context { daemon, namespace }, health_service)?;

@@ -89,6 +89,36 @@ fn layer_group(wire: &v1::LayerGroup) -> Result<LayerGroup, Status> {
     Ok(LayerGroup { kind, layers, planes, heads, head_bytes, order })
 }
 
+/// A layout as messages carry it: the opposite of [`layout`].
+pub fn layout_message(layout: &Layout) -> v1::Layout {
+    v1::Layout {
+        model: layout.model.clone().into(),
+        weights_digest: layout.weights_digest.clone().into(),
+        dtype: layout.dtype.clone(),
+        block_tokens: layout.block_tokens,
+        groups: layout.groups.iter().map(layer_group_message).collect(),
+        shard: Some(v1::Shard { index: layout.shard.index, count: layout.shard.count }),
+        extra: layout.extra.clone().into(),
+    }
+}
+
+fn layer_group_message(group: &LayerGroup) -> v1::LayerGroup {
+    let (kind, window_tokens) = match group.kind {
+        BlockKind::Attention => (v1::BlockKind::Attention, 0),
+        BlockKind::SlidingWindow { tokens } => (v1::BlockKind::SlidingWindow, tokens),
+        BlockKind::RecurrentState => (v1::BlockKind::RecurrentState, 0),
+        BlockKind::EncoderOutput => (v1::BlockKind::EncoderOutput, 0),
+    };
+    let order = match group.order {
+        DimensionOrder::Opaque => v1::DimensionOrder::Opaque,
+        DimensionOrder::LayerOpaque => v1::DimensionOrder::LayerOpaque,
+        DimensionOrder::LayerPlaneHeadToken => v1::DimensionOrder::LayerPlaneHeadToken,
+        DimensionOrder::LayerPlaneTokenHead => v1::DimensionOrder::LayerPlaneTokenHead,
+    };
+    let (layers, planes, heads, head_bytes) = (group.layers, group.planes, group.heads, group.head_bytes);
+    v1::LayerGroup { kind: kind.into(), window_tokens, layers, planes, heads, head_bytes, order: order.into() }
+}
+
 /// Why a layout was refused.
 pub fn register_error(error: RegisterError) -> Status {
     match error {

@@ -53,9 +53,21 @@ impl SequenceHash {
         usize::from(self.len)
     }
 
+    /// The engine's bytes, zero-padded.
+    pub fn padded(&self) -> [u8; SEQUENCE_HASH_BYTES_MAX] {
+        let mut bytes = [0; SEQUENCE_HASH_BYTES_MAX];
+        bytes.as_chunks_mut::<8>().0.iter_mut().zip(self.words).for_each(|(to, word)| *to = word.to_le_bytes());
+        bytes
+    }
+
+    /// The name by which events speak of its block: see [`crate::event_name`].
+    pub fn event_name(&self, seed: u64) -> u64 {
+        crate::event_name(seed, self.padded().get(..self.byte_len()).unwrap_or_default())
+    }
+
     /// The engine's bytes.
     pub fn to_vec(&self) -> Vec<u8> {
-        self.words.iter().flat_map(|word| word.to_le_bytes()).take(self.byte_len()).collect()
+        self.padded().get(..self.byte_len()).unwrap_or_default().to_vec()
     }
 }
 

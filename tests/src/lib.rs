@@ -32,7 +32,16 @@ pub struct TestDaemon {
 impl TestDaemon {
     /// Starts one with `settings` (`KEY=VALUE`) over the defaults and 64 MiB of memory.
     pub async fn start(settings: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        Self::start_in(tempfile::tempdir().unwrap(), settings).await
+    }
+
+    /// Stops it in order, and starts another at its address.
+    pub async fn restart(self, settings: &[&str]) -> Self {
+        self.running.shut_down().await;
+        Self::start_in(self.folder, settings).await
+    }
+
+    async fn start_in(folder: tempfile::TempDir, settings: &[&str]) -> Self {
         let address = format!("unix:{}", folder.path().join("test.sock").display());
         let mut all = vec![
             "host.bytes=64MiB".to_owned(),

@@ -12,6 +12,10 @@ pub const NAMESPACES_MAX: usize = 64;
 pub const GROUPS_MAX: usize = 64;
 /// Shards of a tensor-parallel group at most.
 pub const SHARDS_MAX: u32 = 1024;
+/// Changes of residency that are kept for followers that were away: 24 bytes each, three MiB; a second of a busy node.
+pub const CHANGES_KEPT: usize = 1 << 17;
+/// Entries of a volume that are looked at under one lock, for a snapshot: some ten microseconds.
+pub const NAMES_PER_LOCK: u32 = 4096;
 /// Slabs of one namespace at most: the key table has 20 bits for them.
 pub const SLABS_MAX: usize = 1 << 20;
 /// Bytes of a slab, where the Host tier is large: large enough that its faults and its file descriptor

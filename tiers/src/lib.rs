@@ -5,10 +5,12 @@
 
 pub mod admission;
 pub mod caps;
+pub mod changes;
 mod clock;
 pub mod eviction;
 pub mod host;
 mod layout;
+pub mod meter;
 pub mod nvme;
 pub mod object;
 mod pool;

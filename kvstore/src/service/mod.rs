@@ -3,12 +3,14 @@
 mod admin;
 mod blocks;
 mod data;
+mod events;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use kvstore_proto::v1::admin_server::AdminServer;
 use kvstore_proto::v1::blocks_server::BlocksServer;
+use kvstore_proto::v1::events_server::EventsServer;
 use kvstore_tiers::host::NamespaceId;
 use tonic::Status;
 use tonic::service::{Routes, RoutesBuilder};
@@ -50,6 +52,7 @@ pub(crate) fn routes<H: Health>(context: &Context, health: HealthServer<H>) -> a
             .max_encoding_message_size(caps::CONTROL_MESSAGE_BYTES_MAX),
     );
     routes.add_service(AdminServer::new(context.clone()).max_decoding_message_size(caps::CONTROL_MESSAGE_BYTES_MAX));
+    routes.add_service(EventsServer::new(context.clone()).max_decoding_message_size(caps::CONTROL_MESSAGE_BYTES_MAX));
     routes.add_service(data::BlockDataService::new(context.clone()));
     routes.add_service(reflection);
     routes.add_service(health);

@@ -12,6 +12,7 @@ pub mod register_layout;
 pub mod room_below;
 pub mod status;
 pub mod verify;
+pub mod watch;
 
 use tonic::Status;
 

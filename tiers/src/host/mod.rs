@@ -21,8 +21,10 @@ use kvstore_plane::{SequenceHash, SlotKey};
 use kvstore_transfer::{HugePages, Slab, SlabError};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::caps;
+use crate::changes::ChangeLog;
 use crate::clock::BootTime;
 use crate::eviction::PolicyKind;
 use crate::layout::{InvalidLayout, Layout};
@@ -146,6 +148,7 @@ pub struct HostTier {
     swept: AtomicU64,
     huge_pages: HugePages,
     epoch: u64,
+    changes: Arc<ChangeLog>,
 }
 
 struct State {
@@ -188,12 +191,14 @@ impl State {
 impl HostTier {
     /// A tier without slabs; they come with the first blocks.
     pub fn new(options: HostOptions, namespaces: &[String]) -> Arc<Self> {
+        let changes = Arc::new(ChangeLog::new(xxh3_64_with_seed(&options.epoch.to_le_bytes(), options.seed)));
         let namespaces = namespaces
             .iter()
             .take(caps::NAMESPACES_MAX)
             .zip(0u64..)
             .map(|(name, at)| {
-                Namespace::new(name, options.seed.wrapping_add(at), options.policy, options.bytes_ceiling)
+                let seed = options.seed.wrapping_add(at);
+                Namespace::new(name, seed, options.policy, options.bytes_ceiling, Arc::clone(&changes))
             })
             .collect();
         Arc::new(Self {
@@ -215,7 +220,13 @@ impl HostTier {
             swept: AtomicU64::new(0),
             huge_pages: options.huge_pages,
             epoch: options.epoch,
+            changes,
         })
+    }
+
+    /// What became readable in a tier of this node, or left it.
+    pub fn changes(&self) -> &Arc<ChangeLog> {
+        &self.changes
     }
 
     /// Registers a layout; registering it again gives the same.
@@ -367,6 +378,21 @@ impl HostTier {
     pub fn keys_of_slab(&self, namespace: NamespaceId, slab: u32) -> Vec<SlotKey> {
         let state = self.state.lock();
         state.namespace(namespace).map(|namespace| namespace.residency.keys_of_slab(slab)).unwrap_or_default()
+    }
+
+    /// Names for events of the readable blocks of a slab.
+    pub fn names_of_slab(&self, namespace: NamespaceId, slab: u32, out: &mut Vec<u64>) {
+        let state = self.state.lock();
+        let Some(namespace) = state.namespace(namespace) else { return };
+        let names = namespace.residency.keys_of_slab(slab).into_iter().filter_map(|key| namespace.event_name(&key));
+        out.extend(names);
+    }
+
+    /// The layouts of a namespace that were registered, from number `from` on.
+    pub fn layouts(&self, namespace: NamespaceId, from: u32) -> Vec<Arc<RegisteredLayout>> {
+        let state = self.state.lock();
+        let layouts = (from..).map_while(|ordinal| state.namespace(namespace)?.layout_at(ordinal).cloned());
+        layouts.collect()
     }
 
     /// The tier at this moment.

@@ -4,17 +4,19 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use kvstore_plane::SlotKey;
+use kvstore_plane::{SlotKey, name_seed};
 use kvstore_transfer::Slab;
+use parking_lot::RwLock;
 
 use super::attached::{AttachedReaders, SharedTable};
 use super::{Holds, HostStatus, PoolStatus, RegisterError, room};
 use crate::caps;
+use crate::changes::{Change, ChangeLog, ChangedTier, NamespaceTag};
 use crate::clock::BootTime;
 use crate::eviction::PolicyKind;
 use crate::layout::{LayerGroup, Layout, Shard};
 use crate::pool::PoolId;
-use crate::residency::{Readers, Residency};
+use crate::residency::{Readers, Residency, Watcher};
 
 /// A namespace's place in the configuration.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -69,6 +71,8 @@ pub struct LayoutGroup {
     pub group: LayerGroup,
     /// Bytes of a block.
     pub block_bytes: u64,
+    /// What events name its blocks by.
+    pub name_seed: u64,
     pub(super) pool: PoolId,
 }
 
@@ -114,19 +118,44 @@ pub(super) struct Namespace {
     pub(super) holds: Holds,
     pub(super) limits: NamespaceLimits,
     layouts: Vec<Arc<RegisteredLayout>>,
+    /// What events name the blocks by, by layout and group.
+    name_seeds: NameSeeds,
     by_digest: HashMap<[u8; 32], u32>,
     families: HashMap<[u8; 32], Vec<u32>>,
     demand: Vec<Demand>,
 }
 
+/// By layout and group.
+#[derive(Clone, Default)]
+struct NameSeeds(Arc<RwLock<Vec<Box<[u64]>>>>);
+
+/// Tells the log of each block that becomes readable or leaves.
+fn watcher(log: Arc<ChangeLog>, namespace: NamespaceTag, seeds: NameSeeds) -> Watcher {
+    Box::new(move |key, stored| {
+        if !log.is_followed() {
+            return;
+        }
+        let seed =
+            seeds.0.read().get(key.layout as usize).and_then(|groups| groups.get(usize::from(key.group)).copied());
+        if let Some(seed) = seed {
+            let name = key.hash.event_name(seed);
+            log.push(Change { name, namespace, tier: ChangedTier::Host, stored });
+        }
+    })
+}
+
 impl Namespace {
-    pub(super) fn new(name: &str, seed: u64, policy: PolicyKind, bytes_ceiling: u64) -> Self {
+    pub(super) fn new(name: &str, seed: u64, policy: PolicyKind, bytes_ceiling: u64, log: Arc<ChangeLog>) -> Self {
         let readers = Arc::new(AttachedReaders::default());
         let table = SharedTable::create(bytes_ceiling);
-        let residency = Residency::new(seed, policy, table.memory(), Arc::clone(&readers) as Arc<dyn Readers>);
+        let mut residency = Residency::new(seed, policy, table.memory(), Arc::clone(&readers) as Arc<dyn Readers>);
+        let digest = namespace_digest(name);
+        let name_seeds = NameSeeds::default();
+        residency.watch(watcher(log, NamespaceTag::of(&digest), name_seeds.clone()));
         Self {
             name: name.to_owned(),
-            digest: namespace_digest(name),
+            digest,
+            name_seeds,
             seed,
             table,
             readers,
@@ -165,8 +194,11 @@ impl Namespace {
             return Err(RegisterError::TooManySizes);
         }
         let ordinal = self.layouts.len() as u32;
-        let groups =
-            layout.groups.iter().map(|group| self.place_group(group, layout.block_tokens, slab_bytes)).collect();
+        let groups = layout.groups.iter().zip(0u16..).map(|(group, number)| {
+            let name_seed = name_seed(&self.digest, &digest, number);
+            self.place_group(group, name_seed, layout.block_tokens, slab_bytes)
+        });
+        let groups = groups.collect();
         let family = layout.family_digest();
         let registered = Arc::new(RegisteredLayout {
             namespace,
@@ -180,18 +212,25 @@ impl Namespace {
         self.by_digest.insert(digest, ordinal);
         self.families.entry(family).or_default().push(ordinal);
         self.layouts.push(Arc::clone(&registered));
+        self.name_seeds.0.write().push(registered.groups.iter().map(|group| group.name_seed).collect());
         Ok(registered)
     }
 
-    fn place_group(&mut self, group: &LayerGroup, block_tokens: u32, slab_bytes: u64) -> LayoutGroup {
+    fn place_group(&mut self, group: &LayerGroup, name_seed: u64, block_tokens: u32, slab_bytes: u64) -> LayoutGroup {
         let block_bytes = group.block_bytes(block_tokens);
         let stride = room::slots_per_slab(slab_bytes, block_bytes);
         let pool = self.residency.pool(room::slot_bytes(block_bytes), stride);
-        LayoutGroup { group: group.clone(), block_bytes, pool }
+        LayoutGroup { group: group.clone(), block_bytes, name_seed, pool }
     }
 
     pub(super) fn layout(&self, digest: &[u8; 32]) -> Option<Arc<RegisteredLayout>> {
         self.layouts.get(*self.by_digest.get(digest)? as usize).cloned()
+    }
+
+    /// What events name a block.
+    pub(super) fn event_name(&self, key: &SlotKey) -> Option<u64> {
+        let group = self.layout_at(key.layout)?.group(u32::from(key.group))?;
+        Some(key.hash.event_name(group.name_seed))
     }
 
     pub(super) fn layout_at(&self, ordinal: u32) -> Option<&Arc<RegisteredLayout>> {

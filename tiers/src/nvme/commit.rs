@@ -158,8 +158,8 @@ impl Store {
             }
             let pinned = state.pins.holds(dirty.digest);
             let (digest, used) = (dirty.digest, state.second);
-            let IndexValue { extent, parent_tag, namespace, .. } = value;
-            state.extents.insert(Entry { digest, parent_tag, extent, hits: 0, pinned, namespace, used });
+            let IndexValue { extent, parent_tag, namespace, name, .. } = value;
+            state.extents.insert(Entry { digest, parent_tag, extent, hits: 0, pinned, namespace, used, name });
             add(&self.counters.admitted_blocks, 1);
             add(&self.counters.admitted_bytes, u64::from(dirty.block.length()));
             ended.push((dirty, pending, true));

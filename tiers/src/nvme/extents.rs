@@ -1,5 +1,5 @@
-//! The extent map: where each block of a volume lies, in memory, and how much each namespace has. Pure; sixty bytes a block
-//! or so.
+//! The extent map: where each block of a volume lies, in memory, and how much each namespace has. Pure; seventy bytes a
+//! block or so. Says in the change log what comes and leaves.
 //!
 //! Entries live in chunks, so that growth copies nothing; a hash table of their numbers finds them by
 //! digest; each segment's entries form a list, so that reclaim needs neither a scan nor the index.
@@ -8,8 +8,11 @@
 
 use hashbrown::HashTable;
 
+use std::sync::Arc;
+
 use super::format::{Digest, Extent, PAGE};
 use crate::caps::NVME_SEGMENT_BYTES_MAX;
+use crate::changes::{Change, ChangeLog, ChangedTier, NamespaceTag};
 
 const NONE: u32 = u32::MAX;
 const CHUNK: usize = 4096;
@@ -31,13 +34,16 @@ pub struct Entry {
     pub namespace: u8,
     /// Second of this daemon's life when it was stored or asked for last.
     pub used: u32,
+    /// What events name it; 0 where that is not known.
+    pub name: u64,
 }
 
-/// 48 bytes.
+/// 56 bytes.
 #[derive(Clone, Copy)]
 struct Stored {
-    digest: u128,
+    digest: [u64; 2],
     parent_tag: u64,
+    name: u64,
     segment: u32,
     page: u16,
     pages: u16,
@@ -50,12 +56,13 @@ struct Stored {
     pinned: bool,
 }
 
-const _: () = assert!(size_of::<Stored>() == 48);
+const _: () = assert!(size_of::<Stored>() == 56);
 // A segment's first page is its header: neither a page's number nor a count of pages needs more than 16 bits.
 const _: () = assert!(NVME_SEGMENT_BYTES_MAX / PAGE <= 1 << 16);
 const EMPTY: Stored = Stored {
-    digest: 0,
+    digest: [0; 2],
     parent_tag: 0,
+    name: 0,
     segment: 0,
     page: 0,
     pages: 0,
@@ -69,9 +76,15 @@ const EMPTY: Stored = Stored {
 };
 
 impl Stored {
+    fn digest(&self) -> Digest {
+        let [high, low] = self.digest;
+        Digest(u128::from(high) << 64 | u128::from(low))
+    }
+
     fn entry(&self) -> Entry {
         Entry {
-            digest: Digest(self.digest),
+            name: self.name,
+            digest: self.digest(),
             parent_tag: self.parent_tag,
             extent: Extent {
                 segment: self.segment,
@@ -115,6 +128,9 @@ pub struct Extents {
     pinned_pages: u64,
     /// By namespace.
     pages_of: [u64; 256],
+    /// By namespace, as events know them.
+    tags_of: [NamespaceTag; 256],
+    changes: Option<Arc<ChangeLog>>,
 }
 
 impl Default for Extents {
@@ -128,6 +144,8 @@ impl Default for Extents {
             live_pages: 0,
             pinned_pages: 0,
             pages_of: [0; 256],
+            tags_of: [NamespaceTag(0); 256],
+            changes: None,
         }
     }
 }
@@ -142,7 +160,7 @@ impl Extents {
     }
 
     fn find(&self, digest: Digest) -> Option<u32> {
-        self.table.find(digest.tag(), |number| self.at(*number).digest == digest.0).copied()
+        self.table.find(digest.tag(), |number| self.at(*number).digest() == digest).copied()
     }
 
     /// What is known of a block.
@@ -152,12 +170,46 @@ impl Extents {
 
     /// True where some block has this tag.
     pub fn has_tag(&self, tag: u64) -> bool {
-        self.table.find(tag, |number| Digest(self.at(*number).digest).tag() == tag).is_some()
+        self.table.find(tag, |number| self.at(*number).digest().tag() == tag).is_some()
+    }
+
+    /// What comes and leaves from now on is said there.
+    pub fn follow(&mut self, changes: Arc<ChangeLog>) {
+        self.changes = Some(changes);
+    }
+
+    /// The namespace with this number is the one with this digest.
+    pub fn name_namespace(&mut self, number: u8, digest: &[u8; 32]) {
+        self.tags_of[usize::from(number)] = NamespaceTag::of(digest);
+    }
+
+    fn say(&self, entry: &Entry, stored: bool) {
+        if let Some(changes) = &self.changes {
+            let (name, namespace) = (entry.name, self.tags_of[usize::from(entry.namespace)]);
+            changes.push(Change { name, namespace, tier: ChangedTier::Nvme, stored });
+        }
+    }
+
+    /// Names for events of the blocks of one namespace, and of those whose namespace is not known: from entry `from` on, of
+    /// `most` entries; the entry to go on with, and `None` at the end.
+    pub fn names(&self, namespace: NamespaceTag, from: u32, most: u32, out: &mut Vec<u64>) -> Option<u32> {
+        let end = (self.chunks.len() * CHUNK) as u32;
+        let until = end.min(from.saturating_add(most));
+        for stored in (from..until).map(|number| self.at(number)) {
+            let tag = self.tags_of[usize::from(stored.namespace)];
+            if stored.name != 0 && (tag == namespace || tag.0 == 0) {
+                out.push(stored.name);
+            }
+        }
+        (until < end).then_some(until)
     }
 
     /// Puts a block where `entry` says; an earlier place of it is forgotten, and returned.
     pub fn insert(&mut self, entry: Entry) -> Option<Extent> {
-        let before = self.remove(entry.digest);
+        let before = self.take_out(entry.digest);
+        if before.is_none() {
+            self.say(&entry, true);
+        }
         let number = self.take();
         let segment = entry.extent.segment as usize;
         if self.segments.len() <= segment {
@@ -165,8 +217,9 @@ impl Extents {
         }
         let next = self.segments[segment].first;
         *self.at_mut(number) = Stored {
-            digest: entry.digest.0,
+            digest: [(entry.digest.0 >> 64) as u64, entry.digest.0 as u64],
             parent_tag: entry.parent_tag,
+            name: entry.name,
             segment: entry.extent.segment,
             page: entry.extent.page as u16,
             pages: entry.extent.pages as u16,
@@ -193,7 +246,7 @@ impl Extents {
         }
         let Self { table, chunks, .. } = self;
         table.insert_unique(entry.digest.tag(), number, |number| {
-            Digest(chunks[*number as usize / CHUNK][*number as usize % CHUNK].digest).tag()
+            chunks[*number as usize / CHUNK][*number as usize % CHUNK].digest().tag()
         });
         before.map(|entry| entry.extent)
     }
@@ -226,10 +279,16 @@ impl Extents {
 
     /// Forgets a block.
     pub fn remove(&mut self, digest: Digest) -> Option<Entry> {
+        let entry = self.take_out(digest)?;
+        self.say(&entry, false);
+        Some(entry)
+    }
+
+    fn take_out(&mut self, digest: Digest) -> Option<Entry> {
         let number = self.find(digest)?;
         let Self { table, chunks, .. } = self;
         let stored_at = |number: u32| &chunks[number as usize / CHUNK][number as usize % CHUNK];
-        if let Ok(found) = table.find_entry(digest.tag(), |number| stored_at(*number).digest == digest.0) {
+        if let Ok(found) = table.find_entry(digest.tag(), |number| stored_at(*number).digest() == digest) {
             found.remove();
         }
         let stored = *self.at(number);
@@ -276,7 +335,7 @@ impl Extents {
 
     /// What has this tag was used at `used` at least; then its parent's tag, where it was used before `since` until now.
     pub fn renew(&mut self, tag: u64, used: u32, since: u32) -> Option<u64> {
-        let number = *self.table.find(tag, |number| Digest(self.at(*number).digest).tag() == tag)?;
+        let number = *self.table.find(tag, |number| self.at(*number).digest().tag() == tag)?;
         let stored = self.at_mut(number);
         let renewed = stored.used < since;
         if renewed {
@@ -380,7 +439,8 @@ mod tests {
                         apart: step % 2 == 0,
                     };
                     let (pinned, namespace) = (next(10) == 0, next(3) as u8);
-                    let entry = Entry { digest, parent_tag: step, extent, hits: 0, pinned, namespace, used: 0 };
+                    let entry =
+                        Entry { digest, parent_tag: step, extent, hits: 0, pinned, namespace, used: 0, name: step };
                     let before = extents.insert(entry);
                     assert_eq!(before, model.insert(name, entry).map(|entry| entry.extent));
                 }

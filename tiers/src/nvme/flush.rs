@@ -10,7 +10,7 @@ use kvstore_transfer::volume::{self, Direction, IoMemories, IoMemory, Transfer};
 use kvstore_transfer::{AlignedBytes, Lane, SectionSums};
 use parking_lot::MutexGuard;
 
-use super::format::{Extent, IndexValue, PAGE, SegmentClass, SegmentHeader};
+use super::format::{Extent, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of};
 use super::index::IndexBatch;
 use super::segments::Place;
 use super::store::{Store, add};
@@ -136,13 +136,14 @@ impl Store {
                 }
             };
             let head = header.rebind(place.generation).encode();
-            let namespace = self.state.lock().numbers.assign(&dirty.identity.namespace_digest);
+            let namespace = self.state.lock().namespace_number(&dirty.identity.namespace_digest);
             let value = IndexValue {
                 extent: place.extent,
                 generation: place.generation,
                 header_crc32: FrameHeader::header_crc32(&head),
                 parent_tag: dirty.parent_tag,
                 namespace,
+                name: event_name_of(&dirty.identity),
             };
             let Some(bytes) = dirty.block.bytes() else {
                 self.state.lock().segments.end_write(place.extent.segment);

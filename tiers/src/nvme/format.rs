@@ -80,9 +80,14 @@ impl Digest {
 
 /// A hash, zero-padded, and its length.
 pub fn padded(hash: &SequenceHash) -> ([u8; 32], u8) {
-    let mut bytes = [0u8; 32];
-    bytes.iter_mut().zip(hash.to_vec()).for_each(|(to, from)| *to = from);
-    (bytes, hash.byte_len() as u8)
+    (hash.padded(), hash.byte_len() as u8)
+}
+
+/// What events name the block that a frame holds.
+pub fn event_name_of(identity: &FrameIdentity) -> u64 {
+    let seed = kvstore_plane::name_seed(&identity.namespace_digest, &identity.layout_digest, identity.group);
+    let (hash, len) = &identity.hash;
+    kvstore_plane::event_name(seed, hash.get(..usize::from(*len)).unwrap_or_default())
 }
 
 /// The generation of the `sequence`th frame in a segment's `life`.
@@ -180,6 +185,8 @@ pub struct IndexValue {
     pub parent_tag: u64,
     /// The namespace's number on this volume; 0 where it is not known.
     pub namespace: u8,
+    /// What events name the block; 0 where it is not known.
+    pub name: u64,
 }
 
 /// A run of pages of one segment that a frame fills.
@@ -203,7 +210,9 @@ impl Extent {
 }
 
 /// Bytes of an index value.
-pub const INDEX_VALUE_BYTES: usize = 36;
+pub const INDEX_VALUE_BYTES: usize = 44;
+/// The same, as earlier builds wrote it: without the name for events.
+const UNNAMED_VALUE_BYTES: usize = 36;
 
 impl IndexValue {
     /// As stored.
@@ -217,6 +226,7 @@ impl IndexValue {
         out.extend_from_slice(&self.header_crc32.to_le_bytes());
         out.extend_from_slice(&self.generation.to_le_bytes());
         out.extend_from_slice(&self.parent_tag.to_le_bytes());
+        out.extend_from_slice(&self.name.to_le_bytes());
         out
     }
 
@@ -228,12 +238,14 @@ impl IndexValue {
         if u16::from(version) != VOLUME_VERSION {
             return Err(FormatError::Version(name, u16::from(version)));
         }
-        if bytes.len() != INDEX_VALUE_BYTES || codec != 0 {
+        if !matches!(bytes.len(), INDEX_VALUE_BYTES | UNNAMED_VALUE_BYTES) || codec != 0 {
             return Err(FormatError::Checksum(name));
         }
         let (segment, page, pages) = (fields.u32(), fields.u32(), fields.u32());
         let extent = Extent { segment, page, pages, apart: flags & 1 == 1 };
-        Ok(Self { extent, header_crc32: fields.u32(), generation: fields.u64(), parent_tag: fields.u64(), namespace })
+        let (header_crc32, generation, parent_tag) = (fields.u32(), fields.u64(), fields.u64());
+        let name = if bytes.len() == INDEX_VALUE_BYTES { fields.u64() } else { 0 };
+        Ok(Self { extent, header_crc32, generation, parent_tag, namespace, name })
     }
 }
 
@@ -317,8 +329,14 @@ mod tests {
     #[test]
     fn index_values_come_back_and_unknown_versions_are_refused_by_name() {
         let extent = Extent { segment: 9, page: 17, pages: 257, apart: true };
-        let value =
-            IndexValue { extent, generation: generation(77, 3), header_crc32: 5, parent_tag: u64::MAX, namespace: 200 };
+        let value = IndexValue {
+            extent,
+            generation: generation(77, 3),
+            header_crc32: 5,
+            parent_tag: u64::MAX,
+            namespace: 200,
+            name: 9,
+        };
         assert_eq!(IndexValue::decode(&value.encode()), Ok(value));
         assert_eq!(life_of(value.generation), 77);
         let mut newer = value.encode();

@@ -34,9 +34,11 @@ use kvstore_transfer::volume::{Faults, IoEngine};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, oneshot};
 
+use crate::changes::{ChangeLog, NamespaceTag};
 use crate::clock::BootTime;
 use crate::host::{HostTier, RegisteredLayout, section_bytes};
 use crate::layout::BlockKind;
+use crate::meter::ReadMeter;
 use crate::residency::Delete;
 
 use extents::Extents;
@@ -84,16 +86,22 @@ pub(crate) struct Peers {
     promoted: Notify,
     /// What each namespace may have.
     namespaces: RwLock<Vec<NvmeNamespace>>,
+    /// What comes and leaves.
+    changes: Arc<ChangeLog>,
+    /// How fast they are read.
+    meter: Arc<ReadMeter>,
 }
 
 impl Peers {
-    fn new(dirty: Arc<DirtyCount>) -> Self {
+    fn new(dirty: Arc<DirtyCount>, changes: Arc<ChangeLog>) -> Self {
         Self {
             stores: RwLock::new(Vec::new()),
             dirty,
             cleaned: Notify::new(),
             promoted: Notify::new(),
             namespaces: RwLock::new(Vec::new()),
+            changes,
+            meter: Arc::default(),
         }
     }
 
@@ -160,7 +168,7 @@ impl NvmeTier {
     /// Opens every volume. Ready when it returns: what has to be found again is found in the background.
     pub fn open(options: &NvmeOptions, host: &Arc<HostTier>) -> Result<Arc<Self>, OpenError> {
         let dirty = Arc::new(DirtyCount::default());
-        let peers = Arc::new(Peers::new(dirty));
+        let peers = Arc::new(Peers::new(dirty, Arc::clone(host.changes())));
         let mut stores = Vec::new();
         let mut commits = Vec::new();
         for path in &options.paths {
@@ -235,6 +243,17 @@ impl NvmeTier {
             let pending = state.pending.get(digest).is_some_and(|pending| !pending.cancelled);
             !state.health.left && (pending || state.extents.get(digest).is_some())
         })
+    }
+
+    /// Names for events of the namespace's blocks, a few at a time: from where `cursor` says on; `None` after the last.
+    pub fn names(&self, namespace: NamespaceTag, cursor: (usize, u32), out: &mut Vec<u64>) -> Option<(usize, u32)> {
+        let (at, from) = cursor;
+        let state = self.stores.get(at)?.state.lock();
+        let next = match state.health.left {
+            true => None,
+            false => state.extents.names(namespace, from, crate::caps::NAMES_PER_LOCK, out),
+        };
+        Some(next.map_or((at + 1, 0), |next| (at, next)))
     }
 
     /// A request read these blocks: they are worth keeping.

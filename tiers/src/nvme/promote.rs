@@ -10,6 +10,7 @@ use super::read::Wanted;
 use super::{BlockRef, NvmeTier};
 use crate::clock::BootTime;
 use crate::host::{BeginFill, FillRequest, LeasedBlock, SlabPlan};
+use crate::meter::ReadRate;
 use crate::residency::{FlightSource, Priority, Urgency};
 
 /// What came of [`NvmeTier::promote`].
@@ -77,7 +78,11 @@ impl NvmeTier {
                 };
                 let (send, receive) = oneshot::channel();
                 let peers = Arc::clone(&self.peers);
-                let done = Box::new(move |block| {
+                let reading = peers.meter.begin(entry.extent.bytes());
+                let done = Box::new(move |block: Option<LeasedBlock>| {
+                    if block.is_some() {
+                        reading.done();
+                    }
                     let _ = send.send(block);
                     peers.promoted.notify_waiters();
                 });
@@ -95,6 +100,11 @@ impl NvmeTier {
         };
         store.end_read(&entry);
         outcome
+    }
+
+    /// How fast the disks are read.
+    pub fn read_rate(&self) -> ReadRate {
+        self.peers.meter.rate()
     }
 
     /// Resolves after the next promotion ended: for those that wait for somebody else's.

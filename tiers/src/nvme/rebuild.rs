@@ -8,7 +8,7 @@ use kvstore_transfer::{AlignedBytes, Lane, volume};
 
 use super::NvmeOptions;
 use super::extents::Entry;
-use super::format::{Digest, Extent, IndexValue, PAGE, SegmentClass, SegmentHeader, life_of};
+use super::format::{Digest, Extent, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of, life_of};
 use super::index::IndexBatch;
 use super::read::read_frame;
 use super::store::{Store, add};
@@ -108,10 +108,11 @@ impl Store {
         let header_crc32 = FrameHeader::header_crc32(encoded);
         let (namespace, used) = {
             let mut state = self.state.lock();
-            (state.numbers.assign(&frame.identity.namespace_digest), state.second)
+            (state.namespace_number(&frame.identity.namespace_digest), state.second)
         };
-        let entry = Entry { digest, parent_tag, extent, hits: 0, pinned: false, namespace, used };
-        (entry, IndexValue { extent, generation: frame.generation, header_crc32, parent_tag, namespace })
+        let name = event_name_of(&frame.identity);
+        let entry = Entry { digest, parent_tag, extent, hits: 0, pinned: false, namespace, used, name };
+        (entry, IndexValue { extent, generation: frame.generation, header_crc32, parent_tag, namespace, name })
     }
 
     fn take_found(&self, segment: u32, life: u64, class: SegmentClass, found: Vec<(Entry, IndexValue)>) {

@@ -13,7 +13,7 @@ use kvstore_transfer::frame::FrameHeader;
 use kvstore_transfer::{AlignedBytes, Lane, volume};
 
 use super::extents::Entry;
-use super::format::{Digest, IndexValue, PAGE, SegmentClass, SegmentHeader};
+use super::format::{Digest, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of};
 use super::index::IndexBatch;
 use super::namespaces::Standings;
 use super::read::read_frame;
@@ -255,6 +255,8 @@ impl Store {
             header_crc32: FrameHeader::header_crc32(&head),
             parent_tag: entry.parent_tag,
             namespace: entry.namespace,
+            // An earlier build did not note it.
+            name: if entry.name == 0 { event_name_of(&header.identity) } else { entry.name },
         })
     }
 

@@ -141,6 +141,15 @@ pub(super) struct State {
     pub second: u32,
 }
 
+impl State {
+    /// The number of the namespace with this digest; it is given one.
+    pub fn namespace_number(&mut self, digest: &[u8; 32]) -> u8 {
+        let number = self.numbers.assign(digest);
+        self.extents.name_namespace(number, digest);
+        number
+    }
+}
+
 /// See the head of this file.
 pub(super) struct Store {
     pub path: PathBuf,
@@ -234,6 +243,7 @@ impl Store {
             state.segments.start_lives_after(first_life(&header));
         }
         let lost = lost || !store.load(options);
+        store.state.lock().extents.follow(Arc::clone(&store.peers.changes));
         if lost && present > 0 {
             store.prepare_rebuild(present);
         }
@@ -274,6 +284,7 @@ impl Store {
         result = result.and(self.index.load(b'n', |item| {
             if let IndexItem::Namespace(number, digest) = item {
                 numbers.restore(number, digest);
+                extents.name_namespace(number, &digest);
             }
         }));
         result = result.and(self.index.load(b'b', |item| {
@@ -286,8 +297,8 @@ impl Store {
                 return;
             }
             let pinned = pins.holds(digest);
-            let IndexValue { extent, parent_tag, namespace, .. } = value;
-            extents.insert(Entry { digest, parent_tag, extent, hits: 0, pinned, namespace, used: 0 });
+            let IndexValue { extent, parent_tag, namespace, name, .. } = value;
+            extents.insert(Entry { digest, parent_tag, extent, hits: 0, pinned, namespace, used: 0, name });
         }));
         drop(state);
         add(&self.counters.stale_blocks, stale_blocks);
@@ -334,6 +345,7 @@ impl Store {
             tracing::error!(path = %self.path.display(), reason, "the volume left: its blocks are misses until a restart");
             state.health.left = true;
             state.health.reason = Some(reason);
+            self.peers.changes.reset();
         }
     }
 

@@ -11,6 +11,7 @@ use super::store::{OpenError, Store};
 use super::write::Commit;
 use super::{NvmeOptions, NvmeTier, Peers};
 use crate::caps;
+use crate::changes::ChangeLog;
 
 /// What to do with blocks that are damaged.
 #[derive(Clone, Copy, Default, Debug)]
@@ -86,7 +87,7 @@ pub fn verify_folder(
     mut progress: impl FnMut(&VerifyReport),
 ) -> Result<VerifyReport, OpenError> {
     let dirty = Arc::default();
-    let peers = Arc::new(Peers::new(dirty));
+    let peers = Arc::new(Peers::new(dirty, Arc::new(ChangeLog::new(0))));
     if !path.join("blocks").exists() {
         let cause = std::io::Error::from(std::io::ErrorKind::NotFound);
         return Err(OpenError::Io { step: "find a volume in", path: path.to_owned(), cause });

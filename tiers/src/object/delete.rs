@@ -11,11 +11,12 @@ use object_store::PutPayload;
 use tokio::time::Instant;
 
 use super::ObjectTier;
-use super::directory::{Pack, Packed};
+use super::directory::Pack;
 use super::names::{BlockName, PackName};
 use super::pack::{Footer, PackedBlock};
 use super::requests::{Trouble, retried};
 use crate::caps;
+use crate::changes::NamespaceTag;
 use crate::host::RegisteredLayout;
 use crate::nvme::Digest;
 
@@ -113,14 +114,10 @@ impl ObjectTier {
             let payload = || [object.slice(range.clone()), tail.clone()].into_iter().collect::<PutPayload>();
             match retried!(self.bucket, deadline, bytes, self.bucket.create(&location, payload())) {
                 Ok(()) => {
-                    let packed = |block: &PackedBlock| Packed {
-                        digest: self.digest(layout, group, &block.hash),
-                        offset: block.offset,
-                        frame_bytes: block.frame_bytes,
-                    };
                     let written_ms = super::probe::now_ms();
-                    let blocks = new.blocks.iter().map(packed).collect();
-                    self.state.lock().directory.insert(&Pack::new(location, bytes, written_ms, blocks));
+                    let blocks = new.blocks.iter().map(|block| self.packed(layout, group, block)).collect();
+                    let namespace = NamespaceTag::of(&layout.namespace_digest);
+                    self.state.lock().directory.insert(&Pack::new(location, bytes, written_ms, blocks, namespace));
                     return Ok(());
                 }
                 Err(Trouble::Exists) => {}

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use object_store::path::Path;
 
 use crate::caps::{OBJECT_ABSENT_MAX, OBJECT_DIRECTORY_BLOCKS_MAX};
+use crate::changes::{Change, ChangeLog, ChangedTier, NamespaceTag};
 use crate::clock::BootTime;
 use crate::nvme::Digest;
 
@@ -24,6 +25,8 @@ pub struct Pack {
     pub written_ms: i64,
     /// Its blocks, in order.
     pub blocks: Box<[Packed]>,
+    /// Whose it is.
+    pub namespace: NamespaceTag,
     asked: AtomicBool,
 }
 
@@ -36,12 +39,15 @@ pub struct Packed {
     pub offset: u64,
     /// Bytes of its frame.
     pub frame_bytes: u64,
+    /// What events name it.
+    pub name: u64,
 }
 
 impl Pack {
     /// A pack of these blocks.
-    pub fn new(location: Path, bytes: u64, written_ms: i64, blocks: Vec<Packed>) -> Arc<Self> {
-        Arc::new(Self { location, bytes, written_ms, blocks: blocks.into(), asked: AtomicBool::new(false) })
+    pub fn new(location: Path, bytes: u64, written_ms: i64, blocks: Vec<Packed>, namespace: NamespaceTag) -> Arc<Self> {
+        let blocks = blocks.into();
+        Arc::new(Self { location, bytes, written_ms, blocks, namespace, asked: AtomicBool::new(false) })
     }
 }
 
@@ -69,9 +75,32 @@ pub struct Directory {
     absent: HashMap<Digest, BootTime>,
     /// Blocks that are damaged, by where.
     damaged: HashSet<(u64, Digest)>,
+    changes: Option<Arc<ChangeLog>>,
 }
 
 impl Directory {
+    /// One that says in the log what comes and leaves.
+    pub fn with_changes(changes: Arc<ChangeLog>) -> Self {
+        Self { changes: Some(changes), ..Self::default() }
+    }
+
+    fn say(&self, pack: &Pack, block: &Packed, stored: bool) {
+        if let Some(changes) = &self.changes {
+            let (name, namespace) = (block.name, pack.namespace);
+            changes.push(Change { name, namespace, tier: ChangedTier::Object, stored });
+        }
+    }
+
+    /// The namespace's packs of which it is known what is in them.
+    pub fn packs_of(&self, namespace: NamespaceTag) -> Vec<Arc<Pack>> {
+        self.packs.iter().filter(|pack| pack.namespace == namespace).cloned().collect()
+    }
+
+    /// Names for events of those blocks of a pack that are known to be in the bucket.
+    pub fn names_in(&self, pack: &Pack, out: &mut Vec<u64>) {
+        out.extend(pack.blocks.iter().filter(|block| self.blocks.contains_key(&block.digest)).map(|block| block.name));
+    }
+
     /// Where a block is, as far as is known.
     pub fn get(&self, digest: Digest) -> Option<&Place> {
         let place = self.blocks.get(&digest)?;
@@ -96,7 +125,9 @@ impl Directory {
                 continue;
             }
             self.absent.remove(&block.digest);
-            self.blocks.insert(block.digest, Place { pack: Arc::clone(pack), at });
+            if self.blocks.insert(block.digest, Place { pack: Arc::clone(pack), at }).is_none() {
+                self.say(pack, block, true);
+            }
         }
         self.packs.push_back(Arc::clone(pack));
         while self.blocks.len() > OBJECT_DIRECTORY_BLOCKS_MAX || self.packs.len() > OBJECT_DIRECTORY_BLOCKS_MAX {
@@ -113,6 +144,7 @@ impl Directory {
         for block in &pack.blocks {
             if self.blocks.get(&block.digest).is_some_and(|place| Arc::ptr_eq(&place.pack, pack)) {
                 self.blocks.remove(&block.digest);
+                self.say(pack, block, false);
             }
         }
     }
@@ -130,7 +162,9 @@ impl Directory {
         }
         self.damaged.insert((place_of(pack), digest));
         if self.blocks.get(&digest).is_some_and(|place| Arc::ptr_eq(&place.pack, pack)) {
-            self.blocks.remove(&digest);
+            if let Some(block) = self.blocks.remove(&digest).and_then(|place| place.packed()) {
+                self.say(pack, &block, false);
+            }
         }
     }
 
@@ -157,8 +191,8 @@ mod tests {
     use super::*;
 
     fn pack(first: u128, blocks: u128) -> Arc<Pack> {
-        let packed = |at| Packed { digest: Digest(first + at), offset: at as u64 * 4096, frame_bytes: 4096 };
-        Pack::new(Path::from(format!("{first}")), 0, 0, (0..blocks).map(packed).collect())
+        let packed = |at| Packed { digest: Digest(first + at), offset: at as u64 * 4096, frame_bytes: 4096, name: 1 };
+        Pack::new(Path::from(format!("{first}")), 0, 0, (0..blocks).map(packed).collect(), NamespaceTag(1))
     }
 
     #[test]

@@ -34,12 +34,17 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::Instant;
 
 use crate::caps;
+use crate::changes::NamespaceTag;
 use crate::clock::BootTime;
 use crate::host::{HostTier, RegisteredLayout};
 use crate::layout::BlockKind;
+use crate::meter::{ReadMeter, ReadRate};
 use crate::nvme::{Digest, NvmeTier};
 
-use directory::Directory;
+use directory::{Directory, Packed};
+use pack::PackedBlock;
+
+pub use directory::Pack;
 use log::{Owed, UploadLog};
 use names::Names;
 use requests::Bucket;
@@ -177,6 +182,7 @@ pub struct ObjectTier {
     log: Option<Mutex<UploadLog>>,
     leased_bytes: Arc<AtomicU64>,
     counts: Counts,
+    meter: Arc<ReadMeter>,
     abilities: Mutex<Option<Abilities>>,
     refused: Mutex<Option<String>>,
     clock_ahead_ms: AtomicI64,
@@ -217,12 +223,16 @@ impl ObjectTier {
             checks_uploads: options.opened.checks_uploads,
             host: Arc::clone(host),
             nvme: nvme.cloned(),
-            state: Mutex::new(State { directory: Directory::default(), searches: HashMap::new() }),
+            state: Mutex::new(State {
+                directory: Directory::with_changes(Arc::clone(host.changes())),
+                searches: HashMap::new(),
+            }),
             uploads: Mutex::default(),
             limits: Mutex::new(options.limits),
             log,
             leased_bytes: Arc::default(),
             counts: Counts::default(),
+            meter: Arc::default(),
             abilities: Mutex::new(None),
             refused: Mutex::new(None),
             clock_ahead_ms: AtomicI64::new(0),
@@ -302,6 +312,27 @@ impl ObjectTier {
 
     fn digest(&self, layout: &RegisteredLayout, group: u16, hash: &SequenceHash) -> Digest {
         Digest::of(self.seed, &layout.namespace_digest, &layout.digest, group, hash)
+    }
+
+    fn packed(&self, layout: &RegisteredLayout, group: u16, block: &PackedBlock) -> Packed {
+        let PackedBlock { hash, offset, frame_bytes } = *block;
+        let seed = layout.group(u32::from(group)).map_or(0, |group| group.name_seed);
+        Packed { digest: self.digest(layout, group, &hash), offset, frame_bytes, name: hash.event_name(seed) }
+    }
+
+    /// How fast the bucket is read.
+    pub fn read_rate(&self) -> ReadRate {
+        self.meter.rate()
+    }
+
+    /// The namespace's packs of which it is known what is in them.
+    pub fn packs_of(&self, namespace: NamespaceTag) -> Vec<Arc<Pack>> {
+        self.state.lock().directory.packs_of(namespace)
+    }
+
+    /// Names for events of those blocks of a pack that are known to be in the bucket.
+    pub fn names_in(&self, pack: &Pack, out: &mut Vec<u64>) {
+        self.state.lock().directory.names_in(pack, out);
     }
 
     /// A name that no other daemon makes, nor this one again.

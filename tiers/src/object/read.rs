@@ -138,9 +138,13 @@ impl ObjectTier {
         let mut left = VecDeque::from(run);
         while let (Some(first), Some(last)) = (left.front(), left.back()) {
             let bytes = last.packed.offset + last.packed.frame_bytes - first.packed.offset;
+            let reading = self.meter.begin(bytes);
             let read = retried!(self.bucket, deadline, bytes, self.read_once(&pack, &mut left));
             match read {
-                Ok(()) => return,
+                Ok(()) => {
+                    reading.done();
+                    return;
+                }
                 Err(Trouble::Damaged(why)) => {
                     // The block at the front is given up; those behind it are still worth a request.
                     let Some(read) = left.pop_front() else { return };

@@ -17,11 +17,12 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::ObjectTier;
-use super::directory::{Pack, Packed};
+use super::directory::Pack;
 use super::names::{BlockName, GroupNames, PackName};
-use super::pack::{FOOTER_BYTES_MAX, Footer, PackError, begins_pack};
+use super::pack::{FOOTER_BYTES_MAX, Footer, PackError, PackedBlock, begins_pack};
 use super::requests::Trouble;
 use crate::caps;
+use crate::changes::NamespaceTag;
 use crate::clock::BootTime;
 use crate::host::RegisteredLayout;
 use crate::layout::BlockKind;
@@ -204,13 +205,14 @@ impl ObjectTier {
         if hashes.len() > caps::OBJECT_PACK_BLOCKS_MAX || object.size != count * frame_bytes + footer {
             return None;
         }
-        let packed = |(hash, at): (&SequenceHash, u64)| Packed {
-            digest: self.digest(&chain.layout, chain.group, hash),
-            offset: at * frame_bytes,
-            frame_bytes,
+        let packed = |(hash, at): (&SequenceHash, u64)| {
+            let block = PackedBlock { hash: *hash, offset: at * frame_bytes, frame_bytes };
+            self.packed(&chain.layout, chain.group, &block)
         };
         let blocks = hashes.iter().zip(0..).map(packed).collect();
-        Some(Pack::new(object.location.clone(), object.size, object.last_modified.timestamp_millis(), blocks))
+        let written_ms = object.last_modified.timestamp_millis();
+        let namespace = NamespaceTag::of(&chain.layout.namespace_digest);
+        Some(Pack::new(object.location.clone(), object.size, written_ms, blocks, namespace))
     }
 
     /// A pack as its footer says; `None` where that is damaged or another's.
@@ -237,15 +239,11 @@ impl ObjectTier {
             && footer.layout_digest == chain.layout.digest
             && footer.group == chain.group
             && footer.blocks.iter().all(|block| block.frame_bytes <= frame_bytes_max);
-        let packed = |block: &super::pack::PackedBlock| Packed {
-            digest: self.digest(&chain.layout, chain.group, &block.hash),
-            offset: block.offset,
-            frame_bytes: block.frame_bytes,
-        };
         let written_ms = object.last_modified.timestamp_millis();
         let pack = || {
-            let blocks = footer.blocks.iter().map(packed).collect();
-            Pack::new(object.location.clone(), object.size, written_ms, blocks)
+            let blocks = footer.blocks.iter().map(|block| self.packed(&chain.layout, chain.group, block)).collect();
+            let namespace = NamespaceTag::of(&footer.namespace_digest);
+            Pack::new(object.location.clone(), object.size, written_ms, blocks, namespace)
         };
         Ok(ours.then(pack))
     }

@@ -17,7 +17,7 @@ use object_store::path::Path;
 use tokio::time::Instant;
 
 use super::ObjectTier;
-use super::directory::{Pack, Packed};
+use super::directory::Pack;
 use super::names::{BlockName, PackName};
 use super::pack::{Footer, PackedBlock};
 use super::probe::now_ms;
@@ -25,6 +25,7 @@ use super::read::{identity, section_bytes_of};
 use super::requests::{Trouble, retried};
 use super::upload::Member;
 use crate::caps;
+use crate::changes::NamespaceTag;
 use crate::host::RegisteredLayout;
 use crate::nvme::padded;
 
@@ -60,13 +61,9 @@ impl ObjectTier {
             let location = names.pack(&PackName { first, last, rewrite });
             let there = self.create_or_adopt(&location, &packing, deadline).await?;
             let Some(meta) = there else { continue };
-            let packed = |block: &PackedBlock| Packed {
-                digest: self.digest(layout, group, &block.hash),
-                offset: block.offset,
-                frame_bytes: block.frame_bytes,
-            };
-            let blocks = packing.footer.blocks.iter().map(packed).collect();
-            let pack = Pack::new(location, meta.size, meta.last_modified.timestamp_millis(), blocks);
+            let blocks = packing.footer.blocks.iter().map(|block| self.packed(layout, group, block)).collect();
+            let namespace = NamespaceTag::of(&layout.namespace_digest);
+            let pack = Pack::new(location, meta.size, meta.last_modified.timestamp_millis(), blocks, namespace);
             self.state.lock().directory.insert(&pack);
             self.counts.written_packs.fetch_add(1, Ordering::Relaxed);
             self.counts.written_blocks.fetch_add(run.len() as u64, Ordering::Relaxed);

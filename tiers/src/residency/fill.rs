@@ -105,6 +105,7 @@ impl<S: SlabMemory> Residency<S> {
             self.mark_used(ticket.slot);
         }
         self.counts.published += 1;
+        self.tell_watcher(&incoming.key, true);
         Publish::Published
     }
 

@@ -110,6 +110,7 @@ impl<S: SlabMemory> Residency<S> {
         let key = entry.key();
         entry.withdraw(SlotState::Doomed);
         self.unfile(slot, &key);
+        self.tell_watcher(&key, false);
         self.parked.remove(&slot);
         self.waiting.parked.remove(&slot);
         if let Some((pool, block)) = self.place(slot)

@@ -113,7 +113,12 @@ pub struct Residency<S> {
     writes_back: bool,
     /// Those that are to be offered, leased: see `write_back.rs`.
     leaving: Vec<Leaving>,
+    /// Hears of each block that becomes readable (true) or leaves.
+    watcher: Option<Watcher>,
 }
+
+/// See [`Residency::watch`].
+pub type Watcher = Box<dyn Fn(&SlotKey, bool) + Send>;
 
 impl<S: SlabMemory> Residency<S> {
     /// An empty residency. `seed` should be secret: sequence hashes come from clients, and a client that
@@ -142,6 +147,18 @@ impl<S: SlabMemory> Residency<S> {
             ttl: None,
             writes_back: false,
             leaving: Vec::new(),
+            watcher: None,
+        }
+    }
+
+    /// `watcher` is told of each block that becomes readable (true) or is no longer (false) from now on.
+    pub fn watch(&mut self, watcher: Watcher) {
+        self.watcher = Some(watcher);
+    }
+
+    fn tell_watcher(&self, key: &SlotKey, stored: bool) {
+        if let Some(watcher) = &self.watcher {
+            watcher(key, stored);
         }
     }
 
