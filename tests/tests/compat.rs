@@ -63,11 +63,19 @@ fn volume_version_1() {
     assert_eq!(SegmentHeader::decode(&sample), Ok(segment));
     assert_eq!(segment.encode(), sample, "version 1 is written differently now: that needs a new version");
     let extent = Extent { segment: 7, page: 0x0102, pages: 257, apart: true };
-    let value =
-        IndexValue { extent, generation: 0x0506_0708_090A, header_crc32: 0xDEAD_BEEF, parent_tag: 0x77, namespace: 0 };
-    let sample = bytes_of("index_value_v1.bin", &value.encode());
+    let value = IndexValue {
+        extent,
+        generation: 0x0506_0708_090A,
+        header_crc32: 0xDEAD_BEEF,
+        parent_tag: 0x77,
+        namespace: 0,
+        name: 0x0102_0304_0506_0708,
+    };
+    let sample = bytes_of("index_value_v2.bin", &value.encode());
     assert_eq!(IndexValue::decode(&sample), Ok(value));
-    assert_eq!(value.encode(), sample, "version 1 is written differently now: that needs a new version");
+    assert_eq!(value.encode(), sample, "version 2 is written differently now: that needs a new version");
+    let sample = bytes_of("index_value_v1.bin", &[]);
+    assert_eq!(IndexValue::decode(&sample), Ok(IndexValue { name: 0, ..value }), "an earlier build's");
 }
 
 /// A pack's footer, and what any node computes to find it: `docs/design/object.md`.

@@ -52,6 +52,7 @@ pub struct Reading {
     meter: Arc<ReadMeter>,
     bytes: u64,
     started: Instant,
+    ended: Option<Instant>,
     alone: bool,
 }
 
@@ -67,7 +68,7 @@ impl ReadMeter {
         state.in_flight += 1;
         state.queued_bytes += bytes;
         state.busy_since = Some(now);
-        Reading { meter: Arc::clone(self), bytes, started: now, alone: state.in_flight == 1 }
+        Reading { meter: Arc::clone(self), bytes, started: now, ended: None, alone: state.in_flight == 1 }
     }
 
     /// The rate by now.
@@ -88,7 +89,8 @@ impl Reading {
         self.done_at(Instant::now());
     }
 
-    fn done_at(self, now: Instant) {
+    fn done_at(mut self, now: Instant) {
+        self.ended = Some(now);
         let mut state = self.meter.0.lock();
         state.pass_time(now);
         state.bytes += self.bytes as f64;
@@ -105,7 +107,7 @@ impl Reading {
 impl Drop for Reading {
     fn drop(&mut self) {
         let mut state = self.meter.0.lock();
-        state.pass_time(Instant::now().max(self.started));
+        state.pass_time(self.ended.unwrap_or_else(Instant::now));
         state.in_flight = state.in_flight.saturating_sub(1);
         state.queued_bytes = state.queued_bytes.saturating_sub(self.bytes);
         if state.in_flight == 0 {

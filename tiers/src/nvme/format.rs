@@ -209,17 +209,19 @@ impl Extent {
     }
 }
 
+/// The version of index values that this build writes; it reads version 1 as well.
+const INDEX_VALUE_VERSION: u8 = 2;
 /// Bytes of an index value.
 pub const INDEX_VALUE_BYTES: usize = 44;
-/// The same, as earlier builds wrote it: without the name for events.
-const UNNAMED_VALUE_BYTES: usize = 36;
+/// Bytes of one of version 1, which has no name for events.
+const INDEX_VALUE_V1_BYTES: usize = 36;
 
 impl IndexValue {
     /// As stored.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(INDEX_VALUE_BYTES);
         // Version, codec (0 plain), flags, namespace.
-        out.extend_from_slice(&[VOLUME_VERSION as u8, 0, u8::from(self.extent.apart), self.namespace]);
+        out.extend_from_slice(&[INDEX_VALUE_VERSION, 0, u8::from(self.extent.apart), self.namespace]);
         out.extend_from_slice(&self.extent.segment.to_le_bytes());
         out.extend_from_slice(&self.extent.page.to_le_bytes());
         out.extend_from_slice(&self.extent.pages.to_le_bytes());
@@ -235,16 +237,18 @@ impl IndexValue {
         let name = "an index value";
         let mut fields = Fields(bytes);
         let [version, codec, flags, namespace] = fields.take();
-        if u16::from(version) != VOLUME_VERSION {
-            return Err(FormatError::Version(name, u16::from(version)));
-        }
-        if !matches!(bytes.len(), INDEX_VALUE_BYTES | UNNAMED_VALUE_BYTES) || codec != 0 {
+        let length = match version {
+            1 => INDEX_VALUE_V1_BYTES,
+            INDEX_VALUE_VERSION => INDEX_VALUE_BYTES,
+            _ => return Err(FormatError::Version(name, u16::from(version))),
+        };
+        if bytes.len() != length || codec != 0 {
             return Err(FormatError::Checksum(name));
         }
         let (segment, page, pages) = (fields.u32(), fields.u32(), fields.u32());
         let extent = Extent { segment, page, pages, apart: flags & 1 == 1 };
         let (header_crc32, generation, parent_tag) = (fields.u32(), fields.u64(), fields.u64());
-        let name = if bytes.len() == INDEX_VALUE_BYTES { fields.u64() } else { 0 };
+        let name = if version == 1 { 0 } else { fields.u64() };
         Ok(Self { extent, header_crc32, generation, parent_tag, namespace, name })
     }
 }
