@@ -19,6 +19,7 @@ mod sleep;
 mod stream;
 mod sync;
 mod touch;
+mod usable;
 
 /// The local plane's socket of a namespace is its gRPC socket's path and this.
 pub const SOCKET_SUFFIX: &str = ".plane";
@@ -37,6 +38,7 @@ pub use lease::{LeaseWords, announce, withdrawn};
 pub use ring::{Corrupt, Push, RecordHead, RingReader, RingView, RingWriter};
 pub use sleep::{fall_asleep, must_kick, wake_up};
 pub use stream::stream_copy;
+pub use usable::{GroupRun, usable_prefix, window_blocks};
 pub use touch::{TouchRing, Touched};
 
 /// Asks the processor to load the cache line of `item`; nothing where that can't be said.

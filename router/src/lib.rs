@@ -6,6 +6,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a failure in a test is a failed test"))]
 
 pub mod caps;
+pub mod cost;
 pub mod index;
 pub mod names;
 mod sync;

@@ -1,5 +1,7 @@
 //! How far a prefix can be used, given which of its blocks are there, for each kind of layer group.
 
+use kvstore_plane::{GroupRun, usable_prefix, window_blocks};
+
 use crate::layout::BlockKind;
 
 /// Which blocks of one group (of one shard) are readable, in prefix order.
@@ -16,22 +18,16 @@ pub struct GroupPresence<'a> {
 /// Full attention needs all of 0..n; a sliding window the blocks that its last `tokens - 1` tokens touch;
 /// recurrent state the state after block n - 1. Encoder outputs name no prefix: each is its own, so a
 /// leading run is all that can be said.
-pub fn readable_prefix(groups: &[GroupPresence<'_>], block_tokens: u32) -> usize {
-    let blocks = groups.iter().map(|group| group.present.len()).min().unwrap_or(0);
-    let mut usable = vec![true; blocks + 1];
-    for group in groups {
+pub fn readable_prefix<'a>(groups: &[GroupPresence<'a>], block_tokens: u32) -> usize {
+    let run = |group: &GroupPresence<'a>| {
         let needed = match group.kind {
             BlockKind::Attention | BlockKind::EncoderOutput => usize::MAX,
-            BlockKind::SlidingWindow { tokens } => tokens.saturating_sub(1).div_ceil(block_tokens.max(1)) as usize,
+            BlockKind::SlidingWindow { tokens } => window_blocks(tokens, block_tokens),
             BlockKind::RecurrentState => 1,
         };
-        let mut run = 0;
-        for (before, (usable, present)) in usable.iter_mut().skip(1).zip(group.present).enumerate() {
-            run = if *present { run + 1 } else { 0 };
-            *usable &= run >= needed.min(before + 1);
-        }
-    }
-    usable.iter().rposition(|usable| *usable).unwrap_or(0)
+        GroupRun { needed, present: group.present }
+    };
+    usable_prefix(&groups.iter().map(run).collect::<Vec<_>>())
 }
 
 #[cfg(test)]

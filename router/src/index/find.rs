@@ -36,6 +36,29 @@ impl PrefixIndex {
     }
 }
 
+impl PrefixIndex {
+    /// Tells `visit` of each block of `names` who has it, in order, until it says false. Never waits; a block that changes meanwhile may
+    /// be missed.
+    pub fn each(&self, names: &[u64], mut visit: impl FnMut(usize, &[HolderId]) -> bool) {
+        let seen = self.holders.generation();
+        let (mut tags, mut holders) = (Vec::with_capacity(8), Vec::with_capacity(8));
+        for (run, names) in names.chunks(PROBES).enumerate() {
+            names.iter().for_each(|name| self.table.touch(table::mixed(*name)));
+            for (at, name) in names.iter().enumerate() {
+                tags.clear();
+                holders.clear();
+                if let Some(found) = self.table.seen(table::mixed(*name), &self.cells) {
+                    found.tags(&mut tags);
+                }
+                holders.extend(tags.iter().filter_map(|tag| self.holders.holder(*tag, seen)));
+                if !visit(run * PROBES + at, &holders) {
+                    return;
+                }
+            }
+        }
+    }
+}
+
 impl Find<'_> {
     fn key(&self, at: usize) -> u64 {
         table::mixed(self.names.get(at).copied().unwrap_or_default())

@@ -183,6 +183,20 @@ impl PrefixIndex {
         self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
     }
 
+    /// The holder has these blocks now, of which it is not known what stands before them: a tier, which drops what it likes. What
+    /// such a holder has is told by [`Self::each`] and [`Self::has`]; [`Self::find`] is not for it.
+    pub fn store_scattered(&self, holder: HolderId, names: &[u64]) {
+        let mut writer = self.writer.lock();
+        let Some(tag) = self.holders.tag(holder) else { return };
+        for names in names.chunks(64) {
+            self.ahead(names);
+            for name in names {
+                self.store_one(&mut writer, tag, table::mixed(*name));
+            }
+        }
+        self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
+    }
+
     /// The holder does not have these blocks any more.
     pub fn remove(&self, holder: HolderId, names: &[u64]) {
         let mut writer = self.writer.lock();

@@ -1,0 +1,135 @@
+//! Which worker gets a request.
+
+use super::Terms;
+
+/// How to choose.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Choose {
+    /// 0: the one that is expected to answer first. Above: the others, too, the more often the nearer they come to it; at 1, one that is
+    /// expected to take twice as long gets a request for nearly three of the best.
+    pub temperature: f64,
+    /// Workers with so many requests under way get no more.
+    pub requests_max: u64,
+    /// Nor do those that are expected to take so many seconds to the first token.
+    pub seconds_max: f64,
+    /// A session stays with the worker that it was at, while that is expected to take at most so many times the best's time.
+    pub affinity: f64,
+}
+
+impl Default for Choose {
+    fn default() -> Self {
+        Self { temperature: 0.0, requests_max: 256, seconds_max: 60.0, affinity: 1.25 }
+    }
+}
+
+/// A choice.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Choice {
+    /// Which of the candidates.
+    pub at: usize,
+    /// It is where the session was before.
+    pub by_affinity: bool,
+}
+
+/// Every worker has as much as it may.
+#[derive(Clone, Copy, PartialEq, Debug, thiserror::Error)]
+#[error("every worker is full; the first is expected to be free in {retry_seconds:.1} s")]
+pub struct Overload {
+    /// When to try again, in seconds.
+    pub retry_seconds: f64,
+}
+
+/// Chooses among candidates: of each its terms, its requests under way, and whether the session was there before. `chance` is between 0 and 1.
+/// `None` where there are none.
+pub fn choose(how: &Choose, candidates: &[(Terms, u64, bool)], chance: f64) -> Option<Result<Choice, Overload>> {
+    if candidates.is_empty() {
+        return None;
+    }
+    let may = |(terms, requests, _): &(Terms, u64, bool)| {
+        *requests < how.requests_max && terms.queue_seconds + terms.fetch_seconds <= how.seconds_max
+    };
+    let open: Vec<usize> = (0..).zip(candidates).filter(|(_, candidate)| may(candidate)).map(|(at, _)| at).collect();
+    let expected = |at: usize| candidates.get(at).map_or(f64::MAX, |(terms, _, _)| terms.expected());
+    let requests = |at: usize| candidates.get(at).map_or(u64::MAX, |(_, requests, _)| *requests);
+    // Of equals, the one with fewer requests; of those, any.
+    let start = (chance * open.len() as f64) as usize;
+    let turned = open.iter().cycle().skip(start).take(open.len()).copied();
+    let best = turned.min_by(|a, b| expected(*a).total_cmp(&expected(*b)).then(requests(*a).cmp(&requests(*b))));
+    let Some(best) = best else {
+        let soonest = candidates.iter().map(|(terms, _, _)| terms.queue_seconds - how.seconds_max).fold(f64::MAX, f64::min);
+        return Some(Err(Overload { retry_seconds: soonest.clamp(1.0, 60.0) }));
+    };
+    let stays = |at: &&usize| {
+        candidates.get(**at).is_some_and(|(_, _, session)| *session) && expected(**at) <= expected(best) * how.affinity
+    };
+    if let Some(at) = open.iter().find(stays) {
+        return Some(Ok(Choice { at: *at, by_affinity: *at != best }));
+    }
+    let at = if how.temperature > 0.0 { sample(&open, &expected, expected(best), how.temperature, chance) } else { best };
+    Some(Ok(Choice { at, by_affinity: false }))
+}
+
+/// Softmax of how much longer than the best each takes, in units of the best's time.
+fn sample(open: &[usize], expected: &impl Fn(usize) -> f64, best: f64, temperature: f64, chance: f64) -> usize {
+    let weight = |at: usize| (-(expected(at) - best) / best.max(1e-3) / temperature).exp();
+    let total: f64 = open.iter().map(|at| weight(*at)).sum();
+    let mut left = chance * total;
+    for at in open {
+        left -= weight(*at);
+        if left <= 0.0 {
+            return *at;
+        }
+    }
+    open.last().copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candidate(queue: f64, requests: u64, session: bool) -> (Terms, u64, bool) {
+        (Terms { queue_seconds: queue, prefill_seconds: 0.1, ..Terms::default() }, requests, session)
+    }
+
+    fn chosen(how: &Choose, candidates: &[(Terms, u64, bool)], chance: f64) -> usize {
+        choose(how, candidates, chance).unwrap().unwrap().at
+    }
+
+    #[test]
+    fn the_first_to_answer_is_chosen() {
+        let how = Choose::default();
+        assert_eq!(choose(&how, &[], 0.5), None);
+        assert_eq!(chosen(&how, &[candidate(0.3, 1, false), candidate(0.1, 9, false), candidate(0.2, 0, false)], 0.9), 1);
+        // Equals take turns by chance, the emptier one first.
+        let equal = [candidate(0.1, 2, false), candidate(0.1, 2, false)];
+        assert_eq!((chosen(&how, &equal, 0.0), chosen(&how, &equal, 0.99)), (0, 1));
+        assert_eq!(chosen(&how, &[candidate(0.1, 2, false), candidate(0.1, 1, false)], 0.0), 1);
+    }
+
+    #[test]
+    fn a_session_stays_while_that_costs_little() {
+        let how = Choose::default();
+        let near = [candidate(0.1, 0, false), candidate(0.13, 0, true)];
+        assert_eq!(choose(&how, &near, 0.0), Some(Ok(Choice { at: 1, by_affinity: true })));
+        assert_eq!(chosen(&how, &[candidate(0.1, 0, false), candidate(0.3, 0, true)], 0.0), 0);
+    }
+
+    #[test]
+    fn who_is_full_gets_nothing_and_all_full_is_overload() {
+        let how = Choose { requests_max: 4, seconds_max: 2.0, ..Choose::default() };
+        assert_eq!(chosen(&how, &[candidate(0.0, 4, true), candidate(1.0, 3, false)], 0.0), 1);
+        let full = choose(&how, &[candidate(0.0, 4, false), candidate(9.0, 0, false)], 0.0).unwrap();
+        assert_eq!(full, Err(Overload { retry_seconds: 1.0 }));
+        let later = choose(&how, &[candidate(9.0, 0, false)], 0.0).unwrap();
+        assert_eq!(later, Err(Overload { retry_seconds: 7.0 }));
+    }
+
+    #[test]
+    fn warmth_spreads_and_prefers_the_better() {
+        let how = Choose { temperature: 1.0, ..Choose::default() };
+        let candidates = [candidate(0.1, 0, false), candidate(0.3, 0, false), candidate(50.0, 0, false)];
+        let mut counts = [0; 3];
+        (0..1000).for_each(|step| counts[chosen(&how, &candidates, f64::from(step) / 1000.0)] += 1);
+        assert!(counts[0] > 650 && counts[1] > 200 && counts[2] == 0, "{counts:?}");
+    }
+}
