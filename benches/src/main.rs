@@ -14,6 +14,7 @@ mod object;
 mod overcommit;
 mod process;
 mod restart;
+mod routing;
 
 use clap::Parser;
 
@@ -23,8 +24,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Measure figures.
 #[derive(Parser)]
 struct Arguments {
-    /// Groups, separated by commas: grpc, index, eviction, nvme, restart, local, object, advise.
-    #[arg(long, default_value = "grpc,index,eviction,nvme,restart,local,object,advise", value_delimiter = ',')]
+    /// Groups, separated by commas: grpc, index, eviction, nvme, restart, local, object, advise, router.
+    #[arg(long, default_value = "grpc,index,eviction,nvme,restart,local,object,advise,router", value_delimiter = ',')]
     figures: Vec<String>,
     /// Rounds of each paired measurement.
     #[arg(long, default_value_t = 15)]
@@ -65,8 +66,9 @@ fn main() -> anyhow::Result<()> {
                 figures
             }
             "advise" => advise::measure(&arguments.daemon, &arguments.trace, arguments.rounds)?,
+            "router" => routing::measure(&arguments.trace)?,
             other => {
-                let valid = "grpc, index, eviction, nvme, restart, local, object, advise";
+                let valid = "grpc, index, eviction, nvme, restart, local, object, advise, router";
                 anyhow::bail!("unknown group {other:?}: valid are {valid}")
             }
         };

@@ -29,12 +29,12 @@ mod watch;
 pub use connection::{Client, Plane};
 pub use error::Error;
 pub use get::{GetOptions, GetOutcome};
-/// What a watch names blocks by, and how far a prefix can be used.
-#[doc(inline)]
-pub use kvstore_plane::{GroupRun, event_name, usable_prefix, window_blocks};
 /// What leased blocks are copied out with where they are many: past the cache.
 #[doc(inline)]
 pub use kvstore_plane::stream_copy;
+/// What a watch names blocks by, and how far a prefix can be used.
+#[doc(inline)]
+pub use kvstore_plane::{GroupRun, event_name, usable_prefix, window_blocks};
 pub use kvstore_proto::v1;
 pub use local::{LeasedBlock, Leases};
 pub use put::{PutBlock, PutOptions, PutSlice};

@@ -38,8 +38,8 @@ pub use lease::{LeaseWords, announce, withdrawn};
 pub use ring::{Corrupt, Push, RecordHead, RingReader, RingView, RingWriter};
 pub use sleep::{fall_asleep, must_kick, wake_up};
 pub use stream::stream_copy;
-pub use usable::{GroupRun, usable_prefix, window_blocks};
 pub use touch::{TouchRing, Touched};
+pub use usable::{GroupRun, usable_prefix, window_blocks};
 
 /// Asks the processor to load the cache line of `item`; nothing where that can't be said.
 pub fn prefetch<T>(item: &T) {

@@ -56,7 +56,8 @@ pub fn choose(how: &Choose, candidates: &[(Terms, u64, bool)], chance: f64) -> O
     let turned = open.iter().cycle().skip(start).take(open.len()).copied();
     let best = turned.min_by(|a, b| expected(*a).total_cmp(&expected(*b)).then(requests(*a).cmp(&requests(*b))));
     let Some(best) = best else {
-        let soonest = candidates.iter().map(|(terms, _, _)| terms.queue_seconds - how.seconds_max).fold(f64::MAX, f64::min);
+        let soonest =
+            candidates.iter().map(|(terms, _, _)| terms.queue_seconds - how.seconds_max).fold(f64::MAX, f64::min);
         return Some(Err(Overload { retry_seconds: soonest.clamp(1.0, 60.0) }));
     };
     let stays = |at: &&usize| {
@@ -65,7 +66,8 @@ pub fn choose(how: &Choose, candidates: &[(Terms, u64, bool)], chance: f64) -> O
     if let Some(at) = open.iter().find(stays) {
         return Some(Ok(Choice { at: *at, by_affinity: *at != best }));
     }
-    let at = if how.temperature > 0.0 { sample(&open, &expected, expected(best), how.temperature, chance) } else { best };
+    let at =
+        if how.temperature > 0.0 { sample(&open, &expected, expected(best), how.temperature, chance) } else { best };
     Some(Ok(Choice { at, by_affinity: false }))
 }
 
@@ -99,7 +101,10 @@ mod tests {
     fn the_first_to_answer_is_chosen() {
         let how = Choose::default();
         assert_eq!(choose(&how, &[], 0.5), None);
-        assert_eq!(chosen(&how, &[candidate(0.3, 1, false), candidate(0.1, 9, false), candidate(0.2, 0, false)], 0.9), 1);
+        assert_eq!(
+            chosen(&how, &[candidate(0.3, 1, false), candidate(0.1, 9, false), candidate(0.2, 0, false)], 0.9),
+            1
+        );
         // Equals take turns by chance, the emptier one first.
         let equal = [candidate(0.1, 2, false), candidate(0.1, 2, false)];
         assert_eq!((chosen(&how, &equal, 0.0), chosen(&how, &equal, 0.99)), (0, 1));

@@ -174,18 +174,15 @@ mod tests {
         let mut load = Load::default();
         let first = load.add('a', 1000, 400, at(0), at(100_000));
         let second = load.add('a', 2000, 2000, at(10), at(100_000));
-        assert_eq!(
-            load.of('a'),
-            WorkerLoad { prefill_tokens: 2400, prefilling: 2, decoding: 0, held_tokens: 3000 }
-        );
+        assert_eq!(load.of('a'), WorkerLoad { prefill_tokens: 2400, prefilling: 2, decoding: 0, held_tokens: 3000 });
         assert_eq!(load.first_token(first, at(50)), Some(Ended { worker: 'a', work: 400, decoding: 0, took: at(50) }));
         assert_eq!(load.first_token(first, at(60)), None);
         load.tokens(first, 7, at(100_000));
+        assert_eq!(load.of('a'), WorkerLoad { prefill_tokens: 2000, prefilling: 1, decoding: 1, held_tokens: 3007 });
         assert_eq!(
-            load.of('a'),
-            WorkerLoad { prefill_tokens: 2000, prefilling: 1, decoding: 1, held_tokens: 3007 }
+            load.first_token(second, at(90)),
+            Some(Ended { worker: 'a', work: 2400, decoding: 0, took: at(80) })
         );
-        assert_eq!(load.first_token(second, at(90)), Some(Ended { worker: 'a', work: 2400, decoding: 0, took: at(80) }));
         assert_eq!((load.free(first), load.free(first), load.free(second)), (Some('a'), None, Some('a')));
         assert_eq!((load.of('a'), load.requests()), (WorkerLoad::default(), 0));
     }

@@ -162,7 +162,11 @@ mod tests {
     #[test]
     fn what_is_cached_costs_nothing_and_what_is_fetched_costs_its_way() {
         let (speed, load) = (speed(), WorkerLoad::default());
-        let rates = [TierRate { bytes_per_second: 1e9, latency_seconds: 0.001, queued_bytes: 0 }, TierRate::default(), TierRate::default()];
+        let rates = [
+            TierRate { bytes_per_second: 1e9, latency_seconds: 0.001, queued_bytes: 0 },
+            TierRate::default(),
+            TierRate::default(),
+        ];
         let of = |cached| Terms::of(10_000, cached, &load, &speed, &rates);
         let cold = of(Cached::default());
         assert!((cold.prefill_seconds - 1.0).abs() < 0.05, "{cold:?}");

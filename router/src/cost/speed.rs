@@ -61,13 +61,9 @@ impl Speed {
     /// A request whose own tokens, and those ahead of it, were `tokens` got its first token after `took`, while `decoding` others were
     /// decoded.
     pub fn learn_prefill(&mut self, tokens: u64, _decoding: u64, took: Duration) {
-        for sum in [
-            &mut self.count,
-            &mut self.tokens,
-            &mut self.seconds,
-            &mut self.tokens_tokens,
-            &mut self.tokens_seconds,
-        ] {
+        for sum in
+            [&mut self.count, &mut self.tokens, &mut self.seconds, &mut self.tokens_tokens, &mut self.tokens_seconds]
+        {
             *sum *= KEEP;
         }
         // Long waits vary more: each counts by what it says of the rate.
