@@ -24,8 +24,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Measure figures.
 #[derive(Parser)]
 struct Arguments {
-    /// Groups, separated by commas: grpc, index, eviction, nvme, restart, local, object, advise, router.
-    #[arg(long, default_value = "grpc,index,eviction,nvme,restart,local,object,advise,router", value_delimiter = ',')]
+    /// Groups, separated by commas: grpc, index, eviction, nvme, restart, local, object, advise, routing.
+    #[arg(long, default_value = "grpc,index,eviction,nvme,restart,local,object,advise,routing", value_delimiter = ',')]
     figures: Vec<String>,
     /// Rounds of each paired measurement.
     #[arg(long, default_value_t = 15)]
@@ -66,9 +66,9 @@ fn main() -> anyhow::Result<()> {
                 figures
             }
             "advise" => advise::measure(&arguments.daemon, &arguments.trace, arguments.rounds)?,
-            "router" => routing::measure(&arguments.trace)?,
+            "routing" => routing::measure(&arguments.trace)?,
             other => {
-                let valid = "grpc, index, eviction, nvme, restart, local, object, advise, router";
+                let valid = "grpc, index, eviction, nvme, restart, local, object, advise, routing";
                 anyhow::bail!("unknown group {other:?}: valid are {valid}")
             }
         };

@@ -16,6 +16,10 @@ pub const PROBES_MAX: usize = 16;
 pub const HOLES_MAX: usize = 64;
 /// Times that a reader looks again at what changes under its eyes, before it counts as not there.
 pub const READ_TRIES: usize = 8;
+/// Bytes of one message of events: a prompt of a million tokens in it, five bytes each at most.
+pub const EVENT_BYTES_MAX: usize = 6 << 20;
+/// Events of one message: each takes some 150 bytes here, and two there.
+pub const EVENTS_PER_MESSAGE_MAX: usize = 1 << 16;
 /// The least bound of an index: a few segments.
 pub const INDEX_BYTES_MIN: u64 = 1 << 20;
 /// Segments that are swept of holders that left with each event: they are gone after a few thousand events, and a sweep of a

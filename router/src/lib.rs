@@ -7,6 +7,7 @@
 
 pub mod caps;
 pub mod cost;
+pub mod events;
 pub mod index;
 pub mod names;
 mod sync;

@@ -178,10 +178,6 @@ impl Engine {
         self.waiting.push_back((at, request));
     }
 
-    pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.prefilling.is_empty() && self.decoding.is_empty()
-    }
-
     /// Leading blocks in the engine's memory, and how many of those that follow are in the node's.
     pub fn cached(&self, blocks: &[u64]) -> (usize, usize) {
         let engine = blocks.iter().take_while(|block| self.memory.has(**block)).count();

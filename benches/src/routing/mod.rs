@@ -5,6 +5,8 @@
 
 mod engine;
 
+#![expect(clippy::indexing_slicing, reason = "workers and requests are numbered here")]
+
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::path::Path;
@@ -268,12 +270,12 @@ pub fn measure(path: &Path) -> anyhow::Result<Vec<Figure>> {
             worst_p99 = worst_p99.max(p99);
         }
         if load == 70 {
-            figures.push(Figure::new("router", "ttft_mean_of_the_best_other_at_70", median(means), "<= 0.9"));
-            figures.push(Figure::new("router", "ttft_mean_worst_seed_at_70", worst_mean, "< 1"));
-            figures.push(Figure::new("router", "ttft_p99_worst_seed_at_70", worst_p99, "< 1"));
+            figures.push(Figure::new("routing", "ttft_mean_of_the_best_other_at_70", median(means), "<= 0.9"));
+            figures.push(Figure::new("routing", "ttft_mean_worst_seed_at_70", worst_mean, "< 1"));
+            figures.push(Figure::new("routing", "ttft_p99_worst_seed_at_70", worst_p99, "< 1"));
         } else {
-            figures.push(Figure::note("router", &format!("ttft_mean_of_the_best_other_at_{load}"), median(means)));
-            figures.push(Figure::note("router", &format!("ttft_p99_worst_seed_at_{load}"), worst_p99));
+            figures.push(Figure::note("routing", &format!("ttft_mean_of_the_best_other_at_{load}"), median(means)));
+            figures.push(Figure::note("routing", &format!("ttft_p99_worst_seed_at_{load}"), worst_p99));
         }
     }
     Ok(figures)

@@ -161,10 +161,10 @@ impl Directory {
             self.damaged.clear();
         }
         self.damaged.insert((place_of(pack), digest));
-        if self.blocks.get(&digest).is_some_and(|place| Arc::ptr_eq(&place.pack, pack)) {
-            if let Some(block) = self.blocks.remove(&digest).and_then(|place| place.packed()) {
-                self.say(pack, &block, false);
-            }
+        if self.blocks.get(&digest).is_some_and(|place| Arc::ptr_eq(&place.pack, pack))
+            && let Some(block) = self.blocks.remove(&digest).and_then(|place| place.packed())
+        {
+            self.say(pack, &block, false);
         }
     }
 
