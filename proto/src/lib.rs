@@ -1,10 +1,11 @@
-//! The contract: the messages and services of `kvstore.v1`, the framing of their byte streams, and the
-//! hashes by which engines name blocks.
+//! The contract: the messages and services of `kvstore.v1`, the framing of their byte streams, the hashes by
+//! which engines name blocks, and what of ZeroMQ events travel over.
 //!
-//! Does no I/O. Both sides of the wire use it; nothing below the wire does.
+//! Opens no connection. Both sides of the wire use it; nothing below the wire does.
 
 pub mod data_stream;
 pub mod hashes;
+pub mod zmtp;
 
 /// The generated messages and services.
 pub mod v1 {

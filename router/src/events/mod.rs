@@ -1,3 +1,7 @@
 //! What engines say of the blocks in their own memory, and what nodes say of theirs.
 
+mod engine;
+pub mod subscriber;
 pub mod vllm;
+
+pub use engine::{EngineView, Naming};

@@ -1,0 +1,233 @@
+//! Following one rank of an engine over ZeroMQ: its events as they come, the lost ones over its replay socket, and nothing of what it said
+//! before it restarted.
+//!
+//! Messages are numbered from 0 in an engine's life. A number that does not follow the last one is a gap: what is missing is asked for again.
+//! After a connection broke, the last message that was seen is asked for first: where the engine still has it, and it is the same, the
+//! engine lives, and what followed is taken; otherwise it is another life, and all that is known of it is forgotten. Without a replay
+//! socket, a gap or a broken connection forgets everything.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use kvstore_proto::zmtp::{Connection, Endpoint, ZmtpError};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::{sleep, timeout};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::{EngineView, vllm};
+use crate::caps;
+
+/// A first try, and the longest pause between two.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// An engine that does not greet, or replays nothing for so long, is not there.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Where one rank's events are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Its PUB socket.
+    pub events: Endpoint,
+    /// Its ROUTER socket.
+    pub replay: Option<Endpoint>,
+    /// Only messages whose topic starts so.
+    pub topic: String,
+    /// The rank.
+    pub rank: u32,
+}
+
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
+type Socket = Connection<Box<dyn Stream>>;
+
+async fn connect(endpoint: &Endpoint, socket_type: &str) -> Result<Socket, ZmtpError> {
+    let whole = async {
+        let stream: Box<dyn Stream> = match endpoint {
+            Endpoint::Tcp(host, port) => {
+                let stream = TcpStream::connect((host.as_str(), *port)).await?;
+                stream.set_nodelay(true)?;
+                // An engine that hangs for hours looks like one with nothing to say: the kernel asks.
+                Box::new(stream)
+            }
+            Endpoint::Ipc(path) => Box::new(UnixStream::connect(path).await?),
+        };
+        Connection::handshake(stream, socket_type, caps::EVENT_BYTES_MAX + 1024).await
+    };
+    match timeout(PATIENCE, whole).await {
+        Ok(connected) => connected,
+        Err(_) => Err(ZmtpError::Protocol("no greeting within 10 s".into())),
+    }
+}
+
+/// A message: its number and its payload.
+fn numbered(frames: &[Bytes]) -> Option<(u64, &Bytes)> {
+    let [.., number, payload] = frames else { return None };
+    Some((u64::from_be_bytes(number.as_ref().try_into().ok()?), payload))
+}
+
+/// See the head of this file.
+pub struct Subscriber {
+    source: Source,
+    view: Arc<EngineView>,
+    /// The last message: its number, and what it was.
+    last: Option<(u64, u64)>,
+    /// Messages that could not be read.
+    bad: u64,
+}
+
+/// What came of asking for messages again.
+#[derive(Debug, PartialEq, Eq)]
+enum Replayed {
+    /// They are the same life's, and everything is known up to the engine's present.
+    Same,
+    /// The engine does not have what was seen last.
+    Another,
+}
+
+impl Subscriber {
+    /// Of one rank; what it says goes into `view`.
+    pub fn new(source: Source, view: Arc<EngineView>) -> Self {
+        Self { source, view, last: None, bad: 0 }
+    }
+
+    /// Follows until the future is dropped.
+    pub async fn follow(mut self) {
+        let mut pause = PAUSE.0;
+        let mut told = false;
+        loop {
+            match connect(&self.source.events, "SUB").await {
+                Ok(socket) => {
+                    tracing::info!(endpoint = %self.source.events, rank = self.source.rank, "following an engine's events");
+                    (pause, told) = (PAUSE.0, false);
+                    let error = self.listen(socket).await;
+                    tracing::warn!(endpoint = %self.source.events, %error, "an engine's events ended");
+                }
+                Err(error) if !told => {
+                    tracing::warn!(endpoint = %self.source.events, %error, "no events from an engine; trying again");
+                    told = true;
+                }
+                Err(_) => {}
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+
+    async fn listen(&mut self, mut socket: Socket) -> ZmtpError {
+        let mut subscription = vec![1];
+        subscription.extend_from_slice(self.source.topic.as_bytes());
+        if let Err(error) = socket.send(&[&subscription]).await {
+            return error;
+        }
+        // From here on nothing is missed: what was published before is replayed, what comes meanwhile waits in the socket.
+        self.catch_up().await;
+        loop {
+            let frames = match socket.receive().await {
+                Ok(Some(frames)) => frames,
+                Ok(None) => return ZmtpError::Protocol("the engine hung up".into()),
+                Err(error) => return error,
+            };
+            let Some((number, payload)) = numbered(&frames) else {
+                self.bad += 1;
+                continue;
+            };
+            match self.last {
+                // It was replayed.
+                Some((last, _)) if number <= last && self.is_known_duplicate(number, payload) => {}
+                Some((last, _)) if number == last + 1 => self.take(number, payload),
+                None if number == 0 => self.take(number, payload),
+                _ => {
+                    self.catch_up().await;
+                    // What the replay brought, or could not bring: this message is either in it, or the first that is known.
+                    if self.last.is_none_or(|(last, _)| number > last) {
+                        self.take(number, payload);
+                    }
+                }
+            }
+        }
+    }
+
+    fn is_known_duplicate(&self, number: u64, payload: &Bytes) -> bool {
+        match self.last {
+            Some((last, digest)) if last == number => digest == xxh3_64(payload),
+            // Before the last one of a replay: another life would begin at 0, and its connection anew.
+            Some((last, _)) => number < last && self.source.replay.is_some() && number > 0,
+            None => false,
+        }
+    }
+
+    fn take(&mut self, number: u64, payload: &Bytes) {
+        self.last = Some((number, xxh3_64(payload)));
+        match vllm::decode(payload) {
+            Ok(batch) => self.view.apply(&batch, self.source.rank),
+            Err(error) => {
+                self.bad += 1;
+                if self.bad.is_power_of_two() {
+                    tracing::warn!(endpoint = %self.source.events, %error, bad = self.bad, "an event cannot be read: nothing is known of this engine any more");
+                }
+                // What it said is not known, and may have been a removal.
+                self.view.fence();
+            }
+        }
+    }
+
+    /// Asks for what is missing; where that is not to be had, everything is forgotten.
+    async fn catch_up(&mut self) {
+        let replayed = match &self.source.replay {
+            Some(endpoint) => {
+                let endpoint = endpoint.clone();
+                match timeout(PATIENCE * 6, self.replay(&endpoint)).await {
+                    Ok(Ok(replayed)) => replayed,
+                    Ok(Err(error)) => {
+                        tracing::warn!(%endpoint, %error, "an engine does not replay its events");
+                        Replayed::Another
+                    }
+                    Err(_) => Replayed::Another,
+                }
+            }
+            None => Replayed::Another,
+        };
+        if replayed == Replayed::Another && self.last.take().is_some() {
+            tracing::warn!(endpoint = %self.source.events, "events of an engine are lost, or it restarted: what was known of it is forgotten");
+            self.view.fence();
+            // Another life's events, as far back as it has them.
+            if let Some(endpoint) = self.source.replay.clone() {
+                let _ = timeout(PATIENCE * 6, self.replay(&endpoint)).await;
+            }
+        }
+    }
+
+    async fn replay(&mut self, endpoint: &Endpoint) -> Result<Replayed, ZmtpError> {
+        let mut socket = connect(endpoint, "DEALER").await?;
+        let from = self.last.map_or(0, |(last, _)| last);
+        socket.send(&[b"", &from.to_be_bytes()]).await?;
+        let mut seen_last = self.last.is_none();
+        loop {
+            let received = timeout(PATIENCE, socket.receive()).await;
+            let frames = match received {
+                Ok(frames) => frames?.ok_or_else(|| ZmtpError::Protocol("it hung up in a replay".into()))?,
+                Err(_) => return Err(ZmtpError::Protocol("nothing came for 10 s in a replay".into())),
+            };
+            let Some((number, payload)) = numbered(&frames) else {
+                return Err(ZmtpError::Protocol("a replayed message without a number".into()));
+            };
+            if number == u64::MAX {
+                return Ok(if seen_last { Replayed::Same } else { Replayed::Another });
+            }
+            match self.last {
+                Some((last, digest)) if !seen_last => {
+                    if number != last || digest != xxh3_64(payload) {
+                        return Ok(Replayed::Another);
+                    }
+                    seen_last = true;
+                }
+                Some((last, _)) if number == last + 1 => self.take(number, payload),
+                Some((last, _)) if number <= last => {}
+                // The first of all that the engine still has; or a hole in its memory.
+                None => self.take(number, payload),
+                Some(_) => return Ok(Replayed::Another),
+            }
+        }
+    }
+}
