@@ -164,15 +164,24 @@ impl Client {
         Self::connect_over(address, Plane::Auto).await
     }
 
-    /// The same, over this plane.
+    /// A client that connects over gRPC with its first call, and again with any later one: for a daemon that may be away.
+    pub fn lazy(address: &str) -> Result<Self, Error> {
+        Ok(Self::of(Target::parse(address)?, Plane::Grpc))
+    }
+
+    fn of(target: Target, plane: Plane) -> Self {
+        let life = ArcSwap::new(Life::new());
+        let shared = Shared { target, plane, life, local: ArcSwapOption::empty(), layouts: ArcSwap::default() };
+        Self { shared: Arc::new(shared), deadline: DEADLINE }
+    }
+
+    /// As [`Self::connect`], over this plane.
     pub async fn connect_over(address: &str, plane: Plane) -> Result<Self, Error> {
         let target = Target::parse(address)?;
         if plane == Plane::Local && matches!(target, Target::Tcp(_)) {
             return Err(Error::Unsupported(format!("{target} has no local plane: connect to a Unix socket")));
         }
-        let life = ArcSwap::new(Life::new());
-        let shared = Shared { target, plane, life, local: ArcSwapOption::empty(), layouts: ArcSwap::default() };
-        let client = Self { shared: Arc::new(shared), deadline: DEADLINE };
+        let client = Self::of(target, plane);
         // Attached, it dials for gRPC when a call needs that.
         if client.attached_for_calls()?.is_none() {
             client.within(client.connection()).await?;

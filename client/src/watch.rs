@@ -19,6 +19,8 @@ const AGAIN_MAX: Duration = Duration::from_secs(5);
 pub enum WatchEvent {
     /// Forget what is known of this daemon: layouts and a snapshot follow.
     Reset,
+    /// A watch that was cut off goes on where it ended: what is known is true again, once the next changes came.
+    Resumed,
     /// A layout, and what names its blocks.
     Layout(WatchLayout),
     /// Blocks that are readable.
@@ -82,11 +84,7 @@ impl Watch {
             }
             let Some(stream) = &mut self.stream else { continue };
             match stream.message().await {
-                Ok(Some(WatchResponse { part: Some(part) })) => {
-                    if let Some(event) = self.take(part) {
-                        return event;
-                    }
-                }
+                Ok(Some(WatchResponse { part: Some(part) })) => return self.take(part),
                 // Sent by a newer daemon.
                 Ok(Some(WatchResponse { part: None })) => {}
                 Ok(None) => return self.lost(Error::Unavailable("the daemon ended the watch".into())),
@@ -106,26 +104,26 @@ impl Watch {
         WatchEvent::Lost(error)
     }
 
-    fn take(&mut self, part: Part) -> Option<WatchEvent> {
+    fn take(&mut self, part: Part) -> WatchEvent {
         self.pause = AGAIN_FIRST;
         match part {
             Part::Start(start) => {
                 (self.log, self.next) = (start.log, start.next);
-                start.snapshot.then_some(WatchEvent::Reset)
+                if start.snapshot { WatchEvent::Reset } else { WatchEvent::Resumed }
             }
             Part::Changes(changes) if changes.first == self.next => {
                 self.next = changes.next;
-                Some(WatchEvent::Changes(changes))
+                WatchEvent::Changes(changes)
             }
             Part::Changes(changes) => {
                 let gap = format!("changes {} to {} are missing: starting anew", self.next, changes.first);
                 (self.log, self.next) = (0, 0);
-                Some(self.lost(Error::Other(gap)))
+                self.lost(Error::Other(gap))
             }
-            Part::Layout(layout) => Some(WatchEvent::Layout(layout)),
-            Part::Snapshot(snapshot) => Some(WatchEvent::Snapshot(snapshot)),
-            Part::SnapshotEnd(end) => Some(WatchEvent::SnapshotEnd(end.next)),
-            Part::Rates(rates) => Some(WatchEvent::Rates(rates)),
+            Part::Layout(layout) => WatchEvent::Layout(layout),
+            Part::Snapshot(snapshot) => WatchEvent::Snapshot(snapshot),
+            Part::SnapshotEnd(end) => WatchEvent::SnapshotEnd(end.next),
+            Part::Rates(rates) => WatchEvent::Rates(rates),
         }
     }
 }

@@ -43,13 +43,20 @@ impl Sha256Cbor {
 
     /// The hash of a block after `parent` (`None` for the first).
     pub fn block(&self, parent: Option<&[u8]>, tokens: &[u32], extra: &[ExtraKey]) -> Result<[u8; 32], EncodeError> {
-        let parent = parent.unwrap_or(&self.none_hash).to_vec();
-        let tokens = tokens.iter().map(|token| Value::Integer((*token).into())).collect();
+        // A router hashes every prompt: the tokens, nearly all of it, are encoded here.
+        let mut encoded = Vec::with_capacity(64 + tokens.len() * 5);
+        head(&mut encoded, 4, 3);
+        let parent = parent.unwrap_or(&self.none_hash);
+        head(&mut encoded, 2, parent.len() as u64);
+        encoded.extend_from_slice(parent);
+        head(&mut encoded, 4, tokens.len() as u64);
+        tokens.iter().for_each(|token| head(&mut encoded, 0, u64::from(*token)));
         let extra = match extra {
             [] => Value::Null,
             keys => Value::Array(keys.iter().map(ExtraKey::value).collect()),
         };
-        digest(&Value::Array(vec![Value::Bytes(parent), Value::Array(tokens), extra]))
+        ciborium::into_writer(&extra, &mut encoded).map_err(|error| EncodeError(error.to_string()))?;
+        Ok(Sha256::digest(&encoded).into())
     }
 
     /// The hashes of the full blocks of a prompt without extra keys.
@@ -69,6 +76,27 @@ impl ExtraKey {
             Self::Text(text) => Value::Text(text.clone()),
             Self::Multimodal(item, at) => Value::Array(vec![Value::Text(item.clone()), Value::Integer((*at).into())]),
             Self::Bytes(bytes) => Value::Bytes(bytes.clone()),
+        }
+    }
+}
+
+/// The head of a CBOR item: its major type, and a number in as few bytes as it takes.
+fn head(out: &mut Vec<u8>, major: u8, number: u64) {
+    let major = major << 5;
+    match number {
+        0..=23 => out.push(major | number as u8),
+        24..=0xFF => out.extend_from_slice(&[major | 24, number as u8]),
+        0x100..=0xFFFF => {
+            out.push(major | 25);
+            out.extend_from_slice(&(number as u16).to_be_bytes());
+        }
+        0x1_0000..=0xFFFF_FFFF => {
+            out.push(major | 26);
+            out.extend_from_slice(&(number as u32).to_be_bytes());
+        }
+        _ => {
+            out.push(major | 27);
+            out.extend_from_slice(&number.to_be_bytes());
         }
     }
 }
@@ -166,6 +194,20 @@ mod tests {
                 "1020c6c2b5a478ecb3852b7d969880132c1626c81d04066d08b67cd3ba876388",
             ]
         );
+    }
+
+    /// What is encoded here by hand is what the library writes, for numbers of every length.
+    #[test]
+    fn the_encoding_is_canonical_cbor() {
+        let tokens = [0, 23, 24, 255, 256, 65_535, 65_536, u32::MAX];
+        let extra = [ExtraKey::Text("salt".into()), ExtraKey::Multimodal("image".into(), -3)];
+        let parent = [7u8; 32];
+        let by_library = digest(&Value::Array(vec![
+            Value::Bytes(parent.to_vec()),
+            Value::Array(tokens.iter().map(|token| Value::Integer((*token).into())).collect()),
+            Value::Array(extra.iter().map(ExtraKey::value).collect()),
+        ]));
+        assert_eq!(Sha256Cbor::default().block(Some(&parent), &tokens, &extra).unwrap(), by_library.unwrap());
     }
 
     #[test]

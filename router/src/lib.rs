@@ -8,6 +8,8 @@
 pub mod caps;
 pub mod cost;
 pub mod events;
+pub mod fleet;
+pub mod hashing;
 pub mod index;
 pub mod names;
 mod sync;

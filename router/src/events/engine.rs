@@ -1,6 +1,5 @@
 //! What one engine has in its own memory, as its events say.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -182,11 +181,4 @@ impl Drop for EngineView {
 
 fn is_own_memory(medium: Option<&str>) -> bool {
     matches!(medium, None | Some("GPU" | "gpu" | "HBM"))
-}
-
-/// Ranks of an engine, each with its groups.
-pub fn by_rank(groups: &[EngineGroup]) -> HashMap<u32, Vec<EngineGroup>> {
-    let mut ranks: HashMap<u32, Vec<EngineGroup>> = HashMap::new();
-    groups.iter().for_each(|group| ranks.entry(group.rank).or_default().push(*group));
-    ranks
 }

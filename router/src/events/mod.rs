@@ -4,4 +4,4 @@ mod engine;
 pub mod subscriber;
 pub mod vllm;
 
-pub use engine::{EngineView, Naming};
+pub use engine::{EngineCounts, EngineGroup, EngineView, Naming};

@@ -1,0 +1,211 @@
+//! The workers and the nodes, and how much of a prompt each would find where.
+
+mod node;
+mod worker;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use kvstore_client::{GroupRun, usable_prefix, window_blocks};
+use parking_lot::RwLock;
+
+pub use node::{Node, NodeStatus};
+pub use worker::{Role, Worker, WorkerSpec};
+
+use crate::cost::Cached;
+use crate::events::vllm::GroupKind;
+use crate::events::{EngineGroup, Naming};
+use crate::hashing::{Chain, Hashing};
+use crate::index::{HolderId, Match, PrefixIndex};
+
+/// What the indexes may take.
+#[derive(Clone, Copy, Debug)]
+pub struct FleetOptions {
+    /// Bytes of the index of engines' memory.
+    pub engine_index_bytes: u64,
+    /// Bytes of the index of nodes' tiers.
+    pub node_index_bytes: u64,
+}
+
+impl Default for FleetOptions {
+    fn default() -> Self {
+        // Some ten million blocks each.
+        Self { engine_index_bytes: 1 << 30, node_index_bytes: 1 << 30 }
+    }
+}
+
+#[derive(Default)]
+struct State {
+    workers: BTreeMap<String, Arc<Worker>>,
+    nodes: BTreeMap<String, Arc<Node>>,
+}
+
+/// See the head of this file. Shared by `Arc`.
+pub struct Fleet {
+    engines: Arc<PrefixIndex>,
+    tiers: Arc<PrefixIndex>,
+    hashing: Hashing,
+    state: RwLock<State>,
+    numbers: AtomicUsize,
+}
+
+impl Fleet {
+    /// Of nobody yet.
+    pub fn new(hashing: Hashing, options: FleetOptions) -> Arc<Self> {
+        let engines = match &hashing {
+            Hashing::Sha256Cbor(_) => PrefixIndex::new(options.engine_index_bytes),
+            Hashing::Engine => PrefixIndex::with_opaque_names(options.engine_index_bytes),
+        };
+        Arc::new(Self {
+            engines: Arc::new(engines),
+            tiers: Arc::new(PrefixIndex::new(options.node_index_bytes)),
+            hashing,
+            state: RwLock::default(),
+            numbers: AtomicUsize::new(0),
+        })
+    }
+
+    /// How its engines name blocks.
+    pub fn hashing(&self) -> &Hashing {
+        &self.hashing
+    }
+
+    /// The index of engines' memory.
+    pub fn engine_index(&self) -> &PrefixIndex {
+        &self.engines
+    }
+
+    /// The index of nodes' tiers.
+    pub fn tier_index(&self) -> &PrefixIndex {
+        &self.tiers
+    }
+
+    /// All workers, in the order of their names.
+    pub fn workers(&self) -> Vec<Arc<Worker>> {
+        self.state.read().workers.values().cloned().collect()
+    }
+
+    /// All nodes.
+    pub fn nodes(&self) -> Vec<Arc<Node>> {
+        self.state.read().nodes.values().cloned().collect()
+    }
+
+    /// One worker.
+    pub fn worker(&self, id: &str) -> Option<Arc<Worker>> {
+        self.state.read().workers.get(id).cloned()
+    }
+
+    /// The workers are these from now on: those that are new or changed are followed anew, those that are gone are forgotten. Call it in a runtime.
+    pub fn set_workers(&self, specs: &[WorkerSpec]) {
+        let mut state = self.state.write();
+        let wanted: BTreeMap<&str, &WorkerSpec> = specs.iter().map(|spec| (spec.id.as_str(), spec)).collect();
+        state.workers.retain(|id, worker| wanted.get(id.as_str()) == Some(&&worker.spec));
+        let nodes: std::collections::BTreeSet<&str> = specs.iter().filter_map(|spec| spec.node.as_deref()).collect();
+        state.nodes.retain(|address, _| nodes.contains(address.as_str()));
+        for address in nodes {
+            if !state.nodes.contains_key(address)
+                && let Some(node) = Node::follow(address, Arc::clone(&self.tiers))
+            {
+                state.nodes.insert(address.to_owned(), node);
+            }
+        }
+        for (id, spec) in wanted {
+            if !state.workers.contains_key(id) {
+                let node = spec.node.as_ref().and_then(|address| state.nodes.get(address).cloned());
+                let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+                let worker = Worker::follow(spec.clone(), number, node, Arc::clone(&self.engines), self.naming(spec));
+                state.workers.insert(id.to_owned(), worker);
+            }
+        }
+    }
+
+    /// Adds one worker, or changes it.
+    pub fn add_worker(&self, spec: WorkerSpec) {
+        let mut specs: Vec<WorkerSpec> = self.workers().iter().map(|worker| worker.spec.clone()).collect();
+        specs.retain(|known| known.id != spec.id);
+        specs.push(spec);
+        self.set_workers(&specs);
+    }
+
+    /// Forgets one worker; false where it is not known.
+    pub fn remove_worker(&self, id: &str) -> bool {
+        let mut specs: Vec<WorkerSpec> = self.workers().iter().map(|worker| worker.spec.clone()).collect();
+        let before = specs.len();
+        specs.retain(|known| known.id != id);
+        self.set_workers(&specs);
+        specs.len() < before
+    }
+
+    fn naming(&self, spec: &WorkerSpec) -> Naming {
+        match self.hashing {
+            Hashing::Sha256Cbor(_) => Naming::Computed,
+            Hashing::Engine => Naming::Opaque { domain: xxhash_rust::xxh3::xxh3_64(spec.model.as_bytes()) },
+        }
+    }
+
+    /// How much of a prompt each of `workers` would find, in the same order.
+    pub fn locate(&self, chain: &Chain, workers: &[Arc<Worker>]) -> Vec<Cached> {
+        let mut matches = Vec::new();
+        self.engines.find(&chain.names, &mut matches);
+        let engines: Vec<usize> = workers.iter().map(|worker| self.in_engine(chain, worker, &matches)).collect();
+        if !self.hashing.reaches_the_store() || chain.hashes.is_empty() {
+            let of = |blocks: &usize| Cached { engine_tokens: tokens(*blocks, chain), ..Cached::default() };
+            return engines.iter().map(of).collect();
+        }
+        // Several workers share a node, and all nodes a bucket.
+        let tiers = node::Tiers::of(&self.tiers, chain, workers);
+        workers.iter().zip(engines).map(|(worker, blocks)| tiers.beyond(chain, worker, blocks)).collect()
+    }
+
+    /// Blocks that a worker's engine has, on the rank that has most.
+    fn in_engine(&self, chain: &Chain, worker: &Worker, matches: &[Match]) -> usize {
+        let groups = worker.view.groups();
+        let mut ranks: Vec<u32> = groups.iter().map(|group| group.rank).collect();
+        ranks.sort_unstable();
+        ranks.dedup();
+        let of_rank = |rank: u32| {
+            let groups: Vec<&EngineGroup> = groups.iter().filter(|group| group.rank == rank).collect();
+            self.in_rank(chain, &groups, matches)
+        };
+        ranks.into_iter().map(of_rank).max().unwrap_or(0)
+    }
+
+    fn in_rank(&self, chain: &Chain, groups: &[&EngineGroup], matches: &[Match]) -> usize {
+        let run = |holder: HolderId| {
+            matches.iter().find(|found| found.holder == holder).map_or(0, |found| found.blocks as usize)
+        };
+        if groups.iter().all(|group| group.kind == GroupKind::Attention) {
+            return groups.iter().map(|group| run(group.holder)).min().unwrap_or(0);
+        }
+        let present: Vec<Vec<bool>> = groups
+            .iter()
+            .map(|group| match group.kind {
+                GroupKind::Attention => {
+                    let run = run(group.holder);
+                    (0..chain.names.len()).map(|at| at < run).collect()
+                }
+                _ => self.engines.has(group.holder, &chain.names),
+            })
+            .collect();
+        let runs: Vec<GroupRun<'_>> = groups
+            .iter()
+            .zip(&present)
+            .map(|(group, present)| GroupRun { needed: needed(group.kind, chain.block_tokens), present })
+            .collect();
+        usable_prefix(&runs)
+    }
+}
+
+fn tokens(blocks: usize, chain: &Chain) -> u64 {
+    blocks as u64 * u64::from(chain.block_tokens)
+}
+
+/// Blocks before the end of a prefix that must be there.
+fn needed(kind: GroupKind, block_tokens: u32) -> usize {
+    match kind {
+        GroupKind::Attention => usize::MAX,
+        GroupKind::Window(tokens) => window_blocks(tokens, block_tokens),
+        GroupKind::State => 1,
+    }
+}
