@@ -22,6 +22,8 @@ pub const EVENT_BYTES_MAX: usize = 6 << 20;
 pub const EVENTS_PER_MESSAGE_MAX: usize = 1 << 16;
 /// A prefetch that the router asks for ends after this long: by then the engine has asked itself.
 pub const PREFETCH_DEADLINE_MS: u32 = 10_000;
+/// Sessions of which it is known where they were: 100 bytes each.
+pub const SESSIONS_MAX: usize = 100_000;
 /// The least bound of an index: a few segments.
 pub const INDEX_BYTES_MIN: u64 = 1 << 20;
 /// Segments that are swept of holders that left with each event: they are gone after a few thousand events, and a sweep of a

@@ -12,4 +12,6 @@ pub mod fleet;
 pub mod hashing;
 pub mod index;
 pub mod names;
+pub mod place;
+pub mod tokens;
 mod sync;

@@ -1,0 +1,528 @@
+//! Placing requests: which worker gets one, what it is doing meanwhile, and what its answer teaches.
+//!
+//! Replicas of the router do not talk. Each knows what all caches hold from the same events, and learns each worker's speed from its own
+//! requests, in which those of the other replicas show as slowness; with [`Router::set_others`] it also counts what they have under way.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use crate::caps;
+use crate::cost::{Cached, Choice, Choose, Load, Overload, RequestId, Speed, TIERS, Terms, TierRate, WorkerLoad, choose};
+use crate::fleet::{Fleet, Role, Worker};
+use crate::hashing::Chain;
+
+/// What placing goes by; may change while it runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PlaceOptions {
+    /// How to choose.
+    pub choose: Choose,
+    /// How long a request waits for a worker that may take it, where all are full.
+    pub queue_time: Duration,
+    /// Requests that wait at once.
+    pub queue_max: usize,
+    /// A request of which nothing is heard for so long is no load any more.
+    pub silence: Duration,
+    /// Where there are workers for prompts alone: prompts with fewer tokens to compute go to the worker that answers, whole.
+    pub split_tokens_min: u64,
+}
+
+impl Default for PlaceOptions {
+    fn default() -> Self {
+        Self {
+            choose: Choose::default(),
+            queue_time: Duration::from_secs(10),
+            queue_max: 1024,
+            silence: Duration::from_secs(600),
+            split_tokens_min: 1024,
+        }
+    }
+}
+
+/// What is to be placed.
+#[derive(Clone, Debug, Default)]
+pub struct Asked {
+    /// The model, as workers name it.
+    pub model: String,
+    /// Tokens of the prompt; a guess where they are not known.
+    pub tokens: u64,
+    /// Its blocks, where its tokens are known.
+    pub chain: Chain,
+    /// Names a session: a conversation, a user.
+    pub session: Option<u64>,
+    /// Which workers may have it.
+    pub role: Role,
+}
+
+/// Why a request was not placed.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Refused {
+    /// Nobody serves the model.
+    #[error("the model {model:?} is not served here: there are {known}")]
+    UnknownModel {
+        /// As asked for.
+        model: String,
+        /// What is.
+        known: String,
+    },
+    /// Those who do are away.
+    #[error("no worker for the model {0:?} answers: try again in a moment")]
+    AllAway(String),
+    /// Those who do are full, and so is the queue, or it took too long.
+    #[error("{0}")]
+    Overload(#[from] Overload),
+}
+
+/// One candidate.
+#[derive(Clone)]
+pub struct Candidate {
+    /// Who.
+    pub worker: Arc<Worker>,
+    /// What the request would cost there.
+    pub terms: Terms,
+    /// What it does now.
+    pub load: WorkerLoad,
+    /// It was chosen.
+    pub chosen: bool,
+}
+
+/// A request at a worker. Dropped, it is over.
+pub struct Placed {
+    /// Who has it.
+    pub worker: Arc<Worker>,
+    /// What it is expected to cost.
+    pub terms: Terms,
+    router: Arc<Router>,
+    id: RequestId,
+    last_token: Option<Instant>,
+}
+
+/// See the head of this file. Shared by `Arc`.
+pub struct Router {
+    /// Workers and nodes.
+    pub fleet: Arc<Fleet>,
+    options: ArcSwap<PlaceOptions>,
+    load: Mutex<Load<usize>>,
+    speeds: Mutex<HashMap<usize, Speed>>,
+    sessions: Mutex<Sessions>,
+    others: ArcSwap<HashMap<String, WorkerLoad>>,
+    waiting: AtomicUsize,
+    freed: Notify,
+    started: Instant,
+    random: AtomicU64,
+    /// What happened.
+    pub counts: PlaceCounts,
+}
+
+/// Counts since the start.
+#[derive(Default, Debug)]
+pub struct PlaceCounts {
+    /// Placed.
+    pub placed: AtomicU64,
+    /// Where the session was before, though another was expected to be faster.
+    pub by_affinity: AtomicU64,
+    /// Refused because all were full.
+    pub shed: AtomicU64,
+    /// Tokens of prompts, and of those what workers had, or could fetch.
+    pub tokens: AtomicU64,
+    /// ...
+    pub cached_tokens: AtomicU64,
+    /// Requests that nothing was heard of.
+    pub expired: AtomicU64,
+}
+
+/// Where sessions were last; the oldest are forgotten.
+#[derive(Default)]
+struct Sessions {
+    at: HashMap<u64, (usize, u64)>,
+    order: VecDeque<(u64, u64)>,
+    clock: u64,
+}
+
+impl Sessions {
+    fn get(&self, session: u64) -> Option<usize> {
+        self.at.get(&session).map(|(worker, _)| *worker)
+    }
+
+    fn set(&mut self, session: u64, worker: usize) {
+        self.clock += 1;
+        self.at.insert(session, (worker, self.clock));
+        self.order.push_back((session, self.clock));
+        while self.at.len() > caps::SESSIONS_MAX || self.order.len() > 2 * caps::SESSIONS_MAX {
+            let Some((oldest, clock)) = self.order.pop_front() else { break };
+            if self.at.get(&oldest).is_some_and(|(_, used)| *used == clock) {
+                self.at.remove(&oldest);
+            }
+        }
+    }
+}
+
+impl Router {
+    /// Of this fleet.
+    pub fn new(fleet: Arc<Fleet>, options: PlaceOptions) -> Arc<Self> {
+        Arc::new(Self {
+            fleet,
+            options: ArcSwap::from_pointee(options),
+            load: Mutex::default(),
+            speeds: Mutex::default(),
+            sessions: Mutex::default(),
+            others: ArcSwap::default(),
+            waiting: AtomicUsize::new(0),
+            freed: Notify::new(),
+            started: Instant::now(),
+            random: AtomicU64::new(0x9E37_79B9_7F4A_7C15 ^ std::process::id() as u64),
+            counts: PlaceCounts::default(),
+        })
+    }
+
+    /// What it goes by.
+    pub fn options(&self) -> PlaceOptions {
+        **self.options.load()
+    }
+
+    /// Changes that.
+    pub fn set_options(&self, options: PlaceOptions) {
+        self.options.store(Arc::new(options));
+        self.freed.notify_waiters();
+    }
+
+    /// What other replicas of the router have under way, by worker.
+    pub fn set_others(&self, others: HashMap<String, WorkerLoad>) {
+        self.others.store(Arc::new(others));
+    }
+
+    /// What this one has under way, by worker.
+    pub fn loads(&self) -> HashMap<String, WorkerLoad> {
+        let load = self.load.lock();
+        self.fleet.workers().iter().map(|worker| (worker.spec.id.clone(), load.of(worker.number))).collect()
+    }
+
+    /// What was learnt of a worker.
+    pub fn speed_of(&self, worker: &Worker) -> Speed {
+        self.speeds.lock().get(&worker.number).copied().unwrap_or_default()
+    }
+
+    /// Requests that wait for a worker.
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn chance(&self) -> f64 {
+        let step = self.random.fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed);
+        let mixed = (step ^ step >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        ((mixed ^ mixed >> 27).wrapping_mul(0x94D0_49BB_1331_11EB) >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Workers that may have a request, and what it would cost at each.
+    pub fn candidates(&self, asked: &Asked, but: &[usize]) -> Result<Vec<Candidate>, Refused> {
+        let all = self.fleet.workers();
+        let of_model: Vec<Arc<Worker>> = all.iter().filter(|worker| worker.spec.model == asked.model).cloned().collect();
+        if of_model.is_empty() {
+            let mut known: Vec<&str> = all.iter().map(|worker| worker.spec.model.as_str()).collect();
+            known.sort_unstable();
+            known.dedup();
+            let known = if known.is_empty() { "no workers".into() } else { known.join(", ") };
+            return Err(Refused::UnknownModel { model: asked.model.clone(), known });
+        }
+        let may = |worker: &Arc<Worker>| worker.is_up() && !but.contains(&worker.number) && worker.spec.role == asked.role;
+        let workers: Vec<Arc<Worker>> = of_model.into_iter().filter(may).collect();
+        let cached = self.fleet.locate(&asked.chain, &workers);
+        let (load, speeds, others) = (self.load.lock(), self.speeds.lock(), self.others.load());
+        // A worker of which nothing is known is thought to be as fast as those of which something is.
+        let usual = usual_of(&speeds);
+        let candidate = |(worker, cached): (Arc<Worker>, Cached)| {
+            let mut busy = load.of(worker.number);
+            if let Some(more) = others.get(&worker.spec.id) {
+                busy.prefill_tokens += more.prefill_tokens;
+                busy.prefilling += more.prefilling;
+                busy.decoding += more.decoding;
+                busy.held_tokens += more.held_tokens;
+            }
+            let speed = speeds.get(&worker.number).copied().unwrap_or(usual);
+            let rates = worker.node.as_ref().map_or([TierRate::default(); TIERS.len()], |node| node.status().rates);
+            let terms = Terms::of(asked.tokens, cached, &busy, &speed, &rates);
+            Candidate { worker, terms, load: busy, chosen: false }
+        };
+        Ok(workers.into_iter().zip(cached).map(candidate).collect())
+    }
+
+    /// Chooses among candidates, without placing anything.
+    pub fn choose(&self, asked: &Asked, candidates: &mut [Candidate]) -> Result<Choice, Refused> {
+        let session = asked.session.and_then(|session| self.sessions.lock().get(session));
+        let rows: Vec<(Terms, u64, bool)> = candidates
+            .iter()
+            .map(|candidate| (candidate.terms, candidate.load.requests(), session == Some(candidate.worker.number)))
+            .collect();
+        match choose(&self.options().choose, &rows, self.chance()) {
+            None => Err(Refused::AllAway(asked.model.clone())),
+            Some(Err(overload)) => Err(overload.into()),
+            Some(Ok(choice)) => {
+                if let Some(candidate) = candidates.get_mut(choice.at) {
+                    candidate.chosen = true;
+                }
+                Ok(choice)
+            }
+        }
+    }
+
+    /// Places a request; where all workers are full, waits for one. `but`: workers that it was at already.
+    pub async fn place(self: &Arc<Self>, asked: &Asked, but: &[usize]) -> Result<Placed, Refused> {
+        let deadline = tokio::time::Instant::now() + self.options().queue_time;
+        let mut queued: Option<Queued<'_>> = None;
+        loop {
+            let freed = self.freed.notified();
+            tokio::pin!(freed);
+            freed.as_mut().enable();
+            let overload = match self.place_now(asked, but) {
+                Err(Refused::Overload(overload)) => overload,
+                placed => return placed,
+            };
+            if queued.is_none() {
+                queued = Queued::enter(&self.waiting, self.options().queue_max);
+            }
+            let waited = match &queued {
+                Some(_) => tokio::time::timeout_at(deadline, freed).await.is_ok(),
+                None => false,
+            };
+            if !waited {
+                self.counts.shed.fetch_add(1, Ordering::Relaxed);
+                return Err(overload.into());
+            }
+        }
+    }
+
+    fn place_now(self: &Arc<Self>, asked: &Asked, but: &[usize]) -> Result<Placed, Refused> {
+        let mut candidates = self.candidates(asked, but)?;
+        let choice = self.choose(asked, &mut candidates)?;
+        let Some(chosen) = candidates.into_iter().nth(choice.at) else {
+            return Err(Refused::AllAway(asked.model.clone()));
+        };
+        let now = self.now();
+        let (terms, number) = (chosen.terms, chosen.worker.number);
+        let id = self.load.lock().add(number, asked.tokens, terms.tokens_to_compute, now, now + self.options().silence);
+        if let Some(session) = asked.session {
+            self.sessions.lock().set(session, number);
+        }
+        self.counts.placed.fetch_add(1, Ordering::Relaxed);
+        self.counts.by_affinity.fetch_add(u64::from(choice.by_affinity), Ordering::Relaxed);
+        self.counts.tokens.fetch_add(asked.tokens, Ordering::Relaxed);
+        let cached = terms.cached.engine_tokens + terms.cached.fetched_tokens;
+        self.counts.cached_tokens.fetch_add(cached, Ordering::Relaxed);
+        Ok(Placed { worker: chosen.worker, terms, router: Arc::clone(self), id, last_token: None })
+    }
+
+    /// Background work: forgets requests of which nothing is heard. Call it about once a second.
+    pub fn tick(&self) {
+        let expired = self.load.lock().expire(self.now());
+        if expired > 0 {
+            tracing::warn!(expired, "requests of which nothing was heard are not counted any more");
+            self.counts.expired.fetch_add(expired as u64, Ordering::Relaxed);
+        }
+        let known: Vec<usize> = self.fleet.workers().iter().map(|worker| worker.number).collect();
+        self.speeds.lock().retain(|number, _| known.contains(number));
+        self.freed.notify_waiters();
+    }
+}
+
+fn usual_of(speeds: &HashMap<usize, Speed>) -> Speed {
+    let mut rates: Vec<f64> =
+        speeds.values().filter(|speed| speed.learnt() > 0).map(Speed::tokens_per_second).collect();
+    rates.sort_by(f64::total_cmp);
+    rates.get(rates.len() / 2).map_or_else(Speed::default, |rate| Speed::usual(*rate))
+}
+
+/// A place in the queue.
+struct Queued<'a>(&'a AtomicUsize);
+
+impl<'a> Queued<'a> {
+    fn enter(waiting: &'a AtomicUsize, most: usize) -> Option<Self> {
+        let more = |count: usize| (count < most).then_some(count + 1);
+        waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).ok().map(|_| Self(waiting))
+    }
+}
+
+impl Drop for Queued<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Placed {
+    /// Tokens of the answer came; the first of them says how fast the worker computes.
+    pub fn tokens(&mut self, count: u64) {
+        let now = Instant::now();
+        let mut load = self.router.load.lock();
+        match self.last_token.replace(now) {
+            None => {
+                let ended = load.first_token(self.id, self.router.now());
+                drop(load);
+                if let Some(ended) = ended {
+                    // What was fetched is not the engine's time.
+                    let took = ended.took.saturating_sub(Duration::from_secs_f64(self.terms.fetch_seconds.max(0.0)));
+                    let mut speeds = self.router.speeds.lock();
+                    let usual = usual_of(&speeds);
+                    speeds.entry(ended.worker).or_insert(usual).learn_prefill(ended.work, ended.decoding, took);
+                }
+                self.router.freed.notify_waiters();
+            }
+            Some(before) => {
+                let expires = self.router.now() + self.router.options().silence;
+                load.tokens(self.id, count, expires);
+                drop(load);
+                let mut speeds = self.router.speeds.lock();
+                if let Some(speed) = speeds.get_mut(&self.worker.number) {
+                    speed.learn_token(now.duration_since(before) / u32::try_from(count.max(1)).unwrap_or(u32::MAX));
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Placed {
+    fn drop(&mut self) {
+        self.router.load.lock().free(self.id);
+        self.router.freed.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvstore_proto::hashes::Sha256Cbor;
+
+    use super::*;
+    use crate::events::vllm::{Batch, Event, Stored};
+    use crate::fleet::{FleetOptions, WorkerSpec};
+    use crate::hashing::Hashing;
+
+    fn spec(id: &str, role: Role) -> WorkerSpec {
+        WorkerSpec {
+            id: id.into(),
+            url: "http://127.0.0.1:1".into(),
+            model: "m".into(),
+            role,
+            node: None,
+            events: None,
+            replay: None,
+            topic: String::new(),
+            ranks: 1,
+            block_tokens: 16,
+        }
+    }
+
+    fn router(options: PlaceOptions, ids: &[&str]) -> Arc<Router> {
+        let fleet = Fleet::new(Hashing::Sha256Cbor(Sha256Cbor::default()), FleetOptions::default());
+        fleet.set_workers(&ids.iter().map(|id| spec(id, Role::Both)).collect::<Vec<_>>());
+        Router::new(fleet, options)
+    }
+
+    fn asked(router: &Router, tokens: &[u32]) -> Asked {
+        let chain = router.fleet.hashing().chain(tokens, 16, None, None).unwrap();
+        Asked { model: "m".into(), tokens: tokens.len() as u64, chain, ..Asked::default() }
+    }
+
+    fn holds(router: &Router, id: &str, chain: &Chain) {
+        let stored = Stored { hashes: chain.names.clone(), block_tokens: 16, ..Stored::default() };
+        let batch = Batch { events: vec![Event::Stored(stored)], ..Batch::default() };
+        router.fleet.worker(id).unwrap().view.apply(&batch, 0);
+    }
+
+    #[tokio::test]
+    async fn a_request_goes_where_its_prefix_is_until_that_is_busy() {
+        let router = router(PlaceOptions::default(), &["a", "b", "c"]);
+        let tokens: Vec<u32> = (0..1600).collect();
+        let asked = asked(&router, &tokens);
+        holds(&router, "b", &asked.chain);
+        let placed = router.place(&asked, &[]).await.unwrap();
+        assert_eq!((placed.worker.spec.id.as_str(), placed.terms.cached.engine_tokens), ("b", 1600));
+        // Long prompts that nobody has, one after the other: they spread, and b has the fewest tokens ahead.
+        let other = self::asked(&router, &(5000..15_000).collect::<Vec<u32>>());
+        let spread = [router.place(&other, &[]).await.unwrap(), router.place(&other, &[]).await.unwrap()];
+        let mut ids: Vec<&str> = spread.iter().map(|placed| placed.worker.spec.id.as_str()).collect();
+        ids.sort_unstable();
+        assert_eq!(ids.len(), 2);
+        assert_ne!(ids[0], ids[1]);
+        // Where b is busy for longer than the prefix saves, another gets it.
+        let busy: Vec<Placed> = vec![router.place(&other, &[placed.worker.number]).await.unwrap()];
+        let loads = router.loads();
+        assert_eq!(loads.values().map(WorkerLoad::requests).sum::<u64>(), 4);
+        drop((placed, spread, busy));
+        assert!(router.loads().values().all(|load| *load == WorkerLoad::default()));
+    }
+
+    #[tokio::test]
+    async fn what_is_full_queues_then_sheds() {
+        let choose = Choose { requests_max: 1, ..Choose::default() };
+        let options =
+            PlaceOptions { choose, queue_time: Duration::from_millis(200), queue_max: 1, ..PlaceOptions::default() };
+        let router = router(options, &["a"]);
+        let asked = asked(&router, &[1; 64]);
+        let first = router.place(&asked, &[]).await.unwrap();
+        let (waiting, shed) = tokio::join!(router.place(&asked, &[]), async {
+            tokio::task::yield_now().await;
+            router.place(&asked, &[]).await.err()
+        });
+        assert!(matches!(shed, Some(Refused::Overload(_))), "the queue has room for one: {shed:?}");
+        assert!(matches!(waiting.err(), Some(Refused::Overload(_))), "nobody made room in time");
+        let (waiting, ()) = tokio::join!(router.place(&asked, &[]), async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            drop(first);
+        });
+        assert_eq!(waiting.unwrap().worker.spec.id, "a");
+        assert_eq!((router.waiting(), router.counts.shed.load(Ordering::Relaxed)), (0, 2));
+    }
+
+    #[tokio::test]
+    async fn who_is_unknown_away_or_of_another_role_is_not_asked() {
+        let router = router(PlaceOptions::default(), &["a", "b"]);
+        router.fleet.add_worker(spec("p", Role::Prefill));
+        let asked = asked(&router, &[1; 64]);
+        let unknown = Asked { model: "x".into(), ..asked.clone() };
+        let error = router.place(&unknown, &[]).await.err().unwrap();
+        assert_eq!(error.to_string(), "the model \"x\" is not served here: there are m");
+        router.fleet.worker("a").unwrap().set_up(false);
+        for _ in 0..5 {
+            assert_eq!(router.place(&asked, &[]).await.unwrap().worker.spec.id, "b");
+        }
+        router.fleet.worker("b").unwrap().set_up(false);
+        assert_eq!(router.place(&asked, &[]).await.err(), Some(Refused::AllAway("m".into())));
+        let prefill = Asked { role: Role::Prefill, ..asked };
+        assert_eq!(router.place(&prefill, &[]).await.unwrap().worker.spec.id, "p");
+    }
+
+    #[tokio::test]
+    async fn sessions_stay_and_are_bounded() {
+        let router = router(PlaceOptions::default(), &["a", "b", "c", "d"]);
+        let asked = Asked { session: Some(7), ..asked(&router, &[1; 64]) };
+        let first = router.place(&asked, &[]).await.unwrap().worker.spec.id.clone();
+        for _ in 0..20 {
+            assert_eq!(router.place(&asked, &[]).await.unwrap().worker.spec.id, first);
+        }
+        let mut sessions = Sessions::default();
+        for session in 0..3 * caps::SESSIONS_MAX as u64 {
+            sessions.set(session, 1);
+            sessions.set(0, 2);
+        }
+        assert!(sessions.at.len() <= caps::SESSIONS_MAX && sessions.order.len() <= 2 * caps::SESSIONS_MAX);
+        assert_eq!(sessions.get(0), Some(2), "the one that was used all the time");
+    }
+
+    #[tokio::test]
+    async fn other_replicas_requests_count() {
+        let router = router(PlaceOptions::default(), &["a", "b"]);
+        let asked = asked(&router, &[1; 64]);
+        let busy = WorkerLoad { prefill_tokens: 50_000, prefilling: 3, ..WorkerLoad::default() };
+        router.set_others([("a".to_owned(), busy)].into());
+        for _ in 0..5 {
+            assert_eq!(router.place(&asked, &[]).await.unwrap().worker.spec.id, "b");
+        }
+    }
+}

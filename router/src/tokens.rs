@@ -1,0 +1,213 @@
+//! From a request's text to the tokens that its engine will see: Hugging Face's tokenizer of the model, and its chat template.
+//!
+//! What comes out is for routing alone: the engine gets the text. Where the two differ, a prefix is taken for shorter than it is.
+
+use std::path::{Path, PathBuf};
+
+use minijinja::{Environment, context};
+use serde_json::Value;
+use tokenizers::Tokenizer;
+
+/// Why a tokenizer could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenError {
+    /// A file.
+    #[error("cannot read {path}: {cause}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        cause: String,
+    },
+    /// The text.
+    #[error("cannot tokenize the prompt: {0}")]
+    Tokenize(String),
+    /// The template.
+    #[error("the model's chat template refuses these messages: {0}")]
+    Template(String),
+    /// There is none.
+    #[error("the model has no chat template: name one with chat_template in the router's configuration")]
+    NoTemplate,
+}
+
+/// A model's tokenizer, and its chat template.
+pub struct Tokens {
+    tokenizer: Tokenizer,
+    template: Option<Environment<'static>>,
+    bos_token: String,
+    eos_token: String,
+}
+
+const TEMPLATE: &str = "chat";
+
+fn read(path: &Path) -> Result<String, TokenError> {
+    std::fs::read_to_string(path)
+        .map_err(|cause| TokenError::Read { path: path.to_owned(), cause: cause.to_string() })
+}
+
+/// The chat template among the settings of a tokenizer: a text, or the one called "default" of several.
+fn template_of(settings: &Value) -> Option<String> {
+    match settings.get("chat_template")? {
+        Value::String(template) => Some(template.clone()),
+        Value::Array(named) => {
+            let default = named.iter().find(|entry| entry["name"] == "default").or(named.first())?;
+            default["template"].as_str().map(str::to_owned)
+        }
+        _ => None,
+    }
+}
+
+/// A special token among the settings: a text, or a map with its content.
+fn special(settings: &Value, name: &str) -> String {
+    let token = &settings[name];
+    token.as_str().or_else(|| token["content"].as_str()).unwrap_or_default().to_owned()
+}
+
+impl Tokens {
+    /// Reads a model's folder (`tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`), or its `tokenizer.json` alone. `template`: another
+    /// chat template than the model's own.
+    pub fn load(path: &Path, template: Option<&Path>) -> Result<Self, TokenError> {
+        let (file, folder) = match path.is_dir() {
+            true => (path.join("tokenizer.json"), path),
+            false => (path.to_owned(), path.parent().unwrap_or(Path::new("."))),
+        };
+        let tokenizer = Tokenizer::from_file(&file)
+            .map_err(|cause| TokenError::Read { path: file.clone(), cause: cause.to_string() })?;
+        let settings_file = folder.join("tokenizer_config.json");
+        let settings: Value = match settings_file.exists() {
+            true => serde_json::from_str(&read(&settings_file)?)
+                .map_err(|cause| TokenError::Read { path: settings_file, cause: cause.to_string() })?,
+            false => Value::Null,
+        };
+        let jinja = folder.join("chat_template.jinja");
+        let source = match template {
+            Some(path) => Some(read(path)?),
+            None if jinja.exists() => Some(read(&jinja)?),
+            None => template_of(&settings),
+        };
+        let template = source.map(environment).transpose()?;
+        let (bos_token, eos_token) = (special(&settings, "bos_token"), special(&settings, "eos_token"));
+        Ok(Self { tokenizer, template, bos_token, eos_token })
+    }
+
+    /// The tokens of a text. `special`: with those that the model expects around a prompt.
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenError> {
+        let encoded = self.tokenizer.encode_fast(text, special).map_err(|error| TokenError::Tokenize(error.to_string()))?;
+        Ok(encoded.get_ids().to_vec())
+    }
+
+    /// The tokens of a conversation, as a request for the next message of it.
+    pub fn encode_chat(&self, request: &Value) -> Result<Vec<u32>, TokenError> {
+        let environment = self.template.as_ref().ok_or(TokenError::NoTemplate)?;
+        let wrong = |error: minijinja::Error| TokenError::Template(error.to_string());
+        let template = environment.get_template(TEMPLATE).map_err(wrong)?;
+        let more = match request.get("chat_template_kwargs") {
+            Some(Value::Object(more)) => minijinja::Value::from_serialize(more),
+            _ => minijinja::Value::from_serialize(Value::Object(Default::default())),
+        };
+        let given = |name: &str| request.get(name).filter(|value| !value.is_null()).map(minijinja::Value::from_serialize);
+        let messages = flattened(request.get("messages").unwrap_or(&Value::Null));
+        let values = context! {
+            messages => messages,
+            tools => given("tools"),
+            documents => given("documents"),
+            add_generation_prompt => request.get("add_generation_prompt").and_then(Value::as_bool).unwrap_or(true),
+            continue_final_message => request.get("continue_final_message").and_then(Value::as_bool).unwrap_or(false),
+            bos_token => self.bos_token,
+            eos_token => self.eos_token,
+            ..more
+        };
+        let text = template.render(values).map_err(wrong)?;
+        // The template has written what special tokens there are to be.
+        self.encode(&text, false)
+    }
+}
+
+/// Messages whose content is a list of texts alone, with that as one text: most templates know nothing else.
+fn flattened(messages: &Value) -> Value {
+    let Value::Array(messages) = messages else { return messages.clone() };
+    let flat = |message: &Value| -> Value {
+        let mut message = message.clone();
+        let texts: Option<Vec<String>> = message["content"].as_array().and_then(|parts| {
+            parts.iter().map(|part| (part["type"] == "text").then(|| part["text"].as_str().map(str::to_owned)).flatten()).collect()
+        });
+        if let Some(texts) = texts {
+            message["content"] = Value::String(texts.join("\n"));
+        }
+        message
+    };
+    Value::Array(messages.iter().map(flat).collect())
+}
+
+fn environment(source: String) -> Result<Environment<'static>, TokenError> {
+    let mut environment = Environment::new();
+    // As transformers renders them.
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_fuel(Some(10_000_000));
+    environment.add_function("raise_exception", |why: String| -> Result<String, minijinja::Error> {
+        Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, why))
+    });
+    environment.add_function("strftime_now", |_format: String| String::new());
+    environment.add_template_owned(TEMPLATE, source).map_err(|error| TokenError::Template(error.to_string()))?;
+    Ok(environment)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A tokenizer with a word for each of a few words, in a folder like a model's.
+    fn folder(template: &str) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let words = ["[UNK]", "<s>", "user", "assistant", "system", "hello", "there", ":", "tool"];
+        let vocabulary: serde_json::Map<String, Value> =
+            words.iter().zip(0..).map(|(word, id)| ((*word).to_owned(), json!(id))).collect();
+        let tokenizer = json!({
+            "version": "1.0",
+            "added_tokens": [{"id": 1, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
+            "pre_tokenizer": {"type": "Whitespace"},
+            "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+        });
+        std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        let settings = json!({"bos_token": {"content": "<s>"}, "chat_template": template});
+        std::fs::write(folder.path().join("tokenizer_config.json"), settings.to_string()).unwrap();
+        folder
+    }
+
+    const CHAT: &str = "{{ bos_token }}{% for message in messages %}\n{% if message['role'] == 'bad' %}{{ raise_exception('no such role') }}{% endif %}{{ message['role'].strip() }} : {{ message['content'] }} {% endfor %}{% if tools %}tool {% endif %}{% if add_generation_prompt %}assistant :{% endif %}";
+
+    #[test]
+    fn texts_and_conversations_become_tokens() {
+        let folder = folder(CHAT);
+        let tokens = Tokens::load(folder.path(), None).unwrap();
+        assert_eq!(tokens.encode("hello there", true).unwrap(), [1, 5, 6]);
+        assert_eq!(tokens.encode("hello", false).unwrap(), [5]);
+        let chat = |request: Value| tokens.encode_chat(&request);
+        let plain = json!({"messages": [{"role": "system", "content": "hello"}, {"role": "user", "content": [{"type": "text", "text": "there"}]}]});
+        assert_eq!(chat(plain).unwrap(), [1, 4, 7, 5, 2, 7, 6, 3, 7]);
+        let with_tools = json!({"messages": [{"role": "user", "content": "hello"}], "tools": [{"a": 1}], "chat_template_kwargs": {"add": 1}});
+        assert_eq!(chat(with_tools).unwrap(), [1, 2, 7, 5, 8, 3, 7]);
+        let error = chat(json!({"messages": [{"role": "bad", "content": ""}]})).unwrap_err();
+        assert!(error.to_string().contains("no such role"), "{error}");
+        // The file alone has no template.
+        let alone = folder.path().join("alone");
+        std::fs::create_dir(&alone).unwrap();
+        std::fs::copy(folder.path().join("tokenizer.json"), alone.join("tokenizer.json")).unwrap();
+        let tokens = Tokens::load(&alone.join("tokenizer.json"), None).unwrap();
+        assert!(matches!(tokens.encode_chat(&json!({"messages": []})), Err(TokenError::NoTemplate)));
+        assert!(Tokens::load(Path::new("/nowhere"), None).err().unwrap().to_string().contains("/nowhere"));
+    }
+
+    #[test]
+    fn a_template_without_end_ends() {
+        let folder = folder("{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}");
+        let tokens = Tokens::load(folder.path(), None).unwrap();
+        assert!(matches!(tokens.encode_chat(&json!({"messages": []})), Err(TokenError::Template(_))));
+    }
+}
