@@ -29,3 +29,23 @@ pub const INDEX_BYTES_MIN: u64 = 1 << 20;
 /// Segments that are swept of holders that left with each event: they are gone after a few thousand events, and a sweep of a
 /// segment costs a tenth of a millisecond.
 pub const SEGMENTS_SWEPT_PER_EVENT: usize = 1;
+/// Bytes of a request's body: a conversation with some pictures in it.
+pub const REQUEST_BYTES_MAX: usize = 32 << 20;
+/// Bytes of an answer that does not come in pieces.
+pub const ANSWER_BYTES_MAX: usize = 64 << 20;
+/// Bytes of one event of an answer that does: the first may bring a whole prompt's token ids.
+pub const ANSWER_EVENT_BYTES_MAX: usize = 16 << 20;
+/// Workers that a request is tried at, before its first byte and after.
+pub const TRIES_MAX: usize = 4;
+/// Connections to a worker that wait for the next request.
+pub const IDLE_CONNECTIONS_MAX: usize = 64;
+/// A worker, or another replica, that does not answer within this is away.
+pub const HEALTH_WITHIN: std::time::Duration = std::time::Duration::from_secs(2);
+/// How often other replicas are asked what they have under way.
+pub const PEERS_EVERY: std::time::Duration = std::time::Duration::from_millis(200);
+/// At its end the router waits this long for answers under way.
+pub const CLOSE_WITHIN: std::time::Duration = std::time::Duration::from_secs(30);
+/// Workers at once: each has up to some holders in the index.
+pub const WORKERS_MAX: usize = 2048;
+/// Pictures and the like of one request that are encoded ahead.
+pub const ENCODED_PARTS_MAX: usize = 64;

@@ -13,5 +13,6 @@ pub mod hashing;
 pub mod index;
 pub mod names;
 pub mod place;
+pub mod serve;
 pub mod tokens;
 mod sync;

@@ -233,7 +233,8 @@ impl Router {
             let known = if known.is_empty() { "no workers".into() } else { known.join(", ") };
             return Err(Refused::UnknownModel { model: asked.model.clone(), known });
         }
-        let may = |worker: &Arc<Worker>| worker.is_up() && !but.contains(&worker.number) && worker.spec.role == asked.role;
+        // Some workers are known for their blocks alone.
+        let may = |worker: &Arc<Worker>| worker.is_up() && !worker.spec.url.is_empty() && !but.contains(&worker.number) && worker.spec.role == asked.role;
         let workers: Vec<Arc<Worker>> = of_model.into_iter().filter(may).collect();
         let cached = self.fleet.locate(&asked.chain, &workers);
         let (load, speeds, others) = (self.load.lock(), self.speeds.lock(), self.others.load());
@@ -387,6 +388,14 @@ impl Placed {
     }
 }
 
+impl Placed {
+    /// Nothing shows when the first token of an answer that comes in one piece was there: it is taken for computed by now.
+    pub fn assume_prefilled(&self) {
+        self.router.load.lock().first_token(self.id, self.router.now());
+        self.router.freed.notify_waiters();
+    }
+}
+
 impl Drop for Placed {
     fn drop(&mut self) {
         self.router.load.lock().free(self.id);
@@ -414,6 +423,7 @@ mod tests {
             replay: None,
             topic: String::new(),
             ranks: 1,
+            first_rank: 0,
             block_tokens: 16,
         }
     }

@@ -4,12 +4,14 @@ use std::collections::{BTreeSet, HashMap};
 use std::hash::Hash;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// Names a request of this router.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct RequestId(pub u64);
 
 /// One worker's load.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct WorkerLoad {
     /// Tokens that are yet to be computed, of requests without a first token.
     pub prefill_tokens: u64,

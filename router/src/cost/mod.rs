@@ -79,6 +79,8 @@ pub struct Cached {
     pub fetched_tokens: u64,
     /// ...
     pub fetched_bytes: [u64; 3],
+    /// Of the tokens that are fetched, how many come from which tier.
+    pub tier_tokens: [u64; 3],
 }
 
 /// What one request would cost at one worker.
@@ -128,7 +130,7 @@ impl Terms {
         if cached.fetched_tokens == 0 {
             return terms;
         }
-        let without = Cached { fetched_tokens: 0, fetched_bytes: [0; 3], ..cached };
+        let without = Cached { engine_tokens: cached.engine_tokens, ..Cached::default() };
         let (computed, prefill_seconds) = own(&without);
         let recomputed =
             Self { cached: without, tokens_to_compute: computed, prefill_seconds, fetch_seconds: 0.0, ..terms };

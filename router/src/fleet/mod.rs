@@ -158,17 +158,36 @@ impl Fleet {
         workers.iter().zip(engines).map(|(worker, blocks)| tiers.beyond(chain, worker, blocks)).collect()
     }
 
+    /// Tokens of a model's blocks, as its workers' engines have them, or its nodes; `None` until somebody says.
+    pub fn block_tokens(&self, model: &str) -> Option<u32> {
+        let workers: Vec<Arc<Worker>> = self.workers().into_iter().filter(|worker| worker.spec.model == model).collect();
+        let of_engines = workers.iter().find_map(|worker| worker.block_tokens());
+        of_engines.or_else(|| workers.iter().find_map(|worker| worker.node.as_ref()?.block_tokens(model)))
+    }
+
+    /// Tokens of a prompt that each rank of a worker's engine has.
+    pub fn engine_tokens_by_rank(&self, chain: &Chain, worker: &Worker) -> Vec<(u32, u64)> {
+        let mut matches = Vec::new();
+        self.engines.find(&chain.names, &mut matches);
+        let ranks = self.blocks_by_rank(chain, worker, &matches);
+        ranks.into_iter().map(|(rank, blocks)| (rank, tokens(blocks, chain))).collect()
+    }
+
     /// Blocks that a worker's engine has, on the rank that has most.
     fn in_engine(&self, chain: &Chain, worker: &Worker, matches: &[Match]) -> usize {
+        self.blocks_by_rank(chain, worker, matches).into_iter().map(|(_, blocks)| blocks).max().unwrap_or(0)
+    }
+
+    fn blocks_by_rank(&self, chain: &Chain, worker: &Worker, matches: &[Match]) -> Vec<(u32, usize)> {
         let groups = worker.view.groups();
         let mut ranks: Vec<u32> = groups.iter().map(|group| group.rank).collect();
         ranks.sort_unstable();
         ranks.dedup();
         let of_rank = |rank: u32| {
             let groups: Vec<&EngineGroup> = groups.iter().filter(|group| group.rank == rank).collect();
-            self.in_rank(chain, &groups, matches)
+            (rank, self.in_rank(chain, &groups, matches))
         };
-        ranks.into_iter().map(of_rank).max().unwrap_or(0)
+        ranks.into_iter().map(of_rank).collect()
     }
 
     fn in_rank(&self, chain: &Chain, groups: &[&EngineGroup], matches: &[Match]) -> usize {

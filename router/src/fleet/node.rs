@@ -148,6 +148,11 @@ impl Node {
         state.layouts.iter().filter(|layout| are_shards(layout, last)).cloned().collect()
     }
 
+    /// Tokens of the blocks of a model that is stored there.
+    pub(super) fn block_tokens(&self, model: &str) -> Option<u32> {
+        self.family(model).first()?.layout.as_ref().map(|layout| layout.block_tokens)
+    }
+
     /// Asks the node to bring a prompt's blocks into its memory, since a request that needs them is on its way there.
     pub async fn prefetch(&self, model: &str, chain: &Chain) {
         for layout in self.family(model) {
@@ -299,12 +304,15 @@ impl Tiers {
         }
         let mut cached = nothing;
         cached.fetched_tokens = tokens(usable * step, chain).saturating_sub(engine_tokens);
-        for group in groups.iter() {
+        for (number, group) in groups.iter().enumerate() {
             let first = usable.saturating_sub(needed(group.kind, chain.block_tokens * *step as u32)).max(in_engine);
             for at in first..usable {
                 let tier = usize::from(place(group, at)).checked_sub(1);
                 if let Some(bytes) = tier.and_then(|tier| cached.fetched_bytes.get_mut(tier)) {
                     *bytes += group.block_bytes;
+                }
+                if let Some(found) = tier.and_then(|tier| cached.tier_tokens.get_mut(tier)).filter(|_| number == 0) {
+                    *found += tokens(*step, chain);
                 }
             }
         }

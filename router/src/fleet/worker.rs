@@ -55,6 +55,9 @@ pub struct WorkerSpec {
     /// Its data-parallel ranks.
     #[serde(default = "one")]
     pub ranks: u16,
+    /// The first of them: that of the endpoints above.
+    #[serde(default)]
+    pub first_rank: u16,
     /// Tokens of its blocks; 0: as its events say.
     #[serde(default)]
     pub block_tokens: u32,
@@ -65,17 +68,26 @@ fn one() -> u16 {
 }
 
 impl WorkerSpec {
+    fn check_url(&self) -> Result<(), String> {
+        let (id, text) = (&self.id, &self.url);
+        let url = text.parse::<http::Uri>().map_err(|error| format!("worker {id:?}: url {text:?}: {error}"))?;
+        if url.scheme_str() != Some("http") || url.host().is_none() {
+            return Err(format!("worker {id:?}: url {text:?}: use http://host:port"));
+        }
+        Ok(())
+    }
+
     /// What is wrong with it, if anything.
     pub fn check(&self) -> Result<(), String> {
         let id = &self.id;
-        let url = self.url.parse::<http::Uri>().map_err(|error| format!("worker {id:?}: url {:?}: {error}", self.url))?;
-        if url.scheme_str() != Some("http") || url.host().is_none() {
-            return Err(format!("worker {id:?}: url {:?}: use http://host:port", self.url));
+        // Some are known for their blocks alone.
+        if !self.url.is_empty() {
+            self.check_url()?;
         }
         if id.is_empty() || self.model.is_empty() {
             return Err(format!("worker {id:?}: id and model must not be empty"));
         }
-        if self.ranks == 0 || self.ranks > 1024 {
+        if self.ranks == 0 || self.ranks > 1024 || self.first_rank > 1024 {
             return Err(format!("worker {id:?}: ranks is {}: 1 to 1024", self.ranks));
         }
         for endpoint in self.events.iter().chain(&self.replay) {
@@ -117,7 +129,7 @@ impl Worker {
                     events: events.of_rank(rank),
                     replay: replay.as_ref().map(|replay| replay.of_rank(rank)),
                     topic: spec.topic.clone(),
-                    rank: u32::from(rank),
+                    rank: u32::from(spec.first_rank + rank),
                 };
                 let subscriber = Subscriber::new(source, Arc::clone(&view));
                 tasks.push(tokio::spawn(subscriber.follow()).abort_handle());
