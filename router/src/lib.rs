@@ -6,7 +6,9 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a failure in a test is a failed test"))]
 
 pub mod caps;
+pub mod config;
 pub mod cost;
+pub mod discovery;
 pub mod events;
 pub mod fleet;
 pub mod hashing;

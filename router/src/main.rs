@@ -1,1 +1,344 @@
-fn main() {}
+//! `kvstore-router`: sends requests to the worker that is expected to answer first.
+
+#![forbid(unsafe_code)]
+
+use std::io::{Read as _, Write as _};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{CommandFactory as _, Parser, Subcommand};
+use comfy_table::{Table, presets};
+use http_body_util::{BodyExt as _, Full};
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+use kvstore_router::config::{Config, HashName, ModelConfig};
+use kvstore_router::discovery::{self, Discovery};
+use kvstore_router::fleet::{Fleet, WorkerSpec};
+use kvstore_router::place::Router;
+use kvstore_router::serve::App;
+use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+/// Sends LLM requests to the worker that is expected to answer first: where their prefix is, or where it is fetched or computed soonest.
+#[derive(Parser)]
+#[command(version, propagate_version = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve OpenAI's API in front of workers.
+    #[command(after_help = "Examples:\n  kvstore-router serve --worker id=a,url=http://10.0.0.1:8000,model=llama,events=tcp://10.0.0.1:5557,node=http://10.0.0.1:7411\n  kvstore-router serve --config router.toml")]
+    Serve(Serve),
+    /// Say what a request would cost at each worker, and which one it would go to. Sends it nowhere.
+    #[command(after_help = "Examples:\n  kvstore-router explain 'Once upon a time'\n  kvstore-router explain --chat 'Hello' --model llama\n  kvstore-router explain --tokens 1,2,3 --json\n  kvstore-router explain - < prompt.txt")]
+    Explain(Explain),
+    /// The workers, what they do, and what was learnt of them.
+    #[command(after_help = "Example:\n  kvstore-router workers --address http://10.0.0.9:8088")]
+    Workers(Address),
+    /// Print a completion script for a shell.
+    #[command(after_help = "Example:\n  kvstore-router completions bash > /etc/bash_completion.d/kvstore-router")]
+    Completions {
+        /// Which.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(clap::Args)]
+struct Serve {
+    /// The configuration file.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where to listen [default: 127.0.0.1:8088].
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<SocketAddr>,
+    /// A worker: id=..,url=..,model=..[,events=..][,replay=..][,node=..][,role=both|prefill|decode|encode][,ranks=..][,block_tokens=..]. Repeatable.
+    #[arg(long, value_name = "KEY=VALUE,...", value_parser = worker_of)]
+    worker: Vec<WorkerSpec>,
+    /// A file of workers, followed.
+    #[arg(long, value_name = "FILE")]
+    workers_file: Option<PathBuf>,
+    /// How engines name blocks: sha256_cbor, or engine [default: sha256_cbor].
+    #[arg(long)]
+    hash: Option<HashName>,
+    /// A model's tokenizer: MODEL=FOLDER. Repeatable.
+    #[arg(long, value_name = "MODEL=FOLDER", value_parser = tokenizer_of)]
+    tokenizer: Vec<ModelConfig>,
+    /// Another replica of this router, whose requests under way count, too. Repeatable.
+    #[arg(long, value_name = "URL")]
+    peer: Vec<String>,
+    /// What is logged: error, warn, info, debug, or filters of tracing.
+    #[arg(long, default_value = "info", env = "KVSTORE_ROUTER_LOG")]
+    log: String,
+}
+
+#[derive(clap::Args)]
+struct Address {
+    /// The router.
+    #[arg(long, default_value = "http://127.0.0.1:8088", env = "KVSTORE_ROUTER")]
+    address: String,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Args)]
+struct Explain {
+    /// The prompt; - reads it from the standard input.
+    #[arg(required_unless_present = "tokens")]
+    prompt: Option<String>,
+    /// Token ids instead of a text.
+    #[arg(long, value_delimiter = ',', conflicts_with = "prompt")]
+    tokens: Vec<u32>,
+    /// The prompt is a user's message in a conversation.
+    #[arg(long)]
+    chat: bool,
+    /// The model [default: the only one there is].
+    #[arg(long)]
+    model: Option<String>,
+    /// The session that the request belongs to.
+    #[arg(long)]
+    session: Option<String>,
+    #[command(flatten)]
+    to: Address,
+}
+
+fn worker_of(text: &str) -> Result<WorkerSpec, String> {
+    let mut fields = serde_json::Map::new();
+    for field in text.split(',') {
+        let (key, value) = field.split_once('=').ok_or_else(|| format!("{field:?}: use key=value"))?;
+        let value = match key {
+            "ranks" | "first_rank" | "block_tokens" => {
+                json!(value.parse::<u32>().map_err(|error| format!("{key}: {error}"))?)
+            }
+            _ => json!(value),
+        };
+        fields.insert(key.to_owned(), value);
+    }
+    let spec: WorkerSpec = serde_json::from_value(Value::Object(fields)).map_err(|error| error.to_string())?;
+    spec.check()?;
+    Ok(spec)
+}
+
+fn tokenizer_of(text: &str) -> Result<ModelConfig, String> {
+    let (name, path) = text.split_once('=').ok_or("use MODEL=FOLDER")?;
+    Ok(ModelConfig { name: name.into(), tokenizer: Some(path.into()), chat_template: None, adapter: false })
+}
+
+impl Serve {
+    fn config(self) -> anyhow::Result<Config> {
+        let mut config = self.config.as_deref().map(Config::read).transpose()?.unwrap_or_default();
+        config.listen = self.listen.unwrap_or(config.listen);
+        config.workers.extend(self.worker);
+        config.workers_file = self.workers_file.or(config.workers_file);
+        config.hash = self.hash.unwrap_or(config.hash);
+        config.models.extend(self.tokenizer);
+        config.peers.extend(self.peer);
+        config.check()?;
+        Ok(config)
+    }
+
+    async fn run(self) -> anyhow::Result<()> {
+        let filter = tracing_subscriber::EnvFilter::try_new(&self.log).context("--log")?;
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+        let config = self.config()?;
+        let fleet = Fleet::new(config.hashing()?, config.fleet_options());
+        let router = Router::new(Arc::clone(&fleet), config.place_options());
+        let app = App::new(router, config.load_models()?, config.serve_options());
+        let listener = tokio::net::TcpListener::bind(config.listen).await;
+        let listener = listener.with_context(|| format!("cannot listen on {}: choose another with --listen", config.listen))?;
+        tracing::info!(address = %listener.local_addr()?, "serving");
+        println!("kvstore-router serves OpenAI's API on http://{}", listener.local_addr()?);
+        std::io::stdout().flush()?;
+        let (stop, stopping) = watch::channel(false);
+        let following = tokio::spawn(follow(fleet, config));
+        tokio::spawn(async move {
+            let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+                return;
+            };
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::info!("stopping: answers under way are finished");
+            let _ = stop.send(true);
+        });
+        let served = app.serve(listener, stopping).await;
+        following.abort();
+        Ok(served?)
+    }
+}
+
+/// The workers are those of the configuration, and those of its file as it changes.
+async fn follow(fleet: Arc<Fleet>, config: Config) {
+    let fixed = config.workers;
+    let mut source: Box<dyn Discovery> = match config.workers_file {
+        Some(path) => {
+            fleet.set_workers(&fixed);
+            Box::new(discovery::File::new(path))
+        }
+        None => Box::new(discovery::Static::new(Vec::new())),
+    };
+    loop {
+        let mut all = source.next().await;
+        all.extend(fixed.iter().cloned());
+        match discovery::check(&all) {
+            Ok(()) => fleet.set_workers(&all),
+            Err(problem) => tracing::error!(problem, "the list of workers is not taken: the last one holds"),
+        }
+    }
+}
+
+async fn ask(address: &str, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+    let client: Client<_, Full<bytes::Bytes>> = Client::builder(TokioExecutor::new()).build_http();
+    let url = format!("{}{path}", address.trim_end_matches('/'));
+    let bytes = body.map(|body| bytes::Bytes::from(body.to_string())).unwrap_or_default();
+    let request = http::Request::builder()
+        .method(if body.is_some() { "POST" } else { "GET" })
+        .uri(&url)
+        .header("content-type", "application/json")
+        .body(Full::new(bytes))?;
+    let answer = tokio::time::timeout(Duration::from_secs(10), client.request(request)).await;
+    let answer = answer
+        .context("no answer within 10 s")?
+        .with_context(|| format!("no router answers at {address}: start one with `kvstore-router serve`, or name it with --address"))?;
+    let status = answer.status();
+    let bytes = answer.into_body().collect().await?.to_bytes();
+    let value: Value = serde_json::from_slice(&bytes).with_context(|| format!("{url} is no router: it answered {status}"))?;
+    match value["error"]["message"].as_str() {
+        Some(error) => anyhow::bail!("{error}"),
+        None => Ok(value),
+    }
+}
+
+fn print_table(header: &[&str], rows: Vec<Vec<String>>) {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED).set_header(header.iter().copied());
+    rows.into_iter().for_each(|row| _ = table.add_row(row));
+    println!("{table}");
+}
+
+fn seconds(value: &Value) -> String {
+    let seconds = value.as_f64().unwrap_or(0.0);
+    if seconds < 1.0 { format!("{:.1} ms", seconds * 1e3) } else { format!("{seconds:.2} s") }
+}
+
+impl Explain {
+    async fn run(self) -> anyhow::Result<()> {
+        let model = match self.model {
+            Some(model) => model,
+            None => {
+                let models = ask(&self.to.address, "/v1/models", None).await?;
+                let all: Vec<&str> = models["data"].as_array().into_iter().flatten().filter_map(|model| model["id"].as_str()).collect();
+                match all.as_slice() {
+                    [only] => (*only).to_owned(),
+                    [] => anyhow::bail!("the router knows no worker yet"),
+                    several => anyhow::bail!("name one with --model: {}", several.join(", ")),
+                }
+            }
+        };
+        let mut body = json!({"model": model});
+        let text = match self.prompt.as_deref() {
+            Some("-") => {
+                let mut text = String::new();
+                std::io::stdin().read_to_string(&mut text)?;
+                Some(text)
+            }
+            text => text.map(str::to_owned),
+        };
+        match text {
+            Some(text) if self.chat => body["messages"] = json!([{"role": "user", "content": text}]),
+            Some(text) => body["prompt"] = json!(text),
+            None => body["prompt"] = json!(self.tokens),
+        }
+        if let Some(session) = self.session {
+            body["user"] = json!(session);
+        }
+        let explained = ask(&self.to.address, "/explain", Some(&body)).await?;
+        if self.to.json {
+            println!("{}", serde_json::to_string_pretty(&explained)?);
+            return Ok(());
+        }
+        let known = explained["tokens_known"].as_bool().unwrap_or(false);
+        let about = if known { "" } else { " or so (no tokenizer, or no whole block: routed by load)" };
+        println!("{} tokens{about}, model {}", explained["prompt_tokens"], explained["model"].as_str().unwrap_or_default());
+        let row = |worker: &Value| {
+            vec![
+                if worker["chosen"] == true { "->".into() } else { String::new() },
+                worker["worker"].as_str().unwrap_or_default().to_owned(),
+                seconds(&worker["expected_seconds"]),
+                seconds(&worker["queue_seconds"]),
+                seconds(&worker["prefill_seconds"]),
+                seconds(&worker["fetch_seconds"]),
+                worker["engine_tokens"].to_string(),
+                worker["fetched_tokens"].to_string(),
+                worker["tokens_to_compute"].to_string(),
+                worker["requests"].to_string(),
+            ]
+        };
+        let rows = explained["workers"].as_array().into_iter().flatten().map(row).collect();
+        let header = ["", "worker", "expected", "= queue", "+ prefill", "+ fetch", "in engine", "fetched", "computed", "requests"];
+        print_table(&header, rows);
+        println!("{}", explained["why"].as_str().unwrap_or_default());
+        Ok(())
+    }
+}
+
+async fn show_workers(to: Address) -> anyhow::Result<()> {
+    let workers = ask(&to.address, "/workers", None).await?;
+    if to.json {
+        println!("{}", serde_json::to_string_pretty(&workers)?);
+        return Ok(());
+    }
+    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+    let row = |worker: &Value| {
+        let learnt = worker["requests_learnt_from"].as_u64().unwrap_or(0);
+        let rate = match learnt {
+            0 => "-".to_owned(),
+            _ => format!("{:.0}/s", worker["prefill_tokens_per_second"].as_f64().unwrap_or(0.0)),
+        };
+        vec![
+            text(&worker["id"]),
+            text(&worker["model"]),
+            text(&worker["role"]),
+            if worker["up"] == true { "up".into() } else { "away".into() },
+            worker["load"]["prefilling"].to_string(),
+            worker["load"]["decoding"].to_string(),
+            rate,
+            worker["event_messages"].to_string(),
+            text(&worker["node"]),
+        ]
+    };
+    let rows = workers.as_array().into_iter().flatten().map(row).collect();
+    print_table(&["worker", "model", "role", "", "prefilling", "decoding", "prompt tokens", "events", "node"], rows);
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let run = || -> anyhow::Result<()> {
+        let runtime = tokio::runtime::Runtime::new()?;
+        match Arguments::parse().command {
+            Command::Serve(serve) => runtime.block_on(serve.run()),
+            Command::Explain(explain) => runtime.block_on(explain.run()),
+            Command::Workers(to) => runtime.block_on(show_workers(to)),
+            Command::Completions { shell } => {
+                clap_complete::generate(shell, &mut Arguments::command(), "kvstore-router", &mut std::io::stdout());
+                Ok(())
+            }
+        }
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kvstore-router: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! The router's configuration: a TOML file, and flags over it.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use kvstore_proto::hashes::Sha256Cbor;
+use serde::Deserialize;
+
+use crate::cost::Choose;
+use crate::discovery;
+use crate::fleet::{FleetOptions, WorkerSpec};
+use crate::hashing::Hashing;
+use crate::place::PlaceOptions;
+use crate::serve::{Model, ServeOptions};
+use crate::tokens::Tokens;
+
+/// As it stands in the file. `docs/router.md` describes each key.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// How engines name blocks: `sha256_cbor`, or `engine`.
+    pub hash: HashName,
+    /// The engines' PYTHONHASHSEED, where they have one.
+    pub hash_seed: Option<String>,
+    /// Models, beyond what workers say of them.
+    pub models: Vec<ModelConfig>,
+    /// Workers.
+    pub workers: Vec<WorkerSpec>,
+    /// A file of more `[[workers]]`, followed.
+    pub workers_file: Option<PathBuf>,
+    /// Other replicas of this router.
+    pub peers: Vec<String>,
+    /// Answers that break off are gone on with.
+    pub resume: bool,
+    /// How requests are placed.
+    pub place: PlaceConfig,
+    /// What the indexes may take.
+    pub index: IndexConfig,
+}
+
+/// See [`Config::hash`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HashName {
+    /// The router computes the engines' hashes.
+    Sha256Cbor,
+    /// Only the engines can.
+    Engine,
+}
+
+impl std::str::FromStr for HashName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "sha256_cbor" => Ok(Self::Sha256Cbor),
+            "engine" => Ok(Self::Engine),
+            _ => Err(format!("{text:?}: use sha256_cbor (the engines' prefix_caching_hash_algo) or engine (any other)")),
+        }
+    }
+}
+
+/// A model.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// As requests name it.
+    pub name: String,
+    /// Its folder, or its `tokenizer.json`.
+    #[serde(default)]
+    pub tokenizer: Option<PathBuf>,
+    /// Another chat template than its own.
+    #[serde(default)]
+    pub chat_template: Option<PathBuf>,
+    /// It is an adapter (LoRA) under a name of its own.
+    #[serde(default)]
+    pub adapter: bool,
+}
+
+/// How requests are placed.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PlaceConfig {
+    /// 0: always the worker that is expected to answer first.
+    pub temperature: f64,
+    /// Requests under way at a worker.
+    pub requests_max: u64,
+    /// Expected seconds before a request at a worker.
+    pub wait_seconds_max: f64,
+    /// A session stays while its worker takes so many times the best's time.
+    pub affinity: f64,
+    /// Seconds that a request waits where all are full.
+    pub queue_seconds: f64,
+    /// Requests that wait.
+    pub queue_max: usize,
+    /// Seconds of silence after which an answer counts as broken off.
+    pub silence_seconds: f64,
+    /// Prompts with fewer tokens to compute are not split between pools.
+    pub split_tokens_min: u64,
+}
+
+impl Default for PlaceConfig {
+    fn default() -> Self {
+        let (place, choose) = (PlaceOptions::default(), Choose::default());
+        Self {
+            temperature: choose.temperature,
+            requests_max: choose.requests_max,
+            wait_seconds_max: choose.seconds_max,
+            affinity: choose.affinity,
+            queue_seconds: place.queue_time.as_secs_f64(),
+            queue_max: place.queue_max,
+            silence_seconds: place.silence.as_secs_f64(),
+            split_tokens_min: place.split_tokens_min,
+        }
+    }
+}
+
+/// What the indexes may take.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct IndexConfig {
+    /// That of engines' memory.
+    pub engine_bytes: ByteSize,
+    /// That of nodes' tiers.
+    pub node_bytes: ByteSize,
+}
+
+impl Default for IndexConfig {
+    fn default() -> Self {
+        let fleet = FleetOptions::default();
+        Self { engine_bytes: ByteSize(fleet.engine_index_bytes), node_bytes: ByteSize(fleet.node_index_bytes) }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8088)),
+            hash: HashName::Sha256Cbor,
+            hash_seed: None,
+            models: Vec::new(),
+            workers: Vec::new(),
+            workers_file: None,
+            peers: Vec::new(),
+            resume: true,
+            place: PlaceConfig::default(),
+            index: IndexConfig::default(),
+        }
+    }
+}
+
+impl Config {
+    /// Reads a file.
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
+        toml::from_str(&text).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
+    }
+
+    /// What is wrong with it, if anything.
+    pub fn check(&self) -> anyhow::Result<()> {
+        discovery::check(&self.workers).map_err(anyhow::Error::msg)?;
+        let place = &self.place;
+        for (key, value, least, most) in [
+            ("place.temperature", place.temperature, 0.0, 100.0),
+            ("place.wait_seconds_max", place.wait_seconds_max, 0.001, 3600.0),
+            ("place.affinity", place.affinity, 1.0, 100.0),
+            ("place.queue_seconds", place.queue_seconds, 0.0, 3600.0),
+            ("place.silence_seconds", place.silence_seconds, 1.0, 86_400.0),
+        ] {
+            anyhow::ensure!((least..=most).contains(&value), "{key} is {value}: {least} to {most}");
+        }
+        anyhow::ensure!(place.requests_max > 0, "place.requests_max is 0: at least 1");
+        for peer in &self.peers {
+            let is_http = peer.parse::<http::Uri>().is_ok_and(|url| url.scheme_str() == Some("http"));
+            anyhow::ensure!(is_http, "peers: {peer:?}: use http://host:port of another replica");
+        }
+        anyhow::ensure!(
+            !self.workers.is_empty() || self.workers_file.is_some(),
+            "no workers: name some with --worker, [[workers]] or workers_file"
+        );
+        Ok(())
+    }
+
+    /// How engines name blocks.
+    pub fn hashing(&self) -> anyhow::Result<Hashing> {
+        Ok(match (self.hash, &self.hash_seed) {
+            (HashName::Engine, _) => Hashing::Engine,
+            (HashName::Sha256Cbor, Some(seed)) => Hashing::Sha256Cbor(Sha256Cbor::with_seed(seed)?),
+            (HashName::Sha256Cbor, None) => Hashing::Sha256Cbor(Sha256Cbor::default()),
+        })
+    }
+
+    /// What placing goes by.
+    pub fn place_options(&self) -> PlaceOptions {
+        let place = &self.place;
+        PlaceOptions {
+            choose: Choose {
+                temperature: place.temperature,
+                requests_max: place.requests_max,
+                seconds_max: place.wait_seconds_max,
+                affinity: place.affinity,
+            },
+            queue_time: Duration::from_secs_f64(place.queue_seconds),
+            queue_max: place.queue_max,
+            silence: Duration::from_secs_f64(place.silence_seconds),
+            split_tokens_min: place.split_tokens_min,
+        }
+    }
+
+    /// What the indexes may take.
+    pub fn fleet_options(&self) -> FleetOptions {
+        FleetOptions { engine_index_bytes: self.index.engine_bytes.as_u64(), node_index_bytes: self.index.node_bytes.as_u64() }
+    }
+
+    /// How to serve.
+    pub fn serve_options(&self) -> ServeOptions {
+        ServeOptions { resume: self.resume, peers: self.peers.clone(), ..ServeOptions::default() }
+    }
+
+    /// Loads the models' tokenizers.
+    pub fn load_models(&self) -> anyhow::Result<HashMap<String, Model>> {
+        let load = |model: &ModelConfig| {
+            let tokens = model.tokenizer.as_deref().map(|path| Tokens::load(path, model.chat_template.as_deref())).transpose();
+            let tokens = tokens.map_err(|error| anyhow::anyhow!("model {:?}: {error}", model.name))?;
+            Ok((model.name.clone(), Model { tokens, adapter: model.adapter }))
+        };
+        self.models.iter().map(load).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checked(text: &str) -> Result<Config, String> {
+        let config: Config = toml::from_str(text).map_err(|error| error.to_string())?;
+        config.check().map_err(|error| error.to_string())?;
+        Ok(config)
+    }
+
+    const WORKER: &str = "[[workers]]\nid = \"a\"\nurl = \"http://h:1\"\nmodel = \"m\"\n";
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        assert!(checked(WORKER).is_ok());
+        for (text, says) in [
+            ("", "no workers"),
+            ("[place]\ntemperature = -1", "unreachable"),
+            ("hash = \"md5\"", "unknown variant"),
+            ("peers = [\"x\"]", "peers"),
+            ("[place]\nrequests_max = 0", "requests_max"),
+            ("[place]\naffinity = 0.5", "place.affinity is 0.5: 1 to 100"),
+            ("lisen = 1", "unknown field"),
+            ("[index]\nengine_bytes = \"much\"", "engine_bytes"),
+        ] {
+            let text = if text.is_empty() { String::new() } else { format!("{text}\n{WORKER}") };
+            let error = checked(&text).unwrap_err();
+            assert!(error.contains(says) || says == "unreachable" && error.contains("place.temperature is -1"), "{error}");
+        }
+    }
+}
