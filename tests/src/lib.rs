@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "test support: a failure here is a failed test")]
 
 pub mod azure;
+pub mod engine;
 pub mod fault_proxy;
 pub mod s3;
 pub mod tier;
