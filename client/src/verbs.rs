@@ -4,9 +4,9 @@ use bytes::Bytes;
 use kvstore_plane::verbs;
 use kvstore_proto::v1::blocks_client::BlocksClient;
 use kvstore_proto::v1::{
-    CancelPrefetchRequest, DeleteRequest, DeleteResponse, Layout, LookupRequest, LookupResponse, PinRequest,
-    PinResponse, PrefetchProgress, PrefetchRequest, RegisterLayoutRequest, ReleaseTicketRequest, UnpinRequest,
-    WatchPrefetchRequest,
+    CancelPrefetchRequest, DeleteRequest, DeleteResponse, DescribeBlocksRequest, Layout, LookupRequest, LookupResponse,
+    PinRequest, PinResponse, PrefetchProgress, PrefetchRequest, RegisterLayoutRequest, ReleaseTicketRequest,
+    UnpinRequest, WatchPrefetchRequest,
 };
 use prost::Message;
 use tonic::{Request, Response, Status};
@@ -24,6 +24,8 @@ pub struct RegisteredLayout {
     pub digest: Bytes,
     /// Bytes of a block of each layer group.
     pub block_bytes: Vec<u64>,
+    /// The daemon publishes events, and wants to be told the tokens of blocks: [`Client::describe`].
+    pub wants_tokens: bool,
 }
 
 impl RegisteredLayout {
@@ -117,7 +119,30 @@ impl Client {
             layouts.insert(digest.clone(), layout.clone());
             layouts
         });
-        Ok(RegisteredLayout { digest, block_bytes: response.block_bytes })
+        let (block_bytes, wants_tokens) = (response.block_bytes, response.wants_tokens);
+        Ok(RegisteredLayout { digest, block_bytes, wants_tokens })
+    }
+
+    /// Tells the tokens of a run of blocks that are stored, or are about to be, for the events that the daemon publishes; `parent` is the block before
+    /// them. False where nobody is told. Of use where [`RegisteredLayout::wants_tokens`] says so.
+    pub async fn describe(
+        &self,
+        group: &GroupRef,
+        hashes: &[Bytes],
+        parent: Option<&Bytes>,
+        tokens: &[u32],
+        adapter: Option<&str>,
+    ) -> Result<bool, Error> {
+        let request = DescribeBlocksRequest {
+            layout_digest: group.layout_digest.clone(),
+            group: group.group,
+            sequence_hashes: hashes.to_vec(),
+            parent_hash: parent.cloned().unwrap_or_default(),
+            tokens: tokens.to_vec(),
+            adapter: adapter.unwrap_or_default().to_owned(),
+        };
+        self.within(async { Ok(self.blocks().await?.describe_blocks(self.request(request)).await?.into_inner().taken) })
+            .await
     }
 
     /// How far a prefix can be used, and where its blocks are.

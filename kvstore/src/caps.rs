@@ -48,6 +48,22 @@ pub const WATCH_CHANGES_PER_MESSAGE: usize = 8192;
 pub const WATCH_GATHER: Duration = Duration::from_millis(2);
 /// How often a router is told how fast the tiers are read.
 pub const WATCH_RATES_EVERY: Duration = Duration::from_secs(1);
+/// Messages of the publisher that are kept for replays: as many as vLLM keeps ...
+pub const PUBLISHED_KEPT: usize = 10_000;
+/// ... and their bytes at most.
+pub const PUBLISHED_BYTES_KEPT: usize = 64 << 20;
+/// Events of one message: some 20 KiB where blocks have 16 tokens.
+pub const EVENTS_PER_MESSAGE_MAX: usize = 128;
+/// Routers that are connected to each of the publisher's sockets.
+pub const PUBLISHER_PEERS_MAX: usize = 64;
+/// Topics of one of them.
+pub const PUBLISHER_TOPICS_MAX: usize = 64;
+/// Bytes of what they send: a topic, or a number.
+pub const PUBLISHER_REQUEST_BYTES_MAX: usize = 4096;
+/// One that takes nothing for this long is cut off, and comes back to a replay.
+pub const PUBLISHER_STALL: Duration = Duration::from_secs(10);
+/// Descriptions that wait for the publisher: calls that describe up to some thousand blocks each.
+pub const DESCRIPTIONS_WAITING_MAX: usize = 256;
 /// Bytes that are copied to measure how fast memory is: more than caches have.
 pub const COPY_MEASURED_BYTES: usize = 32 << 20;
 /// How often a put that waits for another writer looks again.

@@ -19,6 +19,7 @@ use crate::admission::Admitter;
 use crate::caps;
 use crate::clock;
 use crate::config::{self, Change, Config, ConfigError, NamespacePolicy, NvmeConfig, ObjectConfig, RawConfig, Uploads};
+use crate::publisher::Describing;
 use crate::telemetry::{LogControl, Traffic};
 use crate::verbs::prefetch::Prefetches;
 
@@ -60,6 +61,7 @@ pub struct Daemon {
     idle: Notify,
     log: LogControl,
     stopping: watch::Sender<bool>,
+    describing: OnceLock<Describing>,
     copy_rate: OnceLock<f64>,
 }
 
@@ -148,6 +150,7 @@ impl Daemon {
             idle: Notify::new(),
             log,
             stopping: watch::Sender::new(false),
+            describing: OnceLock::new(),
             copy_rate: OnceLock::new(),
         }))
     }
@@ -225,6 +228,16 @@ impl Daemon {
     /// Sends away those who follow.
     pub fn end_watches(&self) {
         self.stopping.send_replace(true);
+    }
+
+    /// Where blocks are described, where events are published.
+    pub fn describing(&self) -> Option<&Describing> {
+        self.describing.get()
+    }
+
+    /// Events are published from now on.
+    pub fn set_describing(&self, describing: Describing) {
+        let _ = self.describing.set(describing);
     }
 
     /// Bytes a second that one thread copies in memory: measured at the first call, for some 20 ms.

@@ -11,6 +11,7 @@ pub mod config;
 pub mod daemon;
 mod http;
 pub mod local;
+pub mod publisher;
 pub mod replay;
 pub mod serve;
 mod server;

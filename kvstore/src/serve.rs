@@ -12,7 +12,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::daemon::{Daemon, Sources};
-use crate::{caps, http, local, server, telemetry, write_back};
+use crate::publisher::Publisher;
+use crate::{caps, http, local, publisher, server, telemetry, write_back};
 
 /// A daemon that stops writes back this long at most: half of what Kubernetes gives a pod by default.
 const WRITE_BACK_WITHIN: Duration = Duration::from_secs(15);
@@ -33,6 +34,8 @@ pub struct Running {
     stop: watch::Sender<bool>,
     tasks: JoinSet<anyhow::Result<()>>,
     plane: Option<local::Plane>,
+    /// Events over ZeroMQ, where they are published.
+    pub publisher: Option<Publisher>,
     /// Let go after all else: fields are dropped in order.
     _owned: Vec<server::Owned>,
 }
@@ -93,12 +96,19 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
         let (daemon, stopping) = (Arc::clone(&daemon), stopping.clone());
         tasks.spawn(async move { Ok(http::serve(daemon, listener, stopping).await?) });
     }
+    let publisher = match &config.publisher {
+        Some(publisher) => Some(publisher::start(&daemon, publisher).await?),
+        None => None,
+    };
+    for endpoint in publisher.iter().flat_map(|publisher| &publisher.endpoints) {
+        tracing::info!(endpoint, "publishing events");
+    }
     tokio::spawn(Arc::clone(&daemon).tick_forever());
     tokio::spawn(write_back::write_back_forever(Arc::clone(&daemon)));
     if daemon.object.is_some() {
         tokio::spawn(crate::verbs::collect::collect_forever(Arc::clone(&daemon)));
     }
-    Ok(Running { daemon, addresses, http: http_address, stop, tasks, plane: Some(plane), _owned: owned })
+    Ok(Running { daemon, addresses, http: http_address, stop, tasks, plane: Some(plane), publisher, _owned: owned })
 }
 
 impl Running {

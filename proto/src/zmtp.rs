@@ -291,7 +291,10 @@ mod tests {
         let long = vec![7u8; 600];
         a.send(&[b"", b"12345678", &long]).await.unwrap();
         a.send(&[b"x"]).await.unwrap();
-        assert_eq!(b.receive().await.unwrap().unwrap(), [Bytes::new(), Bytes::from_static(b"12345678"), Bytes::from(long)]);
+        assert_eq!(
+            b.receive().await.unwrap().unwrap(),
+            [Bytes::new(), Bytes::from_static(b"12345678"), Bytes::from(long)]
+        );
         assert_eq!(b.receive().await.unwrap().unwrap(), [Bytes::from_static(b"x")]);
         let mut ping = BytesMut::new();
         put_frame(&mut ping, 4, b"\x04PING\x00\x01context");

@@ -60,7 +60,9 @@ impl std::str::FromStr for HashName {
         match text {
             "sha256_cbor" => Ok(Self::Sha256Cbor),
             "engine" => Ok(Self::Engine),
-            _ => Err(format!("{text:?}: use sha256_cbor (the engines' prefix_caching_hash_algo) or engine (any other)")),
+            _ => {
+                Err(format!("{text:?}: use sha256_cbor (the engines' prefix_caching_hash_algo) or engine (any other)"))
+            }
         }
     }
 }
@@ -214,7 +216,10 @@ impl Config {
 
     /// What the indexes may take.
     pub fn fleet_options(&self) -> FleetOptions {
-        FleetOptions { engine_index_bytes: self.index.engine_bytes.as_u64(), node_index_bytes: self.index.node_bytes.as_u64() }
+        FleetOptions {
+            engine_index_bytes: self.index.engine_bytes.as_u64(),
+            node_index_bytes: self.index.node_bytes.as_u64(),
+        }
     }
 
     /// How to serve.
@@ -225,7 +230,8 @@ impl Config {
     /// Loads the models' tokenizers.
     pub fn load_models(&self) -> anyhow::Result<HashMap<String, Model>> {
         let load = |model: &ModelConfig| {
-            let tokens = model.tokenizer.as_deref().map(|path| Tokens::load(path, model.chat_template.as_deref())).transpose();
+            let tokens =
+                model.tokenizer.as_deref().map(|path| Tokens::load(path, model.chat_template.as_deref())).transpose();
             let tokens = tokens.map_err(|error| anyhow::anyhow!("model {:?}: {error}", model.name))?;
             Ok((model.name.clone(), Model { tokens, adapter: model.adapter }))
         };
@@ -260,7 +266,10 @@ mod tests {
         ] {
             let text = if text.is_empty() { String::new() } else { format!("{text}\n{WORKER}") };
             let error = checked(&text).unwrap_err();
-            assert!(error.contains(says) || says == "unreachable" && error.contains("place.temperature is -1"), "{error}");
+            assert!(
+                error.contains(says) || says == "unreachable" && error.contains("place.temperature is -1"),
+                "{error}"
+            );
         }
     }
 }

@@ -46,8 +46,11 @@ impl Hashing {
         match self {
             Self::Sha256Cbor(sha) => {
                 for (at, tokens) in blocks.enumerate() {
-                    let keys: Vec<ExtraKey> =
-                        adapter.into_iter().chain(salt.filter(|_| at == 0)).map(|key| ExtraKey::Text(key.into())).collect();
+                    let keys: Vec<ExtraKey> = adapter
+                        .into_iter()
+                        .chain(salt.filter(|_| at == 0))
+                        .map(|key| ExtraKey::Text(key.into()))
+                        .collect();
                     let parent = chain.hashes.last().map(<[u8; 32]>::as_slice);
                     let hash = sha.block(parent, tokens, &keys)?;
                     chain.names.push(name_of(&hash));

@@ -16,5 +16,5 @@ pub mod index;
 pub mod names;
 pub mod place;
 pub mod serve;
-pub mod tokens;
 mod sync;
+pub mod tokens;

@@ -35,10 +35,14 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Serve OpenAI's API in front of workers.
-    #[command(after_help = "Examples:\n  kvstore-router serve --worker id=a,url=http://10.0.0.1:8000,model=llama,events=tcp://10.0.0.1:5557,node=http://10.0.0.1:7411\n  kvstore-router serve --config router.toml")]
+    #[command(
+        after_help = "Examples:\n  kvstore-router serve --worker id=a,url=http://10.0.0.1:8000,model=llama,events=tcp://10.0.0.1:5557,node=http://10.0.0.1:7411\n  kvstore-router serve --config router.toml"
+    )]
     Serve(Serve),
     /// Say what a request would cost at each worker, and which one it would go to. Sends it nowhere.
-    #[command(after_help = "Examples:\n  kvstore-router explain 'Once upon a time'\n  kvstore-router explain --chat 'Hello' --model llama\n  kvstore-router explain --tokens 1,2,3 --json\n  kvstore-router explain - < prompt.txt")]
+    #[command(
+        after_help = "Examples:\n  kvstore-router explain 'Once upon a time'\n  kvstore-router explain --chat 'Hello' --model llama\n  kvstore-router explain --tokens 1,2,3 --json\n  kvstore-router explain - < prompt.txt"
+    )]
     Explain(Explain),
     /// The workers, what they do, and what was learnt of them.
     #[command(after_help = "Example:\n  kvstore-router workers --address http://10.0.0.9:8088")]
@@ -153,14 +157,17 @@ impl Serve {
         let router = Router::new(Arc::clone(&fleet), config.place_options());
         let app = App::new(router, config.load_models()?, config.serve_options());
         let listener = tokio::net::TcpListener::bind(config.listen).await;
-        let listener = listener.with_context(|| format!("cannot listen on {}: choose another with --listen", config.listen))?;
+        let listener =
+            listener.with_context(|| format!("cannot listen on {}: choose another with --listen", config.listen))?;
         tracing::info!(address = %listener.local_addr()?, "serving");
         println!("kvstore-router serves OpenAI's API on http://{}", listener.local_addr()?);
         std::io::stdout().flush()?;
         let (stop, stopping) = watch::channel(false);
         let following = tokio::spawn(follow(fleet, config));
         tokio::spawn(async move {
-            let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+            let (Ok(mut terminate), Ok(mut interrupt)) =
+                (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+            else {
                 return;
             };
             tokio::select! {
@@ -206,12 +213,13 @@ async fn ask(address: &str, path: &str, body: Option<&Value>) -> anyhow::Result<
         .header("content-type", "application/json")
         .body(Full::new(bytes))?;
     let answer = tokio::time::timeout(Duration::from_secs(10), client.request(request)).await;
-    let answer = answer
-        .context("no answer within 10 s")?
-        .with_context(|| format!("no router answers at {address}: start one with `kvstore-router serve`, or name it with --address"))?;
+    let answer = answer.context("no answer within 10 s")?.with_context(|| {
+        format!("no router answers at {address}: start one with `kvstore-router serve`, or name it with --address")
+    })?;
     let status = answer.status();
     let bytes = answer.into_body().collect().await?.to_bytes();
-    let value: Value = serde_json::from_slice(&bytes).with_context(|| format!("{url} is no router: it answered {status}"))?;
+    let value: Value =
+        serde_json::from_slice(&bytes).with_context(|| format!("{url} is no router: it answered {status}"))?;
     match value["error"]["message"].as_str() {
         Some(error) => anyhow::bail!("{error}"),
         None => Ok(value),
@@ -236,7 +244,8 @@ impl Explain {
             Some(model) => model,
             None => {
                 let models = ask(&self.to.address, "/v1/models", None).await?;
-                let all: Vec<&str> = models["data"].as_array().into_iter().flatten().filter_map(|model| model["id"].as_str()).collect();
+                let all: Vec<&str> =
+                    models["data"].as_array().into_iter().flatten().filter_map(|model| model["id"].as_str()).collect();
                 match all.as_slice() {
                     [only] => (*only).to_owned(),
                     [] => anyhow::bail!("the router knows no worker yet"),
@@ -268,7 +277,11 @@ impl Explain {
         }
         let known = explained["tokens_known"].as_bool().unwrap_or(false);
         let about = if known { "" } else { " or so (no tokenizer, or no whole block: routed by load)" };
-        println!("{} tokens{about}, model {}", explained["prompt_tokens"], explained["model"].as_str().unwrap_or_default());
+        println!(
+            "{} tokens{about}, model {}",
+            explained["prompt_tokens"],
+            explained["model"].as_str().unwrap_or_default()
+        );
         let row = |worker: &Value| {
             vec![
                 if worker["chosen"] == true { "->".into() } else { String::new() },
@@ -284,7 +297,18 @@ impl Explain {
             ]
         };
         let rows = explained["workers"].as_array().into_iter().flatten().map(row).collect();
-        let header = ["", "worker", "expected", "= queue", "+ prefill", "+ fetch", "in engine", "fetched", "computed", "requests"];
+        let header = [
+            "",
+            "worker",
+            "expected",
+            "= queue",
+            "+ prefill",
+            "+ fetch",
+            "in engine",
+            "fetched",
+            "computed",
+            "requests",
+        ];
         print_table(&header, rows);
         println!("{}", explained["why"].as_str().unwrap_or_default());
         Ok(())

@@ -13,7 +13,9 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::caps;
-use crate::cost::{Cached, Choice, Choose, Load, Overload, RequestId, Speed, TIERS, Terms, TierRate, WorkerLoad, choose};
+use crate::cost::{
+    Cached, Choice, Choose, Load, Overload, RequestId, Speed, TIERS, Terms, TierRate, WorkerLoad, choose,
+};
 use crate::fleet::{Fleet, Role, Worker};
 use crate::hashing::Chain;
 
@@ -225,7 +227,8 @@ impl Router {
     /// Workers that may have a request, and what it would cost at each.
     pub fn candidates(&self, asked: &Asked, but: &[usize]) -> Result<Vec<Candidate>, Refused> {
         let all = self.fleet.workers();
-        let of_model: Vec<Arc<Worker>> = all.iter().filter(|worker| worker.spec.model == asked.model).cloned().collect();
+        let of_model: Vec<Arc<Worker>> =
+            all.iter().filter(|worker| worker.spec.model == asked.model).cloned().collect();
         if of_model.is_empty() {
             let mut known: Vec<&str> = all.iter().map(|worker| worker.spec.model.as_str()).collect();
             known.sort_unstable();
@@ -234,7 +237,12 @@ impl Router {
             return Err(Refused::UnknownModel { model: asked.model.clone(), known });
         }
         // Some workers are known for their blocks alone.
-        let may = |worker: &Arc<Worker>| worker.is_up() && !worker.spec.url.is_empty() && !but.contains(&worker.number) && worker.spec.role == asked.role;
+        let may = |worker: &Arc<Worker>| {
+            worker.is_up()
+                && !worker.spec.url.is_empty()
+                && !but.contains(&worker.number)
+                && worker.spec.role == asked.role
+        };
         let workers: Vec<Arc<Worker>> = of_model.into_iter().filter(may).collect();
         let cached = self.fleet.locate(&asked.chain, &workers);
         let (load, speeds, others) = (self.load.lock(), self.speeds.lock(), self.others.load());

@@ -41,8 +41,7 @@ pub struct Tokens {
 const TEMPLATE: &str = "chat";
 
 fn read(path: &Path) -> Result<String, TokenError> {
-    std::fs::read_to_string(path)
-        .map_err(|cause| TokenError::Read { path: path.to_owned(), cause: cause.to_string() })
+    std::fs::read_to_string(path).map_err(|cause| TokenError::Read { path: path.to_owned(), cause: cause.to_string() })
 }
 
 /// The chat template among the settings of a tokenizer: a text, or the one called "default" of several.
@@ -92,7 +91,8 @@ impl Tokens {
 
     /// The tokens of a text. `special`: with those that the model expects around a prompt.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenError> {
-        let encoded = self.tokenizer.encode_fast(text, special).map_err(|error| TokenError::Tokenize(error.to_string()))?;
+        let encoded =
+            self.tokenizer.encode_fast(text, special).map_err(|error| TokenError::Tokenize(error.to_string()))?;
         Ok(encoded.get_ids().to_vec())
     }
 
@@ -105,7 +105,8 @@ impl Tokens {
             Some(Value::Object(more)) => minijinja::Value::from_serialize(more),
             _ => minijinja::Value::from_serialize(Value::Object(Default::default())),
         };
-        let given = |name: &str| request.get(name).filter(|value| !value.is_null()).map(minijinja::Value::from_serialize);
+        let given =
+            |name: &str| request.get(name).filter(|value| !value.is_null()).map(minijinja::Value::from_serialize);
         let messages = flattened(request.get("messages").unwrap_or(&Value::Null));
         let values = context! {
             messages => messages,
@@ -129,7 +130,10 @@ fn flattened(messages: &Value) -> Value {
     let flat = |message: &Value| -> Value {
         let mut message = message.clone();
         let texts: Option<Vec<String>> = message["content"].as_array().and_then(|parts| {
-            parts.iter().map(|part| (part["type"] == "text").then(|| part["text"].as_str().map(str::to_owned)).flatten()).collect()
+            parts
+                .iter()
+                .map(|part| (part["type"] == "text").then(|| part["text"].as_str().map(str::to_owned)).flatten())
+                .collect()
         });
         if let Some(texts) = texts {
             message["content"] = Value::String(texts.join("\n"));

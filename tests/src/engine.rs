@@ -152,7 +152,8 @@ async fn completions(State(shared): State<Arc<Shared>>, Json(body): Json<Value>)
     let mood = *shared.mood.lock().unwrap();
     match mood {
         Mood::Refuses(status) => {
-            let error = json!({"error": {"message": "refused as it was told", "type": "x", "param": null, "code": null}});
+            let error =
+                json!({"error": {"message": "refused as it was told", "type": "x", "param": null, "code": null}});
             return (StatusCode::from_u16(status).unwrap(), Json(error)).into_response();
         }
         Mood::Hangs => tokio::time::sleep(Duration::from_secs(3600)).await,
@@ -168,13 +169,18 @@ async fn completions(State(shared): State<Arc<Shared>>, Json(body): Json<Value>)
     let count = body["max_completion_tokens"].as_u64().or(body["max_tokens"].as_u64()).unwrap_or(16) as usize;
     let tokens = answer(&prompt, count);
     let with_ids = body["return_token_ids"] == true && shared.knows_token_ids.load(Ordering::Relaxed);
-    let usage = json!({"prompt_tokens": prompt.len(), "completion_tokens": count, "total_tokens": prompt.len() + count});
+    let usage =
+        json!({"prompt_tokens": prompt.len(), "completion_tokens": count, "total_tokens": prompt.len() + count});
     static ID: AtomicU64 = AtomicU64::new(0);
     let head = json!({"id": format!("id-{}", ID.fetch_add(1, Ordering::Relaxed)), "created": 1, "model": shared.model});
     if body["stream"] != true {
         tokio::time::sleep(shared.delay * count as u32).await;
         let mut whole = head;
-        let choice = if is_chat { json!({"message": {"role": "assistant", "content": text(&tokens)}}) } else { json!({"text": text(&tokens)}) };
+        let choice = if is_chat {
+            json!({"message": {"role": "assistant", "content": text(&tokens)}})
+        } else {
+            json!({"text": text(&tokens)})
+        };
         whole["choices"] = json!([choice]);
         whole["usage"] = usage;
         whole["kv_transfer_params"] = json!({"from": shared.model});
@@ -233,4 +239,3 @@ async fn completions(State(shared): State<Arc<Shared>>, Json(body): Json<Value>)
     response.headers_mut().insert("content-type", "text/event-stream; charset=utf-8".parse().unwrap());
     response
 }
-

@@ -195,7 +195,9 @@ async fn events_before_and_after_the_router_came_are_known() {
     follower.until_run(&[1, 2, 3, 4, 5], 5).await;
     engine.publish(json!([["BlockRemoved", [2], "GPU"]]));
     follower.until_run(&[1, 2, 3, 4, 5], 1).await;
-    engine.publish(json!([{"type": "AllBlocksCleared"}, ["BlockStored", [9], null, [1, 1, 1, 1], 4, null, "CPU_PINNED"]]));
+    engine.publish(
+        json!([{"type": "AllBlocksCleared"}, ["BlockStored", [9], null, [1, 1, 1, 1], 4, null, "CPU_PINNED"]]),
+    );
     follower.until_run(&[1], 0).await;
     assert_eq!(follower.run(&[9]), 0, "not in the engine's own memory");
     assert_eq!((follower.view.counts().fences, follower.view.block_tokens()), (0, 4));
@@ -295,7 +297,8 @@ async fn other_implementations_are_understood() {
             let asked = router.recv().await.unwrap();
             let peer = asked.get(0).unwrap().clone();
             for (number, payload) in [(0u64, replayed.clone()), (u64::MAX, Vec::new())] {
-                let frames: Vec<Bytes> = vec![peer.clone(), Bytes::new(), number.to_be_bytes().to_vec().into(), payload.into()];
+                let frames: Vec<Bytes> =
+                    vec![peer.clone(), Bytes::new(), number.to_be_bytes().to_vec().into(), payload.into()];
                 router.send(zeromq::ZmqMessage::try_from(frames).unwrap()).await.unwrap();
             }
         }
@@ -326,7 +329,12 @@ async fn a_hostile_publisher_does_no_harm() {
     use tokio::io::AsyncWriteExt;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let source = subscriber::Source { events: format!("tcp://{address}").parse().unwrap(), replay: None, topic: String::new(), rank: 0 };
+    let source = subscriber::Source {
+        events: format!("tcp://{address}").parse().unwrap(),
+        replay: None,
+        topic: String::new(),
+        rank: 0,
+    };
     let follower = Follower::start(source);
     for attempt in 0..3 {
         let (mut stream, _) = listener.accept().await.unwrap();
@@ -373,9 +381,11 @@ fn layout(model: &str, kinds: &[(BlockKind, u32)], shard: Shard) -> Layout {
 async fn put(client: &Client, layout: &Layout, group: u32, hashes: &[[u8; 32]], level: Level) {
     let registered = client.register_layout(layout.clone()).await.unwrap();
     let bytes = vec![3u8; registered.block_bytes[group as usize] as usize];
-    let block = |hash: &[u8; 32]| PutBlock { hash: Bytes::copy_from_slice(hash), parent: None, bytes: bytes.clone().into() };
+    let block =
+        |hash: &[u8; 32]| PutBlock { hash: Bytes::copy_from_slice(hash), parent: None, bytes: bytes.clone().into() };
     let options = PutOptions { level, ..PutOptions::default() };
-    let results = client.put_with(&registered.group(group), hashes.iter().map(block).collect::<Vec<_>>(), options).await.unwrap();
+    let results =
+        client.put_with(&registered.group(group), hashes.iter().map(block).collect::<Vec<_>>(), options).await.unwrap();
     assert!(results.iter().all(|result| result.level() != Level::Unspecified));
 }
 
@@ -412,7 +422,8 @@ async fn until_located(fleet: &Fleet, expected: &[(u64, [u64; 3])]) {
     let begun = Instant::now();
     loop {
         let located = fleet.locate(&chain(), &fleet.workers());
-        let found: Vec<(u64, [u64; 3])> = located.iter().map(|cached| (cached.fetched_tokens, cached.tier_tokens)).collect();
+        let found: Vec<(u64, [u64; 3])> =
+            located.iter().map(|cached| (cached.fetched_tokens, cached.tier_tokens)).collect();
         if found == expected {
             return;
         }
@@ -431,7 +442,8 @@ async fn tiers_of_nodes_are_known() {
     let b = TestDaemon::start(&[&object]).await;
     let (client_a, client_b) = (a.client().await, b.client().await);
     for client in [&client_a, &client_b] {
-        kvstore_tests::until(client, |status| status.object.as_ref().is_some_and(|object| object.state == "SERVING")).await;
+        kvstore_tests::until(client, |status| status.object.as_ref().is_some_and(|object| object.state == "SERVING"))
+            .await;
     }
     let layout = layout("tiny", &[(BlockKind::Attention, 0)], ONE);
     let hashes = chain().hashes;

@@ -157,13 +157,17 @@ async fn answers_come_whole_and_in_pieces_from_where_the_prefix_is() {
         assert_eq!((stream.worker.as_str(), stream.text()), ("b", text(&answer(&tokens, 5))));
         assert_eq!(stream.headers["content-type"], "text/event-stream; charset=utf-8");
         let pieces = stream.pieces();
-        assert!(pieces.iter().all(|piece| piece["choices"][0].get("token_ids").is_none()), "nobody asked for them: {pieces:?}");
+        assert!(
+            pieces.iter().all(|piece| piece["choices"][0].get("token_ids").is_none()),
+            "nobody asked for them: {pieces:?}"
+        );
         assert_eq!(pieces.last().unwrap()["usage"]["completion_tokens"], 5);
     }
     let asked = json!({"model": "m", "prompt": prompt, "max_tokens": 2, "stream": true, "return_token_ids": true});
     let pieces = front.post("/v1/completions", asked).await.pieces();
     assert_eq!(pieces[0]["choices"][0]["token_ids"], json!(answer(&tokens, 1)));
-    let chat = json!({"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "stream": true});
+    let chat =
+        json!({"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "stream": true});
     let chat = front.post("/v1/chat/completions", chat).await;
     assert_eq!(chat.pieces()[0]["choices"][0]["delta"]["role"], "assistant");
     until("all is over", || front.idle()).await;
@@ -287,7 +291,9 @@ async fn a_client_that_leaves_ends_its_request_at_the_worker() {
     let slow = ScriptedEngine::start("m", Duration::from_millis(50)).await;
     let front = Front::start(&[spec("a", &slow, Role::Both)], PlaceOptions::default()).await;
     let body = json!({"model": "m", "prompt": [1, 2, 3], "max_tokens": 1000, "stream": true});
-    let request = http::Request::post(format!("{}/v1/completions", front.url)).body(Full::new(Bytes::from(body.to_string()))).unwrap();
+    let request = http::Request::post(format!("{}/v1/completions", front.url))
+        .body(Full::new(Bytes::from(body.to_string())))
+        .unwrap();
     let mut response = front.client.request(request).await.unwrap();
     response.body_mut().frame().await.unwrap().unwrap();
     assert_eq!(slow.streaming(), 1);
@@ -304,7 +310,8 @@ async fn a_client_that_leaves_ends_its_request_at_the_worker() {
 async fn overload_waits_then_sheds_with_retry_after() {
     let engine = ScriptedEngine::start("m", Duration::from_millis(20)).await;
     let choose = Choose { requests_max: 2, ..Choose::default() };
-    let options = PlaceOptions { choose, queue_time: Duration::from_millis(300), queue_max: 3, ..PlaceOptions::default() };
+    let options =
+        PlaceOptions { choose, queue_time: Duration::from_millis(300), queue_max: 3, ..PlaceOptions::default() };
     let front = Front::start(&[spec("a", &engine, Role::Both)], options).await;
     let body = json!({"model": "m", "prompt": [1, 2, 3], "max_tokens": 8});
     let all = futures::future::join_all((0..12).map(|_| front.post("/v1/completions", body.clone()))).await;
@@ -325,12 +332,17 @@ async fn long_prompts_are_computed_by_the_prefill_pool_and_short_ones_are_not() 
     let workers = [spec("p", &prefill, Role::Prefill), spec("d", &decode, Role::Decode)];
     let options = PlaceOptions { split_tokens_min: 100, ..PlaceOptions::default() };
     let front = Front::start(&workers, options).await;
-    let ask = async |prompt: &[u32]| front.post("/v1/completions", json!({"model": "m", "prompt": prompt, "max_tokens": 3})).await;
+    let ask = async |prompt: &[u32]| {
+        front.post("/v1/completions", json!({"model": "m", "prompt": prompt, "max_tokens": 3})).await
+    };
     let long: Vec<u32> = (0..320).collect();
     assert_eq!(ask(&long).await.worker, "d");
     assert_eq!((prefill.requests(), decode.requests()), (1, 1));
     let (at_prefill, at_decode) = (&prefill.bodies()[0], &decode.bodies()[0]);
-    assert_eq!((&at_prefill["max_tokens"], &at_prefill["kv_transfer_params"]["do_remote_decode"]), (&json!(1), &json!(true)));
+    assert_eq!(
+        (&at_prefill["max_tokens"], &at_prefill["kv_transfer_params"]["do_remote_decode"]),
+        (&json!(1), &json!(true))
+    );
     assert_eq!((&at_decode["max_tokens"], &at_decode["kv_transfer_params"]), (&json!(3), &json!({"from": "m"})));
     assert_eq!(ask(&[1, 2, 3]).await.worker, "d");
     assert_eq!(prefill.requests(), 1, "short");
@@ -347,7 +359,8 @@ async fn long_prompts_are_computed_by_the_prefill_pool_and_short_ones_are_not() 
 async fn pictures_go_to_the_encoders_first() {
     let encode = ScriptedEngine::start("m", QUICK).await;
     let both = ScriptedEngine::start("m", QUICK).await;
-    let front = Front::start(&[spec("e", &encode, Role::Encode), spec("b", &both, Role::Both)], PlaceOptions::default()).await;
+    let front =
+        Front::start(&[spec("e", &encode, Role::Encode), spec("b", &both, Role::Both)], PlaceOptions::default()).await;
     let picture = |at: u32| json!({"type": "image_url", "image_url": {"url": format!("http://x/{at}.png")}});
     let body = json!({"model": "m", "max_tokens": 2, "messages": [{"role": "user", "content": [{"type": "text", "text": "what?"}, picture(1), picture(2)]}]});
     assert_eq!(front.post("/v1/chat/completions", body).await.worker, "b");
@@ -372,7 +385,10 @@ async fn malformed_requests_get_errors_in_openais_shape() {
         let answer = front.post_bytes(path, body.to_owned()).await;
         assert_eq!(answer.status, status, "{path} {body}");
         let error = &answer.json()["error"];
-        assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()) && error["type"].is_string(), "{error}");
+        assert!(
+            error["message"].as_str().is_some_and(|message| !message.is_empty()) && error["type"].is_string(),
+            "{error}"
+        );
         assert_eq!(error["code"], code);
     }
     let large = front.post_bytes("/v1/completions", vec![b' '; (32 << 20) + 1]).await;
@@ -389,14 +405,20 @@ async fn indexers_questions_are_answered() {
     front.holds("a", &prompt[..160]);
     let found = front.post("/query", json!({"token_ids": prompt, "model_name": "m"})).await.json();
     assert_eq!(found["scores"]["a"], json!({"0": 160}));
-    assert_eq!((&found["instances"]["a"]["longest_matched"], &found["instances"]["b"]["gpu"]), (&json!(160), &json!(0)));
+    assert_eq!(
+        (&found["instances"]["a"]["longest_matched"], &found["instances"]["b"]["gpu"]),
+        (&json!(160), &json!(0))
+    );
     let names = front.router.fleet.hashing().chain(&prompt, 16, None, None).unwrap().names;
     let signed: Vec<i64> = names.iter().map(|name| name.cast_signed()).collect();
     let found = front.post("/query_by_hash", json!({"block_hashes": signed, "model_name": "m"})).await.json();
     assert_eq!(found["instances"]["a"]["gpu"], 160);
-    let registered = json!({"instance_id": 7, "endpoint": "tcp://127.0.0.1:1", "model_name": "m", "block_size": 16, "dp_rank": 1});
+    let registered =
+        json!({"instance_id": 7, "endpoint": "tcp://127.0.0.1:1", "model_name": "m", "block_size": 16, "dp_rank": 1});
     assert_eq!(front.post("/register", registered).await.status, 201);
-    let wrong = front.post("/register", json!({"instance_id": 7, "endpoint": "nowhere", "model_name": "m", "block_size": 16})).await;
+    let wrong = front
+        .post("/register", json!({"instance_id": 7, "endpoint": "nowhere", "model_name": "m", "block_size": 16}))
+        .await;
     assert!(wrong.status == 400 && wrong.json()["error"].as_str().unwrap().contains("nowhere"));
     let workers = front.get("/workers").await.json();
     let ids: Vec<&str> = workers.as_array().unwrap().iter().map(|worker| worker["id"].as_str().unwrap()).collect();
@@ -405,7 +427,10 @@ async fn indexers_questions_are_answered() {
     let explained = front.post("/explain", json!({"model": "m", "prompt": prompt})).await.json();
     assert_eq!(explained["workers"].as_array().unwrap().len(), 2);
     let chosen = explained["workers"].as_array().unwrap().iter().find(|worker| worker["chosen"] == true).unwrap();
-    assert_eq!((&chosen["worker"], &chosen["engine_tokens"], &explained["prompt_tokens"]), (&json!("a"), &json!(160), &json!(320)));
+    assert_eq!(
+        (&chosen["worker"], &chosen["engine_tokens"], &explained["prompt_tokens"]),
+        (&json!("a"), &json!(160), &json!(320))
+    );
     assert_eq!(front.post("/unregister", json!({"instance_id": 7})).await.status, 200);
     assert_eq!(front.post("/unregister", json!({"instance_id": 7})).await.status, 404);
     for path in ["/health", "/ready", "/dump", "/load", "/metrics"] {
@@ -425,7 +450,9 @@ async fn replicas_count_each_others_requests() {
     let busy = json!({"model": "m", "prompt": long, "max_tokens": 50, "stream": true});
     let mut streams = Vec::new();
     for _ in 0..3 {
-        let request = http::Request::post(format!("{}/v1/completions", first.url)).body(Full::new(Bytes::from(busy.to_string()))).unwrap();
+        let request = http::Request::post(format!("{}/v1/completions", first.url))
+            .body(Full::new(Bytes::from(busy.to_string())))
+            .unwrap();
         streams.push(first.client.request(request).await.unwrap());
     }
     until("the second knows of them", || {

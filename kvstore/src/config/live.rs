@@ -33,6 +33,7 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
         ("local.plane", old.local_plane == new.local_plane),
         ("listen", old.listeners == new.listeners),
         ("http.address", old.http == new.http),
+        ("events", old.publisher == new.publisher),
         ("log.format", old.log_format == new.log_format),
     ];
     if let Some((key, _)) = fixed.into_iter().find(|(_, same)| !same) {

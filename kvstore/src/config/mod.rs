@@ -22,6 +22,8 @@ use kvstore_tiers::host::{HostLimits, NamespaceLimits};
 use kvstore_tiers::nvme::NvmeEngine;
 use kvstore_tiers::object::{ObjectLimits, ObjectUrl};
 
+use crate::publisher::PublisherConfig;
+
 pub use live::{Change, changes};
 pub use machine::{boot_id, default_socket, memory_bytes};
 pub use namespaces::NamespacePolicy;
@@ -193,6 +195,8 @@ pub struct Config {
     pub listeners: Vec<Listener>,
     /// Metrics and health over HTTP.
     pub http: Option<SocketAddr>,
+    /// Events over ZeroMQ, where they are published.
+    pub publisher: Option<PublisherConfig>,
     /// Whether engines on this node may attach to the local plane.
     pub local_plane: bool,
     /// How long the local plane looks for the next command before it sleeps.

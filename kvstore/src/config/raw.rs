@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use kvstore_proto::zmtp::Endpoint;
 use kvstore_tiers::HugePages;
 use kvstore_tiers::admission::Admission;
 use kvstore_tiers::caps::{
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::namespaces::{self, RawNamespace, Tiers};
 use super::{Address, Config, ConfigError, Listener, LogFormat, NvmeConfig, invalid, machine};
 use crate::caps::{self, NVME_BYTES_AUTO_MAX};
+use crate::publisher::PublisherConfig;
 
 /// Every key, as text that has yet to be checked.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -31,6 +33,7 @@ pub struct RawConfig {
     local: RawLocal,
     calls: RawCalls,
     http: RawHttp,
+    events: RawEvents,
     log: RawLog,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     listen: Vec<RawListener>,
@@ -154,6 +157,64 @@ struct RawHttp {
 impl Default for RawHttp {
     fn default() -> Self {
         Self { address: "127.0.0.1:7541".into() }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawEvents {
+    publish: String,
+    replay: String,
+    topic: String,
+    namespace: String,
+    hashes: String,
+    bytes: String,
+}
+
+impl Default for RawEvents {
+    fn default() -> Self {
+        Self {
+            publish: "off".into(),
+            replay: "off".into(),
+            topic: String::new(),
+            namespace: default_namespace(),
+            hashes: "int".into(),
+            bytes: "64MiB".into(),
+        }
+    }
+}
+
+impl RawEvents {
+    fn check(&self, listeners: &[Listener]) -> Result<Option<PublisherConfig>, ConfigError> {
+        let endpoint = |key: &'static str, text: &str| -> Result<Option<Endpoint>, ConfigError> {
+            match text {
+                "off" => Ok(None),
+                text => text.parse().map(Some).map_err(|problem: String| invalid(key, problem)),
+            }
+        };
+        let replay = endpoint("events.replay", &self.replay)?;
+        let hash_bytes = match self.hashes.as_str() {
+            "int" => false,
+            "bytes" => true,
+            other => return Err(invalid("events.hashes", format!("{other:?} is not \"int\" or \"bytes\""))),
+        };
+        let bytes = ByteSize::from_str(&self.bytes)
+            .map_err(|_| invalid("events.bytes", format!("{:?} is not a size such as \"64MiB\"", self.bytes)))?
+            .as_u64();
+        if bytes < 1 << 20 {
+            return Err(invalid("events.bytes", "at least 1MiB"));
+        }
+        let Some(events) = endpoint("events.publish", &self.publish)? else {
+            return match replay {
+                Some(_) => Err(invalid("events.replay", "replays what is published: set events.publish, too")),
+                None => Ok(None),
+            };
+        };
+        if !listeners.iter().any(|listener| listener.namespace == self.namespace) {
+            return Err(invalid("events.namespace", format!("no listener has the namespace {:?}", self.namespace)));
+        }
+        let (topic, namespace) = (self.topic.clone(), self.namespace.clone());
+        Ok(Some(PublisherConfig { events, replay, topic, namespace, bytes, hash_bytes }))
     }
 }
 
@@ -283,8 +344,10 @@ impl RawConfig {
             "off" => None,
             address => Some(loopback("http.address", address)?),
         };
+        let publisher = self.events.check(&listeners)?;
         Ok(Config {
             host,
+            publisher,
             nvme,
             object,
             policies,

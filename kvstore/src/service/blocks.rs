@@ -6,17 +6,17 @@ use std::time::Instant;
 use futures::Stream;
 use kvstore_proto::v1::blocks_server::Blocks;
 use kvstore_proto::v1::{
-    CancelPrefetchRequest, CancelPrefetchResponse, DeleteRequest, DeleteResponse, LookupRequest, LookupResponse,
-    PinRequest, PinResponse, PrefetchProgress, PrefetchRequest, PrefetchResponse, RegisterLayoutRequest,
-    RegisterLayoutResponse, ReleaseTicketRequest, ReleaseTicketResponse, UnpinRequest, UnpinResponse,
-    WatchPrefetchRequest,
+    CancelPrefetchRequest, CancelPrefetchResponse, DeleteRequest, DeleteResponse, DescribeBlocksRequest,
+    DescribeBlocksResponse, LookupRequest, LookupResponse, PinRequest, PinResponse, PrefetchProgress, PrefetchRequest,
+    PrefetchResponse, RegisterLayoutRequest, RegisterLayoutResponse, ReleaseTicketRequest, ReleaseTicketResponse,
+    UnpinRequest, UnpinResponse, WatchPrefetchRequest,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::Context;
-use crate::verbs::{delete, lookup, pin, prefetch, register_layout};
+use crate::verbs::{delete, describe, lookup, pin, prefetch, register_layout};
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -90,6 +90,11 @@ impl Blocks for Context {
     async fn unpin(&self, request: Request<UnpinRequest>) -> Answer<UnpinResponse> {
         let _call = self.enter()?;
         pin::unpin(&self.daemon, self.namespace, request.get_ref()).map(Response::new)
+    }
+
+    async fn describe_blocks(&self, request: Request<DescribeBlocksRequest>) -> Answer<DescribeBlocksResponse> {
+        let _call = self.enter()?;
+        describe::describe(&self.daemon, self.namespace, request.into_inner()).map(Response::new)
     }
 
     async fn delete(&self, request: Request<DeleteRequest>) -> Answer<DeleteResponse> {

@@ -2,6 +2,7 @@
 
 pub mod collect;
 pub mod delete;
+pub mod describe;
 pub mod get;
 pub mod lookup;
 pub mod pin;

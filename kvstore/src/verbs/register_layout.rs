@@ -18,6 +18,7 @@ pub fn register_layout(
     Ok(RegisterLayoutResponse {
         layout_digest: registered.digest.to_vec().into(),
         ordinal: registered.ordinal,
+        wants_tokens: daemon.describing().is_some_and(|describing| describing.namespace == namespace),
         block_bytes: registered.groups.iter().map(|group| group.block_bytes).collect(),
     })
 }

@@ -6,8 +6,8 @@
 //!
 //! Lengths that a message claims are not believed: nothing is set aside for more than it brings.
 
-use serde::de::{self, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::Deserialize;
+use serde::de::{self, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::caps;
@@ -436,7 +436,6 @@ impl<'de> Deserialize<'de> for Batch {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -459,8 +458,7 @@ mod tests {
     #[test]
     fn what_vllm_published_is_understood() {
         for form in ["sha256_byteshash", "sha256_cbor", "sha256_cbor_byteshash"] {
-            let batches: Vec<Batch> =
-                (0..12).map(|at| sample(&format!("vllm0.32.0_{form}_{at:02}.msgpack"))).collect();
+            let batches: Vec<Batch> = (0..12).map(|at| sample(&format!("vllm0.32.0_{form}_{at:02}.msgpack"))).collect();
             assert!(batches.iter().all(|batch| batch.rank == Some(0) && batch.time > 1.7e9));
             let Event::Stored(first) = &batches[0].events[0] else { panic!("{:?}", batches[0]) };
             assert_eq!((first.hashes.len(), first.tokens.len(), first.block_tokens, first.parent), (6, 192, 32, None));
@@ -475,8 +473,8 @@ mod tests {
             assert_eq!(batches[11].events[0], Event::Cleared);
         }
         // An integer is the last eight bytes.
-        let [Event::Stored(bytes), Event::Stored(integers)] =
-            ["sha256_cbor_byteshash", "sha256_cbor"].map(|form| sample(&format!("vllm0.32.0_{form}_00.msgpack")).events.remove(0))
+        let [Event::Stored(bytes), Event::Stored(integers)] = ["sha256_cbor_byteshash", "sha256_cbor"]
+            .map(|form| sample(&format!("vllm0.32.0_{form}_00.msgpack")).events.remove(0))
         else {
             panic!()
         };
@@ -486,7 +484,9 @@ mod tests {
     #[test]
     fn both_forms_say_the_same() {
         let stored = json!({"type": "BlockStored", "block_hashes": [1, -2], "parent_block_hash": 7, "token_ids": [1, 2, 3, 4], "block_size": 2, "lora_id": 3, "medium": null, "lora_name": "a", "extra_keys": [["salt"], null], "group_idx": 1, "kv_cache_spec_kind": "sliding_window", "kv_cache_spec_sliding_window": 128, "unheard_of": {"a": [1]}});
-        let by_name = decoded(&json!([1.5, [stored, {"type": "BlockRemoved", "block_hashes": [1], "medium": "GPU"}, {"type": "AllBlocksCleared"}], 3]));
+        let by_name = decoded(
+            &json!([1.5, [stored, {"type": "BlockRemoved", "block_hashes": [1], "medium": "GPU"}, {"type": "AllBlocksCleared"}], 3]),
+        );
         let by_place = decoded(&json!({"ts": 1.5, "data_parallel_rank": 3, "events": [
             ["BlockStored", [1, -2], 7, [1, 2, 3, 4], 2, 3, null, "a", [["salt"], null], 1, "sliding_window", 128, "here", "mine", "more"],
             ["BlockRemoved", [1], "GPU"],
@@ -532,10 +532,8 @@ mod tests {
     #[test]
     fn damaged_messages_do_no_harm() {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/kv_events");
-        let samples: Vec<Vec<u8>> = std::fs::read_dir(folder)
-            .unwrap()
-            .map(|entry| std::fs::read(entry.unwrap().path()).unwrap())
-            .collect();
+        let samples: Vec<Vec<u8>> =
+            std::fs::read_dir(folder).unwrap().map(|entry| std::fs::read(entry.unwrap().path()).unwrap()).collect();
         let mut random = 99u64;
         let mut next = |below: usize| {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

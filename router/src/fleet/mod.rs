@@ -160,7 +160,8 @@ impl Fleet {
 
     /// Tokens of a model's blocks, as its workers' engines have them, or its nodes; `None` until somebody says.
     pub fn block_tokens(&self, model: &str) -> Option<u32> {
-        let workers: Vec<Arc<Worker>> = self.workers().into_iter().filter(|worker| worker.spec.model == model).collect();
+        let workers: Vec<Arc<Worker>> =
+            self.workers().into_iter().filter(|worker| worker.spec.model == model).collect();
         let of_engines = workers.iter().find_map(|worker| worker.block_tokens());
         of_engines.or_else(|| workers.iter().find_map(|worker| worker.node.as_ref()?.block_tokens(model)))
     }

@@ -289,10 +289,8 @@ impl Tiers {
             if here == 0 && in_bucket { 3 } else { here }
         };
         // What the engine has need not be in the store.
-        let present: Vec<Vec<bool>> = groups
-            .iter()
-            .map(|group| (0..whole).map(|at| at < in_engine || place(group, at) > 0).collect())
-            .collect();
+        let present: Vec<Vec<bool>> =
+            groups.iter().map(|group| (0..whole).map(|at| at < in_engine || place(group, at) > 0).collect()).collect();
         let runs: Vec<GroupRun<'_>> = groups
             .iter()
             .zip(&present)

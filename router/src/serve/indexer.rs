@@ -137,7 +137,8 @@ async fn unregister(State(app): State<Arc<App>>, body: Result<Json<Unregister>, 
     };
     let removed = ids.iter().filter(|id| app.router.fleet.remove_worker(id)).count();
     match removed {
-        0 => (StatusCode::NOT_FOUND, Json(json!({"error": format!("no instance {instance:?} is known")}))).into_response(),
+        0 => (StatusCode::NOT_FOUND, Json(json!({"error": format!("no instance {instance:?} is known")})))
+            .into_response(),
         _ => Json(json!({"status": "ok"})).into_response(),
     }
 }
@@ -279,7 +280,8 @@ fn scores(app: &App, model: &str, chain: &Chain) -> Response {
         overlap.external = overlap.external.max(external);
         overlap.longest_matched = overlap.longest_matched.max(cached.engine_tokens + cached.fetched_tokens);
     }
-    let scores: BTreeMap<&String, &BTreeMap<String, u64>> = instances.iter().map(|(id, overlap)| (id, &overlap.dp)).collect();
+    let scores: BTreeMap<&String, &BTreeMap<String, u64>> =
+        instances.iter().map(|(id, overlap)| (id, &overlap.dp)).collect();
     let frequencies: [u64; 0] = [];
     Json(json!({"scores": scores, "frequencies": frequencies, "instances": instances})).into_response()
 }
@@ -298,9 +300,7 @@ async fn dump(State(app): State<Arc<App>>) -> Json<Value> {
     };
     let node = |node: &Arc<crate::fleet::Node>| {
         let status = node.status();
-        let rate = |rate: &crate::cost::TierRate| {
-            json!({"bytes_per_second": rate.bytes_per_second, "latency_seconds": rate.latency_seconds, "queued_bytes": rate.queued_bytes})
-        };
+        let rate = |rate: &crate::cost::TierRate| json!({"bytes_per_second": rate.bytes_per_second, "latency_seconds": rate.latency_seconds, "queued_bytes": rate.queued_bytes});
         let [host, nvme, object] = &status.rates;
         json!({
             "address": node.address,
@@ -374,7 +374,9 @@ pub fn explain(app: &App, asked: &Asked) -> Result<Value, crate::place::Refused>
         })
     };
     let why = match &chosen {
-        Ok(choice) if choice.by_affinity => "its session was there before, and it costs little more than the best".to_owned(),
+        Ok(choice) if choice.by_affinity => {
+            "its session was there before, and it costs little more than the best".to_owned()
+        }
         Ok(_) => "it is expected to answer first".to_owned(),
         Err(refused) => refused.to_string(),
     };

@@ -88,7 +88,8 @@ impl App {
         connector.set_connect_timeout(Some(Duration::from_secs(2)));
         connector.set_keepalive(Some(Duration::from_secs(30)));
         connector.set_nodelay(true);
-        let client = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(caps::IDLE_CONNECTIONS_MAX).build(connector);
+        let client =
+            Client::builder(TokioExecutor::new()).pool_max_idle_per_host(caps::IDLE_CONNECTIONS_MAX).build(connector);
         Arc::new(Self { router, models, options, client, counts: ServeCounts::default() })
     }
 
@@ -190,39 +191,63 @@ impl App {
             ("cached_tokens_total", "Of those, what workers had or could fetch", get(&place.cached_tokens)),
         ];
         for (name, help, value) in counters {
-            let _ = writeln!(text, "# HELP kvstore_router_{name} {help}\n# TYPE kvstore_router_{name} counter\nkvstore_router_{name} {value}");
+            let _ = writeln!(
+                text,
+                "# HELP kvstore_router_{name} {help}\n# TYPE kvstore_router_{name} counter\nkvstore_router_{name} {value}"
+            );
         }
         let fleet = &self.router.fleet;
         let (engines, tiers) = (fleet.engine_index().status(), fleet.tier_index().status());
         let gauges = [
             ("waiting", "Requests that wait for a worker", self.router.waiting() as u64),
-            ("workers_up", "Workers that answer", fleet.workers().iter().filter(|worker| worker.is_up()).count() as u64),
+            (
+                "workers_up",
+                "Workers that answer",
+                fleet.workers().iter().filter(|worker| worker.is_up()).count() as u64,
+            ),
             ("engine_index_blocks", "Blocks of engines that are known", engines.blocks),
             ("engine_index_bytes", "Bytes of that index", engines.bytes),
             ("node_index_blocks", "Blocks of nodes that are known", tiers.blocks),
             ("node_index_bytes", "Bytes of that index", tiers.bytes),
         ];
         for (name, help, value) in gauges {
-            let _ = writeln!(text, "# HELP kvstore_router_{name} {help}\n# TYPE kvstore_router_{name} gauge\nkvstore_router_{name} {value}");
+            let _ = writeln!(
+                text,
+                "# HELP kvstore_router_{name} {help}\n# TYPE kvstore_router_{name} gauge\nkvstore_router_{name} {value}"
+            );
         }
         text
     }
 }
 
-async fn completion(State(app): State<Arc<App>>, headers: HeaderMap, body: Result<Bytes, axum::extract::rejection::BytesRejection>) -> Response {
+async fn completion(
+    State(app): State<Arc<App>>,
+    headers: HeaderMap,
+    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
+) -> Response {
     answer(app, Kind::Completion, headers, body).await
 }
 
-async fn chat(State(app): State<Arc<App>>, headers: HeaderMap, body: Result<Bytes, axum::extract::rejection::BytesRejection>) -> Response {
+async fn chat(
+    State(app): State<Arc<App>>,
+    headers: HeaderMap,
+    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
+) -> Response {
     answer(app, Kind::Chat, headers, body).await
 }
 
-async fn answer(app: Arc<App>, kind: Kind, headers: HeaderMap, body: Result<Bytes, axum::extract::rejection::BytesRejection>) -> Response {
+async fn answer(
+    app: Arc<App>,
+    kind: Kind,
+    headers: HeaderMap,
+    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
+) -> Response {
     app.counts.requests.fetch_add(1, Ordering::Relaxed);
     match body {
         Ok(body) => proxy::handle(app, kind, headers, body).await.unwrap_or_else(IntoResponse::into_response),
         Err(rejection) => {
-            let message = format!("the body cannot be read ({rejection}): it has {} MiB at most", caps::REQUEST_BYTES_MAX >> 20);
+            let message =
+                format!("the body cannot be read ({rejection}): it has {} MiB at most", caps::REQUEST_BYTES_MAX >> 20);
             ApiError::invalid(None, message).into_response()
         }
     }
@@ -232,8 +257,10 @@ async fn models(State(app): State<Arc<App>>) -> axum::Json<Value> {
     let mut names: Vec<String> = app.router.fleet.workers().iter().map(|worker| worker.spec.model.clone()).collect();
     names.sort_unstable();
     names.dedup();
-    let entries: Vec<Value> =
-        names.iter().map(|name| json!({"id": name, "object": "model", "created": 0, "owned_by": "kvstore-router"})).collect();
+    let entries: Vec<Value> = names
+        .iter()
+        .map(|name| json!({"id": name, "object": "model", "created": 0, "owned_by": "kvstore-router"}))
+        .collect();
     axum::Json(json!({"object": "list", "data": entries}))
 }
 

@@ -160,9 +160,10 @@ impl Request {
                 Some(Value::Array(messages)) if !messages.is_empty() => {
                     let wrong = messages.iter().position(|message| !message.get("role").is_some_and(Value::is_string));
                     match wrong {
-                        Some(at) => {
-                            Err(ApiError::invalid(Some("messages"), format!("messages[{at}] has no role: a text like \"user\"")))
-                        }
+                        Some(at) => Err(ApiError::invalid(
+                            Some("messages"),
+                            format!("messages[{at}] has no role: a text like \"user\""),
+                        )),
                         None => Ok(()),
                     }
                 }
@@ -280,8 +281,18 @@ mod tests {
             (Kind::Chat, json!({"messages": []}), Some("model"), "model is missing"),
             (Kind::Chat, json!({"model": 7, "messages": []}), Some("model"), "not a text"),
             (Kind::Chat, json!({"model": "m"}), Some("messages"), "messages is missing"),
-            (Kind::Chat, json!({"model": "m", "messages": [{"content": "x"}]}), Some("messages"), "messages[0] has no role"),
-            (Kind::Chat, json!({"model": "m", "stream": "yes", "messages": [{"role": "user"}]}), Some("stream"), "true or false"),
+            (
+                Kind::Chat,
+                json!({"model": "m", "messages": [{"content": "x"}]}),
+                Some("messages"),
+                "messages[0] has no role",
+            ),
+            (
+                Kind::Chat,
+                json!({"model": "m", "stream": "yes", "messages": [{"role": "user"}]}),
+                Some("stream"),
+                "true or false",
+            ),
             (Kind::Completion, json!({"model": "m", "prompt": []}), Some("prompt"), "prompt is missing"),
             (Kind::Completion, json!({"model": "m", "prompt": 5}), Some("prompt"), "prompt is missing"),
         ] {
@@ -292,9 +303,17 @@ mod tests {
             assert_eq!(shape["error"]["param"].as_str(), param);
             assert_eq!(error.into_response().status(), StatusCode::BAD_REQUEST);
         }
-        assert!(Request::read(Kind::Chat, &HeaderMap::new(), b"{").unwrap_err().body()["error"]["message"].as_str().unwrap().contains("not JSON"));
+        assert!(
+            Request::read(Kind::Chat, &HeaderMap::new(), b"{").unwrap_err().body()["error"]["message"]
+                .as_str()
+                .unwrap()
+                .contains("not JSON")
+        );
         let overload = ApiError::from(Refused::Overload(Overload { retry_seconds: 2.4 })).into_response();
-        assert_eq!((overload.status(), &overload.headers()[header::RETRY_AFTER]), (StatusCode::SERVICE_UNAVAILABLE, &HeaderValue::from(3)));
+        assert_eq!(
+            (overload.status(), &overload.headers()[header::RETRY_AFTER]),
+            (StatusCode::SERVICE_UNAVAILABLE, &HeaderValue::from(3))
+        );
         let unknown = Refused::UnknownModel { model: "x".into(), known: "m".into() };
         assert_eq!(ApiError::from(unknown).into_response().status(), StatusCode::NOT_FOUND);
     }
@@ -312,7 +331,10 @@ mod tests {
         for other in [json!(["a", "b"]), json!([[1], [2]]), json!([1, -2]), json!([4_294_967_296u64])] {
             assert_eq!(prompt(other), "Other");
         }
-        let chat = read(Kind::Chat, &json!({"model": "m", "user": "u", "messages": [{"role": "user", "content": "12345678"}]}));
+        let chat = read(
+            Kind::Chat,
+            &json!({"model": "m", "user": "u", "messages": [{"role": "user", "content": "12345678"}]}),
+        );
         let chat = chat.unwrap();
         assert_eq!((chat.prompt(), chat.guessed_tokens(), chat.session), (Prompt::Chat, 3, Some(xxh3_64(b"u"))));
     }
@@ -325,7 +347,9 @@ mod tests {
             read(Kind::Completion, &body).unwrap().is_resumable()
         };
         assert!(resumable(json!({})));
-        assert!(resumable(json!({"n": 1, "logprobs": null, "tools": [], "presence_penalty": 0, "response_format": {"type": "text"}})));
+        assert!(resumable(
+            json!({"n": 1, "logprobs": null, "tools": [], "presence_penalty": 0, "response_format": {"type": "text"}})
+        ));
         for stateful in [
             json!({"n": 2}),
             json!({"logprobs": 5}),

@@ -46,7 +46,10 @@ pub async fn handle(app: Arc<App>, kind: Kind, headers: HeaderMap, bytes: Bytes)
     }
     let call = Call { app, request, asked, headers, body: Bytes::from(body.to_string()), resumes };
     let (placed, upstream) = call.send_somewhere(&mut Vec::new()).await?;
-    let is_stream = upstream.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
+    let is_stream = upstream
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
     if call.request.stream && is_stream && upstream.status().is_success() {
         Ok(Relay::begin(call, placed, upstream))
     } else {
@@ -131,7 +134,11 @@ impl Call {
                     return Ok(response);
                 }
                 Err(error) => {
-                    tracing::warn!(worker = placed.worker.spec.id, error, "an answer broke off: the request goes to another worker");
+                    tracing::warn!(
+                        worker = placed.worker.spec.id,
+                        error,
+                        "an answer broke off: the request goes to another worker"
+                    );
                     if but.len() >= caps::TRIES_MAX {
                         return Err(ApiError::unavailable("the workers' answers broke off"));
                     }
@@ -396,7 +403,11 @@ impl Answer {
             let with_text = text(choice.get("text")) || text(delta.and_then(|delta| delta.get("content")));
             has_content |= with_text || tokens.as_ref().is_some_and(|tokens| !tokens.is_empty());
             // Calls of tools, and thoughts, are not told by tokens alone.
-            let is_known = |(name, value): (&String, &Value)| matches!(name.as_str(), "role" | "content") || value.is_null() || value.as_array().is_some_and(Vec::is_empty);
+            let is_known = |(name, value): (&String, &Value)| {
+                matches!(name.as_str(), "role" | "content")
+                    || value.is_null()
+                    || value.as_array().is_some_and(Vec::is_empty)
+            };
             self.opaque |= delta.is_some_and(|delta| !delta.iter().all(is_known));
             self.opaque |= with_text && tokens.is_none();
             new.extend(tokens.unwrap_or_default());
@@ -539,7 +550,8 @@ impl Relay {
                 self.done = true;
                 return Ok(());
             }
-            let piece: Value = serde_json::from_str(&data).map_err(|error| format!("a piece that is not JSON: {error}"))?;
+            let piece: Value =
+                serde_json::from_str(&data).map_err(|error| format!("a piece that is not JSON: {error}"))?;
             let before = self.answer.generated.len();
             match self.answer.take(piece, &self.call.request) {
                 Piece::Send(piece) => {
@@ -567,7 +579,11 @@ impl Relay {
         tracing::warn!(worker = worker.spec.id, why, tokens = self.answer.generated.len(), "an answer broke off");
         match self.another().await {
             Ok((placed, upstream)) => {
-                tracing::info!(from = worker.spec.id, to = placed.worker.spec.id, "the answer goes on at another worker");
+                tracing::info!(
+                    from = worker.spec.id,
+                    to = placed.worker.spec.id,
+                    "the answer goes on at another worker"
+                );
                 self.call.app.counts.resumed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 (self.placed, self.body, self.events) = (placed, upstream.into_body(), Events::default());
             }
@@ -591,7 +607,9 @@ impl Relay {
             self.call.send_somewhere(&mut self.but).await
         } else {
             if !self.call.resumes {
-                return Err("this request cannot be gone on with (it has tools, choices, log-probabilities or a format)".into());
+                return Err(
+                    "this request cannot be gone on with (it has tools, choices, log-probabilities or a format)".into(),
+                );
             }
             let tokens_max = match self.call.request.max_tokens() {
                 Some(_) => None,
@@ -606,10 +624,15 @@ impl Relay {
             self.answer.before = self.answer.generated.len();
             self.call.send_to_some(Kind::Completion.path(), &body, &mut self.but).await
         };
-        let (placed, upstream) = found.map_err(|error| error.body()["error"]["message"].as_str().unwrap_or_default().to_owned())?;
+        let (placed, upstream) =
+            found.map_err(|error| error.body()["error"]["message"].as_str().unwrap_or_default().to_owned())?;
         if !upstream.status().is_success() {
             let id = &placed.worker.spec.id;
-            return Err(format!("worker {id:?} answered {} to the rest ({} tries)", upstream.status(), self.but.len() - before));
+            return Err(format!(
+                "worker {id:?} answered {} to the rest ({} tries)",
+                upstream.status(),
+                self.but.len() - before
+            ));
         }
         Ok((placed, upstream))
     }
@@ -670,20 +693,33 @@ mod tests {
 
     #[test]
     fn a_continuation_looks_like_what_it_continues() {
-        let request = request(Kind::Chat, json!({"model": "m", "stream": true, "max_tokens": 10, "temperature": 0, "tools": null, "messages": [{"role": "user", "content": "x"}]}));
+        let request = request(
+            Kind::Chat,
+            json!({"model": "m", "stream": true, "max_tokens": 10, "temperature": 0, "tools": null, "messages": [{"role": "user", "content": "x"}]}),
+        );
         let mut answer = Answer::default();
         let role = json!({"id": "a", "created": 1, "model": "m", "object": "chat.completion.chunk", "prompt_token_ids": [1, 2], "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": null}]});
         let seen = sent(answer.take(role, &request));
-        assert_eq!((seen.get("prompt_token_ids"), answer.sent), (None, false), "what the client did not ask for is not sent");
+        assert_eq!(
+            (seen.get("prompt_token_ids"), answer.sent),
+            (None, false),
+            "what the client did not ask for is not sent"
+        );
         let first = json!({"id": "a", "created": 1, "model": "m", "choices": [{"index": 0, "delta": {"content": "p"}, "token_ids": [7, 8], "finish_reason": null}]});
         let seen = sent(answer.take(first, &request));
         assert_eq!(seen["choices"][0], json!({"index": 0, "delta": {"content": "p"}, "finish_reason": null}));
         let rest = answer.rest(&request, None).unwrap();
-        assert_eq!((&rest["prompt"], &rest["max_tokens"], &rest["temperature"]), (&json!([1, 2, 7, 8]), &json!(8), &json!(0)));
+        assert_eq!(
+            (&rest["prompt"], &rest["max_tokens"], &rest["temperature"]),
+            (&json!([1, 2, 7, 8]), &json!(8), &json!(0))
+        );
         (answer.resumed, answer.before) = (true, 2);
         let more = json!({"id": "b", "created": 9, "model": "m", "object": "text_completion", "choices": [{"index": 0, "text": "q", "token_ids": [9], "prompt_token_ids": [1, 2, 7, 8], "finish_reason": "stop"}], "usage": {"prompt_tokens": 4, "completion_tokens": 1, "total_tokens": 5}});
         let seen = sent(answer.take(more, &request));
-        assert_eq!((&seen["id"], &seen["created"], &seen["object"]), (&json!("a"), &json!(1), &json!("chat.completion.chunk")));
+        assert_eq!(
+            (&seen["id"], &seen["created"], &seen["object"]),
+            (&json!("a"), &json!(1), &json!("chat.completion.chunk"))
+        );
         assert_eq!(seen["choices"][0], json!({"index": 0, "delta": {"content": "q"}, "finish_reason": "stop"}));
         assert_eq!(seen["usage"], json!({"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}));
         assert!(answer.finished && answer.generated == [7, 8, 9]);
@@ -691,7 +727,10 @@ mod tests {
 
     #[test]
     fn what_tokens_do_not_tell_is_not_gone_on_with() {
-        let request = request(Kind::Chat, json!({"model": "m", "stream": true, "max_tokens": 10, "messages": [{"role": "user", "content": "x"}]}));
+        let request = request(
+            Kind::Chat,
+            json!({"model": "m", "stream": true, "max_tokens": 10, "messages": [{"role": "user", "content": "x"}]}),
+        );
         for delta in [json!({"tool_calls": [{"index": 0}]}), json!({"reasoning_content": "hm"})] {
             let mut answer = Answer { prompt: Some(vec![1]), ..Answer::default() };
             sent(answer.take(json!({"choices": [{"index": 0, "delta": delta, "token_ids": [1]}]}), &request));

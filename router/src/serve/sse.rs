@@ -68,7 +68,8 @@ mod tests {
 
     #[test]
     fn events_come_whole_however_they_are_cut() {
-        let stream = b"data: {\"a\": 1}\n\n: a comment\n\ndata: one\r\ndata:two\r\n\r\nevent: x\ndata: [DONE]\n\ndata: cut off";
+        let stream =
+            b"data: {\"a\": 1}\n\n: a comment\n\ndata: one\r\ndata:two\r\n\r\nevent: x\ndata: [DONE]\n\ndata: cut off";
         for size in 1..stream.len() {
             let mut events = Events::default();
             let mut all = Vec::new();

@@ -1,0 +1,158 @@
+//! Blocks whose tokens are known: what other routers need beside a name. Pure, and bounded: the oldest are forgotten first.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use kvstore_tiers::SequenceHash;
+use kvstore_tiers::changes::ChangedTier;
+
+/// A block, as whoever puts it describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Description {
+    /// What engines go by.
+    pub hash: SequenceHash,
+    /// The block before it.
+    pub parent: Option<SequenceHash>,
+    /// Its tokens.
+    pub tokens: Box<[u32]>,
+    /// The layer group.
+    pub group: u16,
+    /// The adapter's name.
+    pub adapter: Option<Arc<str>>,
+}
+
+impl Description {
+    /// Bytes that it takes here.
+    fn bytes(&self) -> u64 {
+        // Two maps' entries, and the tokens.
+        200 + self.tokens.len() as u64 * 4
+    }
+}
+
+struct Known {
+    description: Arc<Description>,
+    order: u64,
+    /// Tiers that it was published for.
+    published: u8,
+}
+
+/// See the head of this file.
+pub struct Described {
+    blocks: HashMap<u64, Known>,
+    /// By age.
+    order: BTreeMap<u64, u64>,
+    next: u64,
+    bytes: u64,
+    bytes_max: u64,
+}
+
+fn bit(tier: ChangedTier) -> u8 {
+    match tier {
+        ChangedTier::Host => 1,
+        ChangedTier::Nvme => 2,
+        ChangedTier::Object => 4,
+    }
+}
+
+/// All of them.
+const TIERS: [ChangedTier; 3] = [ChangedTier::Host, ChangedTier::Nvme, ChangedTier::Object];
+
+/// What is to be published.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct News {
+    /// The block.
+    pub block: Arc<Description>,
+    /// Where.
+    pub tier: ChangedTier,
+    /// It came; or it left.
+    pub stored: bool,
+}
+
+impl Described {
+    /// Empty, and never larger than this.
+    pub fn new(bytes_max: u64) -> Self {
+        Self { blocks: HashMap::new(), order: BTreeMap::new(), next: 0, bytes: 0, bytes_max }
+    }
+
+    /// Describes a block. What has to be forgotten for it leaves, as far as others know: nobody could tell them later.
+    pub fn describe(&mut self, name: u64, description: Description, news: &mut Vec<News>) {
+        self.next += 1;
+        let mut published = 0;
+        if let Some(known) = self.blocks.remove(&name) {
+            self.order.remove(&known.order);
+            self.bytes -= known.description.bytes();
+            published = known.published;
+        }
+        self.bytes += description.bytes();
+        self.order.insert(self.next, name);
+        self.blocks.insert(name, Known { description: Arc::new(description), order: self.next, published });
+        while self.bytes > self.bytes_max {
+            let Some((_, oldest)) = self.order.pop_first() else { break };
+            let Some(known) = self.blocks.remove(&oldest) else { continue };
+            self.bytes -= known.description.bytes();
+            let left = TIERS.into_iter().filter(|tier| known.published & bit(*tier) != 0);
+            news.extend(left.map(|tier| News { block: Arc::clone(&known.description), tier, stored: false }));
+        }
+    }
+
+    /// A block came or left; what others are to be told, if they do not know.
+    pub fn change(&mut self, name: u64, tier: ChangedTier, stored: bool) -> Option<News> {
+        let known = self.blocks.get_mut(&name)?;
+        if (known.published & bit(tier) != 0) == stored {
+            return None;
+        }
+        known.published ^= bit(tier);
+        Some(News { block: Arc::clone(&known.description), tier, stored })
+    }
+
+    /// Nothing is known to be anywhere any more; the names of all that are described.
+    pub fn forget_places(&mut self) -> Vec<u64> {
+        self.blocks.values_mut().for_each(|known| known.published = 0);
+        self.blocks.keys().copied().collect()
+    }
+
+    /// Blocks that are described.
+    pub fn len(&self) -> usize {
+        self.blocks.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn description(at: u8) -> Description {
+        let hash = SequenceHash::new(&[at; 32]).unwrap();
+        Description { hash, parent: None, tokens: vec![u32::from(at); 16].into(), group: 0, adapter: None }
+    }
+
+    #[test]
+    fn each_change_is_told_once_and_nothing_is_told_of_strangers() {
+        let mut described = Described::new(1 << 20);
+        let mut news = Vec::new();
+        assert_eq!(described.change(1, ChangedTier::Host, true), None);
+        described.describe(1, description(1), &mut news);
+        assert!(described.change(1, ChangedTier::Host, true).unwrap().stored);
+        assert_eq!(described.change(1, ChangedTier::Host, true), None);
+        described.describe(1, description(1), &mut news);
+        assert_eq!(described.change(1, ChangedTier::Host, true), None, "described again, it is where it was");
+        assert!(!described.change(1, ChangedTier::Host, false).unwrap().stored);
+        assert_eq!((news.len(), described.len()), (0, 1));
+    }
+
+    #[test]
+    fn what_is_forgotten_leaves_for_others() {
+        let mut described = Described::new(3 * 264);
+        let mut news = Vec::new();
+        for name in 1..=3 {
+            described.describe(name, description(name as u8), &mut news);
+            described.change(name, ChangedTier::Host, true);
+            described.change(name, ChangedTier::Nvme, true);
+        }
+        assert_eq!(news, []);
+        described.describe(4, description(4), &mut news);
+        let left: Vec<_> = news.iter().map(|news| (news.block.tokens[0], news.tier, news.stored)).collect();
+        assert_eq!(left, [(1, ChangedTier::Host, false), (1, ChangedTier::Nvme, false)]);
+        assert_eq!((described.change(1, ChangedTier::Host, false), described.len()), (None, 3));
+    }
+}

@@ -1,0 +1,288 @@
+//! The publisher: what blocks do, over ZeroMQ, in the form in which vLLM publishes its own KV events, so that routers that follow engines can follow this
+//! node's tiers, too: `CPU_PINNED` is its memory, `DISK` its disks, `EXTERNAL` the bucket.
+//!
+//! Such routers compute names of their own from a block's tokens, which only whoever stores it knows: clients describe blocks (`DescribeBlocks`), and blocks
+//! that nobody described are not published.
+
+mod described;
+mod sockets;
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use kvstore_proto::zmtp::Endpoint;
+use kvstore_tiers::changes::{Change, ChangedTier, NamespaceTag};
+use kvstore_tiers::host::{NamespaceId, RegisteredLayout, namespace_digest};
+use kvstore_tiers::residency::Presence;
+use kvstore_tiers::{BlockKind, SequenceHash};
+use serde::Serialize;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::caps;
+use crate::daemon::Daemon;
+
+pub use described::Description;
+use described::{Described, News};
+use sockets::{Outbox, Service};
+
+/// What is published where.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PublisherConfig {
+    /// The PUB socket.
+    pub events: Endpoint,
+    /// The ROUTER socket.
+    pub replay: Option<Endpoint>,
+    /// The topic of all messages.
+    pub topic: String,
+    /// Whose blocks.
+    pub namespace: String,
+    /// Bytes of descriptions.
+    pub bytes: u64,
+    /// Hashes are bytes, not their last 64 bits.
+    pub hash_bytes: bool,
+}
+
+/// Blocks of one layout's group, as a client describes them.
+pub struct Batch {
+    /// The layout.
+    pub layout: Arc<RegisteredLayout>,
+    /// The blocks.
+    pub blocks: Vec<Description>,
+}
+
+/// The way to a publisher that runs.
+#[derive(Clone)]
+pub struct Describing {
+    /// Whose blocks it publishes.
+    pub namespace: NamespaceId,
+    sender: mpsc::Sender<Batch>,
+}
+
+impl Describing {
+    /// Describes blocks that are stored, or are about to be. False where too many descriptions wait: then these are not published.
+    pub fn describe(&self, batch: Batch) -> bool {
+        self.sender.try_send(batch).is_ok()
+    }
+}
+
+/// A publisher that runs.
+pub struct Publisher {
+    /// Where it publishes and replays.
+    pub endpoints: Vec<String>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Drop for Publisher {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// Starts to publish.
+pub async fn start(daemon: &Arc<Daemon>, config: &PublisherConfig) -> anyhow::Result<Publisher> {
+    let namespace = daemon.namespace(&config.namespace).context("the namespace is not configured")?;
+    let outbox = Outbox::new(config.topic.clone());
+    let (mut endpoints, mut tasks) = (Vec::new(), Vec::new());
+    let services = [(Some(&config.events), Service::Publish), (config.replay.as_ref(), Service::Replay)];
+    for (endpoint, service) in services.into_iter().filter_map(|(endpoint, service)| Some((endpoint?, service))) {
+        let bound = sockets::bind(endpoint).await;
+        let bound = bound.with_context(|| {
+            format!("cannot publish events on {endpoint}: choose another with --set events.publish=...")
+        })?;
+        endpoints.push(bound.endpoint());
+        tasks.push(tokio::spawn(sockets::serve(bound, Arc::clone(&outbox), service)));
+    }
+    let (sender, receiver) = mpsc::channel(caps::DESCRIPTIONS_WAITING_MAX);
+    daemon.set_describing(Describing { namespace, sender });
+    let follower = Follower {
+        daemon: Arc::clone(daemon),
+        tag: NamespaceTag::of(&namespace_digest(&config.namespace)),
+        described: Described::new(config.bytes),
+        layouts: Vec::new(),
+        outbox,
+        hash_bytes: config.hash_bytes,
+    };
+    tasks.push(tokio::spawn(follower.follow(receiver)));
+    Ok(Publisher { endpoints, tasks })
+}
+
+struct Follower {
+    daemon: Arc<Daemon>,
+    tag: NamespaceTag,
+    described: Described,
+    /// Layouts of blocks that were described.
+    layouts: Vec<Arc<RegisteredLayout>>,
+    outbox: Arc<Outbox>,
+    hash_bytes: bool,
+}
+
+impl Follower {
+    async fn follow(mut self, mut descriptions: mpsc::Receiver<Batch>) {
+        let log = Arc::clone(self.daemon.host.changes());
+        let mut next = log.follow();
+        let mut changes: Vec<Change> = Vec::new();
+        loop {
+            let mut news = Vec::new();
+            tokio::select! {
+                biased;
+                batch = descriptions.recv() => match batch {
+                    Some(batch) => self.describe(&batch, &mut news),
+                    None => return,
+                },
+                () = log.wait(next) => {
+                    tokio::time::sleep(caps::WATCH_GATHER).await;
+                    changes.clear();
+                    match log.read(next, caps::WATCH_CHANGES_PER_MESSAGE, &mut changes) {
+                        Ok(read) => {
+                            next = read;
+                            let ours = changes.iter().filter(|change| change.namespace == self.tag || change.namespace.0 == 0);
+                            for change in ours {
+                                news.extend(self.described.change(change.name, change.tier, change.stored));
+                            }
+                        }
+                        Err(_) => {
+                            // More happened than is kept: others start anew.
+                            self.described.forget_places();
+                            self.outbox.publish(payload(&[Event::AllBlocksCleared]));
+                            next = log.follow();
+                            tracing::warn!("events were lost on their way to the publisher: followers were told to forget this node's blocks");
+                        }
+                    }
+                }
+            }
+            self.publish(&news);
+        }
+    }
+
+    /// Blocks that are there already are told at once; what happens meanwhile comes with the next changes.
+    fn describe(&mut self, batch: &Batch, news: &mut Vec<News>) {
+        let layout = &batch.layout;
+        if !self.layouts.iter().any(|known| known.digest == layout.digest) {
+            self.layouts.push(Arc::clone(layout));
+        }
+        let Some(group) = batch.blocks.first().map(|block| block.group) else { return };
+        let hashes: Vec<SequenceHash> = batch.blocks.iter().map(|block| block.hash).collect();
+        let here = self.daemon.host.presence(layout, group, &hashes);
+        let on_disk = self.daemon.nvme.as_ref().map(|nvme| nvme.presence(layout, group, &hashes));
+        let in_bucket = self.daemon.object.as_ref().map(|object| object.presence(layout, group, &hashes));
+        let Some(seed) = layout.group(u32::from(group)).map(|group| group.name_seed) else { return };
+        for (at, block) in batch.blocks.iter().enumerate() {
+            let name = block.hash.event_name(seed);
+            self.described.describe(name, block.clone(), news);
+            let is =
+                |flags: &Option<Vec<bool>>| flags.as_ref().and_then(|flags| flags.get(at)).copied().unwrap_or(false);
+            let tiers = [
+                (ChangedTier::Host, here.get(at) == Some(&Presence::Resident)),
+                (ChangedTier::Nvme, is(&on_disk)),
+                (ChangedTier::Object, is(&in_bucket)),
+            ];
+            for (tier, _) in tiers.into_iter().filter(|(_, is_there)| *is_there) {
+                news.extend(self.described.change(name, tier, true));
+            }
+        }
+        metrics::gauge!("kvstore_described_blocks").set(self.described.len() as f64);
+    }
+
+    fn hash(&self, hash: &SequenceHash) -> Hash {
+        let bytes = hash.to_vec();
+        if self.hash_bytes {
+            return Hash::Bytes(bytes);
+        }
+        let mut last = [0u8; 8];
+        last.iter_mut().rev().zip(bytes.iter().rev()).for_each(|(to, from)| *to = *from);
+        Hash::Number(u64::from_be_bytes(last))
+    }
+
+    fn publish(&self, news: &[News]) {
+        for part in news.chunks(caps::EVENTS_PER_MESSAGE_MAX) {
+            let events: Vec<Event> = part.iter().map(|news| self.event(news)).collect();
+            self.outbox.publish(payload(&events));
+            metrics::counter!("kvstore_published_events_total").increment(events.len() as u64);
+        }
+    }
+
+    fn event(&self, news: &News) -> Event {
+        let medium = match news.tier {
+            ChangedTier::Host => "CPU_PINNED",
+            ChangedTier::Nvme => "DISK",
+            ChangedTier::Object => "EXTERNAL",
+        };
+        let block = &news.block;
+        let (block_hashes, group_idx) = (vec![self.hash(&block.hash)], u32::from(block.group));
+        if !news.stored {
+            return Event::BlockRemoved { block_hashes, medium, group_idx };
+        }
+        let group = self.layouts.iter().rev().find_map(|layout| layout.group(group_idx));
+        let (kv_cache_spec_kind, kv_cache_spec_sliding_window) = match group.map(|group| group.group.kind) {
+            Some(BlockKind::SlidingWindow { tokens }) => ("sliding_window", Some(tokens)),
+            Some(BlockKind::RecurrentState) => ("mamba", None),
+            _ => ("full_attention", None),
+        };
+        Event::BlockStored {
+            block_hashes,
+            parent_block_hash: block.parent.as_ref().map(|parent| self.hash(parent)),
+            token_ids: block.tokens.to_vec(),
+            block_size: block.tokens.len() as u32,
+            lora_id: None,
+            medium,
+            lora_name: block.adapter.as_deref().map(str::to_owned),
+            group_idx,
+            kv_cache_spec_kind,
+            kv_cache_spec_sliding_window,
+        }
+    }
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Hash {
+    Number(u64),
+    #[serde(serialize_with = "as_bytes")]
+    Bytes(Vec<u8>),
+}
+
+fn as_bytes<S: serde::Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_bytes(bytes)
+}
+
+/// In vLLM's words. (Source: `vllm/distributed/kv_events.py` of 0.33.)
+#[derive(Serialize)]
+#[serde(tag = "type")]
+enum Event {
+    BlockStored {
+        block_hashes: Vec<Hash>,
+        parent_block_hash: Option<Hash>,
+        token_ids: Vec<u32>,
+        block_size: u32,
+        lora_id: Option<u32>,
+        medium: &'static str,
+        lora_name: Option<String>,
+        group_idx: u32,
+        kv_cache_spec_kind: &'static str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        kv_cache_spec_sliding_window: Option<u32>,
+    },
+    BlockRemoved {
+        block_hashes: Vec<Hash>,
+        medium: &'static str,
+        group_idx: u32,
+    },
+    AllBlocksCleared,
+}
+
+fn payload(events: &[Event]) -> Bytes {
+    let time =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+    let mut out = Vec::new();
+    let mut serializer = rmp_serde::Serializer::new(&mut out).with_struct_map();
+    match (time, events, 0u32).serialize(&mut serializer) {
+        Ok(()) => out.into(),
+        // Numbers, texts and bytes always serialize.
+        Err(error) => {
+            tracing::error!(%error, "events cannot be encoded");
+            Bytes::new()
+        }
+    }
+}
