@@ -125,7 +125,7 @@ impl Client {
         groups: Vec<(i32, u32, u32, u32, u32, u32, i32)>,
         shard: (u32, u32),
         extra: Vec<u8>,
-    ) -> PyResult<(Py<PyBytes>, Vec<Group>)> {
+    ) -> PyResult<(Py<PyBytes>, Vec<Group>, bool)> {
         let group = |(kind, window_tokens, layers, planes, heads, head_bytes, order)| v1::LayerGroup {
             kind,
             window_tokens,
@@ -150,7 +150,7 @@ impl Client {
             group: registered.group(number),
             block_bytes: *block_bytes,
         });
-        Ok((PyBytes::new(py, &registered.digest).unbind(), groups.collect()))
+        Ok((PyBytes::new(py, &registered.digest).unbind(), groups.collect(), registered.wants_tokens))
     }
 
     /// How far a prefix can be used in all of `groups` (none: all of the layout's), and in all shards where that is asked;
@@ -463,6 +463,20 @@ impl Group {
         awaitable(py, async move { client.pin(&group, &hashes, ttl).await }, |py, pinned| {
             (PyBytes::new(py, &pinned.pin), pinned.pinned_blocks).into_py_any(py)
         })
+    }
+
+    #[pyo3(signature = (hashes, tokens, parent, adapter))]
+    fn describe(
+        &self,
+        py: Python<'_>,
+        hashes: &Bound<'_, PyAny>,
+        tokens: Vec<u32>,
+        parent: Option<&Bound<'_, PyAny>>,
+        adapter: Option<String>,
+    ) -> PyResult<bool> {
+        let (hashes, parent) = (hashes_of(hashes)?, parent.map(hash_of).transpose()?);
+        let call = self.client.describe(&self.group, &hashes, parent.as_ref(), &tokens, adapter.as_deref());
+        wait(py, call).map_err(raise)
     }
 
     fn delete(&self, py: Python<'_>, hashes: &Bound<'_, PyAny>) -> PyResult<(u64, u64)> {

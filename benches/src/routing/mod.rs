@@ -3,9 +3,9 @@
 //! Time is the trace's, pressed together until round-robin keeps the engines busy for the asked part of it. Engines differ by up to 30% from
 //! each other, and their steps by as much again; no router is told. All routers see the same exact index.
 
-mod engine;
-
 #![expect(clippy::indexing_slicing, reason = "workers and requests are numbered here")]
+
+mod engine;
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

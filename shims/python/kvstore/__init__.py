@@ -202,8 +202,8 @@ class Client:
         """
         name = model.encode() if isinstance(model, str) else bytes(model)
         fields = [group._fields() for group in groups]
-        digest, natives = self._native.register(name, weights_digest, dtype, block_tokens, fields, shard, extra)
-        return Layout(self._native, digest, [Group(self._native, native) for native in natives])
+        digest, natives, wants_tokens = self._native.register(name, weights_digest, dtype, block_tokens, fields, shard, extra)
+        return Layout(self._native, digest, [Group(self._native, native) for native in natives], wants_tokens)
 
     def release_ticket(self, ticket: bytes) -> bool:
         """Lets go of what a look-up holds; False where its time was over."""
@@ -211,12 +211,14 @@ class Client:
 
 
 class Layout:
-    """A registered layout. ``digest``: 32 bytes that name it everywhere."""
+    """A registered layout. ``digest``: 32 bytes that name it everywhere. ``wants_tokens``: the daemon publishes events, and is to be
+    told the tokens of what is put: :meth:`Group.describe`."""
 
-    def __init__(self, client: _native.Client, digest: bytes, groups: list[Group]):
+    def __init__(self, client: _native.Client, digest: bytes, groups: list[Group], wants_tokens: bool = False):
         self._client = client
         self.digest = digest
         self.groups = groups
+        self.wants_tokens = wants_tokens
 
     def lookup(
         self,
@@ -381,6 +383,11 @@ class Group:
     async def pin_async(self, hashes, *, ttl: float) -> Pin:
         """See :meth:`pin`."""
         return Pin(self._client, *await self._native.pin_async(hashes, ttl))
+
+    def describe(self, hashes, tokens, parent: bytes | None = None, adapter: str | None = None) -> bool:
+        """Tells the tokens of a run of blocks that are stored, or are about to be, for the events that the daemon publishes; ``parent`` is
+        the block before them. False where nobody is told."""
+        return self._native.describe(hashes, tokens, parent, adapter)
 
     def delete(self, hashes) -> Deleted:
         """Makes blocks unreadable at once; pinned ones stay."""

@@ -46,6 +46,9 @@ class BlockRun:
     numbers: list[int]
     # The hash before the first.
     parent: bytes | None = None
+    # Their tokens, and the adapter's name, where the daemon publishes events.
+    tokens: list[int] | None = None
+    adapter: str | None = None
 
 
 @dataclass

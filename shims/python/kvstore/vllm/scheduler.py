@@ -317,6 +317,8 @@ class SchedulerSide:
         names = self._names(tracked.request, first, end)
         runs: list[BlockRun] = []
         follows = False
+        layout = self._store.layout(self._layouts[0], self._version) if self._layouts else None
+        describes = layout is not None and layout.wants_tokens
         for at in range(start, end):
             place = tracked.numbers[group][at]
             if self._pool.blocks[place].is_null:
@@ -327,6 +329,10 @@ class SchedulerSide:
             runs[-1].hashes.append(names[at - first])
             runs[-1].numbers.append(place)
             follows = True
+            if describes:
+                tokens = tracked.request.all_token_ids[at * self._block_tokens : (at + 1) * self._block_tokens]
+                runs[-1].tokens = (runs[-1].tokens or []) + list(tokens)
+                runs[-1].adapter = getattr(tracked.request.lora_request, "lora_name", None)
         return runs
 
     def update(self, output) -> None:

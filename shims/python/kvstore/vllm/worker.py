@@ -297,6 +297,8 @@ class WorkerSide:
     def _save_part(self, run: BlockRun, at: int, pages, version: bytes, mark: Any, upload: bool) -> list[kvstore.PutResult]:
         layout, results = self._store.layout(self.layout.part(at), version), []
         each = max(SAVE_BYTES // pages.block_bytes, 1)
+        if layout is not None and layout.wants_tokens and run.tokens is not None:
+            self._describe(layout.group(run.group), run)
         for first in range(0, len(run.hashes), each) if layout is not None else ():
             last = first + each
 
@@ -325,6 +327,13 @@ class WorkerSide:
                 self._store.failed(error)
                 break
         return results
+
+    def _describe(self, group: kvstore.Group, run: BlockRun) -> None:
+        """Tells the daemon the tokens of what is about to be stored, for the events that it publishes."""
+        try:
+            group.describe(run.hashes, run.tokens, run.parent, run.adapter)
+        except kvstore.Error as error:
+            logger.debug("kvstore: blocks are not described: %s", error)
 
     def _end_save(self, save: Save, dropped: bool) -> None:
         if dropped:
