@@ -1,8 +1,8 @@
 # Two commands do everything: `make demo` and `make test`.
 .PHONY: demo test soak test-models test-python test-engines python wheel lint bench bench-peers bench-router bench-engines engines audit help
 
-# Figures to measure: grpc, index, eviction, nvme, restart, local, object, advise, or several with commas.
-FIGURES ?= grpc,index,eviction,nvme,restart,local,object,advise
+# Figures to measure: grpc, index, eviction, nvme, restart, local, object, advise, routing, or several with commas.
+FIGURES ?= grpc,index,eviction,nvme,restart,local,object,advise,routing
 TARGET := $(or $(CARGO_TARGET_DIR),$(shell cargo metadata --no-deps --format-version 1 2>/dev/null | sed 's/.*"target_directory":"\([^"]*\)".*/\1/'),target)
 # A folder on the disk that nvme and restart measure; needs 20 GiB.
 DISK ?= $(TARGET)
@@ -70,8 +70,8 @@ test-python: wheel
 
 # The engine shims on real engines: vLLM on the CPU, with tiny random models.
 test-engines: engines
-	cargo build --locked --quiet --package kvstore
-	cd shims && KVSTORE_BIN=$${KVSTORE_BIN:-$(abspath $(TARGET))/debug/kvstore} $(abspath $(ENGINES))/bin/python -m pytest -q -rs --durations=5 tests/engines
+	cargo build --locked --quiet --package kvstore --package kvstore-router
+	cd shims && KVSTORE_BIN=$${KVSTORE_BIN:-$(abspath $(TARGET))/debug/kvstore} KVSTORE_ROUTER_BIN=$${KVSTORE_ROUTER_BIN:-$(abspath $(TARGET))/debug/kvstore-router} $(abspath $(ENGINES))/bin/python -m pytest -q -rs --durations=5 tests/engines
 
 # Real engines, in an environment of their own, with this package.
 engines: wheel

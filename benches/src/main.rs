@@ -66,7 +66,7 @@ fn main() -> anyhow::Result<()> {
                 figures
             }
             "advise" => advise::measure(&arguments.daemon, &arguments.trace, arguments.rounds)?,
-            "routing" => routing::measure(&arguments.trace)?,
+            "routing" => routing::measure(&arguments.trace, arguments.rounds)?,
             other => {
                 let valid = "grpc, index, eviction, nvme, restart, local, object, advise, routing";
                 anyhow::bail!("unknown group {other:?}: valid are {valid}")

@@ -6,6 +6,7 @@
 #![expect(clippy::indexing_slicing, reason = "workers and requests are numbered here")]
 
 mod engine;
+mod overhead;
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -109,7 +110,7 @@ impl State {
                         let (engine_tokens, fetched_tokens) = cached[at];
                         let machine = &engines[at].machine;
                         let bytes = fetched_tokens / BLOCK_TOKENS * machine.block_bytes;
-                        let cached = Cached { engine_tokens, fetched_tokens, fetched_bytes: [bytes, 0, 0] };
+                        let cached = Cached { engine_tokens, fetched_tokens, fetched_bytes: [bytes, 0, 0], ..Cached::default() };
                         let load = self.load.of(at);
                         let rates = [rate(machine), TierRate::default(), TierRate::default()];
                         let terms = Terms::of(request.tokens, cached, &load, &self.speeds[at], &rates);
@@ -236,7 +237,7 @@ fn read(path: &Path) -> anyhow::Result<Vec<(f64, Request)>> {
 }
 
 /// Measures the group.
-pub fn measure(path: &Path) -> anyhow::Result<Vec<Figure>> {
+pub fn measure(path: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
     let trace = read(path)?;
     anyhow::ensure!(!trace.is_empty(), "the trace has no lengths of prompts");
     let mut figures = Vec::new();
@@ -278,5 +279,6 @@ pub fn measure(path: &Path) -> anyhow::Result<Vec<Figure>> {
             figures.push(Figure::note("routing", &format!("ttft_p99_worst_seed_at_{load}"), worst_p99));
         }
     }
+    figures.extend(overhead::measure(rounds)?);
     Ok(figures)
 }

@@ -1,0 +1,161 @@
+//! What the router adds to a request: 500 a second, each with a prompt of some two thousand tokens that is tokenized, hashed, looked up and placed among eight
+//! workers, beside the same requests straight to a worker.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use kvstore_proto::hashes::Sha256Cbor;
+use kvstore_router::events::vllm::{Batch, Event, Stored};
+use kvstore_router::fleet::{Fleet, FleetOptions, Role, WorkerSpec};
+use kvstore_router::hashing::Hashing;
+use kvstore_router::place::{PlaceOptions, Router};
+use kvstore_router::serve::{App, Model, ServeOptions};
+use kvstore_router::tokens::Tokens;
+use kvstore_tests::engine::ScriptedEngine;
+use serde_json::json;
+use tokenizers::decoders::byte_level::ByteLevel;
+use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
+use tokenizers::normalizers::NormalizerWrapper;
+use tokenizers::processors::PostProcessorWrapper;
+use tokenizers::{DecoderWrapper, TokenizerBuilder};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::figure::{Figure, median};
+
+const PER_SECOND: u64 = 500;
+const SECONDS: u64 = 6;
+const WORKERS: usize = 8;
+/// Blocks that each worker has, beside those of the prompts.
+const BLOCKS: u64 = 50_000;
+const CORPUS: [&str; 4] = [
+    include_str!("../../../README.md"),
+    include_str!("../../../ARCHITECTURE.md"),
+    include_str!("../../../docs/design/prefix-index.md"),
+    include_str!("../../RESULTS.md"),
+];
+
+/// A byte-level tokenizer, as most models have, learnt from this project's own words.
+fn tokenizer(folder: &std::path::Path) -> anyhow::Result<()> {
+    let wrong = |error: tokenizers::Error| anyhow::anyhow!("{error}");
+    let mut trainer = BpeTrainerBuilder::new()
+        .show_progress(false)
+        .vocab_size(8000)
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+        .build();
+    let mut tokenizer = TokenizerBuilder::<BPE, NormalizerWrapper, ByteLevel, PostProcessorWrapper, DecoderWrapper>::default()
+        .with_model(BPE::default())
+        .with_pre_tokenizer(Some(ByteLevel::default()))
+        .build()
+        .map_err(wrong)?;
+    tokenizer.train(&mut trainer, CORPUS.iter().flat_map(|text| text.lines())).map_err(wrong)?;
+    tokenizer.save(folder.join("tokenizer.json"), false).map_err(wrong)
+}
+
+/// Latencies of requests that begin at fixed times, whatever became of those before; sorted.
+async fn load(client: &Client<HttpConnector, Full<Bytes>>, url: &str, bodies: &[Bytes]) -> anyhow::Result<Vec<f64>> {
+    let url: http::Uri = format!("{url}/v1/completions").parse()?;
+    let begun = Instant::now();
+    let mut tasks = Vec::new();
+    for (at, body) in bodies.iter().enumerate() {
+        let due = begun + Duration::from_secs_f64(at as f64 / PER_SECOND as f64);
+        tokio::time::sleep_until(due.into()).await;
+        let request = http::Request::post(url.clone()).header("content-type", "application/json").body(Full::new(body.clone()))?;
+        let client = client.clone();
+        tasks.push(tokio::spawn(async move {
+            let answer = client.request(request).await?;
+            anyhow::ensure!(answer.status().is_success(), "{}", answer.status());
+            answer.into_body().collect().await?;
+            Ok(due.elapsed().as_secs_f64() * 1e3)
+        }));
+    }
+    let mut latencies = Vec::new();
+    for task in tasks {
+        latencies.push(task.await??);
+    }
+    latencies.sort_by(f64::total_cmp);
+    Ok(latencies)
+}
+
+fn quantile(sorted: &[f64], quantile: f64) -> f64 {
+    sorted.get((sorted.len() as f64 * quantile) as usize).copied().unwrap_or(f64::NAN)
+}
+
+async fn measure_in_runtime(rounds: usize) -> anyhow::Result<Vec<Figure>> {
+    let folder = tempfile::tempdir()?;
+    tokenizer(folder.path())?;
+    let tokens = Tokens::load(folder.path(), None)?;
+    let text: String = CORPUS.concat();
+    let prompt: String = text.chars().take(8000).collect();
+    let count = tokens.encode(&prompt, true)?.len();
+    let body = |at: u64| Bytes::from(json!({"model": "m", "max_tokens": 1, "prompt": format!("{prompt} {at}")}).to_string());
+    let bodies: Vec<Bytes> = (0..PER_SECOND * SECONDS).map(body).collect();
+
+    let mut engines = Vec::new();
+    for _ in 0..WORKERS {
+        engines.push(ScriptedEngine::start("m", Duration::ZERO).await);
+    }
+    let spec = |(at, engine): (usize, &ScriptedEngine)| WorkerSpec {
+        id: format!("w{at}"),
+        url: engine.url(),
+        model: "m".into(),
+        role: Role::Both,
+        node: None,
+        events: None,
+        replay: None,
+        topic: String::new(),
+        ranks: 1,
+        first_rank: 0,
+        block_tokens: 16,
+    };
+    let fleet = Fleet::new(Hashing::Sha256Cbor(Sha256Cbor::default()), FleetOptions::default());
+    fleet.set_workers(&engines.iter().enumerate().map(spec).collect::<Vec<_>>());
+    let known = fleet.hashing().chain(&tokens.encode(&prompt, true)?, 16, None, None)?.names;
+    for (at, worker) in fleet.workers().iter().enumerate() {
+        let others = (0..BLOCKS / 100).map(|run| {
+            let hashes = (0..100).map(|block| (at as u64 + 1) << 40 | run << 10 | block).collect();
+            Event::Stored(Stored { hashes, block_tokens: 16, ..Stored::default() })
+        });
+        let prefix = Stored { hashes: known.iter().copied().take(known.len() * at / WORKERS).collect(), block_tokens: 16, ..Stored::default() };
+        let events = others.chain([Event::Stored(prefix)]).collect();
+        worker.view.apply(&Batch { events, ..Batch::default() }, 0);
+    }
+    let router = Router::new(fleet, PlaceOptions::default());
+    let model = Model { tokens: Some(tokens), adapter: false };
+    let app = App::new(Arc::clone(&router), HashMap::from([("m".to_owned(), model)]), ServeOptions::default());
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let url = format!("http://{}", listener.local_addr()?);
+    let (_stop, stopping) = watch::channel(false);
+    tokio::spawn(app.serve(listener, stopping));
+
+    let client = Client::builder(TokioExecutor::new()).build_http();
+    let direct_url = engines.first().map(ScriptedEngine::url).unwrap_or_default();
+    let (mut added_p50, mut added_p99, mut direct_p99) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..=rounds {
+        let direct = load(&client, &direct_url, &bodies).await?;
+        let through = load(&client, &url, &bodies).await?;
+        if round > 0 {
+            let alone = quantile(&direct, 0.5);
+            added_p50.push(quantile(&through, 0.5) - alone);
+            added_p99.push(quantile(&through, 0.99) - alone);
+            direct_p99.push(quantile(&direct, 0.99) - alone);
+        }
+    }
+    Ok(vec![
+        Figure::note("routing", "overhead_prompt_tokens", count as f64),
+        Figure::note("routing", "overhead_p50_ms_at_500_a_second", median(added_p50)),
+        Figure::new("routing", "overhead_p99_ms_at_500_a_second", median(added_p99), "< 5"),
+        Figure::note("routing", "straight_to_a_worker_p99_ms_over_its_p50", median(direct_p99)),
+    ])
+}
+
+/// Measures it.
+pub fn measure(rounds: usize) -> anyhow::Result<Vec<Figure>> {
+    tokio::runtime::Runtime::new()?.block_on(measure_in_runtime(rounds.min(5)))
+}

@@ -1,0 +1,200 @@
+"""Two vLLM servers over one daemon, behind the router: a conversation stays where its prefix is, and an answer outlives its worker."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+import models
+from daemon import Daemon
+from engine import ENVIRONMENT
+
+ROUTER = os.environ.get("KVSTORE_ROUTER_BIN")
+pytestmark = pytest.mark.skipif(not ROUTER, reason="KVSTORE_ROUTER_BIN names no router")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return answer.read().decode()
+
+
+def post(url: str, body: dict):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    return urllib.request.urlopen(request, timeout=120)
+
+
+class Server:
+    """vLLM's OpenAI server, with the connector and KV events."""
+
+    def __init__(self, name: str, model: pathlib.Path, store: str, folder: pathlib.Path):
+        self.name, self.url = name, f"http://127.0.0.1:{free_port()}"
+        self.events, self.replay = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
+        # A PUB socket of vLLM binds where the host is a star, and connects otherwise.
+        bound = [endpoint.replace("127.0.0.1", "*") for endpoint in (self.events, self.replay)]
+        events = dict(enable_kv_cache_events=True, publisher="zmq", endpoint=bound[0], replay_endpoint=bound[1], topic="kv")
+        connector = dict(
+            kv_connector="KvStoreConnector",
+            kv_connector_module_path="kvstore.vllm",
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+            kv_connector_extra_config=dict(address=store, lookup_deadline=5.0),
+        )
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny"]
+        command += ["--port", self.url.rsplit(":", 1)[1], "--host", "127.0.0.1", "--dtype", "float32", "--block-size", "32"]
+        command += ["--max-model-len", "2048", "--enforce-eager", "--skip-tokenizer-init", "--enable-prefix-caching"]
+        command += ["--prefix-caching-hash-algo", "sha256_cbor", "--kv-events-config", json.dumps(events)]
+        command += ["--kv-transfer-config", json.dumps(connector)]
+        self.log = folder / f"server-{name}.log"
+        environment = {key: value for key, value in {**os.environ, **ENVIRONMENT}.items() if "MULTIPROCESSING" not in key}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=open(self.log, "w"), stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+    def until_it_serves(self) -> None:
+        until = time.monotonic() + 400
+        while True:
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert time.monotonic() < until, self.log.read_text()[-4000:]
+            try:
+                get(f"{self.url}/health")
+                return
+            except OSError:
+                time.sleep(0.5)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def metric(self, name: str) -> float:
+        lines = (line for line in get(f"{self.url}/metrics").splitlines() if line.startswith(name))
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+class Router:
+    def __init__(self, servers: list[Server], store: str, folder: pathlib.Path):
+        command = [ROUTER, "serve", "--listen", "127.0.0.1:0"]
+        for server in servers:
+            worker = f"id={server.name},url={server.url},model=tiny,events={server.events},replay={server.replay},topic=kv,node={store}"
+            command += ["--worker", worker]
+        self.log = open(folder / "router.log", "w")
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        self.url = self.process.stdout.readline().split()[-1]
+
+    def explain(self, prompt: list[int]) -> dict[str, dict]:
+        with post(f"{self.url}/explain", dict(model="tiny", prompt=prompt)) as answer:
+            return {worker["worker"]: worker for worker in json.load(answer)["workers"]}
+
+    def complete(self, prompt: list[int], max_tokens: int) -> tuple[str, list[int]]:
+        body = dict(model="tiny", prompt=prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True, return_token_ids=True)
+        with post(f"{self.url}/v1/completions", body) as answer:
+            return answer.headers["x-kvstore-worker"], json.load(answer)["choices"][0]["token_ids"]
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def fleet(folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("router")
+    daemon = Daemon(place, "nvme.paths=off", "host.bytes=512MiB")
+    servers = [Server(name, models.make(folder, "llama"), daemon.address, place) for name in ("a", "b")]
+    for server in servers:
+        server.until_it_serves()
+    router = Router(servers, daemon.address, place)
+    yield router, {server.name: server for server in servers}
+    router.stop()
+    for server in servers:
+        server.kill()
+    daemon.kill()
+
+
+def prompt(tokens: int, seed: int) -> list[int]:
+    return [3 + (at * at * 31 + at * 17 + seed * 7919) % (models.VOCABULARY - 3) for at in range(tokens)]
+
+
+def until(what: str, reached, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+
+
+def test_a_conversation_s_second_turn_goes_to_the_worker_that_holds_it(fleet):
+    router, servers = fleet
+    conversations, holders = [], []
+    for seed in range(6):
+        first = prompt(700, seed)
+        worker, answer = router.complete(first, 40)
+        conversations.append(first + answer)
+        holders.append(worker)
+    assert set(holders) == set(servers), "new conversations spread"
+    for conversation, holder in zip(conversations, holders):
+        # All whole blocks but the last, whose final token's keys are not computed.
+        held = (len(conversation) - 1) // 32 * 32
+        until("its events came", lambda: router.explain(conversation)[holder]["engine_tokens"] >= held)
+        # The store's daemon has it for both.
+        other = next(name for name in servers if name != holder)
+        until("the store has it", lambda: router.explain(conversation)[other]["fetched_tokens"] >= 640)
+        worker, _ = router.complete(conversation + prompt(60, 99), 8)
+        assert worker == holder
+
+
+def test_an_answer_goes_on_at_the_other_worker_when_its_own_is_killed(fleet):
+    router, servers = fleet
+    asked = prompt(600, 77)
+    body = dict(model="tiny", prompt=asked, max_tokens=600, temperature=0, ignore_eos=True, return_token_ids=True)
+    # What an engine says that is left alone.
+    with post(f"{servers['a'].url}/v1/completions", body) as answer:
+        oracle = json.load(answer)["choices"][0]["token_ids"]
+    assert len(oracle) == 600
+    stream = post(f"{router.url}/v1/completions", dict(body, stream=True, stream_options=dict(include_usage=True)))
+    holder = stream.headers["x-kvstore-worker"]
+    other = next(server for name, server in servers.items() if name != holder)
+    before = other.metric("vllm:external_prefix_cache_hits_total")
+    tokens, killed, usage, ended = [], False, None, False
+    for line in stream:
+        data = line.decode().strip().removeprefix("data: ")
+        if not data:
+            continue
+        if data == "[DONE]":
+            ended = True
+            break
+        piece = json.loads(data)
+        assert "error" not in piece, piece
+        usage = piece.get("usage") or usage
+        for choice in piece["choices"]:
+            tokens += choice.get("token_ids") or []
+        if len(tokens) >= 100 and not killed:
+            servers[holder].kill()
+            killed = True
+    assert killed and ended
+    assert tokens == oracle
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (600, 600)
+    assert "kvstore_router_resumed_total 1" in get(f"{router.url}/metrics")
+    if holder != "a":
+        return
+    # The other had never seen the prompt: it found it in the store.
+    assert other.metric("vllm:external_prefix_cache_hits_total") - before >= 576
+
+
+def test_what_is_left_goes_on_serving(fleet):
+    router, servers = fleet
+    alive = next(name for name, server in servers.items() if server.process.poll() is None)
+    for seed in range(3):
+        worker, tokens = router.complete(prompt(100, 200 + seed), 4)
+        assert (worker, len(tokens)) == (alive, 4)
