@@ -117,6 +117,7 @@ pub fn render(daemon: &Daemon) -> String {
         ("kvstore_busy_total", get(&traffic.busy)),
         ("kvstore_quarantined_blocks_total", get(&traffic.quarantined)),
         ("kvstore_nvme_not_admitted_blocks_total", get(&traffic.not_admitted)),
+        ("kvstore_changes_total", daemon.host.changes().count()),
         ("kvstore_local_commands_total", get(&traffic.local_commands)),
         ("kvstore_local_read_blocks_total", daemon.host.local_reads()),
         ("kvstore_host_published_blocks_total", status.counts.published),
@@ -132,6 +133,7 @@ pub fn render(daemon: &Daemon) -> String {
     let (pins, tickets) = daemon.host.hold_counts();
     let (leases, waiting) = daemon.host.local_leases();
     let gauges = [
+        ("kvstore_watches", (crate::caps::WATCHES_MAX - daemon.watches.available_permits()) as u64),
         ("kvstore_host_max_bytes", status.bytes_max),
         ("kvstore_host_mapped_bytes", status.bytes_mapped),
         ("kvstore_host_pinned_bytes", status.pinned_bytes),
@@ -250,7 +252,7 @@ fn render_object(status: &ObjectStatus) {
 }
 
 /// Every metric, with its help text: `docs/metrics.md` is checked against this list.
-pub const METRICS: [(&str, &str, &str); 86] = [
+pub const METRICS: [(&str, &str, &str); 90] = [
     ("kvstore_put_blocks_total", "counter", "Blocks stored by puts"),
     ("kvstore_put_bytes_total", "counter", "Bytes stored by puts"),
     ("kvstore_get_hits_total", "counter", "Blocks that gets found"),
@@ -259,6 +261,10 @@ pub const METRICS: [(&str, &str, &str); 86] = [
     ("kvstore_lookups_total", "counter", "Look-ups"),
     ("kvstore_busy_total", "counter", "Blocks or calls refused as busy"),
     ("kvstore_quarantined_blocks_total", "counter", "Blocks dropped because their bytes did not match their checksum"),
+    ("kvstore_changes_total", "counter", "Blocks that came into a tier or left it, since the first follower of events"),
+    ("kvstore_watches", "gauge", "Routers that follow events over gRPC"),
+    ("kvstore_described_blocks", "gauge", "Blocks whose tokens the publisher of events knows"),
+    ("kvstore_published_events_total", "counter", "Events published over ZeroMQ"),
     ("kvstore_local_commands_total", "counter", "Commands that came over the local plane"),
     (
         "kvstore_local_read_blocks_total",

@@ -153,18 +153,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         stream.write_all(&out).await?;
         let (buffer, frames, peer) = (BytesMut::new(), Vec::new(), String::new());
         let mut connection = Self { stream, buffer, message_bytes_max, frames, peer };
-        loop {
-            let frame = connection.frame().await?.ok_or_else(|| wrong("it hung up"))?;
-            match frame.body.as_ref() {
-                [5, b'R', b'E', b'A', b'D', b'Y', metadata @ ..] if frame.command => {
-                    connection.peer = self::socket_type(metadata).ok_or_else(|| wrong("READY without a type"))?;
-                    return Ok(connection);
-                }
-                [5, b'E', b'R', b'R', b'O', b'R', why @ ..] if frame.command => {
-                    return Err(wrong(String::from_utf8_lossy(why)));
-                }
-                _ => return Err(wrong("no READY")),
+        let frame = connection.frame().await?.ok_or_else(|| wrong("it hung up"))?;
+        match frame.body.as_ref() {
+            [5, b'R', b'E', b'A', b'D', b'Y', metadata @ ..] if frame.command => {
+                connection.peer = self::socket_type(metadata).ok_or_else(|| wrong("READY without a type"))?;
+                Ok(connection)
             }
+            [5, b'E', b'R', b'R', b'O', b'R', why @ ..] if frame.command => Err(wrong(String::from_utf8_lossy(why))),
+            _ => Err(wrong("no READY")),
         }
     }
 

@@ -128,15 +128,15 @@ impl Tokens {
 fn flattened(messages: &Value) -> Value {
     let Value::Array(messages) = messages else { return messages.clone() };
     let flat = |message: &Value| -> Value {
+        let text_of = |part: &Value| {
+            let is_text = part.get("type").is_some_and(|kind| kind == "text");
+            part.get("text").filter(|_| is_text)?.as_str().map(str::to_owned)
+        };
+        let parts = message.get("content").and_then(Value::as_array);
+        let texts: Option<Vec<String>> = parts.and_then(|parts| parts.iter().map(text_of).collect());
         let mut message = message.clone();
-        let texts: Option<Vec<String>> = message["content"].as_array().and_then(|parts| {
-            parts
-                .iter()
-                .map(|part| (part["type"] == "text").then(|| part["text"].as_str().map(str::to_owned)).flatten())
-                .collect()
-        });
-        if let Some(texts) = texts {
-            message["content"] = Value::String(texts.join("\n"));
+        if let (Some(texts), Some(fields)) = (texts, message.as_object_mut()) {
+            fields.insert("content".into(), Value::String(texts.join("\n")));
         }
         message
     };

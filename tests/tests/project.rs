@@ -13,15 +13,32 @@ const ARROWS: [(&str, &[&str]); 10] = [
     ("kvstore-tiers", &["kvstore-plane", "kvstore-transfer"]),
     ("kvstore-client", &["kvstore-plane", "kvstore-proto"]),
     ("kvstore-python", &["kvstore-client"]),
-    ("kvstore-router", &[]),
+    ("kvstore-router", &["kvstore-client", "kvstore-proto"]),
     ("kvstore", &["kvstore-client", "kvstore-plane", "kvstore-proto", "kvstore-tiers"]),
     (
         "kvstore-tests",
-        &["kvstore", "kvstore-client", "kvstore-plane", "kvstore-proto", "kvstore-tiers", "kvstore-transfer"],
+        &[
+            "kvstore",
+            "kvstore-client",
+            "kvstore-plane",
+            "kvstore-proto",
+            "kvstore-router",
+            "kvstore-tiers",
+            "kvstore-transfer",
+        ],
     ),
     (
         "kvstore-benches",
-        &["kvstore", "kvstore-client", "kvstore-plane", "kvstore-tests", "kvstore-tiers", "kvstore-transfer"],
+        &[
+            "kvstore",
+            "kvstore-client",
+            "kvstore-plane",
+            "kvstore-proto",
+            "kvstore-router",
+            "kvstore-tests",
+            "kvstore-tiers",
+            "kvstore-transfer",
+        ],
     ),
 ];
 

@@ -110,7 +110,8 @@ impl State {
                         let (engine_tokens, fetched_tokens) = cached[at];
                         let machine = &engines[at].machine;
                         let bytes = fetched_tokens / BLOCK_TOKENS * machine.block_bytes;
-                        let cached = Cached { engine_tokens, fetched_tokens, fetched_bytes: [bytes, 0, 0], ..Cached::default() };
+                        let cached =
+                            Cached { engine_tokens, fetched_tokens, fetched_bytes: [bytes, 0, 0], ..Cached::default() };
                         let load = self.load.of(at);
                         let rates = [rate(machine), TierRate::default(), TierRate::default()];
                         let terms = Terms::of(request.tokens, cached, &load, &self.speeds[at], &rates);

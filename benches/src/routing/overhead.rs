@@ -49,11 +49,12 @@ fn tokenizer(folder: &std::path::Path) -> anyhow::Result<()> {
         .vocab_size(8000)
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build();
-    let mut tokenizer = TokenizerBuilder::<BPE, NormalizerWrapper, ByteLevel, PostProcessorWrapper, DecoderWrapper>::default()
-        .with_model(BPE::default())
-        .with_pre_tokenizer(Some(ByteLevel::default()))
-        .build()
-        .map_err(wrong)?;
+    let mut tokenizer =
+        TokenizerBuilder::<BPE, NormalizerWrapper, ByteLevel, PostProcessorWrapper, DecoderWrapper>::default()
+            .with_model(BPE::default())
+            .with_pre_tokenizer(Some(ByteLevel::default()))
+            .build()
+            .map_err(wrong)?;
     tokenizer.train(&mut trainer, CORPUS.iter().flat_map(|text| text.lines())).map_err(wrong)?;
     tokenizer.save(folder.join("tokenizer.json"), false).map_err(wrong)
 }
@@ -66,7 +67,9 @@ async fn load(client: &Client<HttpConnector, Full<Bytes>>, url: &str, bodies: &[
     for (at, body) in bodies.iter().enumerate() {
         let due = begun + Duration::from_secs_f64(at as f64 / PER_SECOND as f64);
         tokio::time::sleep_until(due.into()).await;
-        let request = http::Request::post(url.clone()).header("content-type", "application/json").body(Full::new(body.clone()))?;
+        let request = http::Request::post(url.clone())
+            .header("content-type", "application/json")
+            .body(Full::new(body.clone()))?;
         let client = client.clone();
         tasks.push(tokio::spawn(async move {
             let answer = client.request(request).await?;
@@ -94,7 +97,8 @@ async fn measure_in_runtime(rounds: usize) -> anyhow::Result<Vec<Figure>> {
     let text: String = CORPUS.concat();
     let prompt: String = text.chars().take(8000).collect();
     let count = tokens.encode(&prompt, true)?.len();
-    let body = |at: u64| Bytes::from(json!({"model": "m", "max_tokens": 1, "prompt": format!("{prompt} {at}")}).to_string());
+    let body =
+        |at: u64| Bytes::from(json!({"model": "m", "max_tokens": 1, "prompt": format!("{prompt} {at}")}).to_string());
     let bodies: Vec<Bytes> = (0..PER_SECOND * SECONDS).map(body).collect();
 
     let mut engines = Vec::new();
@@ -122,7 +126,11 @@ async fn measure_in_runtime(rounds: usize) -> anyhow::Result<Vec<Figure>> {
             let hashes = (0..100).map(|block| (at as u64 + 1) << 40 | run << 10 | block).collect();
             Event::Stored(Stored { hashes, block_tokens: 16, ..Stored::default() })
         });
-        let prefix = Stored { hashes: known.iter().copied().take(known.len() * at / WORKERS).collect(), block_tokens: 16, ..Stored::default() };
+        let prefix = Stored {
+            hashes: known.iter().copied().take(known.len() * at / WORKERS).collect(),
+            block_tokens: 16,
+            ..Stored::default()
+        };
         let events = others.chain([Event::Stored(prefix)]).collect();
         worker.view.apply(&Batch { events, ..Batch::default() }, 0);
     }

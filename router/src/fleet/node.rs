@@ -232,10 +232,13 @@ struct GroupPlaces {
     bucket: Vec<bool>,
 }
 
+/// The size of a family's blocks in those of the prompt, and its groups.
+type Places = (usize, Arc<Vec<GroupPlaces>>);
+
 /// What all nodes have of a prompt.
 pub(super) struct Tiers {
-    /// By node and model: the blocks' size in the prompt's, and the groups.
-    families: HashMap<(String, String), (usize, Arc<Vec<GroupPlaces>>)>,
+    /// By node and model.
+    families: HashMap<(String, String), Places>,
 }
 
 impl Tiers {
@@ -251,7 +254,7 @@ impl Tiers {
         }
         let mut families = HashMap::new();
         // One look for all nodes that know the same layouts.
-        let mut looked: HashMap<Vec<Bytes>, (usize, Arc<Vec<GroupPlaces>>)> = HashMap::new();
+        let mut looked: HashMap<Vec<Bytes>, Places> = HashMap::new();
         for worker in workers {
             let Some(node) = &worker.node else { continue };
             let key = (node.address.clone(), worker.spec.model.clone());

@@ -58,6 +58,11 @@ impl ApiError {
         Self { status, message: message.into(), kind, param: None, code: Some("unavailable"), retry_after }
     }
 
+    /// What it says.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
     /// As it goes into a stream that has begun.
     pub fn body(&self) -> Value {
         json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})

@@ -617,15 +617,15 @@ impl Relay {
             };
             let rest = self.answer.rest(&self.call.request, tokens_max);
             let rest = rest.ok_or("its worker did not say which tokens came (return_token_ids)")?;
-            let tokens: Vec<u32> = serde_json::from_value(rest["prompt"].clone()).unwrap_or_default();
+            let tokens: Vec<u32> =
+                rest.get("prompt").and_then(|tokens| serde_json::from_value(tokens.clone()).ok()).unwrap_or_default();
             self.call.asked = self.call.app.asked_again(&self.call.asked, &self.call.request, &tokens);
             let body = Bytes::from(rest.to_string());
             self.answer.resumed = true;
             self.answer.before = self.answer.generated.len();
             self.call.send_to_some(Kind::Completion.path(), &body, &mut self.but).await
         };
-        let (placed, upstream) =
-            found.map_err(|error| error.body()["error"]["message"].as_str().unwrap_or_default().to_owned())?;
+        let (placed, upstream) = found.map_err(|error| error.message().to_owned())?;
         if !upstream.status().is_success() {
             let id = &placed.worker.spec.id;
             return Err(format!(
@@ -652,8 +652,8 @@ impl App {
             let found = async {
                 let models = self.get(worker, "/v1/models", Duration::from_secs(2)).await.ok()?;
                 let models: Value = serde_json::from_slice(&models).ok()?;
-                let of_model = models["data"].as_array()?.iter().find(|entry| entry["id"] == model)?;
-                of_model["max_model_len"].as_u64()
+                let is_it = |entry: &&Value| entry.get("id").is_some_and(|id| id == model);
+                models.get("data")?.as_array()?.iter().find(is_it)?.get("max_model_len")?.as_u64()
             };
             if let Some(found) = found.await {
                 return Some(found);

@@ -52,7 +52,15 @@ class Server:
             kv_load_failure_policy="recompute",
             kv_connector_extra_config=dict(address=store, lookup_deadline=5.0),
         )
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny"]
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(model),
+            "--served-model-name",
+            "tiny",
+        ]
         command += ["--port", self.url.rsplit(":", 1)[1], "--host", "127.0.0.1", "--dtype", "float32", "--block-size", "32"]
         command += ["--max-model-len", "2048", "--enforce-eager", "--skip-tokenizer-init", "--enable-prefix-caching"]
         command += ["--prefix-caching-hash-algo", "sha256_cbor", "--kv-events-config", json.dumps(events)]
@@ -60,7 +68,12 @@ class Server:
         self.log = folder / f"server-{name}.log"
         environment = {key: value for key, value in {**os.environ, **ENVIRONMENT}.items() if "MULTIPROCESSING" not in key}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=open(self.log, "w"), stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=open(self.log, "w"),
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
 
     def until_it_serves(self) -> None:
@@ -144,12 +157,16 @@ def test_a_conversation_s_second_turn_goes_to_the_worker_that_holds_it(fleet):
         holders.append(worker)
     assert set(holders) == set(servers), "new conversations spread"
     for conversation, holder in zip(conversations, holders):
+
+        def known(worker: str, where: str, conversation=conversation) -> int:
+            return router.explain(conversation)[worker][where]
+
         # All whole blocks but the last, whose final token's keys are not computed.
         held = (len(conversation) - 1) // 32 * 32
-        until("its events came", lambda: router.explain(conversation)[holder]["engine_tokens"] >= held)
+        until("its events came", lambda known=known, holder=holder, held=held: known(holder, "engine_tokens") >= held)
         # The store's daemon has it for both.
         other = next(name for name in servers if name != holder)
-        until("the store has it", lambda: router.explain(conversation)[other]["fetched_tokens"] >= 640)
+        until("the store has it", lambda known=known, other=other: known(other, "fetched_tokens") >= 640)
         worker, _ = router.complete(conversation + prompt(60, 99), 8)
         assert worker == holder
 
