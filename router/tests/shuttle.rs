@@ -30,10 +30,10 @@ fn a_reader_makes_nothing_up() {
                     }
                 })
             };
-            even.iter().for_each(|holder| index.store(*holder, None, &[1, 2, 3]));
+            even.iter().for_each(|holder| index.store(*holder, &[1, 2, 3]));
             // The cells of the first chain become the second one's.
             even.iter().for_each(|holder| index.remove(*holder, &[2, 3]));
-            odd.iter().for_each(|holder| index.store(*holder, None, &[11, 12]));
+            odd.iter().for_each(|holder| index.store(*holder, &[11, 12]));
             index.clear(odd[0]);
             index.remove_holder(even[0]);
             reader.join().unwrap();
@@ -52,7 +52,7 @@ fn a_chain_is_never_longer_than_it_was_at_some_moment() {
             let index = Arc::new(PrefixIndex::new(0));
             let holder = index.add_holder().unwrap();
             let names: Vec<u64> = (1..=60).collect();
-            index.store(holder, None, &names[..40]);
+            index.store(holder, &names[..40]);
             let removed = Arc::new(AtomicBool::new(false));
             let reader = {
                 let (index, names, removed) = (Arc::clone(&index), names.clone(), Arc::clone(&removed));
@@ -68,7 +68,7 @@ fn a_chain_is_never_longer_than_it_was_at_some_moment() {
             };
             index.remove(holder, &names[20..21]);
             removed.store(true, Ordering::SeqCst);
-            index.store(holder, Some(40), &names[40..]);
+            index.store(holder, &names[40..]);
             reader.join().unwrap();
         },
         20_000,

@@ -113,7 +113,7 @@ impl EngineView {
         let Some(group) = self.group(rank, stored) else { return };
         let orphan = match self.naming {
             Naming::Computed => {
-                self.index.store(group.holder, stored.parent, &stored.hashes);
+                self.index.store(group.holder, &stored.hashes);
                 false
             }
             Naming::Opaque { domain } => {

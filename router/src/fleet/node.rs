@@ -102,7 +102,7 @@ impl Node {
             WatchEvent::Layout(layout) => state.layouts.push(Arc::new(layout)),
             WatchEvent::Snapshot(snapshot) => {
                 if let Some(holder) = tier_at(snapshot.tier).and_then(|at| self.holders.get(at)) {
-                    self.index.store_scattered(*holder, &snapshot.names);
+                    self.index.store(*holder, &snapshot.names);
                 }
             }
             WatchEvent::SnapshotEnd(_) | WatchEvent::Resumed => state.status.whole = true,
@@ -111,7 +111,7 @@ impl Node {
                     if let Some(holder) = tier_at(tier.tier).and_then(|at| self.holders.get(at)) {
                         // Removals first, where there is little room.
                         self.index.remove(*holder, &tier.removed);
-                        self.index.store_scattered(*holder, &tier.stored);
+                        self.index.store(*holder, &tier.stored);
                     }
                 }
             }

@@ -28,16 +28,19 @@ pub enum Seen {
 }
 
 impl Seen {
-    /// True where all of these are in it.
-    pub fn has_all(&self, tags: &[u16]) -> bool {
-        tags.iter().all(|tag| self.has(*tag))
-    }
-
     /// The tags.
-    pub fn tags(&self, tags: &mut Vec<u16>) {
+    pub fn each(&self, mut tell: impl FnMut(u16)) {
         match self {
-            Self::Few(few, count) => tags.extend(few.iter().take(*count)),
-            Self::Many(bits) => tags.extend((0..(BIT_WORDS * 64) as u16).filter(|tag| bit(bits, *tag))),
+            Self::Few(few, count) => few.iter().take(*count).for_each(|tag| tell(*tag)),
+            Self::Many(bits) => {
+                for (at, word) in bits.iter().enumerate() {
+                    let mut word = *word;
+                    while word != 0 {
+                        tell((at * 64) as u16 + word.trailing_zeros() as u16);
+                        word &= word - 1;
+                    }
+                }
+            }
         }
     }
 
@@ -226,14 +229,6 @@ impl Cells {
             Kind::List(cell) => self.lists.give_back(cell),
             Kind::Bits(cell) => self.bits.give_back(cell),
             Kind::Inline(_) => {}
-        }
-    }
-
-    /// True where a set has a tag, for the writer.
-    pub fn has(&self, set: Set, key: u64, tag: u16) -> bool {
-        match set.kind() {
-            Kind::Inline(_) => set.inline().any(|known| known == tag),
-            _ => self.seen(set, key).is_some_and(|seen| seen.has(tag)),
         }
     }
 

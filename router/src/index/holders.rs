@@ -31,6 +31,8 @@ pub struct Holders {
     /// By tag: the holder's number and one (upper half), and the generation in which it got the tag; 0 for none.
     owners: Box<[AtomicU64]>,
     generation: AtomicU64,
+    /// By tag: twice as often as it lost blocks, and one more while it loses some.
+    losses: Box<[AtomicU64]>,
     state: Mutex<State>,
 }
 
@@ -40,13 +42,27 @@ impl Holders {
         Self {
             owners: (0..caps::HOLDERS_MAX).map(|_| AtomicU64::new(0)).collect(),
             generation: AtomicU64::new(0),
+            losses: (0..caps::HOLDERS_MAX).map(|_| AtomicU64::new(0)).collect(),
             state: Mutex::new(State { tags: HashMap::new(), free, dead: Vec::new(), last: 0 }),
         }
     }
 
     pub fn bytes(&self) -> u64 {
-        // Owners, and each tag's places in the map and on the lists.
-        (caps::HOLDERS_MAX * (8 + 16 + 16)) as u64
+        // Owners and losses, and each tag's places in the map and on the lists.
+        (caps::HOLDERS_MAX * (8 + 8 + 16 + 16)) as u64
+    }
+
+    /// A holder begins to lose blocks, or is done with it: called around each change. What a reader put together of several looks holds where
+    /// this was even before, and the same after: then it lost nothing meanwhile.
+    pub fn note_loss(&self, tag: u16) {
+        if let Some(losses) = self.losses.get(usize::from(tag)) {
+            losses.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    /// See [`Self::note_loss`].
+    pub fn losses(&self, tag: u16) -> u64 {
+        self.losses.get(usize::from(tag)).map_or(0, |losses| losses.load(READ))
     }
 
     /// What a reader notes first.

@@ -5,7 +5,7 @@
 //! one hash for two blocks all the same, the second block is not taken: its removal could not be told from the first one's.
 
 use super::table::{Insert, Place, Set, mixed};
-use super::{HolderId, Leaving, PrefixIndex, Run, Writer};
+use super::{AHEAD, HolderId, PrefixIndex, Writer};
 use crate::caps;
 use crate::names::next_name;
 
@@ -29,26 +29,28 @@ impl PrefixIndex {
     ) -> Result<(), UnknownParent> {
         let mut writer = self.writer.lock();
         let Some(tag) = self.holders.tag(holder) else { return Ok(()) };
-        for (hash, _) in blocks {
-            self.opaque.touch(key(domain, *hash));
-        }
         let mut before = match parent {
             None => None,
             Some(hash) => Some(self.opaque.find(key(domain, hash)).ok_or(UnknownParent(hash))?.set().0),
         };
-        let mut run = Run::begin(self, tag, before);
-        for (hash, tokens_hash) in blocks {
-            let name = next_name(before, *tokens_hash);
-            before = Some(name);
-            // What has no name here could not be removed: it is not stored either.
-            if self.learn(&mut writer, key(domain, *hash), name) {
-                run.store(self, &mut writer, name);
-            } else {
-                writer.refused += 1;
-                run.skip(name);
+        let mut names = [0u64; AHEAD];
+        for blocks in blocks.chunks(AHEAD) {
+            for ((hash, tokens_hash), to) in blocks.iter().zip(&mut names) {
+                let name = next_name(before, *tokens_hash);
+                before = Some(name);
+                *to = name;
+                self.opaque.touch(key(domain, *hash));
+                self.table.touch(mixed(name));
+            }
+            for ((hash, _), name) in blocks.iter().zip(&names) {
+                // What has no name here could not be removed: it is not stored either.
+                if self.learn(&mut writer, key(domain, *hash), *name) {
+                    self.store_one(&mut writer, tag, mixed(*name));
+                } else {
+                    writer.refused += 1;
+                }
             }
         }
-        run.end(self, &mut writer);
         self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
         Ok(())
     }
@@ -61,7 +63,7 @@ impl PrefixIndex {
                 return at.set() == Set(name);
             }
             match self.opaque.insert(key, Set(name), &place) {
-                Insert::Done(_) => return true,
+                Insert::Done => return true,
                 Insert::NeedsSplit => {
                     self.opaque.split(key);
                     // What is yet to be forgotten may lie in the new one.
@@ -84,20 +86,24 @@ impl PrefixIndex {
     pub fn remove_opaque(&self, holder: HolderId, domain: u64, hashes: &[u64]) {
         let mut writer = self.writer.lock();
         let Some(tag) = self.holders.tag(holder) else { return };
-        for hash in hashes {
-            self.opaque.touch(key(domain, *hash));
-        }
-        let names = hashes.iter().filter_map(|hash| Some(self.opaque.find(key(domain, *hash))?.set().0));
-        let leaves = Leaving::of(names);
-        for hash in hashes {
-            let Some(known) = self.opaque.find(key(domain, *hash)) else { continue };
-            let name = known.set().0;
-            self.remove_one(&mut writer, tag, name, &leaves);
-            if self.table.find(mixed(name)).is_none() {
-                self.opaque.clear(known);
+        self.holders.note_loss(tag);
+        let mut found = [None; AHEAD];
+        for hashes in hashes.chunks(AHEAD) {
+            hashes.iter().for_each(|hash| self.opaque.touch(key(domain, *hash)));
+            for (hash, to) in hashes.iter().zip(&mut found) {
+                *to = self.opaque.find(key(domain, *hash));
+                if let Some(known) = to {
+                    self.table.touch(mixed(known.set().0));
+                }
+            }
+            for known in found.iter().take(hashes.len()).flatten() {
+                // A hash may be there twice.
+                if self.remove_one(&mut writer, tag, known.set().0) && self.opaque.is_still(known) {
+                    self.opaque.clear(*known);
+                }
             }
         }
-        self.settle(&mut writer, tag);
+        self.holders.note_loss(tag);
         self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
     }
 

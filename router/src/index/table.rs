@@ -8,7 +8,7 @@ use super::{READ, WRITE};
 use crate::caps;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
-const SLOTS: usize = 5;
+const SLOTS: usize = 7;
 const BUCKETS: usize = caps::SEGMENT_BUCKETS;
 /// A segment is split when it has so many blocks: about nine in ten slots, as beyond blocks lie far from where they belong. Names are
 /// spread so evenly that all segments would split at the same moment: they differ by a tenth.
@@ -90,13 +90,7 @@ impl Set {
     }
 }
 
-/// No child is known.
-pub const NO_CHILD: u64 = 0;
-/// More than one child: they are listed elsewhere.
-pub const BRANCHES: u64 = u64::MAX;
-
-/// Two cache lines side by side, which come from memory together: five names, what is said of the bucket, each name's holders, and
-/// each name's child.
+/// Two cache lines side by side, which come from memory together: seven names and what is said of the bucket, then each name's holders.
 #[repr(align(128))]
 struct Bucket([AtomicU64; 16]);
 
@@ -120,13 +114,8 @@ impl Bucket {
         self.0.get(SLOTS + 1 + slot)
     }
 
-    /// The writer's alone.
-    fn link(&self, slot: usize) -> Option<&AtomicU64> {
-        self.0.get(2 * SLOTS + 1 + slot)
-    }
-
     fn said(&self) -> &AtomicU64 {
-        let [_, _, _, _, _, said, ..] = &self.0;
+        let [_, _, _, _, _, _, _, said, ..] = &self.0;
         said
     }
 
@@ -223,7 +212,6 @@ impl At {
 /// A slot for a block.
 #[derive(Clone, Copy, Debug)]
 pub struct Vacant {
-    segment: usize,
     bucket: usize,
     slot: usize,
     key: u64,
@@ -238,19 +226,19 @@ pub enum Place {
     Nowhere,
 }
 
-fn vacant_in(at: usize, segment: &Segment, key: u64) -> Option<Vacant> {
+fn vacant_in(segment: &Segment, key: u64) -> Option<Vacant> {
     let home = key as usize % BUCKETS;
     (0..=caps::PROBES_MAX).find_map(|distance| {
         let bucket = (home + distance) % BUCKETS;
         let words = segment.buckets.get(bucket)?;
         let is_vacant = |slot: &usize| words.set(*slot).is_some_and(|set| set.load(Ordering::Relaxed) == 0);
-        (0..SLOTS).find(is_vacant).map(|slot| Vacant { segment: at, bucket, slot, key, distance })
+        (0..SLOTS).find(is_vacant).map(|slot| Vacant { bucket, slot, key, distance })
     })
 }
 
 /// What came of an insertion.
 pub enum Insert {
-    Done(At),
+    Done,
     /// The segment is full: split it, then try again.
     NeedsSplit,
     /// It is full, and the table as large as it may be: this one may go instead.
@@ -312,17 +300,11 @@ impl Table {
         Some((at, self.segments.get(at)?.get()?))
     }
 
-    /// Loads the bucket of a name, so that it is near when it is read.
+    /// Loads both lines of a name's bucket, so that they are near when they are needed: those of several names come side by side.
     pub fn touch(&self, key: u64) {
         let bucket = self.segment_of(key).and_then(|(_, segment)| segment.buckets.get(key as usize % BUCKETS));
-        black_box(bucket.map(|bucket| bucket.said().load(Ordering::Relaxed)));
-    }
-
-    /// The same for the writer, who needs all of it.
-    pub fn touch_to_write(&self, key: u64) {
-        let bucket = self.segment_of(key).and_then(|(_, segment)| segment.buckets.get(key as usize % BUCKETS));
         black_box(bucket.and_then(|bucket| {
-            Some((bucket.said().load(Ordering::Relaxed), bucket.link(SLOTS - 1)?.load(Ordering::Relaxed)))
+            Some((bucket.said().load(Ordering::Relaxed), bucket.set(SLOTS - 1)?.load(Ordering::Relaxed)))
         }));
     }
 
@@ -347,12 +329,17 @@ impl Table {
             let Some(words) = segment.buckets.get(bucket) else { break };
             for slot in 0..SLOTS {
                 let (Some(name), Some(holders)) = (words.key(slot), words.set(slot)) else { break };
-                let set = Set(holders.load(Ordering::Relaxed));
-                if set.is_empty() {
-                    vacant = vacant.or(Some(Vacant { segment: at, bucket, slot, key, distance }));
-                } else if may_be && name.load(Ordering::Relaxed) == key {
-                    return Place::Found(At { segment: at, bucket, slot, key, set });
+                if may_be && name.load(Ordering::Relaxed) == key {
+                    let set = Set(holders.load(Ordering::Relaxed));
+                    if !set.is_empty() {
+                        return Place::Found(At { segment: at, bucket, slot, key, set });
+                    }
                 }
+            }
+            if vacant.is_none() {
+                let is_vacant = |slot: &usize| words.set(*slot).is_some_and(|set| set.load(Ordering::Relaxed) == 0);
+                let slot = (0..SLOTS).find(is_vacant);
+                vacant = slot.map(|slot| Vacant { bucket, slot, key, distance });
             }
             may_be = may_be && words.overflows();
             if !may_be && vacant.is_some() {
@@ -370,25 +357,26 @@ impl Table {
             return Insert::NeedsSplit;
         }
         match place {
-            Place::Vacant(vacant) => Insert::Done(self.fill(segment, vacant, set)),
+            Place::Vacant(vacant) => {
+                self.fill(segment, vacant, set);
+                Insert::Done
+            }
             _ if can_split => Insert::NeedsSplit,
             _ => Insert::Full(self.victim(at, segment, key)),
         }
     }
 
-    fn fill(&self, segment: &Segment, vacant: &Vacant, set: Set) -> At {
-        let Vacant { segment: at, bucket, slot, key, distance } = *vacant;
+    fn fill(&self, segment: &Segment, vacant: &Vacant, set: Set) {
+        let Vacant { bucket, slot, key, distance } = *vacant;
         // Before it can be found: whoever does not find it looks no further than this says.
         segment.count_overflow(key as usize % BUCKETS, distance, true);
         if let Some(words) = segment.buckets.get(bucket)
-            && let (Some(name), Some(holders), Some(link)) = (words.key(slot), words.set(slot), words.link(slot))
+            && let (Some(name), Some(holders)) = (words.key(slot), words.set(slot))
         {
-            link.store(NO_CHILD, Ordering::Relaxed);
             name.store(key, WRITE);
             holders.store(set.0, WRITE);
             segment.used.fetch_add(1, Ordering::Relaxed);
         }
-        At { segment: at, bucket, slot, key, set }
     }
 
     /// One of those that are in the way of `key`, that nobody looked up since the hand passed it twice: with each that goes the hand
@@ -428,6 +416,12 @@ impl Table {
         self.segments.get(at.segment)?.get()?.buckets.get(at.bucket)
     }
 
+    /// True where the block is where it was, with the holders that it had.
+    pub fn is_still(&self, at: &At) -> bool {
+        let word = |of: fn(&Bucket, usize) -> Option<&AtomicU64>| Some(of(self.words(at)?, at.slot)?.load(Ordering::Relaxed));
+        word(Bucket::key) == Some(at.key) && word(Bucket::set) == Some(at.set.0)
+    }
+
     /// The block has no holder any more.
     pub fn clear(&self, at: At) {
         self.write(at, Set::EMPTY);
@@ -435,18 +429,6 @@ impl Table {
         let distance = (at.bucket + BUCKETS - at.home()) % BUCKETS;
         segment.count_overflow(at.home(), distance, false);
         segment.used.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    /// The child of a block, as far as it is known: [`NO_CHILD`], [`BRANCHES`], or its name.
-    pub fn child(&self, at: &At) -> u64 {
-        let link = self.words(at).and_then(|words| words.link(at.slot));
-        link.map_or(NO_CHILD, |link| link.load(Ordering::Relaxed))
-    }
-
-    pub fn set_child(&self, at: &At, child: u64) {
-        if let Some(link) = self.words(at).and_then(|words| words.link(at.slot)) {
-            link.store(child, Ordering::Relaxed);
-        }
     }
 
     /// The blocks of a segment.
@@ -480,9 +462,8 @@ impl Table {
         let moving: Vec<At> = self.of_segment(at).into_iter().filter(|block| moves(block.key)).collect();
         for block in &moving {
             // Half as full, the same windows: there is room.
-            if let Some(vacant) = vacant_in(new, upper, block.key) {
-                let moved = self.fill(upper, &vacant, block.set);
-                self.set_child(&moved, self.child(block));
+            if let Some(vacant) = vacant_in(upper, block.key) {
+                self.fill(upper, &vacant, block.set);
             }
         }
         segment.full.store(fullness(at, depth + 1), Ordering::Relaxed);

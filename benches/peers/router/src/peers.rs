@@ -101,7 +101,7 @@ impl Peer for Ours {
         let Prepared::Ours(events) = events else { return };
         for event in events {
             match event {
-                OurEvent::Store(holder, parent, names) => self.index.store(holder, parent, &names),
+                OurEvent::Store(holder, _, names) => self.index.store(holder, &names),
                 OurEvent::Remove(holder, names) => self.index.remove(holder, &names),
                 OurEvent::StoreOpaque(holder, parent, blocks) => {
                     assert!(self.index.store_opaque(holder, 1, parent, &blocks).is_ok(), "a parent is not known");
