@@ -118,6 +118,20 @@ impl Pool {
         head.store((version + 1) << 16 | count as u64, Ordering::Release);
     }
 
+    /// A reader's look at some bits of one: see [`Cells::which`].
+    fn which(&self, cell: u32, key: u64, tags: &[u16]) -> Option<u64> {
+        let [head, name, rest @ ..] = self.cell(cell)? else { return None };
+        let before = head.load(READ);
+        let owner = name.load(Ordering::Relaxed);
+        let bit = |tag: &u16| {
+            rest.get(usize::from(*tag) / 64).map_or(0, |word| word.load(Ordering::Relaxed) >> (tag % 64) & 1)
+        };
+        let mask = tags.iter().rev().fold(0, |mask, tag| mask << 1 | bit(tag));
+        fence(Ordering::Acquire);
+        let still = head.load(Ordering::Relaxed) == before && before >> 16 & 1 == 0;
+        (still && owner == key).then_some(mask)
+    }
+
     /// A reader's look at one: its count, and its words.
     fn read(&self, cell: u32, key: u64, body: &mut [u64]) -> Option<usize> {
         let [head, name, rest @ ..] = self.cell(cell)? else { return None };
@@ -172,6 +186,19 @@ impl Cells {
                 self.bits.read(cell, key, &mut words)?;
                 Some(Seen::Many(words))
             }
+        }
+    }
+
+    /// Which of `tags`, 64 at most, are in a set now: a bit for each; `None`: it changes, look again.
+    pub fn which(&self, set: Set, key: u64, tags: &[u16]) -> Option<u64> {
+        let mask = |has: &dyn Fn(u16) -> bool| tags.iter().rev().fold(0u64, |mask, tag| mask << 1 | u64::from(has(*tag)));
+        match set.kind() {
+            Kind::Inline(_) => Some(mask(&|tag| set.inline().any(|known| known == tag))),
+            Kind::List(_) => {
+                let seen = self.seen(set, key)?;
+                Some(mask(&|tag| seen.has(tag)))
+            }
+            Kind::Bits(cell) => self.bits.which(cell, key, tags),
         }
     }
 

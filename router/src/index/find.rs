@@ -17,7 +17,10 @@ impl PrefixIndex {
     pub fn find(&self, names: &[u64], matches: &mut Vec<Match>) {
         matches.clear();
         let seen = self.holders.generation();
-        let Some(first) = names.first().and_then(|name| self.table.seen(table::mixed(*name), &self.cells)) else {
+        let Some(first) = names
+            .first()
+            .and_then(|name| self.table.home(table::mixed(*name)))
+            .and_then(|home| self.table.seen(&home, &self.cells)) else {
             return;
         };
         let mut open = Tags::new();
@@ -50,16 +53,26 @@ impl PrefixIndex {
     /// Tells of each of `tags` how many of the first blocks it has.
     fn walk(&self, names: &[u64], mut tags: Tags, mut ended: impl FnMut(u16, usize)) {
         for (run, names) in names.chunks(PROBES).enumerate() {
-            names.iter().for_each(|name| self.table.touch(table::mixed(*name)));
-            for (at, name) in names.iter().enumerate() {
-                let found = self.table.seen(table::mixed(*name), &self.cells);
-                tags.retain(|tag| {
-                    let has = found.as_ref().is_some_and(|found| found.has(*tag));
-                    if !has {
-                        ended(*tag, run * PROBES + at);
+            let homes = self.table.homes(names.iter().map(|name| table::mixed(*name)));
+            for (at, home) in homes.iter().enumerate() {
+                let mut left = Tags::new();
+                let mut all = true;
+                for some in tags.chunks(64) {
+                    let which = self.table.which(home, &self.cells, some);
+                    all &= which == u64::MAX >> (64 - some.len());
+                    if all && tags.len() <= 64 {
+                        break;
                     }
-                    has
-                });
+                    for (bit, tag) in some.iter().enumerate() {
+                        match which >> bit & 1 {
+                            1 => left.push(*tag),
+                            _ => ended(*tag, run * PROBES + at),
+                        }
+                    }
+                }
+                if !all || tags.len() > 64 {
+                    tags = left;
+                }
                 if tags.is_empty() {
                     return;
                 }
@@ -74,10 +87,10 @@ impl PrefixIndex {
         let seen = self.holders.generation();
         let mut holders: SmallVec<[HolderId; 32]> = SmallVec::new();
         for (run, names) in names.chunks(PROBES).enumerate() {
-            names.iter().for_each(|name| self.table.touch(table::mixed(*name)));
-            for (at, name) in names.iter().enumerate() {
+            let homes = self.table.homes(names.iter().map(|name| table::mixed(*name)));
+            for (at, home) in homes.iter().enumerate() {
                 holders.clear();
-                if let Some(found) = self.table.seen(table::mixed(*name), &self.cells) {
+                if let Some(found) = self.table.seen(home, &self.cells) {
                     found.each(|tag| holders.extend(self.holders.holder(tag, seen)));
                 }
                 if !visit(run * PROBES + at, &holders) {

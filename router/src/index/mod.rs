@@ -28,7 +28,7 @@ pub use opaque::UnknownParent;
 
 use cells::Cells;
 use holders::Holders;
-use table::{At, Place, Set, Table};
+use table::{At, Home, Place, Set, Table};
 
 use crate::caps;
 use crate::sync::{Mutex, Ordering};
@@ -152,8 +152,12 @@ impl PrefixIndex {
         let mut writer = self.writer.lock();
         let Some(tag) = self.holders.tag(holder) else { return };
         for names in names.chunks(AHEAD) {
-            self.ahead(names);
-            names.iter().for_each(|name| self.store_one(&mut writer, tag, table::mixed(*name)));
+            let segments = self.table.segments();
+            for home in self.table.homes(names.iter().map(|name| table::mixed(*name))) {
+                // After a split it may be elsewhere.
+                let known = (self.table.segments() == segments).then_some(home);
+                self.store_one(&mut writer, tag, home.key(), known);
+            }
         }
         self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
     }
@@ -164,16 +168,17 @@ impl PrefixIndex {
         let Some(tag) = self.holders.tag(holder) else { return };
         self.holders.note_loss(tag);
         for names in names.chunks(AHEAD) {
-            self.ahead(names);
-            names.iter().for_each(|name| _ = self.remove_one(&mut writer, tag, *name));
+            for home in self.table.homes(names.iter().map(|name| table::mixed(*name))) {
+                self.remove_one(&mut writer, tag, &home);
+            }
         }
         self.holders.note_loss(tag);
         self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
     }
 
     /// True where nobody has the block then.
-    fn remove_one(&self, writer: &mut Writer, tag: u16, name: u64) -> bool {
-        let Some(at) = self.table.find(table::mixed(name)) else { return true };
+    fn remove_one(&self, writer: &mut Writer, tag: u16, home: &Home<'_>) -> bool {
+        let Some(at) = self.table.find_at(home) else { return true };
         let (set, gone) = self.cells.only(at.set(), at.key(), |known| known != tag);
         if gone > 0 {
             writer.pairs -= gone;
@@ -182,13 +187,9 @@ impl PrefixIndex {
         set.is_empty()
     }
 
-    /// Loads the buckets of names that are about to be written side by side: they wait for memory together.
-    fn ahead(&self, names: &[u64]) {
-        names.iter().for_each(|name| self.table.touch(table::mixed(*name)));
-    }
-
-    fn store_one(&self, writer: &mut Writer, tag: u16, key: u64) {
-        let mut place = self.table.look_for(key);
+    fn store_one(&self, writer: &mut Writer, tag: u16, key: u64, home: Option<Home<'_>>) {
+        let look_for = || self.table.home(key).map_or(Place::Nowhere, |home| self.table.look_for(&home));
+        let mut place = home.map_or_else(look_for, |home| self.table.look_for(&home));
         if let Place::Found(at) = place {
             match self.cells.with(at.set(), key, tag) {
                 Some((set, added)) => {
@@ -210,11 +211,11 @@ impl PrefixIndex {
                 }
                 table::Insert::NeedsSplit => {
                     self.split(writer, key);
-                    place = self.table.look_for(key);
+                    place = look_for();
                 }
                 table::Insert::Full(Some(victim)) => {
                     self.give_up(writer, victim);
-                    place = self.table.look_for(key);
+                    place = look_for();
                 }
                 table::Insert::Full(None) => {
                     writer.refused += 1;
@@ -298,7 +299,10 @@ impl PrefixIndex {
     pub fn has(&self, holder: HolderId, names: &[u64]) -> Vec<bool> {
         let seen = self.holders.generation();
         let tag = self.holders.tag(holder).filter(|tag| self.holders.holder(*tag, seen) == Some(holder));
-        let has = |name: &u64| tag.is_some_and(|tag| self.table.has(table::mixed(*name), &self.cells, tag));
+        let has = |name: &u64| {
+            let home = self.table.home(table::mixed(*name));
+            tag.zip(home).is_some_and(|(tag, home)| self.table.which(&home, &self.cells, &[tag]) == 1)
+        };
         names.iter().map(has).collect()
     }
 

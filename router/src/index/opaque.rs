@@ -4,7 +4,9 @@
 //! A *domain* is a set of holders whose hashes mean the same: replicas of one model under one configuration. Where two of them use
 //! one hash for two blocks all the same, the second block is not taken: its removal could not be told from the first one's.
 
-use super::table::{Insert, Place, Set, mixed};
+use smallvec::SmallVec;
+
+use super::table::{At, Insert, Place, Set, mixed};
 use super::{AHEAD, HolderId, PrefixIndex, Writer};
 use crate::caps;
 use crate::names::next_name;
@@ -33,19 +35,21 @@ impl PrefixIndex {
             None => None,
             Some(hash) => Some(self.opaque.find(key(domain, hash)).ok_or(UnknownParent(hash))?.set().0),
         };
-        let mut names = [0u64; AHEAD];
         for blocks in blocks.chunks(AHEAD) {
-            for ((hash, tokens_hash), to) in blocks.iter().zip(&mut names) {
+            let segments = self.table.segments();
+            let named = blocks.iter().map(|(_, tokens_hash)| {
                 let name = next_name(before, *tokens_hash);
                 before = Some(name);
-                *to = name;
-                self.opaque.touch(key(domain, *hash));
-                self.table.touch(mixed(name));
-            }
-            for ((hash, _), name) in blocks.iter().zip(&names) {
+                name
+            });
+            let names: SmallVec<[u64; AHEAD]> = named.collect();
+            let homes = self.table.homes(names.iter().map(|name| mixed(*name)));
+            let theirs = self.opaque.homes(blocks.iter().map(|(hash, _)| key(domain, *hash)));
+            for ((home, their), name) in homes.iter().zip(&theirs).zip(&names) {
                 // What has no name here could not be removed: it is not stored either.
-                if self.learn(&mut writer, key(domain, *hash), *name) {
-                    self.store_one(&mut writer, tag, mixed(*name));
+                if self.learn(&mut writer, their.key(), *name) {
+                    let known = (self.table.segments() == segments).then_some(*home);
+                    self.store_one(&mut writer, tag, home.key(), known);
                 } else {
                     writer.refused += 1;
                 }
@@ -58,7 +62,7 @@ impl PrefixIndex {
     /// True where the engine's hash means this name now.
     fn learn(&self, writer: &mut Writer, key: u64, name: u64) -> bool {
         loop {
-            let place = self.opaque.look_for(key);
+            let place = self.opaque.home(key).map_or(Place::Nowhere, |home| self.opaque.look_for(&home));
             if let Place::Found(at) = place {
                 return at.set() == Set(name);
             }
@@ -87,18 +91,13 @@ impl PrefixIndex {
         let mut writer = self.writer.lock();
         let Some(tag) = self.holders.tag(holder) else { return };
         self.holders.note_loss(tag);
-        let mut found = [None; AHEAD];
         for hashes in hashes.chunks(AHEAD) {
-            hashes.iter().for_each(|hash| self.opaque.touch(key(domain, *hash)));
-            for (hash, to) in hashes.iter().zip(&mut found) {
-                *to = self.opaque.find(key(domain, *hash));
-                if let Some(known) = to {
-                    self.table.touch(mixed(known.set().0));
-                }
-            }
-            for known in found.iter().take(hashes.len()).flatten() {
+            let theirs = self.opaque.homes(hashes.iter().map(|hash| key(domain, *hash)));
+            let known: SmallVec<[At; AHEAD]> = theirs.iter().filter_map(|home| self.opaque.find_at(home)).collect();
+            let homes = self.table.homes(known.iter().map(|known| mixed(known.set().0)));
+            for (known, home) in known.iter().zip(&homes) {
                 // A hash may be there twice.
-                if self.remove_one(&mut writer, tag, known.set().0) && self.opaque.is_still(known) {
+                if self.remove_one(&mut writer, tag, home) && self.opaque.is_still(known) {
                     self.opaque.clear(*known);
                 }
             }

@@ -3,6 +3,8 @@
 use std::hint::black_box;
 use std::sync::OnceLock;
 
+use smallvec::SmallVec;
+
 use super::cells::{Cells, Seen};
 use super::{READ, WRITE};
 use crate::caps;
@@ -294,33 +296,42 @@ impl Table {
         self.directory.len() as u64 * 4 + self.segments.len() as u64 * size_of::<OnceLock<Box<Segment>>>() as u64
     }
 
-    fn segment_of(&self, key: u64) -> Option<(usize, &Segment)> {
+    /// Where a name belongs. What is looked for there may have moved since, if there was a split.
+    pub fn home(&self, key: u64) -> Option<Home<'_>> {
         let place = (key >> (64 - self.bits)) as usize;
         let at = self.directory.get(place)?.load(READ) as usize;
-        Some((at, self.segments.get(at)?.get()?))
+        let segment: &Segment = self.segments.get(at)?.get()?;
+        Some(Home { segment, at, key })
     }
 
-    /// Loads both lines of a name's bucket, so that they are near when they are needed: those of several names come side by side.
-    pub fn touch(&self, key: u64) {
-        let bucket = self.segment_of(key).and_then(|(_, segment)| segment.buckets.get(key as usize % BUCKETS));
-        black_box(bucket.and_then(|bucket| {
-            Some((bucket.said().load(Ordering::Relaxed), bucket.set(SLOTS - 1)?.load(Ordering::Relaxed)))
-        }));
+    /// Where some names belong, their buckets on their way from memory side by side.
+    pub fn homes(&self, keys: impl Iterator<Item = u64>) -> Homes<'_> {
+        let home = |key| {
+            let home = self.home(key)?;
+            home.touch();
+            Some(home)
+        };
+        keys.filter_map(home).collect()
     }
 
     // ------------------------------------------------------------------------------- the writer
 
     /// Where a block is.
     pub fn find(&self, key: u64) -> Option<At> {
-        match self.look_for(key) {
+        self.find_at(&self.home(key)?)
+    }
+
+    /// The same, of one whose home is known.
+    pub fn find_at(&self, home: &Home<'_>) -> Option<At> {
+        match self.look_for(home) {
             Place::Found(at) => Some(at),
             _ => None,
         }
     }
 
     /// Where a block is, or where it would go.
-    pub fn look_for(&self, key: u64) -> Place {
-        let Some((at, segment)) = self.segment_of(key) else { return Place::Nowhere };
+    pub fn look_for(&self, home: &Home<'_>) -> Place {
+        let Home { segment, at, key } = *home;
         let home = key as usize % BUCKETS;
         let mut vacant = None;
         let mut may_be = true;
@@ -351,7 +362,7 @@ impl Table {
 
     /// Puts a block that is not there, where [`Self::look_for`] said.
     pub fn insert(&self, key: u64, set: Set, place: &Place) -> Insert {
-        let Some((at, segment)) = self.segment_of(key) else { return Insert::Full(None) };
+        let Some(Home { segment, at, .. }) = self.home(key) else { return Insert::Full(None) };
         let can_split = segment.depth.load(Ordering::Relaxed) < self.bits && self.segments() < self.segments.len();
         if can_split && segment.used.load(Ordering::Relaxed) >= segment.full.load(Ordering::Relaxed) {
             return Insert::NeedsSplit;
@@ -449,12 +460,12 @@ impl Table {
 
     /// The segment of a name.
     pub fn place_of(&self, key: u64) -> Option<usize> {
-        self.segment_of(key).map(|(at, _)| at)
+        self.home(key).map(|home| home.at)
     }
 
     /// Half of a segment's names get one of their own. Readers that look in the old one meanwhile miss some blocks.
     pub fn split(&self, key: u64) {
-        let Some((at, segment)) = self.segment_of(key) else { return };
+        let Some(Home { segment, at, .. }) = self.home(key) else { return };
         let depth = segment.depth.load(Ordering::Relaxed);
         let Some(new) = self.make(depth + 1) else { return };
         let Some(upper) = self.segments.get(new).and_then(OnceLock::get) else { return };
@@ -480,8 +491,8 @@ impl Table {
     // ------------------------------------------------------------------------------- readers
 
     /// One look at a block's holders: `None` where it has none, or changes all the time.
-    fn look<T>(&self, key: u64, mut of: impl FnMut(Set) -> Option<T>) -> Option<T> {
-        let (_, segment) = self.segment_of(key)?;
+    pub fn look<T>(&self, home: &Home<'_>, mut of: impl FnMut(Set) -> Option<T>) -> Option<T> {
+        let Home { segment, key, .. } = *home;
         let home = key as usize % BUCKETS;
         for distance in 0..=caps::PROBES_MAX {
             let bucket = (home + distance) % BUCKETS;
@@ -512,12 +523,38 @@ impl Table {
     }
 
     /// Who has a block now; nobody, where it changes all the time.
-    pub fn seen(&self, key: u64, cells: &Cells) -> Option<Seen> {
-        self.look(key, |set| cells.seen(set, key))
+    pub fn seen(&self, home: &Home<'_>, cells: &Cells) -> Option<Seen> {
+        self.look(home, |set| cells.seen(set, home.key))
     }
 
-    /// True where a holder with this tag has the block.
-    pub fn has(&self, key: u64, cells: &Cells, tag: u16) -> bool {
-        self.look(key, |set| cells.seen(set, key)).is_some_and(|seen| seen.has(tag))
+    /// Which of `tags`, 64 at most, have a block: a bit for each, in their order.
+    pub fn which(&self, home: &Home<'_>, cells: &Cells, tags: &[u16]) -> u64 {
+        self.look(home, |set| cells.which(set, home.key, tags)).unwrap_or(0)
+    }
+}
+
+/// Where a name belongs.
+#[derive(Clone, Copy)]
+pub struct Home<'a> {
+    segment: &'a Segment,
+    at: usize,
+    key: u64,
+}
+
+/// Some of them, on the stack.
+pub type Homes<'a> = SmallVec<[Home<'a>; 32]>;
+
+impl Home<'_> {
+    /// The name, mixed.
+    pub fn key(&self) -> u64 {
+        self.key
+    }
+
+    /// Loads both lines of the bucket, so that they are near when they are needed.
+    fn touch(&self) {
+        let bucket = self.segment.buckets.get(self.key as usize % BUCKETS);
+        black_box(bucket.and_then(|bucket| {
+            Some((bucket.said().load(Ordering::Relaxed), bucket.set(SLOTS - 1)?.load(Ordering::Relaxed)))
+        }));
     }
 }
