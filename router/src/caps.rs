@@ -11,9 +11,6 @@ pub const SEGMENT_BUCKETS: usize = if cfg!(shuttle) { 32 } else { 1024 };
 pub const CELLS_PER_CHUNK: usize = if cfg!(shuttle) { 4 } else { 1024 };
 /// Buckets that a block may lie behind its own.
 pub const PROBES_MAX: usize = 16;
-/// Blocks that a holder may lack in the middle of chains, before it is no longer known which: it is then looked up block by block until
-/// it starts anew.
-pub const HOLES_MAX: usize = 64;
 /// Times that a reader looks again at what changes under its eyes, before it counts as not there.
 pub const READ_TRIES: usize = 8;
 /// Bytes of one message of events: a prompt of a million tokens in it, five bytes each at most.

@@ -191,7 +191,8 @@ impl Cells {
 
     /// Which of `tags`, 64 at most, are in a set now: a bit for each; `None`: it changes, look again.
     pub fn which(&self, set: Set, key: u64, tags: &[u16]) -> Option<u64> {
-        let mask = |has: &dyn Fn(u16) -> bool| tags.iter().rev().fold(0u64, |mask, tag| mask << 1 | u64::from(has(*tag)));
+        let mask =
+            |has: &dyn Fn(u16) -> bool| tags.iter().rev().fold(0u64, |mask, tag| mask << 1 | u64::from(has(*tag)));
         match set.kind() {
             Kind::Inline(_) => Some(mask(&|tag| set.inline().any(|known| known == tag))),
             Kind::List(_) => {

@@ -20,7 +20,8 @@ impl PrefixIndex {
         let Some(first) = names
             .first()
             .and_then(|name| self.table.home(table::mixed(*name)))
-            .and_then(|home| self.table.seen(&home, &self.cells)) else {
+            .and_then(|home| self.table.seen(&home, &self.cells))
+        else {
             return;
         };
         let mut open = Tags::new();

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use super::{READ, WRITE};
 use crate::caps;
-use crate::sync::{AtomicU64, Mutex, Ordering};
+use crate::sync::{AtomicU64, Mutex, Ordering, fence};
 
 /// A place that blocks lie in, as the index numbers them; no number is given twice.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
@@ -56,7 +56,9 @@ impl Holders {
     /// this was even before, and the same after: then it lost nothing meanwhile.
     pub fn note_loss(&self, tag: u16) {
         if let Some(losses) = self.losses.get(usize::from(tag)) {
-            losses.fetch_add(1, Ordering::AcqRel);
+            // There is one writer.
+            losses.store(losses.load(Ordering::Relaxed) + 1, WRITE);
+            fence(Ordering::Release);
         }
     }
 

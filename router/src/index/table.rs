@@ -171,6 +171,12 @@ impl Segment {
 
     const BYTES: u64 = size_of::<Self>() as u64;
 
+    /// A block more, or fewer. There is one writer: nothing is locked for it.
+    fn count(&self, more: bool) {
+        let used = self.used.load(Ordering::Relaxed);
+        self.used.store(if more { used + 1 } else { used.saturating_sub(1) }, Ordering::Relaxed);
+    }
+
     /// Counts a block that lies `distance` buckets behind its own, or no longer does. A count that is full stays: readers look on
     /// in vain.
     fn count_overflow(&self, home: usize, distance: usize, more: bool) {
@@ -306,12 +312,15 @@ impl Table {
 
     /// Where some names belong, their buckets on their way from memory side by side.
     pub fn homes(&self, keys: impl Iterator<Item = u64>) -> Homes<'_> {
-        let home = |key| {
-            let home = self.home(key)?;
-            home.touch();
-            Some(home)
-        };
-        keys.filter_map(home).collect()
+        let mut homes = Homes::new();
+        let mut loaded = 0;
+        for home in keys.filter_map(|key| self.home(key)) {
+            loaded ^= home.load();
+            homes.push(home);
+        }
+        // One wait for all.
+        black_box(loaded);
+        homes
     }
 
     // ------------------------------------------------------------------------------- the writer
@@ -386,7 +395,7 @@ impl Table {
         {
             name.store(key, WRITE);
             holders.store(set.0, WRITE);
-            segment.used.fetch_add(1, Ordering::Relaxed);
+            segment.count(true);
         }
     }
 
@@ -429,7 +438,8 @@ impl Table {
 
     /// True where the block is where it was, with the holders that it had.
     pub fn is_still(&self, at: &At) -> bool {
-        let word = |of: fn(&Bucket, usize) -> Option<&AtomicU64>| Some(of(self.words(at)?, at.slot)?.load(Ordering::Relaxed));
+        let word =
+            |of: fn(&Bucket, usize) -> Option<&AtomicU64>| Some(of(self.words(at)?, at.slot)?.load(Ordering::Relaxed));
         word(Bucket::key) == Some(at.key) && word(Bucket::set) == Some(at.set.0)
     }
 
@@ -439,7 +449,7 @@ impl Table {
         let Some(segment) = self.segments.get(at.segment).and_then(OnceLock::get) else { return };
         let distance = (at.bucket + BUCKETS - at.home()) % BUCKETS;
         segment.count_overflow(at.home(), distance, false);
-        segment.used.fetch_sub(1, Ordering::Relaxed);
+        segment.count(false);
     }
 
     /// The blocks of a segment.
@@ -551,10 +561,11 @@ impl Home<'_> {
     }
 
     /// Loads both lines of the bucket, so that they are near when they are needed.
-    fn touch(&self) {
+    fn load(&self) -> u64 {
         let bucket = self.segment.buckets.get(self.key as usize % BUCKETS);
-        black_box(bucket.and_then(|bucket| {
-            Some((bucket.said().load(Ordering::Relaxed), bucket.set(SLOTS - 1)?.load(Ordering::Relaxed)))
-        }));
+        bucket.map_or(0, |bucket| {
+            let set = bucket.set(SLOTS - 1).map_or(0, |set| set.load(Ordering::Relaxed));
+            bucket.said().load(Ordering::Relaxed) ^ set
+        })
     }
 }
