@@ -55,7 +55,7 @@ test: test-models
 test-models:
 	@scripts/setup.sh build
 	RUSTFLAGS="--cfg loom" cargo test --locked --package kvstore-plane --release --test loom --target-dir $(TARGET)/models --quiet
-	RUSTFLAGS="--cfg shuttle" cargo test --locked --package kvstore-plane --package kvstore-router --release --test shuttle --target-dir $(TARGET)/models --quiet
+	RUSTFLAGS="--cfg shuttle" cargo test --locked --package kvstore-plane --package kvstore-index --release --test shuttle --target-dir $(TARGET)/models --quiet
 
 # What takes too long for every change: an outage of the object store of ten minutes.
 soak:

@@ -12,9 +12,12 @@ pub mod discovery;
 pub mod events;
 pub mod fleet;
 pub mod hashing;
-pub mod index;
-pub mod names;
 pub mod place;
 pub mod serve;
-mod sync;
 pub mod tokens;
+
+/// Which holders have how much of a chain of blocks.
+#[doc(inline)]
+pub use kvstore_index as index;
+#[doc(inline)]
+pub use kvstore_index::names;

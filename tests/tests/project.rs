@@ -6,14 +6,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// The arrows that ARCHITECTURE.md draws. A new one needs an ADR.
-const ARROWS: [(&str, &[&str]); 10] = [
+const ARROWS: [(&str, &[&str]); 11] = [
     ("kvstore-proto", &[]),
     ("kvstore-plane", &[]),
     ("kvstore-transfer", &["kvstore-plane"]),
     ("kvstore-tiers", &["kvstore-plane", "kvstore-transfer"]),
     ("kvstore-client", &["kvstore-plane", "kvstore-proto"]),
     ("kvstore-python", &["kvstore-client"]),
-    ("kvstore-router", &["kvstore-client", "kvstore-proto"]),
+    ("kvstore-index", &[]),
+    ("kvstore-router", &["kvstore-client", "kvstore-index", "kvstore-proto"]),
     ("kvstore", &["kvstore-client", "kvstore-plane", "kvstore-proto", "kvstore-tiers"]),
     (
         "kvstore-tests",

@@ -61,7 +61,7 @@ fn chain(number: u64) -> (Vec<u64>, Vec<u64>) {
         })
         .collect();
     let mut names = Vec::new();
-    kvstore_router::names::chain_names(&tokens, &mut names);
+    kvstore_index::names::chain_names(&tokens, &mut names);
     (tokens, names)
 }
 

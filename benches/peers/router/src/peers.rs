@@ -9,8 +9,8 @@ use dynamo_kv_router::protocols::{
     ExternalSequenceBlockHash, KvCacheEvent, KvCacheEventData, KvCacheRemoveData, KvCacheStoreData,
     KvCacheStoredBlockData, LocalBlockHash, RouterEvent,
 };
-use kvstore_router::index::{HolderId, Match, PrefixIndex};
-use kvstore_router::names::chain_names;
+use kvstore_index::{HolderId, Match, PrefixIndex};
+use kvstore_index::names::chain_names;
 use tokio::runtime::Runtime;
 
 use crate::workload::{Event, Workload};

@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::Path;
 
 use anyhow::Context;
-use kvstore_router::names::chain_names;
+use kvstore_index::names::chain_names;
 
 /// One thing that an engine says.
 pub enum Event {

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use kvstore_router::index::PrefixIndex;
+use kvstore_index::PrefixIndex;
 use shuttle::sync::atomic::{AtomicBool, Ordering};
 
 /// Chain 1 is blocks 1, 2, 3, which the even holders store; chain 11 is 11, 12, the odd ones'.

@@ -17,10 +17,16 @@
 //! - **The bound** in bytes holds at every moment. Where it is reached, a full segment gives up a block that nobody looked up since
 //!   the hand passed it twice (CLOCK).
 
+#![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a failure in a test is a failed test"))]
+
+pub mod caps;
 mod cells;
 mod find;
 mod holders;
+pub mod names;
 mod opaque;
+mod sync;
 mod table;
 
 pub use holders::HolderId;
@@ -30,7 +36,6 @@ use cells::Cells;
 use holders::Holders;
 use table::{At, Home, Place, Set, Table};
 
-use crate::caps;
 use crate::sync::{Mutex, Ordering};
 
 /// How much of a chain a holder has: its first `blocks` blocks.
