@@ -116,6 +116,20 @@ impl Bucket {
         self.0.get(SLOTS + 1 + slot)
     }
 
+    /// The slots, as bits, whose name is `key`: without a branch for each, which no processor could foretell.
+    fn named(&self, key: u64) -> u32 {
+        let [a, b, c, d, e, f, g, ..] = &self.0;
+        let is = |(at, name): (u32, &AtomicU64)| u32::from(name.load(READ) == key) << at;
+        (0..).zip([a, b, c, d, e, f, g]).map(is).fold(0, |named, bit| named | bit)
+    }
+
+    /// The slots, as bits, that hold nothing.
+    fn vacant(&self) -> u32 {
+        let [_, _, _, _, _, _, _, _, a, b, c, d, e, f, g, _] = &self.0;
+        let is = |(at, set): (u32, &AtomicU64)| u32::from(set.load(Ordering::Relaxed) == 0) << at;
+        (0..).zip([a, b, c, d, e, f, g]).map(is).fold(0, |vacant, bit| vacant | bit)
+    }
+
     fn said(&self) -> &AtomicU64 {
         let [_, _, _, _, _, _, _, said, ..] = &self.0;
         said
@@ -238,9 +252,8 @@ fn vacant_in(segment: &Segment, key: u64) -> Option<Vacant> {
     let home = key as usize % BUCKETS;
     (0..=caps::PROBES_MAX).find_map(|distance| {
         let bucket = (home + distance) % BUCKETS;
-        let words = segment.buckets.get(bucket)?;
-        let is_vacant = |slot: &usize| words.set(*slot).is_some_and(|set| set.load(Ordering::Relaxed) == 0);
-        (0..SLOTS).find(is_vacant).map(|slot| Vacant { bucket, slot, key, distance })
+        let slots = segment.buckets.get(bucket)?.vacant();
+        (slots != 0).then_some(Vacant { bucket, slot: slots.trailing_zeros() as usize, key, distance })
     })
 }
 
@@ -312,14 +325,9 @@ impl Table {
 
     /// Where some names belong, their buckets on their way from memory side by side.
     pub fn homes(&self, keys: impl Iterator<Item = u64>) -> Homes<'_> {
-        let mut homes = Homes::new();
-        let mut loaded = 0;
-        for home in keys.filter_map(|key| self.home(key)) {
-            loaded ^= home.load();
-            homes.push(home);
-        }
-        // One wait for all.
-        black_box(loaded);
+        // Two short loops: the shorter each is, the more of its loads the processor has under way at once.
+        let homes: Homes<'_> = keys.filter_map(|key| self.home(key)).collect();
+        black_box(homes.iter().fold(0, |loaded, home| loaded ^ home.load()));
         homes
     }
 
@@ -347,19 +355,19 @@ impl Table {
         for distance in 0..=caps::PROBES_MAX {
             let bucket = (home + distance) % BUCKETS;
             let Some(words) = segment.buckets.get(bucket) else { break };
-            for slot in 0..SLOTS {
-                let (Some(name), Some(holders)) = (words.key(slot), words.set(slot)) else { break };
-                if may_be && name.load(Ordering::Relaxed) == key {
-                    let set = Set(holders.load(Ordering::Relaxed));
-                    if !set.is_empty() {
-                        return Place::Found(At { segment: at, bucket, slot, key, set });
-                    }
+            let mut named = if may_be { words.named(key) } else { 0 };
+            while named != 0 {
+                let slot = named.trailing_zeros() as usize;
+                let set = words.set(slot).map_or(Set::EMPTY, |set| Set(set.load(Ordering::Relaxed)));
+                if !set.is_empty() {
+                    return Place::Found(At { segment: at, bucket, slot, key, set });
                 }
+                named &= named - 1;
             }
             if vacant.is_none() {
-                let is_vacant = |slot: &usize| words.set(*slot).is_some_and(|set| set.load(Ordering::Relaxed) == 0);
-                let slot = (0..SLOTS).find(is_vacant);
-                vacant = slot.map(|slot| Vacant { bucket, slot, key, distance });
+                let slots = words.vacant();
+                let slot = slots.trailing_zeros() as usize;
+                vacant = (slots != 0).then_some(Vacant { bucket, slot, key, distance });
             }
             may_be = may_be && words.overflows();
             if !may_be && vacant.is_some() {
@@ -507,11 +515,11 @@ impl Table {
         for distance in 0..=caps::PROBES_MAX {
             let bucket = (home + distance) % BUCKETS;
             let words = segment.buckets.get(bucket)?;
-            for slot in 0..SLOTS {
+            let mut named = words.named(key);
+            while named != 0 {
+                let slot = named.trailing_zeros() as usize;
+                named &= named - 1;
                 let (name, holders) = (words.key(slot)?, words.set(slot)?);
-                if name.load(READ) != key {
-                    continue;
-                }
                 for _ in 0..caps::READ_TRIES {
                     let set = Set(holders.load(READ));
                     if set.is_empty() || name.load(READ) != key {
