@@ -6,6 +6,8 @@ pub const EVENT_BYTES_MAX: usize = 6 << 20;
 pub const EVENTS_PER_MESSAGE_MAX: usize = 1 << 16;
 /// A prefetch that the router asks for ends after this long: by then the engine has asked itself.
 pub const PREFETCH_DEADLINE_MS: u32 = 10_000;
+/// Pieces of prompts whose tokens are kept, for each model: some 1.3 KiB each.
+pub const PIECES_KEPT_MAX: usize = 1 << 14;
 /// Sessions of which it is known where they were: 100 bytes each.
 pub const SESSIONS_MAX: usize = 100_000;
 /// Bytes of a request's body: a conversation with some pictures in it.

@@ -2,6 +2,8 @@
 //!
 //! What comes out is for routing alone: the engine gets the text. Where the two differ, a prefix is taken for shorter than it is.
 
+mod chunks;
+
 use std::path::{Path, PathBuf};
 
 use minijinja::{Environment, context};
@@ -36,9 +38,18 @@ pub struct Tokens {
     template: Option<Environment<'static>>,
     bos_token: String,
     eos_token: String,
+    /// Tokens that stand before and after a text with special ones.
+    around: (Vec<u32>, Vec<u32>),
+    /// Tokens of pieces, where texts may be cut.
+    cache: Option<chunks::Cache>,
 }
 
 const TEMPLATE: &str = "chat";
+/// What a tokenizer is tried with: prose, code, numbers, other scripts, white space.
+const TRIED: &str = "The quick brown fox, said Dr. O'Neill, doesn't jump over 12,345.67 lazy dogs; it sleeps. \
+    fn main() { let x = vec![1, 2, 3]; println!(\"{x:?}\"); } // a comment\n\n    if a == b and c != d:\n\treturn None\n\
+    https://example.org/path?query=1&other=two user@example.org C:\\Users\\me 2026-11-26T12:00:00Z \
+    Stra\u{df}e na\u{ef}ve \u{4f60}\u{597d}\u{ff0c}\u{4e16}\u{754c} \u{43f}\u{440}\u{438}\u{432}\u{435}\u{442} \u{645}\u{631}\u{62d}\u{628}\u{627} \u{1f600}\u{1f680} end of it   and then more words follow here ";
 
 fn read(path: &Path) -> Result<String, TokenError> {
     std::fs::read_to_string(path).map_err(|cause| TokenError::Read { path: path.to_owned(), cause: cause.to_string() })
@@ -86,11 +97,44 @@ impl Tokens {
         };
         let template = source.map(environment).transpose()?;
         let (bos_token, eos_token) = (special(&settings, "bos_token"), special(&settings, "eos_token"));
-        Ok(Self { tokenizer, template, bos_token, eos_token })
+        let mut tokens =
+            Self { tokenizer, template, bos_token, eos_token, around: (Vec::new(), Vec::new()), cache: None };
+        tokens.try_cutting()?;
+        Ok(tokens)
+    }
+
+    /// Whether texts may be cut for this tokenizer: it says the same of a text of many kinds, whole and in pieces.
+    fn try_cutting(&mut self) -> Result<(), TokenError> {
+        let (with, without) = (self.encode_whole(TRIED, true)?, self.encode_whole(TRIED, false)?);
+        let Some(at) = with.windows(without.len().max(1)).position(|window| window == without) else { return Ok(()) };
+        let (before, rest) = with.split_at(at);
+        self.around = (before.to_vec(), rest.get(without.len()..).unwrap_or_default().to_vec());
+        self.cache = Some(chunks::Cache::default());
+        let text = TRIED.repeat(4);
+        if self.encode(&text, true)? != self.encode_whole(&text, true)? {
+            self.cache = None;
+        }
+        Ok(())
     }
 
     /// The tokens of a text. `special`: with those that the model expects around a prompt.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenError> {
+        let Some(cache) = &self.cache else { return self.encode_whole(text, special) };
+        let mut tokens = Vec::with_capacity(text.len() / 3);
+        let (before, after) = &self.around;
+        if special {
+            tokens.extend_from_slice(before);
+        }
+        for piece in chunks::pieces(text) {
+            tokens.extend_from_slice(&cache.get(piece, || self.encode_whole(piece, false))?);
+        }
+        if special {
+            tokens.extend_from_slice(after);
+        }
+        Ok(tokens)
+    }
+
+    fn encode_whole(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenError> {
         let encoded =
             self.tokenizer.encode_fast(text, special).map_err(|error| TokenError::Tokenize(error.to_string()))?;
         Ok(encoded.get_ids().to_vec())
@@ -206,6 +250,29 @@ mod tests {
         let tokens = Tokens::load(&alone.join("tokenizer.json"), None).unwrap();
         assert!(matches!(tokens.encode_chat(&json!({"messages": []})), Err(TokenError::NoTemplate)));
         assert!(Tokens::load(Path::new("/nowhere"), None).err().unwrap().to_string().contains("/nowhere"));
+    }
+
+    /// In pieces, from the cache and not, a text has the tokens that it has as a whole; a tokenizer that has tokens across words is not cut.
+    #[test]
+    fn long_texts_have_the_tokens_that_they_have_as_a_whole() {
+        let folder = folder(CHAT);
+        let tokens = Tokens::load(folder.path(), None).unwrap();
+        assert!(tokens.cache.is_some() && tokens.around == (vec![1], vec![]));
+        let text = "hello there user : assistant tool system ".repeat(500);
+        for text in [&text, &format!("{text} there"), &text[..5000].to_owned()] {
+            for special in [true, false] {
+                assert_eq!(tokens.encode(text, special).unwrap(), tokens.encode_whole(text, special).unwrap());
+            }
+        }
+        // One whose words are whole lines.
+        let path = folder.path().join("tokenizer.json");
+        let mut settings: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        settings["pre_tokenizer"] =
+            json!({"type": "Split", "pattern": {"String": "\n"}, "behavior": "Removed", "invert": false});
+        std::fs::write(&path, settings.to_string()).unwrap();
+        let tokens = Tokens::load(folder.path(), None).unwrap();
+        assert!(tokens.cache.is_none());
+        assert_eq!(tokens.encode(&text, false).unwrap(), [0], "one line, one unknown word");
     }
 
     #[test]
