@@ -325,6 +325,41 @@ mod tests {
         }
     }
 
+    /// Bytes of any kind behind a sound handshake, or in its place: messages, an error or the end, and never much memory.
+    #[tokio::test]
+    async fn any_bytes_end_somewhere() {
+        let mut random = 5u64;
+        let mut next = |below: u64| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (random >> 33) % below
+        };
+        let sound = encode(&[b"topic", b"12345678", &[7; 300]]);
+        for round in 0..3000 {
+            let mut bytes = sound.repeat(3);
+            for _ in 0..=next(6) {
+                let at = next(bytes.len() as u64) as usize;
+                bytes[at] = next(256) as u8;
+            }
+            let (mut a, b) = tokio::io::duplex(1 << 16);
+            if round % 3 > 0 {
+                a.write_all(&greeting()).await.unwrap();
+                a.write_all(b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x03PUB").await.unwrap();
+            }
+            a.write_all(&bytes).await.unwrap();
+            a.shutdown().await.unwrap();
+            let Ok(mut connection) = Connection::handshake(b, "SUB", 1000).await else {
+                assert!(round % 3 == 0, "a sound greeting");
+                continue;
+            };
+            let mut messages = 0;
+            while let Ok(Some(frames)) = connection.receive().await {
+                assert!(frames.iter().map(Bytes::len).sum::<usize>() <= 1000);
+                messages += 1;
+            }
+            assert!(messages < 2000);
+        }
+    }
+
     #[test]
     fn endpoints_are_read() {
         let read = |text: &str| text.parse::<Endpoint>();

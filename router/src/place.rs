@@ -421,19 +421,7 @@ mod tests {
     use crate::hashing::Hashing;
 
     fn spec(id: &str, role: Role) -> WorkerSpec {
-        WorkerSpec {
-            id: id.into(),
-            url: "http://127.0.0.1:1".into(),
-            model: "m".into(),
-            role,
-            node: None,
-            events: None,
-            replay: None,
-            topic: String::new(),
-            ranks: 1,
-            first_rank: 0,
-            block_tokens: 16,
-        }
+        WorkerSpec { role, block_tokens: 16, ..WorkerSpec::new(id, "http://127.0.0.1:1", "m") }
     }
 
     fn router(options: PlaceOptions, ids: &[&str]) -> Arc<Router> {

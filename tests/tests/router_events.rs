@@ -13,7 +13,7 @@ use kvstore_client::{Client, PutBlock, PutOptions};
 use kvstore_proto::hashes::Sha256Cbor;
 use kvstore_proto::zmtp::Connection;
 use kvstore_router::events::{EngineView, Naming, subscriber};
-use kvstore_router::fleet::{Fleet, FleetOptions, Role, WorkerSpec};
+use kvstore_router::fleet::{Fleet, FleetOptions, WorkerSpec};
 use kvstore_router::hashing::{Chain, Hashing};
 use kvstore_router::index::PrefixIndex;
 use kvstore_tests::TestDaemon;
@@ -390,19 +390,7 @@ async fn put(client: &Client, layout: &Layout, group: u32, hashes: &[[u8; 32]], 
 }
 
 fn worker(id: &str, node: &TestDaemon) -> WorkerSpec {
-    WorkerSpec {
-        id: id.into(),
-        url: "http://127.0.0.1:1".into(),
-        model: "org/tiny".into(),
-        role: Role::Both,
-        node: Some(node.address.clone()),
-        events: None,
-        replay: None,
-        topic: String::new(),
-        ranks: 1,
-        first_rank: 0,
-        block_tokens: 0,
-    }
+    WorkerSpec { node: Some(node.address.clone()), ..WorkerSpec::new(id, "http://127.0.0.1:1", "org/tiny") }
 }
 
 fn fleet_of(workers: &[WorkerSpec]) -> Arc<Fleet> {

@@ -62,19 +62,7 @@ impl Answer {
 }
 
 fn spec(id: &str, engine: &ScriptedEngine, role: Role) -> WorkerSpec {
-    WorkerSpec {
-        id: id.into(),
-        url: engine.url(),
-        model: "m".into(),
-        role,
-        node: None,
-        events: None,
-        replay: None,
-        topic: String::new(),
-        ranks: 1,
-        first_rank: 0,
-        block_tokens: 16,
-    }
+    WorkerSpec { role, block_tokens: 16, ..WorkerSpec::new(id, &engine.url(), "m") }
 }
 
 impl Front {

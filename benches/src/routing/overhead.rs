@@ -12,7 +12,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use kvstore_proto::hashes::Sha256Cbor;
 use kvstore_router::events::vllm::{Batch, Event, Stored};
-use kvstore_router::fleet::{Fleet, FleetOptions, Role, WorkerSpec};
+use kvstore_router::fleet::{Fleet, FleetOptions, WorkerSpec};
 use kvstore_router::hashing::Hashing;
 use kvstore_router::place::{PlaceOptions, Router};
 use kvstore_router::serve::{App, Model, ServeOptions};
@@ -106,17 +106,8 @@ async fn measure_in_runtime(rounds: usize) -> anyhow::Result<Vec<Figure>> {
         engines.push(ScriptedEngine::start("m", Duration::ZERO).await);
     }
     let spec = |(at, engine): (usize, &ScriptedEngine)| WorkerSpec {
-        id: format!("w{at}"),
-        url: engine.url(),
-        model: "m".into(),
-        role: Role::Both,
-        node: None,
-        events: None,
-        replay: None,
-        topic: String::new(),
-        ranks: 1,
-        first_rank: 0,
         block_tokens: 16,
+        ..WorkerSpec::new(&format!("w{at}"), &engine.url(), "m")
     };
     let fleet = Fleet::new(Hashing::Sha256Cbor(Sha256Cbor::default()), FleetOptions::default());
     fleet.set_workers(&engines.iter().enumerate().map(spec).collect::<Vec<_>>());

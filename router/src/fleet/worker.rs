@@ -68,6 +68,23 @@ fn one() -> u16 {
 }
 
 impl WorkerSpec {
+    /// A worker of which nothing is known but where it serves which model.
+    pub fn new(id: &str, url: &str, model: &str) -> Self {
+        Self {
+            id: id.to_owned(),
+            url: url.to_owned(),
+            model: model.to_owned(),
+            role: Role::Both,
+            node: None,
+            events: None,
+            replay: None,
+            topic: String::new(),
+            ranks: 1,
+            first_rank: 0,
+            block_tokens: 0,
+        }
+    }
+
     fn check_url(&self) -> Result<(), String> {
         let (id, text) = (&self.id, &self.url);
         let url = text.parse::<http::Uri>().map_err(|error| format!("worker {id:?}: url {text:?}: {error}"))?;

@@ -3,6 +3,7 @@
 mod indexer;
 mod openai;
 mod proxy;
+mod relay;
 mod sse;
 
 use std::collections::HashMap;
