@@ -16,6 +16,8 @@ import models
 from daemon import Daemon
 from engine import ENVIRONMENT
 
+# The servers' answers get no longer than 100 tokens while this file is there (gate.py).
+GATE = "gate"
 ROUTER = os.environ.get("KVSTORE_ROUTER_BIN")
 pytestmark = pytest.mark.skipif(not ROUTER, reason="KVSTORE_ROUTER_BIN names no router")
 
@@ -63,10 +65,12 @@ class Server:
         ]
         command += ["--port", self.url.rsplit(":", 1)[1], "--host", "127.0.0.1", "--dtype", "float32", "--block-size", "32"]
         command += ["--max-model-len", "2048", "--enforce-eager", "--skip-tokenizer-init", "--enable-prefix-caching"]
+        command += ["--logits-processors", "gate:Gate"]
         command += ["--prefix-caching-hash-algo", "sha256_cbor", "--kv-events-config", json.dumps(events)]
         command += ["--kv-transfer-config", json.dumps(connector)]
         self.log = folder / f"server-{name}.log"
         environment = {key: value for key, value in {**os.environ, **ENVIRONMENT}.items() if "MULTIPROCESSING" not in key}
+        environment |= {"PYTHONPATH": str(pathlib.Path(__file__).parent), "KVSTORE_TEST_GATE": str(folder / GATE)}
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -129,7 +133,7 @@ def fleet(folder, tmp_path_factory):
     for server in servers:
         server.until_it_serves()
     router = Router(servers, daemon.address, place)
-    yield router, {server.name: server for server in servers}
+    yield router, {server.name: server for server in servers}, place / GATE
     router.stop()
     for server in servers:
         server.kill()
@@ -148,7 +152,7 @@ def until(what: str, reached, seconds: float = 20.0) -> None:
 
 
 def test_a_conversation_s_second_turn_goes_to_the_worker_that_holds_it(fleet):
-    router, servers = fleet
+    router, servers, _ = fleet
     conversations, holders = [], []
     for seed in range(6):
         first = prompt(700, seed)
@@ -172,17 +176,18 @@ def test_a_conversation_s_second_turn_goes_to_the_worker_that_holds_it(fleet):
 
 
 def test_an_answer_goes_on_at_the_other_worker_when_its_own_is_killed(fleet):
-    router, servers = fleet
+    router, servers, gate = fleet
     asked = prompt(600, 77)
     body = dict(model="tiny", prompt=asked, max_tokens=600, temperature=0, ignore_eos=True, return_token_ids=True)
     # What an engine says that is left alone.
     with post(f"{servers['a'].url}/v1/completions", body) as answer:
         oracle = json.load(answer)["choices"][0]["token_ids"]
     assert len(oracle) == 600
+    hits = {name: server.metric("vllm:external_prefix_cache_hits_total") for name, server in servers.items()}
+    # On a busy machine an engine runs far ahead of the process before it that answers in its name: all could be said before the kill.
+    gate.touch()
     stream = post(f"{router.url}/v1/completions", dict(body, stream=True, stream_options=dict(include_usage=True)))
     holder = stream.headers["x-kvstore-worker"]
-    other = next(server for name, server in servers.items() if name != holder)
-    before = other.metric("vllm:external_prefix_cache_hits_total")
     tokens, killed, usage, ended = [], False, None, False
     for line in stream:
         data = line.decode().strip().removeprefix("data: ")
@@ -196,21 +201,23 @@ def test_an_answer_goes_on_at_the_other_worker_when_its_own_is_killed(fleet):
         usage = piece.get("usage") or usage
         for choice in piece["choices"]:
             tokens += choice.get("token_ids") or []
-        if len(tokens) >= 100 and not killed:
+        if len(tokens) >= 50 and not killed:
             servers[holder].kill()
             killed = True
+            gate.unlink()
     assert killed and ended
     assert tokens == oracle
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (600, 600)
-    assert "kvstore_router_resumed_total 1" in get(f"{router.url}/metrics")
+    counted = [line for line in get(f"{router.url}/metrics").splitlines() if line.startswith("kvstore_router_resumed_total")]
+    assert counted == ["kvstore_router_resumed_total 1"]
     if holder != "a":
         return
     # The other had never seen the prompt: it found it in the store.
-    assert other.metric("vllm:external_prefix_cache_hits_total") - before >= 576
+    assert servers["b"].metric("vllm:external_prefix_cache_hits_total") - hits["b"] >= 576
 
 
 def test_what_is_left_goes_on_serving(fleet):
-    router, servers = fleet
+    router, servers, _ = fleet
     alive = next(name for name, server in servers.items() if server.process.poll() is None)
     for seed in range(3):
         worker, tokens = router.complete(prompt(100, 200 + seed), 4)
