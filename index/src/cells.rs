@@ -1,60 +1,23 @@
-//! Sets of holders: in the word where they are few, in a cell that lists some tens, in a cell with a bit for each.
+//! Sets of holders that a word cannot say: a cell with some windows of tags, or one with all.
 //!
-//! A cell says whose it is, and has a version that is odd while it changes (a seqlock): a reader that sees another version after
+//! A cell says whose it is, and has a version that is odd while it changes hands (a seqlock): a reader that sees another version after
 //! than before, or another's name, looks again. Cells are given out again at once; whoever reads one that is another block's by then
-//! sees that by its name, or by the block's word, which was changed first.
+//! sees that by its name, or by the block's word, which was changed first. A tag more or less of a window that is there is one store.
 
 use std::sync::OnceLock;
 
-use super::READ;
-use super::table::{INLINE_MAX, Kind, Set};
 use crate::caps::CELLS_PER_CHUNK;
+use crate::prefetch::prefetch;
+use crate::sets::{Kind, LIST_MAX, Set, Tags, WINDOWS, Windows, put};
 use crate::sync::{AtomicU32, AtomicU64, Mutex, Ordering, fence};
+use crate::{READ, WRITE};
 
-/// Tags in a list: four a word.
-pub const LIST_MAX: usize = 24;
-const LIST_WORDS: usize = 2 + LIST_MAX / 4;
-/// A set that shrinks below this many goes back from bits to a list: half, so that one that goes up and down stays.
-const LIST_AGAIN: usize = LIST_MAX / 2;
-const BIT_WORDS: usize = 64;
-
-/// What a reader saw of a set. On the stack: a look-up allocates for no block.
-#[expect(clippy::large_enum_variant, reason = "on the stack, and not kept")]
-pub enum Seen {
-    /// These, so many.
-    Few([u16; LIST_MAX], usize),
-    /// A bit for each.
-    Many([u64; BIT_WORDS]),
-}
-
-impl Seen {
-    /// The tags.
-    pub fn each(&self, mut tell: impl FnMut(u16)) {
-        match self {
-            Self::Few(few, count) => few.iter().take(*count).for_each(|tag| tell(*tag)),
-            Self::Many(bits) => {
-                for (at, word) in bits.iter().enumerate() {
-                    let mut word = *word;
-                    while word != 0 {
-                        tell((at * 64) as u16 + word.trailing_zeros() as u16);
-                        word &= word - 1;
-                    }
-                }
-            }
-        }
-    }
-
-    pub fn has(&self, tag: u16) -> bool {
-        match self {
-            Self::Few(tags, count) => tags.iter().take(*count).any(|known| *known == tag),
-            Self::Many(bits) => bit(bits, tag),
-        }
-    }
-}
-
-fn bit(bits: &[u64; BIT_WORDS], tag: u16) -> bool {
-    bits.get(usize::from(tag) / 64).is_some_and(|word| word >> (tag % 64) & 1 == 1)
-}
+/// Windows in a cell that has some.
+const SOME: usize = 6;
+/// A set that shrinks to this many windows goes back from all to some: half, so that one that goes up and down stays.
+const SOME_AGAIN: usize = SOME / 2;
+/// Version and name.
+const HEAD: usize = 2;
 
 /// Cells of one size.
 struct Pool {
@@ -107,145 +70,155 @@ impl Pool {
         self.chunks.get(chunk)?.get()?.get(at * self.words..(at + 1) * self.words)
     }
 
-    /// The writer's change of a cell. Words: version and count, the block's name, and what it says.
-    fn change(&self, cell: u32, key: u64, count: usize, body: impl Iterator<Item = u64>) {
-        let Some([head, name, rest @ ..]) = self.cell(cell) else { return };
-        let version = (head.load(Ordering::Relaxed) >> 16) + 1;
-        head.store(version << 16 | count as u64, Ordering::Relaxed);
+    /// What a cell says, for the writer.
+    fn body(&self, cell: u32) -> &[AtomicU64] {
+        self.cell(cell).and_then(|cell| cell.get(HEAD..)).unwrap_or_default()
+    }
+
+    /// The writer fills a cell, for the block `key`.
+    fn fill(&self, cell: u32, key: u64, mut body: impl FnMut(usize) -> u64) {
+        let Some([version, name, rest @ ..]) = self.cell(cell) else { return };
+        let before = version.load(Ordering::Relaxed);
+        version.store(before + 1, Ordering::Relaxed);
         fence(Ordering::Release);
         name.store(key, Ordering::Relaxed);
-        rest.iter().zip(body).for_each(|(to, word)| to.store(word, Ordering::Relaxed));
-        head.store((version + 1) << 16 | count as u64, Ordering::Release);
+        rest.iter().enumerate().for_each(|(at, to)| to.store(body(at), Ordering::Relaxed));
+        version.store(before + 2, WRITE);
     }
 
-    /// A reader's look at some bits of one: see [`Cells::which`].
-    fn which(&self, cell: u32, key: u64, tags: &[u16]) -> Option<u64> {
-        let [head, name, rest @ ..] = self.cell(cell)? else { return None };
-        let before = head.load(READ);
+    /// A reader's look at one: `None` where it changes hands, or is another's.
+    fn read<T>(&self, cell: u32, key: u64, read: impl FnOnce(&[AtomicU64]) -> T) -> Option<T> {
+        let [version, name, rest @ ..] = self.cell(cell)? else { return None };
+        let before = version.load(READ);
         let owner = name.load(Ordering::Relaxed);
-        let bit = |tag: &u16| {
-            rest.get(usize::from(*tag) / 64).map_or(0, |word| word.load(Ordering::Relaxed) >> (tag % 64) & 1)
-        };
-        let mask = tags.iter().rev().fold(0, |mask, tag| mask << 1 | bit(tag));
+        let seen = read(rest);
         fence(Ordering::Acquire);
-        let still = head.load(Ordering::Relaxed) == before && before >> 16 & 1 == 0;
-        (still && owner == key).then_some(mask)
+        let still = version.load(Ordering::Relaxed) == before && before.is_multiple_of(2);
+        (still && owner == key).then_some(seen)
     }
+}
 
-    /// A reader's look at one: its count, and its words.
-    fn read(&self, cell: u32, key: u64, body: &mut [u64]) -> Option<usize> {
-        let [head, name, rest @ ..] = self.cell(cell)? else { return None };
-        let before = head.load(READ);
-        let owner = name.load(Ordering::Relaxed);
-        body.iter_mut().zip(rest).for_each(|(to, word)| *to = word.load(Ordering::Relaxed));
-        fence(Ordering::Acquire);
-        let still = head.load(Ordering::Relaxed) == before && before >> 16 & 1 == 0;
-        (still && owner == key).then_some((before & 0xFFFF) as usize)
-    }
+/// The windows of a cell that have tags.
+fn windows_of(body: &[AtomicU64]) -> Windows {
+    body.iter().map(|word| Tags(word.load(READ))).filter(|tags| !tags.is_empty()).collect()
+}
+
+/// The word of a cell with `tags`'s window.
+fn beside(body: &[AtomicU64], tags: Tags) -> Option<&AtomicU64> {
+    body.iter().find(|word| {
+        let known = Tags(word.load(Ordering::Relaxed));
+        !known.is_empty() && known.is_beside(tags)
+    })
 }
 
 /// See the head of this file.
 pub struct Cells {
-    lists: Pool,
-    bits: Pool,
+    some: Pool,
+    all: Pool,
 }
 
 impl Cells {
     /// Cells that take so many bytes at most.
     pub fn new(bytes_max: u64) -> Self {
-        Self { lists: Pool::new(LIST_WORDS, bytes_max / 2), bits: Pool::new(2 + BIT_WORDS, bytes_max / 2) }
+        Self { some: Pool::new(HEAD + SOME, bytes_max / 2), all: Pool::new(HEAD + WINDOWS, bytes_max / 2) }
     }
 
     pub fn bytes(&self) -> u64 {
-        self.lists.bytes() + self.bits.bytes()
+        self.some.bytes() + self.all.bytes()
     }
 
     pub fn bytes_max(&self) -> u64 {
-        self.lists.bytes_max() + self.bits.bytes_max()
+        self.some.bytes_max() + self.all.bytes_max()
     }
 
-    /// What a reader sees of a set now; `None`: it changes, look again.
-    pub fn seen(&self, set: Set, key: u64) -> Option<Seen> {
+    /// All tags of a set; `None`: it changes, look again. The writer's are always there.
+    pub fn windows(&self, set: Set, key: u64) -> Option<Windows> {
         match set.kind() {
-            Kind::Inline(count) => {
-                let mut tags = [0; LIST_MAX];
-                tags.iter_mut().zip(set.inline()).for_each(|(to, tag)| *to = tag);
-                Some(Seen::Few(tags, count))
+            Kind::Window(tags) => Some(Some(tags).into_iter().filter(|tags| !tags.is_empty()).collect()),
+            Kind::List => {
+                let mut windows = Windows::new();
+                set.listed().for_each(|tag| put(&mut windows, Tags::one(tag)));
+                Some(windows)
             }
-            Kind::List(cell) => {
-                let mut words = [0; LIST_MAX / 4];
-                let count = self.lists.read(cell, key, &mut words)?;
-                let mut tags = [0; LIST_MAX];
-                for (at, tag) in tags.iter_mut().enumerate() {
-                    *tag = (words.get(at / 4)? >> (16 * (at % 4))) as u16;
-                }
-                Some(Seen::Few(tags, count.min(LIST_MAX)))
-            }
-            Kind::Bits(cell) => {
-                let mut words = [0; BIT_WORDS];
-                self.bits.read(cell, key, &mut words)?;
-                Some(Seen::Many(words))
-            }
+            Kind::Some(cell) => self.some.read(cell, key, windows_of),
+            Kind::All(cell) => self.all.read(cell, key, windows_of),
         }
     }
 
-    /// Which of `tags`, 64 at most, are in a set now: a bit for each; `None`: it changes, look again.
-    pub fn which(&self, set: Set, key: u64, tags: &[u16]) -> Option<u64> {
-        let mask =
-            |has: &dyn Fn(u16) -> bool| tags.iter().rev().fold(0u64, |mask, tag| mask << 1 | u64::from(has(*tag)));
+    /// Those of `tags` that are in a set; `None`: it changes, look again.
+    pub fn among(&self, set: Set, key: u64, tags: Tags) -> Option<Tags> {
+        let none = tags.but(tags);
         match set.kind() {
-            Kind::Inline(_) => Some(mask(&|tag| set.inline().any(|known| known == tag))),
-            Kind::List(_) => {
-                let seen = self.seen(set, key)?;
-                Some(mask(&|tag| seen.has(tag)))
+            Kind::Window(known) => Some(tags.and(known)),
+            Kind::List => {
+                let known = set.listed().map(Tags::one).filter(|one| one.is_beside(tags));
+                Some(tags.and(known.fold(none, Tags::or)))
             }
-            Kind::Bits(cell) => self.bits.which(cell, key, tags),
+            Kind::Some(cell) => self.some.read(cell, key, |body| {
+                let all = body.iter().map(|word| tags.and(Tags(word.load(READ))));
+                all.fold(none, Tags::or)
+            }),
+            Kind::All(cell) => self
+                .all
+                .read(cell, key, |body| body.get(tags.window()).map_or(none, |word| tags.and(Tags(word.load(READ))))),
         }
     }
 
-    /// The tags of a set, for the writer.
-    fn tags(&self, set: Set, key: u64) -> Vec<u16> {
-        match self.seen(set, key) {
-            Some(Seen::Few(tags, count)) => tags.iter().take(count).copied().collect(),
-            Some(Seen::Many(bits)) => (0..(BIT_WORDS * 64) as u16).filter(|tag| bit(&bits, *tag)).collect(),
-            None => Vec::new(),
-        }
-    }
-
-    /// The set as it is to be with these tags, in the smallest place that fits; `had` is given back where another is better.
-    fn put(&self, had: Set, key: u64, tags: &[u16]) -> Option<Set> {
-        let bits = || {
-            let mut words = [0u64; BIT_WORDS];
-            for tag in tags {
-                if let Some(word) = words.get_mut(usize::from(*tag) / 64) {
-                    *word |= 1 << (tag % 64);
-                }
+    /// Of each window of `open`, which of its tags are in a set, into `left`; `None`: it changes, look again.
+    #[inline(always)]
+    pub fn among_all(&self, set: Set, key: u64, open: &[Tags], left: &mut [u64]) -> Option<()> {
+        left.iter_mut().for_each(|left| *left = 0);
+        let mut keep = |known: Tags| {
+            for (left, open) in left.iter_mut().zip(open) {
+                *left |= if open.is_beside(known) { open.0 & known.mask() } else { 0 };
             }
-            words
         };
-        let list = || tags.chunks(4).map(|four| four.iter().rev().fold(0, |word, tag| word << 16 | u64::from(*tag)));
-        let set = match (had.kind(), tags.len()) {
-            (_, 0) => Set::EMPTY,
-            (Kind::Inline(_), ..=INLINE_MAX) => Set::of(tags.iter().copied()),
-            // One that shrinks stays in its cell for a while.
-            (Kind::List(_) | Kind::Bits(_), ..INLINE_MAX) => Set::of(tags.iter().copied()),
-            (Kind::List(cell), ..=LIST_MAX) => {
-                self.lists.change(cell, key, tags.len(), list());
-                return Some(had);
+        match set.kind() {
+            Kind::Window(known) => keep(known),
+            Kind::List => set.listed().map(Tags::one).for_each(keep),
+            Kind::Some(cell) => {
+                self.some.read(cell, key, |body| body.iter().for_each(|word| keep(Tags(word.load(READ)))))?;
             }
-            (Kind::Bits(cell), LIST_AGAIN..) => {
-                self.bits.change(cell, key, tags.len(), bits().into_iter());
-                return Some(had);
+            Kind::All(cell) => self.all.read(cell, key, |body| {
+                let words = open.iter().filter_map(|tags| body.get(tags.window()));
+                words.for_each(|word| keep(Tags(word.load(READ))));
+            })?,
+        }
+        Some(())
+    }
+
+    /// The cell of a set is on its way from memory.
+    pub fn prefetch(&self, set: Set) {
+        let cell = match set.kind() {
+            Kind::Some(cell) => self.some.cell(cell),
+            Kind::All(cell) => self.all.cell(cell),
+            Kind::Window(_) | Kind::List => None,
+        };
+        // The head, and the first windows; a cell may lie in two lines.
+        if let Some([version, .., last]) = cell.and_then(|cell| cell.get(..HEAD + SOME)) {
+            prefetch(version);
+            prefetch(last);
+        }
+    }
+
+    fn written(&self, set: Set, key: u64) -> Windows {
+        self.windows(set, key).unwrap_or_default()
+    }
+
+    /// The set of these windows, in the smallest place that fits; `had` is given back where it is another.
+    fn place(&self, had: Set, key: u64, windows: &[Tags]) -> Option<Set> {
+        let set = match Set::inline(windows) {
+            Some(set) => set,
+            None if windows.len() <= SOME => {
+                let cell = self.some.take()?;
+                self.some.fill(cell, key, |at| windows.get(at).map_or(0, |tags| tags.0));
+                Set::some(cell)
             }
-            (_, ..=LIST_MAX) => {
-                let cell = self.lists.take()?;
-                self.lists.change(cell, key, tags.len(), list());
-                Set::list(cell)
-            }
-            _ => {
-                let cell = self.bits.take()?;
-                self.bits.change(cell, key, tags.len(), bits().into_iter());
-                Set::bits(cell)
+            None => {
+                let cell = self.all.take()?;
+                let of = |window: usize| windows.iter().find(|tags| tags.window() == window);
+                self.all.fill(cell, key, |at| of(at).copied().unwrap_or(Tags::of_window(at, 0)).0);
+                Set::all(cell)
             }
         };
         self.give_back(had);
@@ -254,76 +227,113 @@ impl Cells {
 
     fn give_back(&self, set: Set) {
         match set.kind() {
-            Kind::List(cell) => self.lists.give_back(cell),
-            Kind::Bits(cell) => self.bits.give_back(cell),
-            Kind::Inline(_) => {}
+            Kind::Some(cell) => self.some.give_back(cell),
+            Kind::All(cell) => self.all.give_back(cell),
+            Kind::Window(_) | Kind::List => {}
         }
     }
 
-    /// The tags of a set, for the writer.
-    pub fn each(&self, set: Set, key: u64) -> Vec<u16> {
-        self.tags(set, key)
+    /// A block's set with a tag more, and whether it is new to it; `None` where there is no cell for it.
+    #[inline(always)]
+    pub fn with(&self, set: Set, key: u64, one: Tags) -> Option<(Set, bool)> {
+        if set.is_window_of(one) {
+            return Some((Set(set.0 | one.0), set.0 & one.mask() == 0));
+        }
+        self.with_elsewhere(set, key, one)
     }
 
-    /// A block's set with one tag more, and whether it is new to it; `None` where there is no cell for it.
-    pub fn with(&self, set: Set, key: u64, tag: u16) -> Option<(Set, bool)> {
-        if let Kind::Inline(count) = set.kind() {
-            if set.inline().any(|known| known == tag) {
-                return Some((set, false));
-            }
-            if count < INLINE_MAX {
-                return Some((set.and(tag), true));
-            }
-        }
-        let mut tags = self.tags(set, key);
-        if tags.contains(&tag) {
-            return Some((set, false));
-        }
-        tags.push(tag);
-        self.put(set, key, &tags).map(|set| (set, true))
-    }
-
-    /// A block's set without those that `keep` does not name, and how many those were.
-    pub fn only(&self, set: Set, key: u64, keep: impl Fn(u16) -> bool) -> (Set, u64) {
-        if let Kind::Inline(count) = set.kind() {
-            let kept = Set::of(set.inline().filter(|tag| keep(*tag)));
-            let left = if let Kind::Inline(left) = kept.kind() { left } else { 0 };
-            return (kept, (count - left) as u64);
-        }
-        let mut tags = self.tags(set, key);
-        let before = tags.len();
-        tags.retain(|tag| keep(*tag));
-        if tags.len() == before {
-            return (set, 0);
-        }
-        // A list in place of bits may find no cell: then the bits stay, with fewer of them set.
-        let gone = (before - tags.len()) as u64;
-        match self.put(set, key, &tags) {
-            Some(set) => (set, gone),
-            None => (self.in_place(set, key, &tags), gone),
-        }
-    }
-
-    fn in_place(&self, set: Set, key: u64, tags: &[u16]) -> Set {
-        if let Kind::Bits(cell) = set.kind() {
-            let mut words = [0u64; BIT_WORDS];
-            for tag in tags {
-                if let Some(word) = words.get_mut(usize::from(*tag) / 64) {
-                    *word |= 1 << (tag % 64);
+    fn with_elsewhere(&self, set: Set, key: u64, one: Tags) -> Option<(Set, bool)> {
+        let add = |word: &AtomicU64| {
+            let known = Tags(word.load(Ordering::Relaxed));
+            word.store(known.or(one).0, WRITE);
+            (set, known.and(one).is_empty())
+        };
+        match set.kind() {
+            Kind::Some(cell) => {
+                let body = self.some.body(cell);
+                if let Some(word) = beside(body, one) {
+                    return Some(add(word));
+                }
+                if let Some(word) = body.iter().find(|word| Tags(word.load(Ordering::Relaxed)).is_empty()) {
+                    word.store(one.0, WRITE);
+                    return Some((set, true));
                 }
             }
-            self.bits.change(cell, key, tags.len(), words.into_iter());
+            Kind::All(cell) => return self.all.body(cell).get(one.window()).map(add),
+            Kind::Window(_) | Kind::List => {}
+        }
+        let mut windows = self.written(set, key);
+        let before: usize = windows.iter().map(|tags| tags.len()).sum();
+        put(&mut windows, one);
+        if windows.iter().map(|tags| tags.len()).sum::<usize>() == before {
+            return Some((set, false));
+        }
+        self.place(set, key, &windows).map(|set| (set, true))
+    }
+
+    /// A block's set without a tag, and 1 if it had it.
+    #[inline(always)]
+    pub fn without_one(&self, set: Set, key: u64, one: Tags) -> (Set, u64) {
+        if set.is_window_of(one) {
+            let left = Tags(set.0).but(one);
+            return (Set::window(left), u64::from(left.0 != set.0));
+        }
+        self.without(set, key, |tags| if tags.is_beside(one) { one } else { tags.but(tags) })
+    }
+
+    /// A block's set without those of `gone` that it has, and how many those are. `gone`: of each window, its tags.
+    #[inline(always)]
+    pub fn without(&self, set: Set, key: u64, gone: impl Fn(Tags) -> Tags) -> (Set, u64) {
+        if let Kind::Window(tags) = set.kind() {
+            let left = tags.but(gone(tags));
+            return (Set::window(left), (tags.len() - left.len()) as u64);
+        }
+        self.without_some(set, key, gone)
+    }
+
+    fn without_some(&self, set: Set, key: u64, gone: impl Fn(Tags) -> Tags) -> (Set, u64) {
+        let mut windows = self.written(set, key);
+        let mut count = 0;
+        for tags in &mut windows {
+            let left = tags.but(gone(*tags));
+            count += tags.len() - left.len();
+            *tags = left;
+        }
+        if count == 0 {
+            return (set, 0);
+        }
+        windows.retain(|tags| !tags.is_empty());
+        let left: usize = windows.iter().map(|tags| tags.len()).sum();
+        // One that shrinks stays in its cell for a while.
+        let stays = match set.kind() {
+            Kind::Some(_) => left >= LIST_MAX && windows.len() > 1,
+            Kind::All(_) => windows.len() > SOME_AGAIN,
+            Kind::Window(_) | Kind::List => false,
+        };
+        // A smaller cell may not be there: then the larger one stays.
+        let smaller = if stays { None } else { self.place(set, key, &windows) };
+        (smaller.unwrap_or_else(|| self.in_place(set, &windows)), count as u64)
+    }
+
+    /// The same cell with fewer tags.
+    fn in_place(&self, set: Set, windows: &[Tags]) -> Set {
+        let body = match set.kind() {
+            Kind::Some(cell) => self.some.body(cell),
+            Kind::All(cell) => self.all.body(cell),
+            Kind::Window(_) | Kind::List => return set,
+        };
+        for word in body {
+            let known = Tags(word.load(Ordering::Relaxed));
+            let left = windows.iter().find(|tags| tags.is_beside(known)).copied().unwrap_or(known.but(known));
+            if left != known && !known.is_empty() {
+                word.store(left.0, WRITE);
+            }
         }
         set
     }
 
-    /// Nobody has the block any more: how many had it.
-    pub fn give_up(&self, set: Set, key: u64) -> u64 {
-        let count = match set.kind() {
-            Kind::Inline(count) => count,
-            _ => self.tags(set, key).len(),
-        };
+    /// Nobody has the block any more.
+    pub fn give_up(&self, set: Set) {
         self.give_back(set);
-        count as u64
     }
 }

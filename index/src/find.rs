@@ -1,103 +1,142 @@
-//! Looking up a chain: block by block, some ahead on their way from memory, until nobody is left who has all of it.
+//! Looking up a chain: block by block, the next ones on their way from memory, until nobody is left who has all of it.
 
 use smallvec::SmallVec;
 
-use super::holders::HolderId;
-use super::{Match, PrefixIndex, table};
-use crate::caps;
+use crate::holders::HolderId;
+use crate::sets::{Tags, Windows, put};
+use crate::sync::{Ordering, fence};
+use crate::table::{AHEAD, mixed};
+use crate::{Match, PrefixIndex, caps, names};
 
-/// Blocks that are loaded side by side.
-const PROBES: usize = 16;
+/// Tags, and how many of the first blocks they have: the shortest first.
+type Ended = SmallVec<[(Tags, u32); 32]>;
 
-type Tags = SmallVec<[u16; 32]>;
+/// Of how many blocks the lines are on their way before it is known that anybody has the first.
+const AHEAD_AT_FIRST: usize = 4;
+
+fn end(ended: &mut Ended, tags: Tags, blocks: usize) {
+    if !tags.is_empty() && blocks > 0 {
+        ended.push((tags, blocks as u32));
+    }
+}
 
 impl PrefixIndex {
     /// How much of a chain each holder has, those that have the first block at all, the longest first. `names`: of a prompt's
     /// blocks, in order. Never waits.
     pub fn find(&self, names: &[u64], matches: &mut Vec<Match>) {
-        matches.clear();
-        let seen = self.holders.generation();
-        let Some(first) = names
-            .first()
-            .and_then(|name| self.table.home(table::mixed(*name)))
-            .and_then(|home| self.table.seen(&home, &self.cells))
-        else {
-            return;
-        };
-        let mut open = Tags::new();
-        first.each(|tag| open.push(tag));
-        // Who lost blocks meanwhile is looked up again: else a chain could seem longer than it ever was.
-        for _ in 0..caps::READ_TRIES {
-            if open.is_empty() {
-                break;
-            }
-            let losses: SmallVec<[u64; 32]> = open.iter().map(|tag| self.holders.losses(*tag)).collect();
-            let mut left = Tags::new();
-            let before = open.clone();
-            self.walk(names, open, |tag, blocks| {
-                let at = before.iter().position(|known| *known == tag);
-                let was = at.and_then(|at| losses.get(at)).copied().unwrap_or(1);
-                match was.is_multiple_of(2) && was == self.holders.losses(tag) {
-                    true if blocks > 0 => {
-                        let holder = self.holders.holder(tag, seen);
-                        matches.extend(holder.map(|holder| Match { holder, blocks: blocks as u32 }));
-                    }
-                    true => {}
-                    false => left.push(tag),
-                }
-            });
-            open = left;
-        }
-        matches.sort_unstable_by(|a, b| b.blocks.cmp(&a.blocks).then(a.holder.cmp(&b.holder)));
+        self.find_keys(|| names.iter().map(|name| mixed(*name)), matches);
     }
 
-    /// Tells of each of `tags` how many of the first blocks it has.
-    fn walk(&self, names: &[u64], mut tags: Tags, mut ended: impl FnMut(u16, usize)) {
-        for (run, names) in names.chunks(PROBES).enumerate() {
-            let homes = self.table.homes(names.iter().map(|name| table::mixed(*name)));
-            for (at, home) in homes.iter().enumerate() {
-                let mut left = Tags::new();
-                let mut all = true;
-                for some in tags.chunks(64) {
-                    let which = self.table.which(home, &self.cells, some);
-                    all &= which == u64::MAX >> (64 - some.len());
-                    if all && tags.len() <= 64 {
-                        break;
+    /// The same of a chain whose names are yet to be worked out, from its blocks' own hashes ([`names::tokens_hash`]): no more of them
+    /// than somebody has, and some.
+    pub fn find_tokens(&self, tokens_hashes: &[u64], matches: &mut Vec<Match>) {
+        let keys = || {
+            let mut before = None;
+            tokens_hashes.iter().map(move |tokens_hash| {
+                let name = names::next_name(before, *tokens_hash);
+                before = Some(name);
+                mixed(name)
+            })
+        };
+        self.find_keys(keys, matches);
+    }
+
+    #[inline(always)]
+    fn find_keys<I: Iterator<Item = u64>>(&self, keys: impl Fn() -> I, matches: &mut Vec<Match>) {
+        matches.clear();
+        let seen = self.owners.generation();
+        let mut open = None;
+        for attempt in 0..caps::READ_TRIES {
+            let (losses, moves) = (self.owners.losses(), self.table.moves());
+            let mut ended = Ended::new();
+            self.walk(keys(), open.clone(), &mut ended);
+            fence(Ordering::Acquire);
+            if self.table.moves() != moves {
+                // One block's holders may have been taken for another's, which lay there before or after.
+                continue;
+            }
+            // Who lost blocks meanwhile is looked up again: else a chain could seem longer than it ever was.
+            let mut again = Windows::new();
+            for (tags, blocks) in ended.iter().rev() {
+                for tag in tags.each() {
+                    if self.owners.lost_since(tag, losses) {
+                        put(&mut again, Tags::one(tag));
+                    } else if let Some(holder) = self.owners.holder(tag, seen) {
+                        matches.push(Match { holder, blocks: *blocks });
                     }
-                    for (bit, tag) in some.iter().enumerate() {
-                        match which >> bit & 1 {
-                            1 => left.push(*tag),
-                            _ => ended(*tag, run * PROBES + at),
-                        }
-                    }
-                }
-                if !all || tags.len() > 64 {
-                    tags = left;
-                }
-                if tags.is_empty() {
-                    return;
                 }
             }
+            if attempt > 0 {
+                matches.sort_by_key(|found| std::cmp::Reverse(found.blocks));
+            }
+            if again.is_empty() {
+                return;
+            }
+            open = Some(again);
         }
-        tags.into_iter().for_each(|tag| ended(tag, names.len()));
+    }
+
+    /// Tells of each of the tags in `open`, or else of all that have the first block, how many of the first blocks it has.
+    #[inline(always)]
+    fn walk(&self, keys: impl Iterator<Item = u64>, open: Option<Windows>, ended: &mut Ended) {
+        let mut places = self.table.places(keys, AHEAD_AT_FIRST);
+        let mut blocks = 0;
+        let mut open = open.unwrap_or_else(|| {
+            blocks = 1;
+            places.windows(&self.cells).unwrap_or_default()
+        });
+        let mut left: SmallVec<[u64; 4]> = open.iter().map(|_| 0).collect();
+        while open.len() > 1 {
+            let Some(()) = places.among_all(&self.cells, &open, &mut left) else { break };
+            if open.iter().zip(&left).any(|(open, left)| open.mask() != *left) {
+                for (open, left) in open.iter_mut().zip(&left) {
+                    let left = Tags::of_window(open.window(), *left);
+                    end(ended, open.but(left), blocks);
+                    *open = left;
+                }
+                open.retain(|tags| !tags.is_empty());
+                left.truncate(open.len());
+            }
+            blocks += 1;
+        }
+        if let [tags] = open.as_slice() {
+            let mut tags = *tags;
+            while let Some(left) = places.among(&self.cells, tags) {
+                if left != tags {
+                    end(ended, tags.but(left), blocks);
+                    tags = left;
+                    if tags.is_empty() {
+                        return;
+                    }
+                }
+                blocks += 1;
+            }
+            open = Windows::from_slice(&[tags]);
+        }
+        open.into_iter().for_each(|tags| end(ended, tags, blocks));
     }
 
     /// Tells `visit` of each block of `names` who has it, in order, until it says false. Never waits; a block that changes meanwhile may
     /// be missed.
     pub fn each(&self, names: &[u64], mut visit: impl FnMut(usize, &[HolderId]) -> bool) {
-        let seen = self.holders.generation();
+        let seen = self.owners.generation();
         let mut holders: SmallVec<[HolderId; 32]> = SmallVec::new();
-        for (run, names) in names.chunks(PROBES).enumerate() {
-            let homes = self.table.homes(names.iter().map(|name| table::mixed(*name)));
-            for (at, home) in homes.iter().enumerate() {
-                holders.clear();
-                if let Some(found) = self.table.seen(home, &self.cells) {
-                    found.each(|tag| holders.extend(self.holders.holder(tag, seen)));
-                }
-                if !visit(run * PROBES + at, &holders) {
-                    return;
-                }
+        let mut places = self.table.places(names.iter().map(|name| mixed(*name)), AHEAD);
+        let mut at = 0;
+        loop {
+            let (losses, moves) = (self.owners.losses(), self.table.moves());
+            let Some(windows) = places.windows(&self.cells) else { return };
+            fence(Ordering::Acquire);
+            holders.clear();
+            if self.table.moves() == moves {
+                let tags = windows.iter().flat_map(|tags| tags.each());
+                let tags = tags.filter(|tag| !self.owners.lost_since(*tag, losses));
+                holders.extend(tags.filter_map(|tag| self.owners.holder(tag, seen)));
             }
+            if !visit(at, &holders) {
+                return;
+            }
+            at += 1;
         }
     }
 }

@@ -3,38 +3,46 @@
 //! A *holder* is a place that blocks lie in: the memory of an engine, a tier of a node, the bucket of all. A block is named by its
 //! sequence hash, which names its whole prefix. The index is one flat table from a block to the set of its holders:
 //!
-//! - **Blocks** lie in buckets of two cache lines, seven to a bucket: 8 bytes of name, 8 of holders (up to five, or the number of a
-//!   *cell* that lists more). Buckets lie in segments of 128 KiB, which split one at a time as they fill (extendible hashing): no
-//!   moment of growth needs twice the memory.
+//! - **Blocks** lie in buckets of two cache lines: eight names in one, their holders in the other (a bit for each of 56 neighbours, up
+//!   to five tags, or the number of a *cell* that has more: `sets.rs`). Buckets lie in units of 66 KiB, units in slabs of 2 MiB, which
+//!   are added one at a time as groups of units fill: no moment of growth needs twice the memory.
 //! - **One writer at a time, readers never wait.** A reader sees a block's name, its holders, and the name again; a cell has a
 //!   version. What changes under a reader's eyes is read again, a few times, and then counts as not there: the index may miss a
 //!   block in a race, and never makes one up.
 //! - **A look-up walks the chain**, some blocks ahead on their way from memory, until nobody is left who has all of it. Removal in the
 //!   middle of a chain is what it is: the chain is that long for that holder, and long again once the block is back. Nothing is kept of
 //!   blocks that have no holder, nor of what stands before or behind a block.
-//! - **A holder that leaves** is gone at once: its tag is dead. Its blocks are swept a segment with each later event; a tag is given
+//! - **A holder that leaves** is gone at once: its tag is dead. Its blocks are swept a unit with each later event; a tag is given
 //!   out again only after that, and never to somebody whom a reader that began before could take for the old one.
-//! - **The bound** in bytes holds at every moment. Where it is reached, a full segment gives up a block that nobody looked up since
+//! - **The bound** in bytes holds at every moment. Where it is reached, a full group gives up a block that nobody looked up since
 //!   the hand passed it twice (CLOCK).
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a failure in a test is a failed test"))]
 
 pub mod caps;
 mod cells;
 mod find;
+mod group;
 mod holders;
 pub mod names;
 mod opaque;
+mod places;
+mod prefetch;
+mod sets;
+mod slab;
 mod sync;
 mod table;
+mod unit;
 
 pub use holders::HolderId;
 pub use opaque::UnknownParent;
 
 use cells::Cells;
-use holders::Holders;
-use table::{At, Home, Place, Set, Table};
+use holders::{Holders, Owners};
+use sets::{Set, Tags};
+use table::{AHEAD, At, Home, Table};
+use unit::Found;
 
 use crate::sync::{Mutex, Ordering};
 
@@ -75,16 +83,17 @@ pub struct PrefixIndex {
     /// From engines' own hashes to names: see `opaque.rs`.
     opaque: Table,
     cells: Cells,
-    holders: Holders,
+    owners: Owners,
     writer: Mutex<Writer>,
 }
 
 struct Writer {
+    holders: Holders,
     /// Where the sweep is.
     swept: usize,
     /// ... and that of engines' hashes.
     swept_opaque: usize,
-    /// Segments of those in which some may mean blocks that lost their last holder otherwise than by an engine's word.
+    /// Units of those in which some may mean blocks that lost their last holder otherwise than by an engine's word.
     to_forget: usize,
     evicted: u64,
     refused: u64,
@@ -111,8 +120,9 @@ impl PrefixIndex {
             table: Table::new(bytes_max - bytes_max / 8),
             opaque: Table::new(opaque_bytes_max),
             cells: Cells::new(bytes_max / 8),
-            holders: Holders::new(),
+            owners: Owners::new(),
             writer: Mutex::new(Writer {
+                holders: Holders::new(),
                 swept: 0,
                 swept_opaque: 0,
                 to_forget: 0,
@@ -126,103 +136,120 @@ impl PrefixIndex {
 
     /// A holder without blocks.
     pub fn add_holder(&self) -> Result<HolderId, TooManyHolders> {
-        let _writer = self.writer.lock();
-        self.holders.add().ok_or(TooManyHolders)
+        let mut writer = self.writer.lock();
+        loop {
+            match writer.holders.add(&self.owners) {
+                Some(holder) => return Ok(holder),
+                // Tags of those that left wait to be swept: sweep now.
+                None if writer.holders.has_dead() => self.sweep(&mut writer, self.table.units()),
+                None => return Err(TooManyHolders),
+            }
+        }
     }
 
     /// The holder has no blocks any more: it restarted, or lost them all. Costs nothing; what it had is swept later.
     pub fn clear(&self, holder: HolderId) {
         let mut writer = self.writer.lock();
-        self.clear_in(&mut writer, holder);
-    }
-
-    fn clear_in(&self, writer: &mut Writer, holder: HolderId) {
-        if self.holders.tag(holder).is_none() {
-            return;
-        }
-        while !self.holders.retag(holder, self.table.segments()) {
+        while !writer.holders.retag(&self.owners, holder, self.table.units()) {
             // Every tag is in use or waits to be swept, the one of just now at least: sweep now.
-            self.sweep(writer, self.table.segments());
+            self.sweep(&mut writer, self.table.units());
         }
     }
 
     /// The holder is no more.
     pub fn remove_holder(&self, holder: HolderId) {
-        let _writer = self.writer.lock();
-        self.holders.remove(holder, self.table.segments());
+        self.writer.lock().holders.remove(&self.owners, holder, self.table.units());
     }
 
     /// The holder has these blocks now.
     pub fn store(&self, holder: HolderId, names: &[u64]) {
         let mut writer = self.writer.lock();
-        let Some(tag) = self.holders.tag(holder) else { return };
+        let Some(tag) = writer.holders.tag(holder) else { return };
+        let one = Tags::one(tag);
+        let mut homes = [None; AHEAD];
         for names in names.chunks(AHEAD) {
-            let segments = self.table.segments();
-            for home in self.table.homes(names.iter().map(|name| table::mixed(*name))) {
-                // After a split it may be elsewhere.
-                let known = (self.table.segments() == segments).then_some(home);
-                self.store_one(&mut writer, tag, home.key(), known);
+            self.table.begin(names.iter().map(|name| table::mixed(*name)), &mut homes);
+            for home in homes.iter().take(names.len()).flatten() {
+                self.store_one(&mut writer, one, home);
             }
         }
-        self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
+        self.sweep(&mut writer, caps::UNITS_SWEPT_PER_EVENT);
     }
 
     /// The holder does not have these blocks any more.
     pub fn remove(&self, holder: HolderId, names: &[u64]) {
         let mut writer = self.writer.lock();
-        let Some(tag) = self.holders.tag(holder) else { return };
-        self.holders.note_loss(tag);
-        for names in names.chunks(AHEAD) {
-            for home in self.table.homes(names.iter().map(|name| table::mixed(*name))) {
-                self.remove_one(&mut writer, tag, &home);
+        let Some(tag) = writer.holders.tag(holder) else { return };
+        let one = Tags::one(tag);
+        self.owners.lose([tag].into_iter(), || {
+            let mut homes = [None; AHEAD];
+            for names in names.chunks(AHEAD) {
+                self.table.begin(names.iter().map(|name| table::mixed(*name)), &mut homes);
+                for home in homes.iter().take(names.len()).flatten() {
+                    self.remove_one(&mut writer, one, home);
+                }
             }
-        }
-        self.holders.note_loss(tag);
-        self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
+        });
+        self.sweep(&mut writer, caps::UNITS_SWEPT_PER_EVENT);
     }
 
     /// True where nobody has the block then.
-    fn remove_one(&self, writer: &mut Writer, tag: u16, home: &Home<'_>) -> bool {
-        let Some(at) = self.table.find_at(home) else { return true };
-        let (set, gone) = self.cells.only(at.set(), at.key(), |known| known != tag);
-        if gone > 0 {
-            writer.pairs -= gone;
-            self.replace(writer, at, set);
+    #[inline(always)]
+    fn remove_one(&self, writer: &mut Writer, one: Tags, home: &Home<'_>) -> bool {
+        let Found::There(slot) = home.look_for() else { return true };
+        let had = home.set_of(slot);
+        let (set, gone) = self.cells.without_one(had, home.key(), one);
+        writer.pairs -= gone;
+        if set.is_empty() {
+            writer.blocks -= 1;
+            home.clear(slot);
+        } else if set != had {
+            home.write(slot, set);
         }
         set.is_empty()
     }
 
-    fn store_one(&self, writer: &mut Writer, tag: u16, key: u64, home: Option<Home<'_>>) {
-        let look_for = || self.table.home(key).map_or(Place::Nowhere, |home| self.table.look_for(&home));
-        let mut place = home.map_or_else(look_for, |home| self.table.look_for(&home));
-        if let Place::Found(at) = place {
-            match self.cells.with(at.set(), key, tag) {
+    #[inline(always)]
+    fn store_one(&self, writer: &mut Writer, one: Tags, home: &Home<'_>) {
+        let Some(home) = self.table.now(*home) else { return };
+        let found = home.look_for();
+        if let Found::There(slot) = found {
+            let had = home.set_of(slot);
+            match self.cells.with(had, home.key(), one) {
                 Some((set, added)) => {
                     writer.pairs += u64::from(added);
-                    if set != at.set() {
-                        self.table.write(at, set);
+                    if set != had {
+                        home.write(slot, set);
                     }
                 }
                 None => writer.refused += 1,
             }
-            return;
+        } else if let table::Insert::Done = self.table.insert(&home, Set::window(one), found) {
+            writer.blocks += 1;
+            writer.pairs += 1;
+        } else {
+            self.make_room(writer, one, home);
         }
+    }
+
+    /// Where a block that is not there finds no place: its group grows, or another one goes.
+    #[cold]
+    fn make_room(&self, writer: &mut Writer, one: Tags, home: Home<'_>) {
+        let mut home = home;
         loop {
-            match self.table.insert(key, Set::one(tag), &place) {
+            match self.table.insert(&home, Set::window(one), home.look_for()) {
                 table::Insert::Done => {
                     writer.blocks += 1;
                     writer.pairs += 1;
                     return;
                 }
-                table::Insert::NeedsSplit => {
-                    self.split(writer, key);
-                    place = look_for();
+                table::Insert::Full => {
+                    self.grow(writer, home.key());
+                    let Some(now) = self.table.home(home.key()) else { return };
+                    home = now;
                 }
-                table::Insert::Full(Some(victim)) => {
-                    self.give_up(writer, victim);
-                    place = look_for();
-                }
-                table::Insert::Full(None) => {
+                table::Insert::NoRoom(Some(victim)) => self.give_up(writer, victim),
+                table::Insert::NoRoom(None) => {
                     writer.refused += 1;
                     return;
                 }
@@ -232,83 +259,78 @@ impl PrefixIndex {
 
     /// A block goes, to make room for another.
     fn give_up(&self, writer: &mut Writer, victim: At) {
-        let tags = self.cells.each(victim.set(), victim.key());
-        tags.iter().for_each(|tag| self.holders.note_loss(*tag));
-        self.table.clear(victim);
-        writer.pairs -= self.cells.give_up(victim.set(), victim.key());
-        tags.iter().for_each(|tag| self.holders.note_loss(*tag));
+        let holders = self.cells.windows(victim.set(), victim.key()).unwrap_or_default();
+        self.owners.lose(holders.iter().flat_map(|tags| tags.each()), || {
+            self.table.clear(victim);
+            self.cells.give_up(victim.set());
+        });
+        writer.pairs -= holders.iter().map(|tags| tags.len() as u64).sum::<u64>();
         writer.evicted += 1;
         writer.blocks -= 1;
-        writer.to_forget = self.opaque.segments();
+        writer.to_forget = self.opaque.units();
     }
 
-    fn replace(&self, writer: &mut Writer, at: table::At, set: Set) {
-        if set.is_empty() {
-            writer.blocks -= 1;
-            self.table.clear(at);
-        } else if set != at.set() {
-            self.table.write(at, set);
-        }
-    }
-
-    /// Takes tags of holders that left out of the next segments; tags that are in none any more may be given out again.
-    fn sweep(&self, writer: &mut Writer, segments: usize) {
-        for _ in 0..segments {
+    /// Takes tags of holders that left out of the next units; tags that are in none any more may be given out again.
+    fn sweep(&self, writer: &mut Writer, units: usize) {
+        for _ in 0..units {
             self.sweep_opaque(writer);
-            if !self.holders.has_dead() {
+            if !writer.holders.has_dead() {
                 return;
             }
-            writer.to_forget = self.opaque.segments();
-            let all = self.table.segments();
+            writer.to_forget = self.opaque.units();
+            let all = self.table.units();
             writer.swept = if writer.swept >= all { 0 } else { writer.swept };
-            self.sweep_segment(writer, writer.swept);
+            self.sweep_unit(writer, self.table.nth(writer.swept));
             writer.swept += 1;
-            self.holders.segment_swept();
+            writer.holders.unit_swept();
         }
     }
 
-    /// Hashes that mean nothing any more are forgotten, a segment at a time.
+    /// Hashes that mean nothing any more are forgotten, a unit at a time.
     fn sweep_opaque(&self, writer: &mut Writer) {
         if writer.to_forget > 0 {
-            let all = self.opaque.segments();
+            let all = self.opaque.units();
             writer.swept_opaque = if writer.swept_opaque >= all { 0 } else { writer.swept_opaque };
-            self.forget(writer.swept_opaque);
+            self.forget(self.opaque.nth(writer.swept_opaque));
             writer.swept_opaque += 1;
             writer.to_forget -= 1;
         }
     }
 
-    fn sweep_segment(&self, writer: &mut Writer, segment: usize) {
-        let is_dead = self.holders.dead();
-        for at in self.table.of_segment(segment) {
-            let (set, gone) = self.cells.only(at.set(), at.key(), |tag| !is_dead(tag));
-            if gone > 0 {
-                writer.pairs -= gone;
-                self.replace(writer, at, set);
+    fn sweep_unit(&self, writer: &mut Writer, unit: u32) {
+        let dead = writer.holders.dead();
+        let is_dead = |tags: Tags| dead.get(tags.window()).copied().unwrap_or(tags.but(tags));
+        self.table.each_of(unit, |at| {
+            let (set, gone) = self.cells.without(at.set(), at.key(), is_dead);
+            writer.pairs -= gone;
+            if set.is_empty() {
+                writer.blocks -= 1;
+                self.table.clear(at);
+            } else if set != at.set() {
+                self.table.write(at, set);
             }
-        }
+        });
     }
 
-    /// A full segment becomes two. Neither has tags of holders that left before.
-    fn split(&self, writer: &mut Writer, key: u64) {
-        if self.holders.has_dead()
-            && let Some(segment) = self.table.place_of(key)
-        {
-            self.sweep_segment(writer, segment);
+    /// A full group grows, or becomes two. What moves has no tags of holders that left before.
+    fn grow(&self, writer: &mut Writer, key: u64) {
+        if writer.holders.has_dead() {
+            let units = self.table.group_of(key);
+            units.into_iter().for_each(|unit| self.sweep_unit(writer, unit));
         }
-        self.table.split(key);
-        self.holders.segment_made();
+        let before = self.table.units();
+        self.table.grow(key);
+        writer.holders.units_made(self.table.units() - before);
     }
 
     /// Which of these blocks the holder has.
     pub fn has(&self, holder: HolderId, names: &[u64]) -> Vec<bool> {
-        let seen = self.holders.generation();
-        let tag = self.holders.tag(holder).filter(|tag| self.holders.holder(*tag, seen) == Some(holder));
-        let has = |name: &u64| {
-            let home = self.table.home(table::mixed(*name));
-            tag.zip(home).is_some_and(|(tag, home)| self.table.which(&home, &self.cells, &[tag]) == 1)
-        };
-        names.iter().map(has).collect()
+        let mut has = Vec::with_capacity(names.len());
+        self.each(names, |_, holders| {
+            has.push(holders.contains(&holder));
+            true
+        });
+        has
     }
 
     /// The index at this moment.
@@ -317,16 +339,13 @@ impl PrefixIndex {
         IndexStatus {
             blocks: writer.blocks,
             pairs: writer.pairs,
-            bytes: self.table.bytes() + self.opaque.bytes() + self.cells.bytes() + self.holders.bytes(),
-            bytes_max: self.table.bytes_max() + self.opaque.bytes_max() + self.cells.bytes_max() + self.holders.bytes(),
+            bytes: self.table.bytes() + self.opaque.bytes() + self.cells.bytes() + self.owners.bytes(),
+            bytes_max: self.table.bytes_max() + self.opaque.bytes_max() + self.cells.bytes_max() + self.owners.bytes(),
             evicted: writer.evicted,
             refused: writer.refused,
         }
     }
 }
-
-/// Blocks whose buckets are loaded side by side before they are written.
-const AHEAD: usize = 32;
 
 /// The order of what readers see: a name, then what is said of it, then the name again.
 const READ: Ordering = Ordering::Acquire;

@@ -4,12 +4,11 @@
 //! A *domain* is a set of holders whose hashes mean the same: replicas of one model under one configuration. Where two of them use
 //! one hash for two blocks all the same, the second block is not taken: its removal could not be told from the first one's.
 
-use smallvec::SmallVec;
-
-use super::table::{At, Insert, Place, Set, mixed};
-use super::{AHEAD, HolderId, PrefixIndex, Writer};
-use crate::caps;
 use crate::names::next_name;
+use crate::sets::{Set, Tags};
+use crate::table::{AHEAD, Home, Insert, mixed, unmixed};
+use crate::unit::Found;
+use crate::{HolderId, PrefixIndex, Writer, caps};
 
 /// The parent that a stored run names is not known: an event was lost, and whoever follows the engine has to start anew.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -30,57 +29,75 @@ impl PrefixIndex {
         blocks: &[(u64, u64)],
     ) -> Result<(), UnknownParent> {
         let mut writer = self.writer.lock();
-        let Some(tag) = self.holders.tag(holder) else { return Ok(()) };
+        let Some(tag) = writer.holders.tag(holder) else { return Ok(()) };
+        let one = Tags::one(tag);
         let mut before = match parent {
             None => None,
-            Some(hash) => Some(self.opaque.find(key(domain, hash)).ok_or(UnknownParent(hash))?.set().0),
+            Some(hash) => {
+                let known = self.opaque.find(key(domain, hash)).ok_or(UnknownParent(hash))?;
+                Some(unmixed(known.set().0))
+            }
         };
+        let (mut homes, mut theirs) = ([None; AHEAD], [None; AHEAD]);
         for blocks in blocks.chunks(AHEAD) {
-            let segments = self.table.segments();
-            let named = blocks.iter().map(|(_, tokens_hash)| {
+            // In steps, so that what the last one waits for is on its way meanwhile.
+            self.opaque.begin(blocks.iter().map(|(hash, _)| key(domain, *hash)), &mut theirs);
+            let names = blocks.iter().map(|(_, tokens_hash)| {
                 let name = next_name(before, *tokens_hash);
                 before = Some(name);
-                name
+                mixed(name)
             });
-            let names: SmallVec<[u64; AHEAD]> = named.collect();
-            let homes = self.table.homes(names.iter().map(|name| mixed(*name)));
-            let theirs = self.opaque.homes(blocks.iter().map(|(hash, _)| key(domain, *hash)));
-            for ((home, their), name) in homes.iter().zip(&theirs).zip(&names) {
+            self.table.begin(names, &mut homes);
+            for (home, their) in homes.iter().zip(&theirs).take(blocks.len()) {
+                let (Some(home), Some(their)) = (home, their) else { continue };
                 // What has no name here could not be removed: it is not stored either.
-                if self.learn(&mut writer, their.key(), *name) {
-                    let known = (self.table.segments() == segments).then_some(*home);
-                    self.store_one(&mut writer, tag, home.key(), known);
+                if self.learn(&mut writer, their, home.key()) {
+                    self.store_one(&mut writer, one, home);
                 } else {
                     writer.refused += 1;
                 }
             }
         }
-        self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
+        self.sweep(&mut writer, caps::UNITS_SWEPT_PER_EVENT);
         Ok(())
     }
 
-    /// True where the engine's hash means this name now.
-    fn learn(&self, writer: &mut Writer, key: u64, name: u64) -> bool {
+    /// True where the engine's hash means the block `key` now.
+    fn learn(&self, writer: &mut Writer, home: &Home<'_>, key: u64) -> bool {
+        let Some(home) = self.opaque.now(*home) else { return false };
+        let found = home.look_for();
+        match found {
+            Found::There(slot) => home.set_of(slot) == Set(key),
+            found => match self.opaque.insert(&home, Set(key), found) {
+                Insert::Done => true,
+                _ => self.learn_more(writer, home, key),
+            },
+        }
+    }
+
+    /// Where a hash that is not there finds no place.
+    #[cold]
+    fn learn_more(&self, writer: &mut Writer, home: Home<'_>, key: u64) -> bool {
+        let mut home = home;
         loop {
-            let place = self.opaque.home(key).map_or(Place::Nowhere, |home| self.opaque.look_for(&home));
-            if let Place::Found(at) = place {
-                return at.set() == Set(name);
-            }
-            match self.opaque.insert(key, Set(name), &place) {
+            match self.opaque.insert(&home, Set(key), home.look_for()) {
                 Insert::Done => return true,
-                Insert::NeedsSplit => {
-                    self.opaque.split(key);
-                    // What is yet to be forgotten may lie in the new one.
-                    writer.to_forget += usize::from(writer.to_forget > 0);
+                Insert::Full => {
+                    let before = self.opaque.units();
+                    self.opaque.grow(home.key());
+                    // What is yet to be forgotten may lie in a new one.
+                    writer.to_forget += if writer.to_forget > 0 { self.opaque.units() - before } else { 0 };
+                    let Some(now) = self.opaque.home(home.key()) else { return false };
+                    home = now;
                 }
-                Insert::Full(_) => {
+                Insert::NoRoom(_) => {
                     // Perhaps some of it is of no use any more.
-                    return match self.opaque.place_of(key) {
-                        Some(segment) if writer.to_forget > 0 && self.forget(segment) > 0 => {
-                            self.learn(writer, key, name)
-                        }
-                        _ => false,
-                    };
+                    let units = self.opaque.group_of(home.key());
+                    let is_worth_it = writer.to_forget > 0;
+                    let units = units.into_iter().filter(|_| is_worth_it);
+                    if units.map(|unit| self.forget(unit)).sum::<usize>() == 0 {
+                        return false;
+                    }
                 }
             }
         }
@@ -89,32 +106,37 @@ impl PrefixIndex {
     /// The holder does not have these blocks any more, named by the engine.
     pub fn remove_opaque(&self, holder: HolderId, domain: u64, hashes: &[u64]) {
         let mut writer = self.writer.lock();
-        let Some(tag) = self.holders.tag(holder) else { return };
-        self.holders.note_loss(tag);
-        for hashes in hashes.chunks(AHEAD) {
-            let theirs = self.opaque.homes(hashes.iter().map(|hash| key(domain, *hash)));
-            let known: SmallVec<[At; AHEAD]> = theirs.iter().filter_map(|home| self.opaque.find_at(home)).collect();
-            let homes = self.table.homes(known.iter().map(|known| mixed(known.set().0)));
-            for (known, home) in known.iter().zip(&homes) {
-                // A hash may be there twice.
-                if self.remove_one(&mut writer, tag, home) && self.opaque.is_still(known) {
-                    self.opaque.clear(*known);
+        let Some(tag) = writer.holders.tag(holder) else { return };
+        let one = Tags::one(tag);
+        self.owners.lose([tag].into_iter(), || {
+            let (mut homes, mut theirs, mut known) = ([None; AHEAD], [None; AHEAD], [None; AHEAD]);
+            for hashes in hashes.chunks(AHEAD) {
+                self.opaque.begin(hashes.iter().map(|hash| key(domain, *hash)), &mut theirs);
+                for (to, their) in known.iter_mut().zip(&theirs).take(hashes.len()) {
+                    *to = their.as_ref().and_then(Home::find);
+                }
+                let known = || known.iter().take(hashes.len()).flatten();
+                self.table.begin(known().map(|known| known.set().0), &mut homes);
+                for (known, home) in known().zip(homes.iter().flatten()) {
+                    // A hash may be there twice.
+                    if self.remove_one(&mut writer, one, home) && self.opaque.is_still(known) {
+                        self.opaque.clear(*known);
+                    }
                 }
             }
-        }
-        self.holders.note_loss(tag);
-        self.sweep(&mut writer, caps::SEGMENTS_SWEPT_PER_EVENT);
+        });
+        self.sweep(&mut writer, caps::UNITS_SWEPT_PER_EVENT);
     }
 
-    /// Forgets the hashes of a segment that mean blocks which nobody has; how many those were.
-    pub(super) fn forget(&self, segment: usize) -> usize {
+    /// Forgets the hashes of a unit that mean blocks which nobody has; how many those were.
+    pub(super) fn forget(&self, unit: u32) -> usize {
         let mut forgotten = 0;
-        for at in self.opaque.of_segment(segment) {
-            if self.table.find(mixed(at.set().0)).is_none() {
+        self.opaque.each_of(unit, |at| {
+            if self.table.find(at.set().0).is_none() {
                 self.opaque.clear(at);
                 forgotten += 1;
             }
-        }
+        });
         forgotten
     }
 }

@@ -3,10 +3,10 @@
 #[cfg(not(shuttle))]
 pub use parking_lot::Mutex;
 #[cfg(not(shuttle))]
-pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+pub use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 #[cfg(shuttle)]
-pub use shuttle::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+pub use shuttle::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 /// A lock without poisoning, as `parking_lot` has it.
 #[cfg(shuttle)]

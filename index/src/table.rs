@@ -1,216 +1,33 @@
 //! The table: from a block's name to the set of its holders.
+//!
+//! Names lie in units of 66 KiB, three to five of which are a group. The leading bits of a name find its group, and the next six which of
+//! the group's units: the directory says both in one. A group that fills up gets one unit more, which takes an even part of each of the
+//! others'; one that has five is split in two of three (extendible hashing). So it is never full, and never much too large.
 
-use std::hint::black_box;
 use std::sync::OnceLock;
 
 use smallvec::SmallVec;
 
-use super::cells::{Cells, Seen};
-use super::{READ, WRITE};
-use crate::caps;
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::caps::{self, UNITS_MAX, UNITS_MIN};
+use crate::group::{Group, PART_BITS, fullness};
+use crate::sets::Set;
+use crate::slab::{HUGE_BYTES, Slab};
+use crate::sync::{AtomicU32, Mutex, Ordering, fence};
+use crate::unit::{Found, Slot, Unit};
+pub use crate::unit::{mixed, unmixed};
+use crate::{READ, WRITE};
 
-const SLOTS: usize = 7;
-const BUCKETS: usize = caps::SEGMENT_BUCKETS;
-/// A segment is split when it has so many blocks: about nine in ten slots, as beyond blocks lie far from where they belong. Names are
-/// spread so evenly that all segments would split at the same moment: they differ by a tenth.
-fn fullness(segment: usize, depth: u32) -> u32 {
-    let spread = mixed(segment as u64 ^ u64::from(depth) << 32) as f64 / u64::MAX as f64;
-    ((BUCKETS * SLOTS) as f64 * (0.86 + 0.08 * spread)) as u32
-}
-
-/// Spreads names, which engines may choose badly, over all bits. A bijection: no two names become one.
-pub fn mixed(name: u64) -> u64 {
-    let mut key = name ^ 0x9E37_79B9_7F4A_7C15;
-    key = (key ^ key >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    key = (key ^ key >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
-    key ^ key >> 31
-}
-
-/// The holders of a block, in a word: how many (3 bits), then up to five tags of 12 bits; or a cell's kind and number.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Set(pub u64);
-
-/// Tags in a word.
-pub const INLINE_MAX: usize = 5;
-const LIST: u64 = 6;
-const BITS: u64 = 7;
-
-/// What a word says.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Kind {
-    /// So many tags, in the word.
-    Inline(usize),
-    /// A cell that lists some tens.
-    List(u32),
-    /// A cell with a bit for each tag.
-    Bits(u32),
-}
-
-impl Set {
-    pub const EMPTY: Self = Self(0);
-
-    pub fn one(tag: u16) -> Self {
-        Self::EMPTY.and(tag)
-    }
-
-    pub fn list(cell: u32) -> Self {
-        Self(LIST | u64::from(cell) << 4)
-    }
-
-    pub fn bits(cell: u32) -> Self {
-        Self(BITS | u64::from(cell) << 4)
-    }
-
-    pub fn is_empty(self) -> bool {
-        self.0 == 0
-    }
-
-    pub fn kind(self) -> Kind {
-        match self.0 & 7 {
-            LIST => Kind::List((self.0 >> 4) as u32),
-            BITS => Kind::Bits((self.0 >> 4) as u32),
-            count => Kind::Inline(count as usize),
-        }
-    }
-
-    /// The tags in the word, where they are.
-    pub fn inline(self) -> impl Iterator<Item = u16> {
-        let count = if let Kind::Inline(count) = self.kind() { count } else { 0 };
-        (0..count).map(move |at| (self.0 >> (4 + 12 * at) & 0xFFF) as u16)
-    }
-
-    /// One tag more, in the word.
-    pub fn and(self, tag: u16) -> Self {
-        let count = self.0 & 7;
-        Self((self.0 & !7) | (count + 1) | u64::from(tag) << (4 + 12 * count))
-    }
-
-    /// These tags, in the word.
-    pub fn of(tags: impl Iterator<Item = u16>) -> Self {
-        tags.fold(Self::EMPTY, Self::and)
-    }
-}
-
-/// Two cache lines side by side, which come from memory together: seven names and what is said of the bucket, then each name's holders.
-#[repr(align(128))]
-struct Bucket([AtomicU64; 16]);
-
-/// Of what is said of the bucket: blocks that belong here or before, and lie behind (eight bits) ...
-const BEHIND: u64 = 0xFF;
-/// ... by slot, whether somebody looked its block up since the hand passed it last ...
-const LOOKED: u32 = 8;
-/// ... and whether somebody did so between the two times before.
-const LOOKED_BEFORE: u32 = 16;
-
-impl Bucket {
-    fn new() -> Self {
-        Self(std::array::from_fn(|_| AtomicU64::new(0)))
-    }
-
-    fn key(&self, slot: usize) -> Option<&AtomicU64> {
-        self.0.get(slot)
-    }
-
-    fn set(&self, slot: usize) -> Option<&AtomicU64> {
-        self.0.get(SLOTS + 1 + slot)
-    }
-
-    /// The slots, as bits, whose name is `key`: without a branch for each, which no processor could foretell.
-    fn named(&self, key: u64) -> u32 {
-        let [a, b, c, d, e, f, g, ..] = &self.0;
-        let is = |(at, name): (u32, &AtomicU64)| u32::from(name.load(READ) == key) << at;
-        (0..).zip([a, b, c, d, e, f, g]).map(is).fold(0, |named, bit| named | bit)
-    }
-
-    /// The slots, as bits, that hold nothing.
-    fn vacant(&self) -> u32 {
-        let [_, _, _, _, _, _, _, _, a, b, c, d, e, f, g, _] = &self.0;
-        let is = |(at, set): (u32, &AtomicU64)| u32::from(set.load(Ordering::Relaxed) == 0) << at;
-        (0..).zip([a, b, c, d, e, f, g]).map(is).fold(0, |vacant, bit| vacant | bit)
-    }
-
-    fn said(&self) -> &AtomicU64 {
-        let [_, _, _, _, _, _, _, said, ..] = &self.0;
-        said
-    }
-
-    fn overflows(&self) -> bool {
-        self.said().load(READ) & BEHIND > 0
-    }
-
-    /// A reader found a block.
-    fn look(&self, slot: usize) {
-        let bit = 1 << (LOOKED as usize + slot);
-        if self.said().load(Ordering::Relaxed) & bit == 0 {
-            self.said().fetch_or(bit, Ordering::Relaxed);
-        }
-    }
-
-    fn was_looked(&self, slot: usize) -> bool {
-        let bits = 1 << (LOOKED as usize + slot) | 1 << (LOOKED_BEFORE as usize + slot);
-        self.said().load(Ordering::Relaxed) & bits != 0
-    }
-
-    /// The hand passes a slot: what was looked up before the last time is forgotten.
-    fn pass(&self, slot: usize) {
-        let (now, before) = (1u64 << (LOOKED as usize + slot), 1u64 << (LOOKED_BEFORE as usize + slot));
-        let was = self.said().fetch_and(!(now | before), Ordering::Relaxed);
-        if was & now != 0 {
-            self.said().fetch_or(before, Ordering::Relaxed);
-        }
-    }
-}
-
-struct Segment {
-    buckets: [Bucket; BUCKETS],
-    /// Leading bits that all names in it have in common.
-    depth: AtomicU32,
-    used: AtomicU32,
-    /// It is split at so many blocks.
-    full: AtomicU32,
-    hand: AtomicU32,
-}
-
-impl Segment {
-    fn new(at: usize, depth: u32) -> Self {
-        Self {
-            buckets: std::array::from_fn(|_| Bucket::new()),
-            depth: AtomicU32::new(depth),
-            used: AtomicU32::new(0),
-            full: AtomicU32::new(fullness(at, depth)),
-            hand: AtomicU32::new(0),
-        }
-    }
-
-    const BYTES: u64 = size_of::<Self>() as u64;
-
-    /// A block more, or fewer. There is one writer: nothing is locked for it.
-    fn count(&self, more: bool) {
-        let used = self.used.load(Ordering::Relaxed);
-        self.used.store(if more { used + 1 } else { used.saturating_sub(1) }, Ordering::Relaxed);
-    }
-
-    /// Counts a block that lies `distance` buckets behind its own, or no longer does. A count that is full stays: readers look on
-    /// in vain.
-    fn count_overflow(&self, home: usize, distance: usize, more: bool) {
-        for behind in 0..distance {
-            let Some(bucket) = self.buckets.get((home + behind) % BUCKETS) else { return };
-            match (bucket.said().load(Ordering::Relaxed) & BEHIND, more) {
-                (BEHIND, _) | (0, false) => {}
-                (_, true) => _ = bucket.said().fetch_add(1, WRITE),
-                (_, false) => _ = bucket.said().fetch_sub(1, WRITE),
-            }
-        }
-    }
-}
+/// Units that a huge page has room for.
+const UNITS_OF_HUGE: usize = if cfg!(shuttle) { 2 } else { HUGE_BYTES / size_of::<Unit>() };
+/// Of a unit's number, its place in its slab.
+const PLACE_BITS: u32 = 5;
+const _: () = assert!(UNITS_OF_HUGE <= 1 << PLACE_BITS);
 
 /// Where a block is, and what was said of it when the writer looked.
 #[derive(Clone, Copy, Debug)]
 pub struct At {
-    segment: usize,
-    bucket: usize,
-    slot: usize,
+    unit: u32,
+    slot: Slot,
     key: u64,
     set: Set,
 }
@@ -225,342 +42,344 @@ impl At {
     pub fn key(&self) -> u64 {
         self.key
     }
-
-    fn home(&self) -> usize {
-        self.key as usize % BUCKETS
-    }
-}
-
-/// A slot for a block.
-#[derive(Clone, Copy, Debug)]
-pub struct Vacant {
-    bucket: usize,
-    slot: usize,
-    key: u64,
-    distance: usize,
-}
-
-/// What [`Table::look_for`] found.
-pub enum Place {
-    Found(At),
-    Vacant(Vacant),
-    /// Neither it nor room for it.
-    Nowhere,
-}
-
-fn vacant_in(segment: &Segment, key: u64) -> Option<Vacant> {
-    let home = key as usize % BUCKETS;
-    (0..=caps::PROBES_MAX).find_map(|distance| {
-        let bucket = (home + distance) % BUCKETS;
-        let slots = segment.buckets.get(bucket)?.vacant();
-        (slots != 0).then_some(Vacant { bucket, slot: slots.trailing_zeros() as usize, key, distance })
-    })
 }
 
 /// What came of an insertion.
 pub enum Insert {
     Done,
-    /// The segment is full: split it, then try again.
-    NeedsSplit,
+    /// The group is full: let it grow, then try again.
+    Full,
     /// It is full, and the table as large as it may be: this one may go instead.
-    Full(Option<At>),
+    NoRoom(Option<At>),
+}
+
+/// By the leading bits of a name: its unit. Each level is twice as fine as the one before.
+type Level = OnceLock<Box<[AtomicU32]>>;
+
+/// What the writer knows.
+#[derive(Default)]
+struct Plan {
+    groups: Vec<Group>,
+    /// Units that no group has. A reader may look into one all the same: it finds nothing that is not so.
+    free: Vec<u32>,
+    /// Room for what moves when a group grows: large memory, which an allocator had better not be asked for each time.
+    moved: Vec<At>,
 }
 
 /// See the head of this file.
 pub struct Table {
-    /// By the leading bits of a name: its segment.
-    directory: Box<[AtomicU32]>,
-    bits: u32,
-    segments: Box<[OnceLock<Box<Segment>>]>,
+    levels: Box<[Level]>,
+    level: AtomicU32,
+    slabs: Box<[OnceLock<Slab<Unit>>]>,
+    /// Units in a slab.
+    of_slab: usize,
     made: AtomicU32,
+    plan: Mutex<Plan>,
+    /// How often names moved.
+    moves: AtomicU32,
 }
 
 impl Table {
     pub fn new(bytes_max: u64) -> Self {
-        let most = (bytes_max / (Segment::BYTES + 48)).max(1) as usize;
-        let most = if cfg!(shuttle) { most.min(4) } else { most };
-        // Four times as fine as there are segments: names are spread evenly, but not that evenly.
-        let bits = (most.next_power_of_two().trailing_zeros() + 2).min(caps::DIRECTORY_BITS);
+        // Of each unit its own part of the directory.
+        let most = (bytes_max / (Unit::BYTES + 512)).max(UNITS_MIN as u64) as usize;
+        let most = if cfg!(shuttle) { most.min(16) } else { most };
+        // As many to a slab as a huge page has room for; a table that has no more is one slab.
+        let of_slab = most.min(UNITS_OF_HUGE);
+        let slabs = most / of_slab;
+        let most = slabs * of_slab;
+        let groups = most.div_ceil(UNITS_MIN).next_power_of_two();
+        // Twice as fine as there are groups: names are spread evenly, but not that evenly.
+        let bits = (groups.trailing_zeros() + 1 + PART_BITS).min(caps::DIRECTORY_BITS);
         let table = Self {
-            directory: (0..1 << bits).map(|_| AtomicU32::new(0)).collect(),
-            bits,
-            segments: (0..most.min(1 << bits)).map(|_| OnceLock::new()).collect(),
+            levels: (0..=bits).map(|_| OnceLock::new()).collect(),
+            level: AtomicU32::new(0),
+            slabs: (0..slabs).map(|_| OnceLock::new()).collect(),
+            of_slab,
             made: AtomicU32::new(0),
+            plan: Mutex::new(Plan::default()),
+            moves: AtomicU32::new(0),
         };
-        table.make(0);
+        let mut plan = table.plan.lock();
+        let units = table.take(&mut plan, UNITS_MIN);
+        plan.groups.push(Group { units: units.into_iter().collect(), depth: 0 });
+        table.add_level(PART_BITS, |_| 0);
+        table.publish(&plan, 0, 0);
+        drop(plan);
         table
     }
 
-    fn make(&self, depth: u32) -> Option<usize> {
-        let at = self.made.load(Ordering::Relaxed) as usize;
-        self.segments.get(at)?.set(Box::new(Segment::new(at, depth))).ok()?;
-        self.made.store(at as u32 + 1, WRITE);
-        Some(at)
+    /// Units that no group has: so many, or none.
+    fn take(&self, plan: &mut Plan, count: usize) -> SmallVec<[u32; 2 * UNITS_MIN]> {
+        while plan.free.len() < count {
+            let made = self.made.load(Ordering::Relaxed);
+            let Some(slab) = self.slabs.get(made as usize / self.of_slab) else { return SmallVec::new() };
+            slab.get_or_init(|| Slab::new(self.of_slab));
+            self.made.store(made + 1, WRITE);
+            plan.free.push(self.nth(made as usize));
+        }
+        let left = plan.free.len() - count;
+        plan.free.drain(left..).collect()
     }
 
-    /// Segments that there are.
-    pub fn segments(&self) -> usize {
+    fn add_level(&self, level: u32, of: impl Fn(usize) -> u32) {
+        let directory = (0..1 << level).map(|place| AtomicU32::new(of(place))).collect();
+        if self.levels.get(level as usize).is_some_and(|known| known.set(directory).is_ok()) {
+            self.level.store(level, WRITE);
+        }
+    }
+
+    /// The directory says of the names of a group, one of which is `key`, where they are.
+    fn publish(&self, plan: &Plan, at: usize, key: u64) {
+        let Some(group) = plan.groups.get(at) else { return };
+        let full = fullness(at, group.units.len());
+        group.units.iter().filter_map(|unit| self.unit(*unit)).for_each(|unit| unit.give(at as u32, full));
+        let (directory, shift) = self.directory();
+        // Of the places in the directory, so many are the group's, and so many each part's.
+        let (places, part_places) = (directory.len() >> group.depth, directory.len() >> (group.depth + PART_BITS));
+        let first = (key >> 1 >> shift) as usize & !(places - 1);
+        for (at, place) in directory.iter().skip(first).take(places).enumerate() {
+            place.store(group.unit_at(at, part_places).unwrap_or(0), WRITE);
+        }
+    }
+
+    /// Units that there are.
+    pub fn units(&self) -> usize {
         self.made.load(READ) as usize
     }
 
+    /// The number of the unit that was made after so many others.
+    pub fn nth(&self, made: usize) -> u32 {
+        ((made / self.of_slab) << PLACE_BITS | (made % self.of_slab)) as u32
+    }
+
     pub fn bytes(&self) -> u64 {
-        self.segments() as u64 * Segment::BYTES + self.fixed_bytes()
+        let slabs = self.units().div_ceil(self.of_slab);
+        self.slabs_bytes(slabs) + self.fixed_bytes(self.level.load(Ordering::Relaxed))
     }
 
     pub fn bytes_max(&self) -> u64 {
-        self.segments.len() as u64 * Segment::BYTES + self.fixed_bytes()
+        self.slabs_bytes(self.slabs.len()) + self.fixed_bytes(self.levels.len() as u32 - 1)
     }
 
-    fn fixed_bytes(&self) -> u64 {
-        self.directory.len() as u64 * 4 + self.segments.len() as u64 * size_of::<OnceLock<Box<Segment>>>() as u64
+    fn slabs_bytes(&self, slabs: usize) -> u64 {
+        let slab = self.of_slab as u64 * Unit::BYTES;
+        slabs as u64 * if self.of_slab == UNITS_OF_HUGE { HUGE_BYTES as u64 } else { slab }
     }
 
-    /// Where a name belongs. What is looked for there may have moved since, if there was a split.
+    /// True where it may come to its bound, and counts what was looked up: before, nothing is noted.
+    pub fn notes(&self) -> bool {
+        self.made.load(Ordering::Relaxed) as usize * 2 > self.units_max()
+    }
+
+    /// Units, at most.
+    fn units_max(&self) -> usize {
+        self.slabs.len() * self.of_slab
+    }
+
+    fn fixed_bytes(&self, level: u32) -> u64 {
+        // All levels up to this one; of each unit what finds it, and its part of what the writer knows.
+        let unit = size_of::<Group>() / UNITS_MIN + size_of::<u32>();
+        (8 << level) + (self.units_max() * unit + self.slabs.len() * size_of::<OnceLock<Slab<Unit>>>()) as u64
+    }
+
+    #[inline(always)]
+    pub fn unit(&self, at: u32) -> Option<&Unit> {
+        self.slabs.get((at >> PLACE_BITS) as usize)?.get()?.get(at as usize % (1 << PLACE_BITS))
+    }
+
+    /// The finest level of the directory, and by how much a name is shifted, once by one and once by this, to be a place in it.
+    #[inline(always)]
+    pub fn directory(&self) -> (&[AtomicU32], u32) {
+        let level = self.level.load(READ);
+        (self.levels.get(level as usize).and_then(OnceLock::get).map_or(&[], Box::as_ref), 63 - level)
+    }
+
+    /// How often names moved. A reader notes it first, and what it put together of several words holds where it is the same after.
+    #[inline(always)]
+    pub fn moves(&self) -> u32 {
+        self.moves.load(READ)
+    }
+
+    /// Where a name belongs. What is looked for there may have moved since: [`Self::now`].
+    #[inline(always)]
     pub fn home(&self, key: u64) -> Option<Home<'_>> {
-        let place = (key >> (64 - self.bits)) as usize;
-        let at = self.directory.get(place)?.load(READ) as usize;
-        let segment: &Segment = self.segments.get(at)?.get()?;
-        Some(Home { segment, at, key })
+        let (directory, shift) = self.directory();
+        let moves = self.moves.load(Ordering::Relaxed);
+        let at = directory.get((key >> 1 >> shift) as usize)?.load(READ);
+        Some(Home { unit: self.unit(at)?, at, moves, key })
     }
 
-    /// Where some names belong, their buckets on their way from memory side by side.
-    pub fn homes(&self, keys: impl Iterator<Item = u64>) -> Homes<'_> {
-        // Two short loops: the shorter each is, the more of its loads the processor has under way at once.
-        let homes: Homes<'_> = keys.filter_map(|key| self.home(key)).collect();
-        black_box(homes.iter().fold(0, |loaded, home| loaded ^ home.load()));
-        homes
+    /// Where a name belongs now, for the writer.
+    #[inline(always)]
+    pub fn now<'a>(&'a self, home: Home<'a>) -> Option<Home<'a>> {
+        if home.moves == self.moves.load(Ordering::Relaxed) { Some(home) } else { self.home(home.key) }
+    }
+
+    /// Where [`AHEAD`] names at most belong, whose lines are on their way from memory then.
+    #[inline(always)]
+    pub fn begin<'a>(&'a self, keys: impl Iterator<Item = u64>, homes: &mut [Option<Home<'a>>; AHEAD]) {
+        for (to, key) in homes.iter_mut().zip(keys) {
+            *to = self.home(key);
+            if let Some(home) = to {
+                home.unit.prefetch(key);
+            }
+        }
     }
 
     // ------------------------------------------------------------------------------- the writer
 
     /// Where a block is.
     pub fn find(&self, key: u64) -> Option<At> {
-        self.find_at(&self.home(key)?)
+        self.home(key)?.find()
     }
 
-    /// The same, of one whose home is known.
-    pub fn find_at(&self, home: &Home<'_>) -> Option<At> {
-        match self.look_for(home) {
-            Place::Found(at) => Some(at),
-            _ => None,
+    /// Puts a block that is not there, where [`Home::look_for`] said.
+    #[inline(always)]
+    pub fn insert(&self, home: &Home<'_>, set: Set, found: Found) -> Insert {
+        match found {
+            Found::Vacant(slot) if !home.unit.is_full() => home.unit.fill(slot, home.key, set),
+            found => return self.insert_in_full(home, set, found),
         }
+        Insert::Done
     }
 
-    /// Where a block is, or where it would go.
-    pub fn look_for(&self, home: &Home<'_>) -> Place {
-        let Home { segment, at, key } = *home;
-        let home = key as usize % BUCKETS;
-        let mut vacant = None;
-        let mut may_be = true;
-        for distance in 0..=caps::PROBES_MAX {
-            let bucket = (home + distance) % BUCKETS;
-            let Some(words) = segment.buckets.get(bucket) else { break };
-            let mut named = if may_be { words.named(key) } else { 0 };
-            while named != 0 {
-                let slot = named.trailing_zeros() as usize;
-                let set = words.set(slot).map_or(Set::EMPTY, |set| Set(set.load(Ordering::Relaxed)));
-                if !set.is_empty() {
-                    return Place::Found(At { segment: at, bucket, slot, key, set });
-                }
-                named &= named - 1;
-            }
-            if vacant.is_none() {
-                let slots = words.vacant();
-                let slot = slots.trailing_zeros() as usize;
-                vacant = (slots != 0).then_some(Vacant { bucket, slot, key, distance });
-            }
-            may_be = may_be && words.overflows();
-            if !may_be && vacant.is_some() {
-                break;
+    fn insert_in_full(&self, home: &Home<'_>, set: Set, found: Found) -> Insert {
+        let plan = self.plan.lock();
+        let at = home.unit.group() as usize;
+        if let (Found::Vacant(slot), Some(group)) = (found, plan.groups.get(at)) {
+            // One unit gets ahead of the others by chance: it waits for them.
+            let used: u32 = group.units.iter().filter_map(|unit| self.unit(*unit)).map(Unit::used).sum();
+            if used < fullness(at, group.units.len()) * group.units.len() as u32 && home.unit.may_get_ahead() {
+                home.unit.fill(slot, home.key, set);
+                return Insert::Done;
             }
         }
-        vacant.map_or(Place::Nowhere, Place::Vacant)
-    }
-
-    /// Puts a block that is not there, where [`Self::look_for`] said.
-    pub fn insert(&self, key: u64, set: Set, place: &Place) -> Insert {
-        let Some(Home { segment, at, .. }) = self.home(key) else { return Insert::Full(None) };
-        let can_split = segment.depth.load(Ordering::Relaxed) < self.bits && self.segments() < self.segments.len();
-        if can_split && segment.used.load(Ordering::Relaxed) >= segment.full.load(Ordering::Relaxed) {
-            return Insert::NeedsSplit;
-        }
-        match place {
-            Place::Vacant(vacant) => {
-                self.fill(segment, vacant, set);
+        let can_grow = plan.groups.get(at).is_some_and(|group| {
+            let left = plan.free.len() + self.units_max() - self.units();
+            match group.units.len() {
+                UNITS_MAX => (group.depth + 1 + PART_BITS) < self.levels.len() as u32 && left >= 2 * UNITS_MIN,
+                _ => left > 0,
+            }
+        });
+        match found {
+            _ if can_grow => Insert::Full,
+            Found::Vacant(slot) => {
+                home.unit.fill(slot, home.key, set);
                 Insert::Done
             }
-            _ if can_split => Insert::NeedsSplit,
-            _ => Insert::Full(self.victim(at, segment, key)),
+            _ => Insert::NoRoom(home.unit.victim(home.key).and_then(|slot| {
+                let (key, set) = home.unit.held(slot)?;
+                Some(At { unit: home.at, slot, key, set })
+            })),
         }
-    }
-
-    fn fill(&self, segment: &Segment, vacant: &Vacant, set: Set) {
-        let Vacant { bucket, slot, key, distance } = *vacant;
-        // Before it can be found: whoever does not find it looks no further than this says.
-        segment.count_overflow(key as usize % BUCKETS, distance, true);
-        if let Some(words) = segment.buckets.get(bucket)
-            && let (Some(name), Some(holders)) = (words.key(slot), words.set(slot))
-        {
-            name.store(key, WRITE);
-            holders.store(set.0, WRITE);
-            segment.count(true);
-        }
-    }
-
-    /// One of those that are in the way of `key`, that nobody looked up since the hand passed it twice: with each that goes the hand
-    /// moves on by one slot of the segment.
-    fn victim(&self, at: usize, segment: &Segment, key: u64) -> Option<At> {
-        let hand = segment.hand.fetch_add(1, Ordering::Relaxed) as usize;
-        if let Some(bucket) = segment.buckets.get(hand / SLOTS % BUCKETS) {
-            bucket.pass(hand % SLOTS);
-        }
-        let home = key as usize % BUCKETS;
-        let slots = (caps::PROBES_MAX + 1) * SLOTS;
-        let mut chosen = None;
-        for step in 0..slots {
-            let place = (hand + step) % slots;
-            let (bucket, slot) = ((home + place / SLOTS) % BUCKETS, place % SLOTS);
-            let words = segment.buckets.get(bucket)?;
-            let (name, set) = (words.key(slot)?.load(Ordering::Relaxed), Set(words.set(slot)?.load(Ordering::Relaxed)));
-            let is_looked = words.was_looked(slot);
-            if chosen.is_none() || !is_looked {
-                chosen = Some(At { segment: at, bucket, slot, key: name, set });
-            }
-            if !is_looked {
-                break;
-            }
-        }
-        chosen
     }
 
     /// Other holders for a block.
     pub fn write(&self, at: At, set: Set) {
-        if let Some(word) = self.words(&at).and_then(|words| words.set(at.slot)) {
-            word.store(set.0, WRITE);
+        if let Some(unit) = self.unit(at.unit) {
+            unit.write(at.slot, set);
         }
-    }
-
-    fn words(&self, at: &At) -> Option<&Bucket> {
-        self.segments.get(at.segment)?.get()?.buckets.get(at.bucket)
     }
 
     /// True where the block is where it was, with the holders that it had.
     pub fn is_still(&self, at: &At) -> bool {
-        let word =
-            |of: fn(&Bucket, usize) -> Option<&AtomicU64>| Some(of(self.words(at)?, at.slot)?.load(Ordering::Relaxed));
-        word(Bucket::key) == Some(at.key) && word(Bucket::set) == Some(at.set.0)
+        self.unit(at.unit).and_then(|unit| unit.held(at.slot)) == Some((at.key, at.set))
     }
 
     /// The block has no holder any more.
     pub fn clear(&self, at: At) {
-        self.write(at, Set::EMPTY);
-        let Some(segment) = self.segments.get(at.segment).and_then(OnceLock::get) else { return };
-        let distance = (at.bucket + BUCKETS - at.home()) % BUCKETS;
-        segment.count_overflow(at.home(), distance, false);
-        segment.count(false);
+        if let Some(unit) = self.unit(at.unit) {
+            unit.clear(at.slot, at.key);
+        }
     }
 
-    /// The blocks of a segment.
-    pub fn of_segment(&self, at: usize) -> Vec<At> {
-        let Some(segment) = self.segments.get(at).and_then(OnceLock::get) else { return Vec::new() };
-        let mut blocks = Vec::with_capacity(segment.used.load(Ordering::Relaxed) as usize);
-        for (bucket, words) in segment.buckets.iter().enumerate() {
-            for slot in 0..SLOTS {
-                let (Some(name), Some(holders)) = (words.key(slot), words.set(slot)) else { continue };
-                let set = Set(holders.load(Ordering::Relaxed));
-                if !set.is_empty() {
-                    blocks.push(At { segment: at, bucket, slot, key: name.load(Ordering::Relaxed), set });
+    /// Tells of each block of a unit, which may be written or cleared meanwhile.
+    pub fn each_of(&self, at: u32, mut tell: impl FnMut(At)) {
+        if let Some(unit) = self.unit(at) {
+            unit.each(|slot, key, set| tell(At { unit: at, slot, key, set }));
+        }
+    }
+
+    /// The units that may have names which lie where `key` belongs.
+    pub fn group_of(&self, key: u64) -> SmallVec<[u32; UNITS_MAX]> {
+        let group = self.home(key).map(|home| home.unit.group() as usize);
+        group.and_then(|group| Some(self.plan.lock().groups.get(group)?.units.clone())).unwrap_or_default()
+    }
+
+    /// The group of a name gets another unit, or is split, where [`Self::insert`] said so.
+    pub fn grow(&self, key: u64) {
+        let Some(at) = self.home(key).map(|home| home.unit.group() as usize) else { return };
+        let mut plan = self.plan.lock();
+        let Some(group) = plan.groups.get(at).cloned() else { return };
+        self.moves.store(self.moves.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+        // Whoever sees anything that is written from now on sees that, too.
+        fence(Ordering::Release);
+        if group.units.len() == UNITS_MAX {
+            return self.split(&mut plan, at, group, key);
+        }
+        let Some(new) = self.take(&mut plan, 1).pop() else { return };
+        let Some(upper) = self.unit(new) else { return };
+        let mut grown = group.clone();
+        grown.units.push(new);
+        let mut moved = std::mem::take(&mut plan.moved);
+        for at in &group.units {
+            let Some(unit) = self.unit(*at) else { continue };
+            unit.each(|slot, key, set| {
+                if group.moves_on(key) {
+                    upper.place(key, set);
+                    moved.push(At { unit: *at, slot, key, set });
                 }
-            }
+            });
         }
-        blocks
+        if let Some(group) = plan.groups.get_mut(at) {
+            *group = grown;
+        }
+        self.publish(&plan, at, key);
+        moved.drain(..).for_each(|at| self.clear(at));
+        plan.moved = moved;
     }
 
-    /// The segment of a name.
-    pub fn place_of(&self, key: u64) -> Option<usize> {
-        self.home(key).map(|home| home.at)
-    }
-
-    /// Half of a segment's names get one of their own. Readers that look in the old one meanwhile miss some blocks.
-    pub fn split(&self, key: u64) {
-        let Some(Home { segment, at, .. }) = self.home(key) else { return };
-        let depth = segment.depth.load(Ordering::Relaxed);
-        let Some(new) = self.make(depth + 1) else { return };
-        let Some(upper) = self.segments.get(new).and_then(OnceLock::get) else { return };
-        let moves = |key: u64| key >> (63 - depth) & 1 == 1;
-        let moving: Vec<At> = self.of_segment(at).into_iter().filter(|block| moves(block.key)).collect();
-        for block in &moving {
-            // Half as full, the same windows: there is room.
-            if let Some(vacant) = vacant_in(upper, block.key) {
-                self.fill(upper, &vacant, block.set);
-            }
-        }
-        segment.full.store(fullness(at, depth + 1), Ordering::Relaxed);
-        segment.depth.store(depth + 1, Ordering::Relaxed);
-        let first = (key >> (63 - depth) | 1) << (self.bits - depth - 1);
-        let mask = (1usize << self.bits) - 1;
-        let first = first as usize & mask;
-        for place in self.directory.iter().skip(first).take(1 << (self.bits - depth - 1)) {
-            place.store(new as u32, WRITE);
-        }
-        moving.into_iter().for_each(|block| self.clear(block));
-    }
-
-    // ------------------------------------------------------------------------------- readers
-
-    /// One look at a block's holders: `None` where it has none, or changes all the time.
-    pub fn look<T>(&self, home: &Home<'_>, mut of: impl FnMut(Set) -> Option<T>) -> Option<T> {
-        let Home { segment, key, .. } = *home;
-        let home = key as usize % BUCKETS;
-        for distance in 0..=caps::PROBES_MAX {
-            let bucket = (home + distance) % BUCKETS;
-            let words = segment.buckets.get(bucket)?;
-            let mut named = words.named(key);
-            while named != 0 {
-                let slot = named.trailing_zeros() as usize;
-                named &= named - 1;
-                let (name, holders) = (words.key(slot)?, words.set(slot)?);
-                for _ in 0..caps::READ_TRIES {
-                    let set = Set(holders.load(READ));
-                    if set.is_empty() || name.load(READ) != key {
-                        break;
-                    }
-                    if let Some(seen) = of(set)
-                        && (matches!(set.kind(), Kind::Inline(_)) || holders.load(READ) == set.0)
-                    {
-                        words.look(slot);
-                        return Some(seen);
-                    }
+    fn split(&self, plan: &mut Plan, at: usize, group: Group, key: u64) {
+        let depth = group.depth + 1;
+        let units = self.take(plan, 2 * UNITS_MIN);
+        let Some((lower, upper)) = units.split_at_checked(UNITS_MIN) else { return };
+        let [lower, upper] = [lower, upper].map(|units| Group { units: units.iter().copied().collect(), depth });
+        let bit = 1 << (64 - depth);
+        for unit in group.units.iter().filter_map(|unit| self.unit(*unit)) {
+            unit.each(|_, key, set| {
+                let half = if key & bit == 0 { &lower } else { &upper };
+                if let Some(unit) = half.unit_of(key).and_then(|unit| self.unit(unit)) {
+                    unit.place(key, set);
                 }
-            }
-            if !words.overflows() {
-                return None;
-            }
+            });
         }
-        None
-    }
-
-    /// Who has a block now; nobody, where it changes all the time.
-    pub fn seen(&self, home: &Home<'_>, cells: &Cells) -> Option<Seen> {
-        self.look(home, |set| cells.seen(set, home.key))
-    }
-
-    /// Which of `tags`, 64 at most, have a block: a bit for each, in their order.
-    pub fn which(&self, home: &Home<'_>, cells: &Cells, tags: &[u16]) -> u64 {
-        self.look(home, |set| cells.which(set, home.key, tags)).unwrap_or(0)
+        let (directory, _) = self.directory();
+        let level = directory.len().trailing_zeros();
+        if level < depth + PART_BITS {
+            self.add_level(level + 1, |place| directory.get(place / 2).map_or(0, |at| at.load(Ordering::Relaxed)));
+        }
+        let new = plan.groups.len();
+        plan.groups.push(upper);
+        if let Some(group) = plan.groups.get_mut(at) {
+            *group = lower;
+        }
+        self.publish(plan, at, key & !bit);
+        self.publish(plan, new, key | bit);
+        group.units.iter().filter_map(|unit| self.unit(*unit)).for_each(Unit::wipe);
+        plan.free.extend(group.units);
     }
 }
 
 /// Where a name belongs.
 #[derive(Clone, Copy)]
 pub struct Home<'a> {
-    segment: &'a Segment,
-    at: usize,
+    unit: &'a Unit,
+    at: u32,
+    /// How often names had moved by then.
+    moves: u32,
     key: u64,
 }
-
-/// Some of them, on the stack.
-pub type Homes<'a> = SmallVec<[Home<'a>; 32]>;
 
 impl Home<'_> {
     /// The name, mixed.
@@ -568,12 +387,42 @@ impl Home<'_> {
         self.key
     }
 
-    /// Loads both lines of the bucket, so that they are near when they are needed.
-    fn load(&self) -> u64 {
-        let bucket = self.segment.buckets.get(self.key as usize % BUCKETS);
-        bucket.map_or(0, |bucket| {
-            let set = bucket.set(SLOTS - 1).map_or(0, |set| set.load(Ordering::Relaxed));
-            bucket.said().load(Ordering::Relaxed) ^ set
-        })
+    /// Where the block is, or where it would go.
+    #[inline(always)]
+    pub fn look_for(&self) -> Found {
+        self.unit.look_for(self.key)
+    }
+
+    /// The holders of the block in a slot of here.
+    #[inline(always)]
+    pub fn set_of(&self, slot: Slot) -> Set {
+        self.unit.set_of(slot)
+    }
+
+    /// Where the block is.
+    #[inline(always)]
+    pub fn find(&self) -> Option<At> {
+        match self.look_for() {
+            Found::There(slot) => {
+                let set = self.unit.set_of(slot);
+                Some(At { unit: self.at, slot, key: self.key, set })
+            }
+            _ => None,
+        }
+    }
+
+    /// Other holders for the block in a slot of here.
+    #[inline(always)]
+    pub fn write(&self, slot: Slot, set: Set) {
+        self.unit.write(slot, set);
+    }
+
+    /// The block in a slot of here has no holder any more.
+    #[inline(always)]
+    pub fn clear(&self, slot: Slot) {
+        self.unit.clear(slot, self.key);
     }
 }
+
+/// Blocks whose lines are on their way from memory side by side: as many as a core has under way at once.
+pub const AHEAD: usize = 16;

@@ -29,6 +29,8 @@ impl Model {
 fn find(index: &PrefixIndex, chain: &[u64]) -> Vec<Match> {
     let mut matches = Vec::new();
     index.find(chain, &mut matches);
+    assert!(matches.is_sorted_by_key(|found| std::cmp::Reverse(found.blocks)), "the longest first: {matches:?}");
+    matches.sort_unstable_by(|a, b| b.blocks.cmp(&a.blocks).then(a.holder.cmp(&b.holder)));
     matches
 }
 
@@ -63,7 +65,9 @@ proptest! {
     fn it_says_what_a_map_says(steps in prop::collection::vec(step(), 1..200)) {
         let index = PrefixIndex::new(64 << 20);
         let mut model = Model::default();
-        let mut holders: Vec<HolderId> = (0..40).map(|_| index.add_holder().unwrap()).collect();
+        // Some of many, so that what all have is said of more tags than a word has room for, and than a small cell.
+        let many: Vec<HolderId> = (0..600).map(|_| index.add_holder().unwrap()).collect();
+        let mut holders: Vec<HolderId> = many.into_iter().step_by(15).collect();
         holders.iter().for_each(|holder| _ = model.0.insert(*holder, HashSet::new()));
         for step in steps {
             let names = |number, from, blocks| chain(number, 8, 60)[from as usize..][..blocks as usize].to_vec();
@@ -234,7 +238,7 @@ fn engines_hashes_are_understood_and_forgotten() {
     let index = PrefixIndex::with_opaque_names(64 << 20);
     let holders: Vec<HolderId> = (0..4).map(|_| index.add_holder().unwrap()).collect();
     let tokens =
-        |number: u64| -> Vec<u64> { (0..50).map(|at| if at < 10 { at } else { number * 1000 + at }).collect() };
+        |number: u64| -> Vec<u64> { (0..50).map(|at| if at < 10 { at + 1 } else { number * 1000 + at }).collect() };
     let names = |number: u64| {
         let mut names = Vec::new();
         crate::names::chain_names(&tokens(number), &mut names);
@@ -253,6 +257,9 @@ fn engines_hashes_are_understood_and_forgotten() {
         let found = find(&index, &names(number));
         assert_eq!(found[0], Match { holder: holders[number as usize % 4], blocks: 50 });
         assert!(found[1..].iter().all(|found| found.blocks == 10) && found.len() == 4, "all have the shared part");
+        let mut by_tokens = Vec::new();
+        index.find_tokens(&tokens(number), &mut by_tokens);
+        assert_eq!((by_tokens[0], by_tokens.len()), (found[0], 4), "named on the way");
     }
     assert_eq!(index.store_opaque(holders[0], 7, Some(12345), &run(1)), Err(UnknownParent(12345)));
     assert_eq!(index.store_opaque(holders[0], 8, Some(run(1)[3].0), &run(1)), Err(UnknownParent(run(1)[3].0)));
@@ -270,7 +277,8 @@ fn engines_hashes_are_understood_and_forgotten() {
         index.store(holders[0], &[]);
     }
     assert_eq!((index.status().pairs, index.status().blocks), (0, 0));
-    let left: usize = (0..index.opaque.segments()).map(|segment| index.opaque.of_segment(segment).len()).sum();
+    let mut left = 0;
+    (0..index.opaque.units()).for_each(|unit| index.opaque.each_of(index.opaque.nth(unit), |_| left += 1));
     assert_eq!(left, 0, "hashes that mean nothing are forgotten");
 }
 
@@ -316,6 +324,6 @@ fn what_is_said_again_takes_no_memory() {
     assert_eq!(index.status(), status);
     index.remove(holder, &names[10..]);
     assert_eq!((index.status().pairs, index.status().blocks), (0, 0));
-    index.store_opaque(holder, 1, None, &(0..3000).map(|at| (at, at)).collect::<Vec<_>>()).unwrap();
-    assert_eq!(index.status().blocks, 3000, "segments know how full they are");
+    index.store_opaque(holder, 1, None, &(0..3000).map(|at| (at, at + 1)).collect::<Vec<_>>()).unwrap();
+    assert_eq!(index.status().blocks, 3000, "units know how full they are");
 }

@@ -349,6 +349,11 @@ async fn show_workers(to: Address) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Events come and go as small pieces by the hundred thousand a second: the C library's allocator, once its memory is in pieces, takes as long
+/// to take one back as the index to apply it.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let run = || -> anyhow::Result<()> {
         let runtime = tokio::runtime::Runtime::new()?;

@@ -10,7 +10,6 @@ use dynamo_kv_router::protocols::{
     KvCacheStoredBlockData, LocalBlockHash, RouterEvent,
 };
 use kvstore_index::{HolderId, Match, PrefixIndex};
-use kvstore_index::names::chain_names;
 use tokio::runtime::Runtime;
 
 use crate::workload::{Event, Workload};
@@ -45,7 +44,6 @@ pub trait Peer: Send + Sync {
 
 #[derive(Default)]
 pub struct Scratch {
-    names: Vec<u64>,
     matches: Vec<Match>,
     sequence: Vec<LocalBlockHash>,
 }
@@ -56,7 +54,7 @@ pub enum Prepared {
 }
 
 pub enum OurEvent {
-    Store(HolderId, Option<u64>, Vec<u64>),
+    Store(HolderId, Vec<u64>),
     StoreOpaque(HolderId, Option<u64>, Vec<(u64, u64)>),
     Remove(HolderId, Vec<u64>),
     RemoveOpaque(HolderId, Vec<u64>),
@@ -79,8 +77,8 @@ impl Ours {
 
     pub fn prepare(&self, events: &[Event], names: Names) -> Prepared {
         let of = |event: &Event| match (event, names) {
-            (Event::Stored { worker, parent, names, .. }, Names::Router) => {
-                OurEvent::Store(self.holders[*worker], *parent, names.clone())
+            (Event::Stored { worker, names, .. }, Names::Router) => {
+                OurEvent::Store(self.holders[*worker], names.clone())
             }
             (Event::Removed { worker, names }, Names::Router) => OurEvent::Remove(self.holders[*worker], names.clone()),
             (Event::Stored { worker, parent, names: blocks, tokens, .. }, Names::Opaque) => {
@@ -101,7 +99,7 @@ impl Peer for Ours {
         let Prepared::Ours(events) = events else { return };
         for event in events {
             match event {
-                OurEvent::Store(holder, _, names) => self.index.store(holder, &names),
+                OurEvent::Store(holder, names) => self.index.store(holder, &names),
                 OurEvent::Remove(holder, names) => self.index.remove(holder, &names),
                 OurEvent::StoreOpaque(holder, parent, blocks) => {
                     assert!(self.index.store_opaque(holder, 1, parent, &blocks).is_ok(), "a parent is not known");
@@ -112,8 +110,7 @@ impl Peer for Ours {
     }
 
     fn find(&self, tokens: &[u64], scratch: &mut Scratch) -> u32 {
-        chain_names(tokens, &mut scratch.names);
-        self.index.find(&scratch.names, &mut scratch.matches);
+        self.index.find_tokens(tokens, &mut scratch.matches);
         scratch.matches.first().map_or(0, |best| best.blocks)
     }
 

@@ -149,7 +149,7 @@ fn batches(events: peers::Prepared) -> Vec<(usize, peers::Prepared)> {
     const EVENTS: usize = 16;
     match events {
         peers::Prepared::Ours(events) => pieces(events, EVENTS, |event| match event {
-            peers::OurEvent::Store(_, _, names) | peers::OurEvent::Remove(_, names) => names.len(),
+            peers::OurEvent::Store(_, names) | peers::OurEvent::Remove(_, names) => names.len(),
             peers::OurEvent::StoreOpaque(_, _, blocks) => blocks.len(),
             peers::OurEvent::RemoveOpaque(_, names) => names.len(),
         })
