@@ -67,7 +67,7 @@ impl Group {
     }
 }
 
-/// A group with so many units grows where one has so many blocks: with more than five in eight slots in use, too many names lie in buckets
+/// A group with so many units grows where one has so many blocks: with more than six in ten slots in use, too many names lie in buckets
 /// behind their own. Names are spread so evenly that all groups would grow at the same moment: they differ by a tenth.
 pub fn fullness(group: usize, count: usize) -> u32 {
     let spread = mixed((group * (UNITS_MAX + 1) + count) as u64) as f64 / u64::MAX as f64;

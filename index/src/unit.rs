@@ -430,3 +430,17 @@ impl Unit {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_mixed_name_tells_the_name(name in 1u64..) {
+            prop_assert_eq!(unmixed(mixed(name)), name);
+        }
+    }
+}
