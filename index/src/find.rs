@@ -5,14 +5,11 @@ use smallvec::SmallVec;
 use crate::holders::HolderId;
 use crate::sets::{Tags, Windows, put};
 use crate::sync::{Ordering, fence};
-use crate::table::{AHEAD, mixed};
+use crate::table::mixed;
 use crate::{Match, PrefixIndex, caps, names};
 
 /// Tags, and how many of the first blocks they have: the shortest first.
 type Ended = SmallVec<[(Tags, u32); 32]>;
-
-/// Of how many blocks the lines are on their way before it is known that anybody has the first.
-const AHEAD_AT_FIRST: usize = 4;
 
 fn end(ended: &mut Ended, tags: Tags, blocks: usize) {
     if !tags.is_empty() && blocks > 0 {
@@ -79,7 +76,7 @@ impl PrefixIndex {
     /// Tells of each of the tags in `open`, or else of all that have the first block, how many of the first blocks it has.
     #[inline(always)]
     fn walk(&self, keys: impl Iterator<Item = u64>, open: Option<Windows>, ended: &mut Ended) {
-        let mut places = self.table.places(keys, AHEAD_AT_FIRST);
+        let mut places = self.table.places(keys);
         let mut blocks = 0;
         let mut open = open.unwrap_or_else(|| {
             blocks = 1;
@@ -121,7 +118,7 @@ impl PrefixIndex {
     pub fn each(&self, names: &[u64], mut visit: impl FnMut(usize, &[HolderId]) -> bool) {
         let seen = self.owners.generation();
         let mut holders: SmallVec<[HolderId; 32]> = SmallVec::new();
-        let mut places = self.table.places(names.iter().map(|name| mixed(*name)), AHEAD);
+        let mut places = self.table.places(names.iter().map(|name| mixed(*name)));
         let mut at = 0;
         loop {
             let (losses, moves) = (self.owners.losses(), self.table.moves());

@@ -4,19 +4,28 @@ use crate::READ;
 use crate::cells::Cells;
 use crate::sets::{Tags, Windows};
 use crate::sync::AtomicU32;
-use crate::table::{AHEAD, Table};
+use crate::table::Table;
 use crate::unit::Unit;
 
+/// Blocks that are loaded at once.
+const STEP: usize = 8;
+/// Of so many the lines are on their way at first: most prompts are found nowhere.
+const FIRST: usize = 4;
+
 impl Table {
-    /// Where some blocks may be, in their order, those of the next [`AHEAD`] on their way from memory: of `ahead` at first, and of one more
-    /// with each.
+    /// Where some blocks may be, in their order: a few at first, then, from the second on, those of the next steps on their way from memory.
     #[inline(always)]
-    pub fn places<I: Iterator<Item = u64>>(&self, keys: I, ahead: usize) -> Places<'_, I> {
+    pub fn places<I: Iterator<Item = u64>>(&self, keys: I) -> Places<'_, I> {
         let (directory, shift) = self.directory();
         let note = self.notes();
-        let mut places = Places { table: self, directory, shift, note, keys, ring: [None; AHEAD], next: 0, loaded: 0 };
-        for _ in 0..ahead {
-            places.load();
+        let (step, at) = ([None; STEP], STEP - FIRST);
+        let mut places =
+            Places { table: self, directory, shift, note, keys, now: step, later: step, at, goes_on: false };
+        for place in at..STEP {
+            let next = places.load();
+            if let Some(to) = places.now.get_mut(place) {
+                *to = next;
+            }
         }
         places
     }
@@ -29,52 +38,80 @@ pub struct Places<'a, I> {
     shift: u32,
     note: bool,
     keys: I,
-    ring: [Option<Place<'a>>; AHEAD],
-    next: usize,
-    loaded: usize,
+    now: [Option<Place<'a>>; STEP],
+    later: [Option<Place<'a>>; STEP],
+    /// In `now`, the next one.
+    at: usize,
+    goes_on: bool,
 }
 
 impl<'a, I: Iterator<Item = u64>> Places<'a, I> {
     #[inline(always)]
-    fn load(&mut self) {
-        let place = self.keys.next().and_then(|key| {
-            let at = self.directory.get((key >> 1 >> self.shift) as usize)?.load(READ);
-            let unit = self.table.unit(at)?;
-            unit.prefetch(key);
-            Some(Place { unit, key })
-        });
-        if let Some(to) = self.ring.get_mut(self.loaded % AHEAD) {
-            *to = place;
-        }
-        self.loaded += 1;
+    fn load(&mut self) -> Option<Place<'a>> {
+        let key = self.keys.next()?;
+        let at = self.directory.get((key >> 1 >> self.shift) as usize)?.load(READ);
+        let unit = self.table.unit(at)?;
+        unit.prefetch(key);
+        Some(Place { unit, key })
     }
 
+    /// The next step's lines are on their way.
+    #[inline(always)]
+    fn load_step(&mut self) {
+        for place in 0..STEP {
+            let next = self.load();
+            if let Some(to) = self.later.get_mut(place) {
+                *to = next;
+            }
+        }
+    }
+
+    /// The first one was there: so may be more.
     #[cold]
-    fn load_more(&mut self) {
-        self.load();
+    fn go_on(&mut self) {
+        self.goes_on = true;
+        self.load_step();
     }
 
     #[inline(always)]
     fn next(&mut self) -> Option<Place<'a>> {
-        let next = (*self.ring.get(self.next % AHEAD)?)?;
-        self.next += 1;
-        self.load();
-        if self.loaded < self.next + AHEAD {
-            self.load_more();
+        if self.at == STEP {
+            self.now = self.later;
+            self.load_step();
+            self.at = 0;
         }
+        let next = (*self.now.get(self.at)?)?;
+        self.at += 1;
         Some(next)
+    }
+
+    /// The next one of a chain that somebody has so far.
+    #[inline(always)]
+    fn next_on(&mut self) -> Option<Place<'a>> {
+        if !self.goes_on {
+            self.go_on();
+        }
+        self.next()
+    }
+
+    /// The next one but some.
+    #[inline(always)]
+    fn half_way(&self) -> Option<Place<'a>> {
+        let at = self.at + STEP / 2;
+        *self.now.get(at).or_else(|| self.later.get(at - STEP))?
     }
 
     /// Who has the next block now: nobody, where it changes all the time. `None` at the end.
     pub fn windows(&mut self, cells: &Cells) -> Option<Windows> {
-        let place = self.next()?;
+        let is_first = self.at == STEP - FIRST && !self.goes_on;
+        let place = if is_first { self.next() } else { self.next_on() }?;
         Some(place.unit.look(place.key, self.note, |set| cells.windows(set, place.key)).unwrap_or_default())
     }
 
     /// Which of `tags` have the next block now.
     #[inline(always)]
     pub fn among(&mut self, cells: &Cells, tags: Tags) -> Option<Tags> {
-        let place = self.next()?;
+        let place = self.next_on()?;
         Some(match place.unit.glance(place.key, self.note) {
             Some(set) if set.is_window_of(tags) => Tags(set.0 & tags.0),
             _ => place.among(self.note, cells, tags),
@@ -84,9 +121,9 @@ impl<'a, I: Iterator<Item = u64>> Places<'a, I> {
     /// The same of the tags of several windows: of each those that have it, into `left`.
     #[inline(always)]
     pub fn among_all(&mut self, cells: &Cells, open: &[Tags], left: &mut [u64]) -> Option<()> {
-        let place = self.next()?;
-        // By now the lines of the one half-way have come: its cell comes next.
-        if let Some(Some(later)) = self.ring.get((self.next + AHEAD / 2) % AHEAD) {
+        let place = self.next_on()?;
+        // By now its lines have come: its cell comes next.
+        if let Some(later) = self.half_way() {
             cells.prefetch(later.unit.peek(later.key));
         }
         let seen = place.unit.look(place.key, self.note, |set| cells.among_all(set, place.key, open, left));
