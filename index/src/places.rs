@@ -9,11 +9,13 @@ use crate::unit::Unit;
 
 /// Blocks that are loaded at once.
 const STEP: usize = 8;
-/// Of so many the lines are on their way at first: most prompts are found nowhere.
-const FIRST: usize = 4;
+/// Of so many the lines are on their way at first.
+const FIRST: usize = 6;
+/// Most prompts share no more than a block with others, and are not looked at beyond the next.
+const MOST: usize = 2;
 
 impl Table {
-    /// Where some blocks may be, in their order: a few at first, then, from the second on, those of the next steps on their way from memory.
+    /// Where some blocks may be, in their order: a few at first, then, where somebody has those, those of the next steps on their way from memory.
     #[inline(always)]
     pub fn places<I: Iterator<Item = u64>>(&self, keys: I) -> Places<'_, I> {
         let (directory, shift) = self.directory();
@@ -66,7 +68,7 @@ impl<'a, I: Iterator<Item = u64>> Places<'a, I> {
         }
     }
 
-    /// The first one was there: so may be more.
+    /// There are more that somebody has: so may be many.
     #[cold]
     fn go_on(&mut self) {
         self.goes_on = true;
@@ -80,18 +82,12 @@ impl<'a, I: Iterator<Item = u64>> Places<'a, I> {
             self.load_step();
             self.at = 0;
         }
+        if !self.goes_on && self.at == STEP - FIRST + MOST {
+            self.go_on();
+        }
         let next = (*self.now.get(self.at)?)?;
         self.at += 1;
         Some(next)
-    }
-
-    /// The next one of a chain that somebody has so far.
-    #[inline(always)]
-    fn next_on(&mut self) -> Option<Place<'a>> {
-        if !self.goes_on {
-            self.go_on();
-        }
-        self.next()
     }
 
     /// The next one but some.
@@ -103,15 +99,14 @@ impl<'a, I: Iterator<Item = u64>> Places<'a, I> {
 
     /// Who has the next block now: nobody, where it changes all the time. `None` at the end.
     pub fn windows(&mut self, cells: &Cells) -> Option<Windows> {
-        let is_first = self.at == STEP - FIRST && !self.goes_on;
-        let place = if is_first { self.next() } else { self.next_on() }?;
+        let place = self.next()?;
         Some(place.unit.look(place.key, self.note, |set| cells.windows(set, place.key)).unwrap_or_default())
     }
 
     /// Which of `tags` have the next block now.
     #[inline(always)]
     pub fn among(&mut self, cells: &Cells, tags: Tags) -> Option<Tags> {
-        let place = self.next_on()?;
+        let place = self.next()?;
         Some(match place.unit.glance(place.key, self.note) {
             Some(set) if set.is_window_of(tags) => Tags(set.0 & tags.0),
             _ => place.among(self.note, cells, tags),
@@ -121,7 +116,7 @@ impl<'a, I: Iterator<Item = u64>> Places<'a, I> {
     /// The same of the tags of several windows: of each those that have it, into `left`.
     #[inline(always)]
     pub fn among_all(&mut self, cells: &Cells, open: &[Tags], left: &mut [u64]) -> Option<()> {
-        let place = self.next_on()?;
+        let place = self.next()?;
         // By now its lines have come: its cell comes next.
         if let Some(later) = self.half_way() {
             cells.prefetch(later.unit.peek(later.key));
