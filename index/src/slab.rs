@@ -48,8 +48,11 @@ mod imp {
             let skipped = map.cast::<u8>().align_offset(HUGE_BYTES);
             // SAFETY: less than HUGE_BYTES is skipped, and so much more than `len` of them take is mapped.
             let first = unsafe { map.cast::<u8>().add(skipped) };
+            // A slab that leaves most of a huge page empty would take all of it.
+            let is_huge = len * size_of::<T>() + size_of::<T>() > HUGE_BYTES;
+            let advice = if is_huge { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
             // SAFETY: of these pages, which are this mapping's, only the size changes. A hint: where the kernel does not take it, pages stay small.
-            _ = unsafe { madvise(map.as_ptr(), map_bytes, Advice::LinuxHugepage) };
+            _ = unsafe { madvise(map.as_ptr(), map_bytes, advice) };
             Self { map, map_bytes, first: first.cast(), len }
         }
     }
