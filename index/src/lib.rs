@@ -41,7 +41,7 @@ pub use opaque::UnknownParent;
 use cells::Cells;
 use holders::{Holders, Owners};
 use sets::{Set, Tags};
-use table::{AHEAD, At, Home, Table};
+use table::{At, Home, Table};
 use unit::Found;
 
 use crate::sync::{Mutex, Ordering};
@@ -166,13 +166,7 @@ impl PrefixIndex {
         let mut writer = self.writer.lock();
         let Some(tag) = writer.holders.tag(holder) else { return };
         let one = Tags::one(tag);
-        let mut homes = [None; AHEAD];
-        for names in names.chunks(AHEAD) {
-            self.table.begin(names.iter().map(|name| table::mixed(*name)), &mut homes);
-            for home in homes.iter().take(names.len()).flatten() {
-                self.store_one(&mut writer, one, home);
-            }
-        }
+        self.table.each_home(names, |home| self.store_one(&mut writer, one, home));
         self.sweep(&mut writer, caps::UNITS_SWEPT_PER_EVENT);
     }
 
@@ -182,13 +176,7 @@ impl PrefixIndex {
         let Some(tag) = writer.holders.tag(holder) else { return };
         let one = Tags::one(tag);
         self.owners.lose([tag].into_iter(), || {
-            let mut homes = [None; AHEAD];
-            for names in names.chunks(AHEAD) {
-                self.table.begin(names.iter().map(|name| table::mixed(*name)), &mut homes);
-                for home in homes.iter().take(names.len()).flatten() {
-                    self.remove_one(&mut writer, one, home);
-                }
-            }
+            self.table.each_home(names, |home| _ = self.remove_one(&mut writer, one, home));
         });
         self.sweep(&mut writer, caps::UNITS_SWEPT_PER_EVENT);
     }

@@ -229,6 +229,16 @@ impl Table {
 
     // ------------------------------------------------------------------------------- the writer
 
+    /// Tells of some names, in their order, where each belongs, in steps of [`AHEAD`].
+    #[inline(always)]
+    pub fn each_home<'a>(&'a self, names: &[u64], mut tell: impl FnMut(&Home<'a>)) {
+        let mut homes = [None; AHEAD];
+        for names in names.chunks(AHEAD) {
+            self.begin(names.iter().map(|name| mixed(*name)), &mut homes);
+            homes.iter().take(names.len()).flatten().for_each(&mut tell);
+        }
+    }
+
     /// Where a block is.
     pub fn find(&self, key: u64) -> Option<At> {
         self.home(key)?.find()
