@@ -1,7 +1,5 @@
 //! Watch: a snapshot, then changes, and a follower's picture that is the daemon's, whatever happens on the way.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 

@@ -1,7 +1,5 @@
 //! The local plane: blocks read where they lie, put through shared memory, by clients in this process.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::time::{Duration, Instant};
 
 use kvstore::replay;

@@ -2,8 +2,6 @@
 //! the other leases and reads. A hundred million reads, and no byte of another key. The same without the reader's fence must
 //! find some, or the test proves nothing.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -118,7 +116,7 @@ fn reader() {
 fn spawn_reader(region: &SharedMemory, fenced: bool) -> Child {
     let path = format!("/proc/{}/fd/{}", std::process::id(), region.as_fd().as_raw_fd());
     Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "reader", "--ignored"])
+        .args(["--exact", "litmus::reader", "--ignored"])
         .env("LITMUS_REGION", path)
         .env("LITMUS_FENCED", if fenced { "1" } else { "0" })
         .stdout(std::process::Stdio::null())

@@ -1,7 +1,5 @@
 //! Stored formats stay readable: samples written by version 1, byte by byte, and what they must decode to.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use kvstore_plane::{SequenceHash, SlabGeometry, SlabHeader, SlotEntry, SlotKey};
 use kvstore_tiers::nvme::{Extent, IndexValue, SegmentClass, SegmentHeader, VolumeHeader};
 use kvstore_tiers::object::names::BlockName;

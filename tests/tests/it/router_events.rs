@@ -1,7 +1,5 @@
 //! What the router knows of engines and nodes: events over ZeroMQ with gaps, replays and restarts, and a real daemon's tiers.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,7 +1,5 @@
 //! What the project says of itself is true: the arrows between crates, the table of metrics.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 

@@ -1,7 +1,5 @@
 //! The binary as an operator meets it: signals, sockets, commands, exit codes.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

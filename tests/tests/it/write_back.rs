@@ -1,7 +1,5 @@
 //! Write-back, promotion by use, prefetches that know their place, and sessions that are to outlive the node.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::time::Duration;
 
 use kvstore::replay;

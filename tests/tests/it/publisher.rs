@@ -1,7 +1,5 @@
 //! What blocks do, over ZeroMQ, as other routers read it: their events are understood by this project's router, and by another implementation of ZeroMQ.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 

@@ -1,7 +1,5 @@
 //! Namespaces side by side: what each may have of the disks, who gives way when there is not enough, and what leaves unused.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::time::{Duration, Instant};
 
 use kvstore_client::v1::{Level, StatusResponse};

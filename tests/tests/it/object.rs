@@ -1,7 +1,5 @@
 //! The Object tier from outside, on real stores: blocks outlive their node, promises are kept, bounds hold.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 

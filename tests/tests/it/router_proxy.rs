@@ -1,7 +1,5 @@
 //! The router in front of workers: where requests go, and what becomes of an answer when its worker does not last.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -1,8 +1,6 @@
 //! The Nvme tier under every fault that a disk has: never a wrong byte, no acknowledged block lost beyond the
 //! contract, and service goes on.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,7 +1,5 @@
 //! Clients of the local plane in processes of their own: killed, stopped, forked; and what they read meanwhile.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -57,7 +55,7 @@ impl Process {
 
     fn start_by(mut command: Command, daemon: &TestDaemon, role: &str) -> Self {
         let mut child = command
-            .args(["--exact", "client_process", "--ignored", "--nocapture", "-q"])
+            .args(["--exact", "local_processes::client_process", "--ignored", "--nocapture", "-q"])
             .env("LOCAL_CLIENT_OF", &daemon.address)
             .env("LOCAL_CLIENT_ROLE", role)
             .stdin(Stdio::piped())

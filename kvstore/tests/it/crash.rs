@@ -1,8 +1,6 @@
 //! kill -9 under load, many times over, against the client's own log: no block that was acknowledged as LOCAL is
 //! lost, no byte is wrong, and the daemon is ready again within two seconds.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};

@@ -1,7 +1,5 @@
 //! What every caller relies on: blocks come back as they went in, prefixes are found, promises are kept.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::time::Duration;
 
 use bytes::Bytes;

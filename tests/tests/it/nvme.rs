@@ -1,7 +1,5 @@
 //! The Nvme tier from outside: blocks outlive the daemon, promises are kept, bounds hold.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;

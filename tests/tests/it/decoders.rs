@@ -1,8 +1,6 @@
 //! Every decoder, against bytes that nobody meant: an error or a value, never a panic, never more memory
 //! than the input deserves.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use bytes::Bytes;
 use kvstore_plane::SlabHeader;
 use kvstore_proto::data_stream::PartDecoder;

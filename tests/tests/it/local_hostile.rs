@@ -1,8 +1,6 @@
 //! Hostile and unlucky clients of the local plane: what they write is believed nowhere, what they hold ends with their
 //! process, and nobody else notices.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};

@@ -1,7 +1,5 @@
 //! What every eviction policy keeps to, whatever it thinks a block is worth.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 

@@ -1,8 +1,6 @@
 //! Hostile and broken clients: each gets an error that names what is wrong, or a plain miss; no key
 //! appears that was not stored whole, and memory stays within its bound.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;

@@ -1,7 +1,5 @@
 //! Residency against a map: a million random steps, and after each the two agree on what is readable.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 

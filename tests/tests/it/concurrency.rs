@@ -1,7 +1,5 @@
 //! Many at once: the same keys, a tier far too small, sizes that change under load, writers that stall.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};

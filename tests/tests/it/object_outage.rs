@@ -1,7 +1,5 @@
 //! A long outage of the object store: ten minutes, unless `KVSTORE_OUTAGE_SECONDS` says otherwise. `make soak` runs it.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 

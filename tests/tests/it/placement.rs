@@ -1,7 +1,5 @@
 //! Placement by policy: what one namespace may have, what goes to disk and to the bucket, and that all of it changes live.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
-
 use std::collections::HashMap;
 use std::time::Duration;
 

@@ -1,0 +1,29 @@
+//! The tests that cross crates, in one program: every one of them links RocksDB, and that is worth doing once. cargo-nextest runs
+//! each test in a process of its own all the same.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
+
+mod bad_input;
+mod blocks;
+mod compat;
+mod concurrency;
+mod decoders;
+mod eviction_conformance;
+mod litmus;
+mod local;
+mod local_hostile;
+mod local_processes;
+mod namespaces;
+mod nvme;
+mod nvme_faults;
+mod object;
+mod object_outage;
+mod placement;
+mod project;
+mod publisher;
+mod residency_model;
+mod router_events;
+mod router_proxy;
+mod shared_memory;
+mod watch;
+mod write_back;
