@@ -1,4 +1,4 @@
-//! Atomics and locks: those of the machine, or those of the model checker (`--cfg shuttle`).
+//! Atomics and locks: those of the machine, or, in the package `index/shuttle`, those of the model checker.
 
 #[cfg(not(shuttle))]
 pub use parking_lot::Mutex;

@@ -1,6 +1,6 @@
 //! Memory as the kernel counts it: in a process of its own, as no other test may take any meanwhile.
 
-#![cfg(all(target_os = "linux", not(shuttle)))]
+#![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
 
 use kvstore_index::PrefixIndex;

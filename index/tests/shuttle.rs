@@ -1,12 +1,11 @@
 //! A reader beside the writer, in many interleavings (shuttle): the writer gives a block more holders than fit its word, and then its
 //! cell, takes them away, and gives its places to another block; the reader sees what was there, or less.
 
-#![cfg(shuttle)]
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
 
 use std::sync::Arc;
 
-use kvstore_index::PrefixIndex;
+use kvstore_index_shuttle::PrefixIndex;
 use shuttle::sync::atomic::{AtomicBool, Ordering};
 
 /// Chain 1 is blocks 1, 2, 3, which the even holders store; chain 11 is 11, 12, the odd ones'.

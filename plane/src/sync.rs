@@ -1,4 +1,4 @@
-//! The atomics of this crate: the processor's, or, under `--cfg loom` and `--cfg shuttle`, those of a model checker.
+//! The atomics of this crate: the processor's, or, in the packages `plane/loom` and `plane/shuttle`, those of a model checker.
 
 #[cfg(not(any(loom, shuttle)))]
 pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};

@@ -1,12 +1,11 @@
 //! The fences, under loom: every order that the memory model allows, of a reader against an eviction, of a ring's two
 //! sides, and of going to sleep against new work.
 //!
-//! `RUSTFLAGS="--cfg loom" cargo test -p kvstore-plane --test loom --release`
+//! `cargo nextest run -p kvstore-plane-loom`; the package `plane/loom` compiles this crate with `cfg(loom)`.
 
-#![cfg(loom)]
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
 
-use kvstore_plane::{
+use kvstore_plane_loom::{
     LeaseWords, RecordHead, RingReader, RingView, RingWriter, SequenceHash, SlotEntry, SlotKey, SlotRef, SlotState,
     announce, fall_asleep, must_kick, wake_up, withdrawn,
 };
@@ -153,7 +152,7 @@ fn records_cross_a_ring_whole_and_in_order() {
             for tag in 1..=2u64 {
                 let payload = vec![tag as u8; 9];
                 let head = RecordHead { kind: 7, tag };
-                while writer.push(&writing.view(), head, &payload).unwrap() != kvstore_plane::Push::Written {
+                while writer.push(&writing.view(), head, &payload).unwrap() != kvstore_plane_loom::Push::Written {
                     thread::yield_now();
                 }
             }

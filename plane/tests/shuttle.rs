@@ -1,12 +1,11 @@
 //! Interleavings of whole operations, under shuttle: readers that look up, lease, read and release, against a daemon that
 //! evicts and refills the same slots and moves them in the key table.
 //!
-//! `RUSTFLAGS="--cfg shuttle" cargo test -p kvstore-plane --test shuttle --release`
+//! `cargo nextest run -p kvstore-plane-shuttle`; the package `plane/shuttle` compiles this crate with `cfg(shuttle)`.
 
-#![cfg(shuttle)]
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
 
-use kvstore_plane::{
+use kvstore_plane_shuttle::{
     Completion, HeapTable, KeyTable, LeaseWords, RecordHead, RingReader, RingView, RingWriter, SequenceHash, SlotEntry,
     SlotKey, SlotRef, SlotState, TableMemory, TableView, TouchRing, announce, fall_asleep, must_kick, wake_up,
     withdrawn,
@@ -170,7 +169,7 @@ fn a_ring_with_sleepers_loses_no_record() {
             for tag in 0..6 {
                 let (kind, payload) = Completion::Stored { status: tag as u32, level: 1 }.encode();
                 let head = RecordHead { kind, tag };
-                while writer.push(&submitting.view(), head, &payload).unwrap() != kvstore_plane::Push::Written {
+                while writer.push(&submitting.view(), head, &payload).unwrap() != kvstore_plane_shuttle::Push::Written {
                     thread::yield_now();
                 }
                 if must_kick(&submitting.sleeps) {

@@ -1,11 +1,17 @@
-"""A real daemon: `KVSTORE_BIN` names its program."""
+"""A real daemon: the one that the wheel installed, or the program that `KVSTORE_BIN` names."""
 
 import os
 import pathlib
 import subprocess
+import sys
 import time
 
 import kvstore
+
+
+def program(name: str, variable: str) -> str:
+    """The path of a program of this environment, unless the environment variable names another one."""
+    return os.environ.get(variable) or str(pathlib.Path(sys.prefix) / "bin" / name)
 
 
 class Daemon:
@@ -17,8 +23,7 @@ class Daemon:
         self.start()
 
     def start(self) -> None:
-        program = os.environ["KVSTORE_BIN"]
-        command = [program, "serve", "--listen", self.address]
+        command = [program("kvstore", "KVSTORE_BIN"), "serve", "--listen", self.address]
         for setting in self.settings:
             command += ["--set", setting]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

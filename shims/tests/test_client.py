@@ -100,13 +100,13 @@ def test_mistakes_are_named(group):
     group.put_from(names, blocks(range(2), size))
     with pytest.raises(TypeError, match="writable"):
         group.get_into(names, [bytes(size), bytes(size)])
-    with pytest.raises(ValueError, match="1 for 2 hashes"):
+    with pytest.raises(ValueError, match="1 buffers were given for 2 hashes"):
         group.get_into(names, [bytearray(size)])
     with pytest.raises(kvstore.Invalid, match=str(size)):
         group.get_into(names, [bytearray(10), bytearray(10)])
     with pytest.raises(ValueError, match=str(size)):
         group.put_from(hashes([9]), [bytes(7)])
-    with pytest.raises(TypeError, match="a hash is bytes, not str"):
+    with pytest.raises(TypeError, match="a hash must be bytes, not str"):
         group.lookup(["text"])
     with pytest.raises(TypeError, match="a sequence of hashes"):
         group.lookup(b"one")

@@ -126,7 +126,7 @@ def test_mistakes_are_named(group):
         ([], 1, "at least one"),
         ([(buffer, 0, 10, 10)], 11, "do not fit into 100 bytes"),
         ([(buffer, 1, 10, 10)], 10, "do not fit"),
-        ([(buffer, 0, 5, 10)], 2, "5 apart"),
+        ([(buffer, 0, 5, 10)], 2, "5 bytes apart"),
         ([(buffer, 0, 2**63, 10)], 3, "do not fit"),
         ([(buffer, 0, 10, 0)], 1, "0 bytes"),
     ]:
@@ -134,9 +134,9 @@ def test_mistakes_are_named(group):
             kvstore.Pages(regions, blocks)
     with pytest.raises(TypeError, match="writable"):
         kvstore.Pages([(b"read only", 0, 9, 9)], 1)
-    with pytest.raises(ValueError, match="40 is not one of 40 blocks"):
+    with pytest.raises(ValueError, match="block 40 does not exist; there are 40 blocks"):
         group.get_pages(names([0]), memory.pages, [BLOCKS])
-    with pytest.raises(ValueError, match="2 for 1 hashes"):
+    with pytest.raises(ValueError, match="2 numbers were given for 1 hashes"):
         group.put_pages(names([0]), memory.pages, [0, 1])
     with pytest.raises(kvstore.Invalid, match="bytes"):
         group.put_pages(names([0]), kvstore.Pages([(buffer, 0, 100, 100)], 1), [0])

@@ -269,7 +269,7 @@ def test_chunks_are_deleted_for_quotas(adapter):
 
 
 def test_settings_that_are_wrong_are_named():
-    with pytest.raises(ValueError, match="adapter_params: adress: not known; valid are address"):
+    with pytest.raises(ValueError, match="adapter_params: unknown keys adress; valid keys are address"):
         KvStoreL2Adapter({"adress": "unix:/a"})
 
 
@@ -413,7 +413,7 @@ def test_what_is_not_supported_is_refused_by_name(daemon, loop):
     for more, problem in (
         (dict(remote_serde="cachegen"), "remote_serde: 'cachegen' is not supported"),
         (dict(use_layerwise=True), "use_layerwise: True is not supported"),
-        (dict(extra_config={"remote_storage_plugin.kvstore.adress": "a"}), "kvstore: adress: not known"),
+        (dict(extra_config={"remote_storage_plugin.kvstore.adress": "a"}), "kvstore: unknown keys adress"),
     ):
         config = LMCacheEngineConfig.from_defaults(**more)
         with pytest.raises(ValueError, match=problem):

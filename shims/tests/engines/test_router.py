@@ -13,13 +13,12 @@ import urllib.request
 import pytest
 
 import models
-from daemon import Daemon
+from daemon import Daemon, program
 from engine import ENVIRONMENT
 
 # The servers' answers get no longer than 100 tokens while this file is there (gate.py).
 GATE = "gate"
-ROUTER = os.environ.get("KVSTORE_ROUTER_BIN")
-pytestmark = pytest.mark.skipif(not ROUTER, reason="KVSTORE_ROUTER_BIN names no router")
+ROUTER = program("kvstore-router", "KVSTORE_ROUTER_BIN")
 
 
 def free_port() -> int:

@@ -334,9 +334,9 @@ def test_what_the_server_changes_of_a_model_is_in_the_name(daemon, monkeypatch):
 @pytest.mark.parametrize(
     "settings, problem",
     [
-        (dict(adress="unix:/a"), "adress: not known; valid are address, deadline"),
-        (dict(plane="fast"), "plane: 'fast' is not auto, local or grpc"),
-        (dict(deadline="soon"), "deadline: 'soon' is not more than 0"),
+        (dict(adress="unix:/a"), "unknown keys adress; valid keys are address, deadline"),
+        (dict(plane="fast"), "plane: 'fast' is not valid; use auto, local or grpc"),
+        (dict(deadline="soon"), "deadline: 'soon' is not valid; use more than 0"),
     ],
 )
 def test_settings_that_are_wrong_are_named(daemon, settings, problem):
@@ -350,5 +350,5 @@ def test_what_is_not_a_pool_or_no_pages_is_refused(daemon):
     for call in (backend.batch_get_v2, backend.batch_set_v2, lambda transfers: backend.batch_exists_v2(names(1), transfers)):
         with pytest.raises(ValueError, match="pool swa is not registered"):
             call([transfer])
-    with pytest.raises(ValueError, match="15 slots for 2 pages of 8"):
+    with pytest.raises(ValueError, match="15 slots were given for 2 pages of 8"):
         backend.batch_set_v1(names(2), slots([0, 1])[:15])

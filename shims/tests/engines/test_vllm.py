@@ -192,9 +192,9 @@ def test_more_loads_than_run_at_a_time(zygote, model, daemon, oracle):
 
 def test_settings_that_are_wrong_are_named(zygote, model, daemon):
     for extra, said in [
-        (dict(adress="unix:/a"), "adress: not known; valid are address, deadline"),
-        (dict(level="disk"), "level: 'disk' is not memory or local"),
-        (dict(pending_share=2), "pending_share: 2 is not more than 0"),
+        (dict(adress="unix:/a"), "unknown keys adress; valid keys are address, deadline"),
+        (dict(level="disk"), "level: 'disk' is not valid; use memory or local"),
+        (dict(pending_share=2), "pending_share: 2 is not valid; use more than 0"),
     ]:
         with zygote.engine(model(), daemon.address, extra=extra) as engine:
             with pytest.raises(RuntimeError, match=said):
@@ -467,5 +467,5 @@ def test_tensor_parallel_groups(zygote, model, disk_daemon):
     with zygote.engine(model(), daemon.address) as engine:
         assert engine.generate(second)[0].cached == 0, "in one piece they are other blocks"
     with zygote.engine(model(), daemon.address, extra=dict(tp_shards=3)) as engine:
-        with pytest.raises(RuntimeError, match="tp_shards: a cache of .* cannot be split into 3 parts"):
+        with pytest.raises(RuntimeError, match="tp_shards: a cache of .* cannot be split by heads into 3"):
             engine.call("build")

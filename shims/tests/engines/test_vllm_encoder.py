@@ -110,7 +110,7 @@ def test_pictures_that_are_named_by_their_request_are_not_shared(zygote, model, 
 
 def test_settings_that_are_wrong_are_named(zygote, model, daemon):
     with zygote.engine(model("llava"), max_model_len=1024, encoder=encoder("ec_both", daemon, speed=1)) as engine:
-        with pytest.raises(RuntimeError, match="ec_connector_extra_config: speed: not known; valid are address, deadline"):
+        with pytest.raises(RuntimeError, match="ec_connector_extra_config: unknown keys speed; valid keys are address"):
             engine.call("build")
 
 

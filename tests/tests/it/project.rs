@@ -4,14 +4,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// The arrows that ARCHITECTURE.md draws. A new one needs an ADR.
-const ARROWS: [(&str, &[&str]); 11] = [
+const ARROWS: [(&str, &[&str]); 15] = [
     ("kvstore-proto", &[]),
     ("kvstore-plane", &[]),
     ("kvstore-transfer", &["kvstore-plane"]),
-    ("kvstore-tiers", &["kvstore-plane", "kvstore-transfer"]),
+    ("kvstore-plane-loom", &[]),
+    ("kvstore-plane-shuttle", &[]),
+    ("kvstore-rocksdb", &[]),
+    ("kvstore-tiers", &["kvstore-plane", "kvstore-rocksdb", "kvstore-transfer"]),
     ("kvstore-client", &["kvstore-plane", "kvstore-proto"]),
     ("kvstore-python", &["kvstore-client"]),
     ("kvstore-index", &[]),
+    ("kvstore-index-shuttle", &[]),
     ("kvstore-router", &["kvstore-client", "kvstore-index", "kvstore-proto"]),
     ("kvstore", &["kvstore-client", "kvstore-plane", "kvstore-proto", "kvstore-tiers"]),
     (

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use kvstore_transfer::volume::{Faults, Operation};
 use parking_lot::{Mutex, RwLock};
-use rocksdb::{
+use kvstore_rocksdb::{
     BlockBasedOptions, Cache, DB, DBCompressionType, Direction, IteratorMode, LogLevel, Options, ReadOptions,
     WriteBatch, WriteOptions,
 };
@@ -20,12 +20,12 @@ use crate::caps;
 #[derive(Debug, thiserror::Error)]
 pub enum IndexError {
     /// What RocksDB said.
-    #[error("the index {path}: {cause}")]
+    #[error("the index {path} failed: {cause}")]
     Db {
         /// Its folder.
         path: PathBuf,
         /// Why.
-        cause: rocksdb::Error,
+        cause: kvstore_rocksdb::Error,
     },
     /// Made by another version.
     #[error("the index {path} has version {version}, which is unknown: this build reads version {VOLUME_VERSION}")]
@@ -223,7 +223,7 @@ impl Index {
         self.reopen()
     }
 
-    fn error(&self, cause: rocksdb::Error) -> IndexError {
+    fn error(&self, cause: kvstore_rocksdb::Error) -> IndexError {
         IndexError::Db { path: self.path.clone(), cause }
     }
 

@@ -1,0 +1,112 @@
+//! The `kvstore-router` binary as an operator meets it: help, version, health, signals, exit codes.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+fn binary() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kvstore-router"));
+    command.env_remove("KVSTORE_ROUTER").env_remove("KVSTORE_ROUTER_LOG").stdin(Stdio::null());
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    binary().args(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A router in front of one worker that does not exist.
+struct Router {
+    child: Child,
+    port: u16,
+}
+
+impl Router {
+    fn start() -> Self {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let child = binary()
+            .args(["serve", "--listen", &format!("127.0.0.1:{port}")])
+            .args(["--worker", "id=a,url=http://127.0.0.1:1,model=m"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let router = Self { child, port };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(Instant::now() < deadline, "the router does not listen");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        router
+    }
+
+    fn get(&self, path: &str) -> String {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    /// Sends SIGTERM. The exit code, within 20 s.
+    fn terminate(mut self) -> Option<i32> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(Instant::now() < deadline, "the router goes on after SIGTERM");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Router {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn help_and_version_are_answered() {
+    let help = run(&["--help"]);
+    assert!(help.status.success(), "{help:?}");
+    for command in ["serve", "explain", "workers", "completions"] {
+        assert!(text(&help.stdout).contains(command), "{command} is missing in {}", text(&help.stdout));
+        let help = run(&[command, "--help"]);
+        assert!(help.status.success() && text(&help.stdout).contains("Example"), "{command}: {help:?}");
+    }
+    let version = run(&["--version"]);
+    assert_eq!(text(&version.stdout).trim(), format!("kvstore-router {}", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn it_answers_for_its_health_and_stops_in_order() {
+    let router = Router::start();
+    let health = router.get("/health");
+    assert!(health.starts_with("HTTP/1.1 200") && health.ends_with(r#"{"status":"ok"}"#), "{health}");
+    assert!(router.get("/metrics").contains("kvstore_router_"), "no metrics");
+    assert!(router.get("/v1/models").contains(r#""id":"m""#), "the worker's model is not listed");
+    let address = format!("http://127.0.0.1:{}", router.port);
+    let workers = run(&["workers", "--address", &address, "--json"]);
+    assert!(workers.status.success() && text(&workers.stdout).contains("http://127.0.0.1:1"), "{workers:?}");
+    assert_eq!(router.terminate(), Some(0));
+}
+
+#[test]
+fn mistakes_are_named() {
+    let refused = run(&["serve", "--worker", "id=a"]);
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert!(text(&refused.stderr).contains("url"), "{refused:?}");
+    let nobody = run(&["workers", "--address", "http://127.0.0.1:1"]);
+    assert!(!nobody.status.success() && text(&nobody.stderr).contains("127.0.0.1:1"), "{nobody:?}");
+}
