@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# SGLang's hierarchical cache over kvstore. Needs SGLang and the kvstore package in one environment, and a daemon: `kvstore serve`.
+# Starts an SGLang server over kvstore. Needs SGLang and the kvstore package in one environment, and a running daemon (`kvstore serve`).
 #
 #     examples/sglang_hicache.sh MODEL [more arguments of sglang.launch_server]
 #
-# Ask it something long, stop it, start it again, and ask the same: the prefix comes from the store.
+# Send a long prompt, restart the server, and send the prompt again. The second time, the prefix comes from the store.
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 model=$1

@@ -1,6 +1,6 @@
-"""A generation that goes on in another process, at the next token.
+"""One process starts a generation. A second process continues it at the next token.
 
-Needs transformers and the kvstore package in one environment, and a daemon: `kvstore serve`.
+Install transformers and the kvstore package in one environment, and start the daemon with `kvstore serve`. Then run:
 
     python examples/transformers_resume.py MODEL
 """
@@ -21,8 +21,8 @@ def begin(model_name: str) -> None:
     whole = model.generate(tokens, max_new_tokens=20, do_sample=False)
     half = model.generate(tokens, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
     attached.save_state("example", half)
-    print(f"first process: {whole[0, 200:].tolist()}")
-    print(f"               {half.sequences[0, 200:].tolist()}, and its state is in the store")
+    print(f"first process, all 20 tokens:       {whole[0, 200:].tolist()}")
+    print(f"first process, 10 tokens and saved: {half.sequences[0, 200:].tolist()}")
 
 
 def go_on(model_name: str) -> None:
@@ -33,9 +33,9 @@ def go_on(model_name: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(model_name)
     state = kvstore.transformers.attach(model).load_state("example")
     if state is None:
-        sys.exit("the state has left the store")
+        sys.exit("the store no longer has the state")
     rest = model.generate(**state.inputs(), max_new_tokens=10, do_sample=False)
-    print(f"another one:   {rest[0, 200:].tolist()}")
+    print(f"second process, all 20 tokens:      {rest[0, 200:].tolist()}")
 
 
 def main() -> None:

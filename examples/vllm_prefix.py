@@ -1,6 +1,6 @@
-"""Two engines, one after the other; the second reads what the first has computed.
+"""Runs two engines, one after the other. The second engine reads the blocks that the first engine computed.
 
-Needs vLLM and the kvstore package in one environment, and a daemon: `kvstore serve`.
+Install vLLM and the kvstore package in one environment, and start the daemon with `kvstore serve`. Then run:
 
     python examples/vllm_prefix.py MODEL
 """
@@ -16,7 +16,7 @@ def engine(model: str, name: str) -> None:
 
     llm = LLM(
         model=model,
-        # Token ids in and out: any model will do.
+        # The script uses token ids instead of text, so it works with any model.
         skip_tokenizer_init=True,
         kv_transfer_config=KVTransferConfig(
             kv_connector="KvStoreConnector",
@@ -30,7 +30,7 @@ def engine(model: str, name: str) -> None:
     (output,) = llm.generate([{"prompt_token_ids": tokens}], SamplingParams(temperature=0, max_tokens=1, detokenize=False))
     seconds = time.perf_counter() - begun
     print(f"{name}: {output.num_cached_tokens} of {len(tokens)} tokens came from the store, first token after {seconds:.2f} s")
-    # What is being saved in the background has a moment.
+    # Give the connector time to save blocks in the background.
     time.sleep(2)
 
 

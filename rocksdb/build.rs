@@ -19,6 +19,7 @@ const GROUP_BYTES_MAX: u64 = 400 << 10;
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=src/arc4random.cc");
     println!("cargo::rerun-if-env-changed=ROCKSDB_LIB_DIR");
     if env::var("ROCKSDB_LIB_DIR").as_deref() != Ok(BUILT_HERE) {
         return;
@@ -46,7 +47,10 @@ fn groups(package: &Path) -> Vec<Vec<PathBuf>> {
     let names = fs::read_to_string(&list).unwrap_or_else(|error| panic!("{}: {error}", list.display()));
     // The package has its version in a file that was generated when it was made, outside RocksDB's own tree.
     let sources = names.lines().map(str::trim).filter(|name| !name.is_empty() && *name != "util/build_version.cc");
-    let sources = sources.map(|name| package.join("rocksdb").join(name)).chain([package.join("build_version.cc")]);
+    let sources = sources.map(|name| package.join("rocksdb").join(name));
+    let ours = PathBuf::from(variable("CARGO_MANIFEST_DIR")).join("src/arc4random.cc");
+    // In the first group, which every program needs: a linker that reads archives in order then finds it.
+    let sources = [ours].into_iter().chain(sources).chain([package.join("build_version.cc")]);
     let mut groups: Vec<Vec<PathBuf>> = Vec::new();
     let mut left = 0;
     for source in sources {

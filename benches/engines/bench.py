@@ -35,7 +35,7 @@ def prompt(seed: int, shared: int, tokens: int = WHOLE) -> list[int]:
 
 class Bench:
     def __init__(self, folder: pathlib.Path, rounds: int):
-        self.rounds, self.figures = rounds, Figures("engines", "make bench-engines")
+        self.rounds, self.figures = rounds, Figures("engines", rounds)
         self.daemon = Daemon(folder, f"nvme.paths={folder}/nvme", "nvme.bytes=4GiB", "host.bytes=1GiB")
         self.zygote = Zygote(folder)
         self.seed = 0
@@ -152,7 +152,6 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--write", type=pathlib.Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(pathlib.Path(folder), arguments.rounds)
@@ -162,8 +161,6 @@ def main() -> None:
             bench.throughput()
         finally:
             bench.close()
-    if arguments.write:
-        bench.figures.write(arguments.write, arguments.rounds)
 
 
 if __name__ == "__main__":

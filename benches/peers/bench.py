@@ -306,7 +306,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--daemon", default="kvstore")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--write", type=pathlib.Path)
     parser.add_argument("--mooncake-segment", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.mooncake_segment:
@@ -314,7 +313,7 @@ def main():
     # Its fastest way within a process.
     os.environ.setdefault("MC_STORE_MEMCPY", "1")
     os.environ.setdefault("GLOG_minloglevel", "2")
-    figures = Figures("peers", "make bench-peers")
+    figures = Figures("peers", arguments.rounds)
     with tempfile.TemporaryDirectory() as folder:
         ours = Ours(arguments.daemon, folder)
         peers = []
@@ -326,8 +325,6 @@ def main():
         finally:
             for side in [ours, *peers]:
                 side.stop()
-    if arguments.write:
-        figures.write(arguments.write, arguments.rounds)
 
 
 if __name__ == "__main__":

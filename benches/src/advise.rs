@@ -12,7 +12,7 @@ use kvstore_tiers::sampled::SampledAccesses;
 use kvstore_tiers::simulate::simulate;
 use kvstore_tiers::{BlockKind, BootTime, DimensionOrder, LayerGroup, Layout, SequenceHash, Shard};
 
-use crate::figure::{Figure, median};
+use crate::figure::{self, median};
 
 /// Sizes at which they are compared, in blocks.
 const SIZES: [u64; 6] = [1_000, 3_000, 5_000, 10_000, 20_000, 30_000];
@@ -31,7 +31,7 @@ fn run(command: &mut Command) -> anyhow::Result<(f64, f64)> {
 }
 
 /// Measures the group.
-pub fn measure(daemon: &Path, path: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
+pub fn measure(daemon: &Path, path: &Path, rounds: usize) -> anyhow::Result<()> {
     let trace = trace::read(path)?;
     let policy = PolicyKind::default();
     let (mut whole, mut estimates) = (Vec::new(), Vec::new());
@@ -71,21 +71,20 @@ pub fn measure(daemon: &Path, path: &Path, rounds: usize) -> anyhow::Result<Vec<
     let mut command = Command::new(daemon);
     let sizes = ["--host-bytes", "5000MiB", "--nvme-bytes", "20000MiB", "--object-bytes", "80000MiB"];
     let (seconds, mib) = run(command.arg("advise").arg(path).args(sizes).arg("--json"))?;
-    let mut figures = Vec::new();
     let mut worst = 0.0f64;
     for ((size, whole), estimate) in SIZES.iter().zip(&whole).zip(&estimates) {
         worst = worst.max((whole - estimate).abs());
-        figures.push(Figure::note("advise", &format!("hit_ratio_{size}"), *estimate));
-        figures.push(Figure::note("advise", &format!("simulated_hit_ratio_{size}"), *whole));
+        figure::note("advise", &format!("hit_ratio_{size}"), *estimate);
+        figure::note("advise", &format!("simulated_hit_ratio_{size}"), *whole);
     }
-    figures.push(Figure::new("advise", "worst_difference_at_six_sizes", worst, "<= 0.02"));
-    figures.push(Figure::new("advise", "time_of_replay_simulate", median(of_replay), "<= 0.05"));
-    figures.push(Figure::new("advise", "most_memory_mib", mib, "<= 64"));
-    figures.push(Figure::note("advise", "time_of_simulating_the_policy_alone", median(times)));
-    figures.push(Figure::note("advise", "seconds_of_the_command_21_sizes", seconds));
-    figures.push(Figure::note("advise", "sampled_accesses", kept as f64));
-    figures.push(Figure::new("advise", "access_log_of_copying_64KiB_blocks", access_log(&trace, rounds)?, "<= 0.01"));
-    Ok(figures)
+    figure::print("advise", "worst_difference_at_six_sizes", worst, "<= 0.02");
+    figure::print("advise", "time_of_replay_simulate", median(of_replay), "<= 0.05");
+    figure::print("advise", "most_memory_mib", mib, "<= 64");
+    figure::note("advise", "time_of_simulating_the_policy_alone", median(times));
+    figure::note("advise", "seconds_of_the_command_21_sizes", seconds);
+    figure::note("advise", "sampled_accesses", kept as f64);
+    figure::print("advise", "access_log_of_copying_64KiB_blocks", access_log(&trace, rounds)?, "<= 0.01");
+    Ok(())
 }
 
 /// What a daemon takes to note every block that the trace asks for, by what it takes to copy those blocks once.

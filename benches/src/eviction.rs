@@ -4,26 +4,25 @@ use std::path::Path;
 
 use kvstore::{replay, trace};
 
-use crate::figure::Figure;
+use crate::figure;
 
 /// Measures the group.
-pub fn measure(path: &Path) -> anyhow::Result<Vec<Figure>> {
+pub fn measure(path: &Path) -> anyhow::Result<()> {
     let trace = trace::read(path)?;
-    let mut figures = Vec::new();
     for (capacity, target) in
         [(1000, None), (5000, Some(">= 0.20")), (10_000, Some(">= 0.12")), (30_000, None), (50_000, None)]
     {
         let run = replay::simulate(&trace, capacity, Default::default());
         let name = |what: &str| format!("{what}_{capacity}");
-        figures.push(Figure::note("eviction", &name("hit_ratio"), run.hit_ratio));
-        figures.push(Figure::note("eviction", &name("lru_hit_ratio"), run.lru_hit_ratio));
-        figures.push(Figure::note("eviction", &name("optimum_hit_ratio"), run.optimum_hit_ratio));
+        figure::note("eviction", &name("hit_ratio"), run.hit_ratio);
+        figure::note("eviction", &name("lru_hit_ratio"), run.lru_hit_ratio);
+        figure::note("eviction", &name("optimum_hit_ratio"), run.optimum_hit_ratio);
         if let Some(target) = target {
             let closed = (run.hit_ratio - run.lru_hit_ratio) / (run.optimum_hit_ratio - run.lru_hit_ratio);
-            figures.push(Figure::new("eviction", &name("closed"), closed, target));
+            figure::print("eviction", &name("closed"), closed, target);
         }
         let above = run.hit_ratio - run.lru_hit_ratio;
-        figures.push(Figure::new("eviction", &name("above_lru"), above, ">= -0.002"));
+        figure::print("eviction", &name("above_lru"), above, ">= -0.002");
     }
-    Ok(figures)
+    Ok(())
 }

@@ -13,7 +13,7 @@ use kvstore_client::{Client, GroupRef, Plane, PutBlock};
 use redis::Commands;
 use tokio::runtime::Runtime;
 
-use crate::figure::{Figure, median};
+use crate::figure::{self, median};
 use crate::process::{Process, own_cpu_seconds};
 
 const BLOCK_BYTES: usize = 1 << 20;
@@ -163,25 +163,22 @@ struct Rounds {
 }
 
 impl Rounds {
-    fn figures(&self, name: &str, target: &str) -> Vec<Figure> {
+    fn print(&self, name: &str, target: &str) {
         let of = |outcomes: &[Outcome], value: fn(&Outcome) -> f64| median(outcomes.iter().map(value).collect());
         let ratio = median(self.ours.iter().zip(&self.theirs).map(|(ours, theirs)| ours.rate / theirs.rate).collect());
-        vec![
-            Figure::new("grpc", &format!("{name}_of_redis"), ratio, target),
-            Figure::note("grpc", &format!("{name}_gbps"), of(&self.ours, |outcome| outcome.rate) / 1e9),
-            Figure::note("grpc", &format!("{name}_redis_gbps"), of(&self.theirs, |outcome| outcome.rate) / 1e9),
-            Figure::note("grpc", &format!("{name}_cpu_s_per_gb"), of(&self.ours, |outcome| outcome.cpu_per_gb)),
-            Figure::note("grpc", &format!("{name}_redis_cpu_s_per_gb"), of(&self.theirs, |outcome| outcome.cpu_per_gb)),
-        ]
+        figure::print("grpc", &format!("{name}_of_redis"), ratio, target);
+        figure::note("grpc", &format!("{name}_gbps"), of(&self.ours, |outcome| outcome.rate) / 1e9);
+        figure::note("grpc", &format!("{name}_redis_gbps"), of(&self.theirs, |outcome| outcome.rate) / 1e9);
+        figure::note("grpc", &format!("{name}_cpu_s_per_gb"), of(&self.ours, |outcome| outcome.cpu_per_gb));
+        figure::note("grpc", &format!("{name}_redis_cpu_s_per_gb"), of(&self.theirs, |outcome| outcome.cpu_per_gb));
     }
 }
 
 /// Measures the group.
-pub fn measure(daemon: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
+pub fn measure(daemon: &Path, rounds: usize) -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let ours = Ours::start(daemon, folder.path())?;
     let mut redis = Redis::start(folder.path())?;
-    let mut figures = Vec::new();
     let contents: Vec<Bytes> = (0..BLOCKS as u64).map(|id| replay::content(id, BLOCK_BYTES)).collect();
     for (suffix, batch, put_target, get_target) in [("", 1, ">= 0.8", ">= 0.7"), ("_batch16", BATCH, "none", "none")] {
         let (mut puts, mut gets) = (Rounds::default(), Rounds::default());
@@ -212,8 +209,8 @@ pub fn measure(daemon: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
                 gets.theirs.push(their_get);
             }
         }
-        figures.extend(puts.figures(&format!("put{suffix}"), put_target));
-        figures.extend(gets.figures(&format!("get{suffix}"), get_target));
+        puts.print(&format!("put{suffix}"), put_target);
+        gets.print(&format!("get{suffix}"), get_target);
     }
-    Ok(figures)
+    Ok(())
 }

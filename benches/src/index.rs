@@ -12,7 +12,7 @@ use kvstore_tiers::residency::{
 };
 use kvstore_transfer::{SharedMemory, Writers};
 
-use crate::figure::{Figure, median};
+use crate::figure::{self, median};
 
 /// Slots of a slab: as many as blocks of 4 KiB has a slab of 64 MiB.
 const SLOTS: usize = 15_872;
@@ -103,7 +103,7 @@ fn settle() {
 }
 
 /// Measures the group.
-pub fn measure(rounds: usize) -> anyhow::Result<Vec<Figure>> {
+pub fn measure(rounds: usize) -> anyhow::Result<()> {
     // The large one first: before it, this process has used hardly any memory.
     let before = resident_bytes();
     let large = filled(1_000_000)?;
@@ -112,10 +112,9 @@ pub fn measure(rounds: usize) -> anyhow::Result<Vec<Figure>> {
     let bytes = after.saturating_sub(before) as f64;
     let large_ns = lookup_ns(&large, 1_000_000, rounds)?;
     let small_ns = lookup_ns(&filled(10_000)?, 10_000, rounds)?;
-    Ok(vec![
-        Figure::new("index", "bytes_per_block", bytes / large.len() as f64, "<= 128"),
-        Figure::new("index", "rss_mib_1e6_blocks", after as f64 / (1 << 20) as f64, "<= 300"),
-        Figure::new("index", "lookup_ns_1e4", small_ns, "<= 30"),
-        Figure::new("index", "lookup_ns_1e6", large_ns, "<= 100"),
-    ])
+    figure::print("index", "bytes_per_block", bytes / large.len() as f64, "<= 128");
+    figure::print("index", "rss_mib_1e6_blocks", after as f64 / (1 << 20) as f64, "<= 300");
+    figure::print("index", "lookup_ns_1e4", small_ns, "<= 30");
+    figure::print("index", "lookup_ns_1e6", large_ns, "<= 100");
+    Ok(())
 }

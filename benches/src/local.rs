@@ -19,7 +19,7 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use tokio::runtime::Runtime;
 
-use crate::figure::{Figure, median};
+use crate::figure::{self, median};
 use crate::process::Process;
 
 const BLOCK_BYTES: usize = 1 << 20;
@@ -99,7 +99,7 @@ fn buffers(count: usize, bytes: usize) -> Vec<Vec<u8>> {
     (0..count).map(|at| vec![at as u8 + 1; bytes]).collect()
 }
 
-fn gets(daemon: &Daemon, rounds: usize) -> anyhow::Result<Vec<Figure>> {
+fn gets(daemon: &Daemon, rounds: usize) -> anyhow::Result<()> {
     let group = daemon.group(BLOCK_BYTES)?;
     let names = hashes(1, BLOCKS);
     let blocks = names.iter().zip(0..).map(|(hash, id)| PutBlock::new(hash.clone(), replay::content(id, BLOCK_BYTES)));
@@ -143,15 +143,14 @@ fn gets(daemon: &Daemon, rounds: usize) -> anyhow::Result<Vec<Figure>> {
             streams.push(bytes / of[2] / 1e9);
         }
     }
-    Ok(vec![
-        Figure::new("local", "get_64x1mib_of_faster_memcpy", median(ratios), ">= 0.9"),
-        Figure::note("local", "get_64x1mib_gbps", median(ours)),
-        Figure::note("local", "memcpy_plain_gbps", median(plains)),
-        Figure::note("local", "memcpy_non_temporal_gbps", median(streams)),
-    ])
+    figure::print("local", "get_64x1mib_of_faster_memcpy", median(ratios), ">= 0.9");
+    figure::note("local", "get_64x1mib_gbps", median(ours));
+    figure::note("local", "memcpy_plain_gbps", median(plains));
+    figure::note("local", "memcpy_non_temporal_gbps", median(streams));
+    Ok(())
 }
 
-fn puts(daemon: &Daemon, rounds: usize) -> anyhow::Result<Vec<Figure>> {
+fn puts(daemon: &Daemon, rounds: usize) -> anyhow::Result<()> {
     let group = daemon.group(BLOCK_BYTES)?;
     let contents: Vec<Bytes> = (0..BLOCKS as u64).map(|id| replay::content(id, BLOCK_BYTES)).collect();
     let mut into = buffers(BLOCKS, BLOCK_BYTES);
@@ -212,17 +211,16 @@ fn puts(daemon: &Daemon, rounds: usize) -> anyhow::Result<Vec<Figure>> {
     }
     let [one, four, batch] = ratios;
     let [one_rate, four_rate, batch_rate] = rates;
-    Ok(vec![
-        Figure::new("local", "put_1mib_one_at_a_time_of_memcpy", median(one), ">= 0.35"),
-        Figure::new("local", "put_1mib_four_in_flight_of_memcpy", median(four), ">= 0.55"),
-        Figure::note("local", "put_64x1mib_batch_of_memcpy", median(batch)),
-        Figure::note("local", "put_1mib_one_at_a_time_gbps", median(one_rate)),
-        Figure::note("local", "put_1mib_four_in_flight_gbps", median(four_rate)),
-        Figure::note("local", "put_64x1mib_batch_gbps", median(batch_rate)),
-    ])
+    figure::print("local", "put_1mib_one_at_a_time_of_memcpy", median(one), ">= 0.35");
+    figure::print("local", "put_1mib_four_in_flight_of_memcpy", median(four), ">= 0.55");
+    figure::note("local", "put_64x1mib_batch_of_memcpy", median(batch));
+    figure::note("local", "put_1mib_one_at_a_time_gbps", median(one_rate));
+    figure::note("local", "put_1mib_four_in_flight_gbps", median(four_rate));
+    figure::note("local", "put_64x1mib_batch_gbps", median(batch_rate));
+    Ok(())
 }
 
-fn looks(daemon: &Daemon, rounds: usize) -> anyhow::Result<Vec<Figure>> {
+fn looks(daemon: &Daemon, rounds: usize) -> anyhow::Result<()> {
     let group = daemon.group(4096)?;
     let content = replay::content(1, 4096);
     let chains: Vec<Vec<Bytes>> = (0..CHAINS as u64).map(|chain| hashes(1 << 20 | chain, PREFIX)).collect();
@@ -264,12 +262,11 @@ fn looks(daemon: &Daemon, rounds: usize) -> anyhow::Result<Vec<Figure>> {
             pings.push(cache_line_us());
         }
     }
-    Ok(vec![
-        Figure::new("local", "lease_one_block_p50_us", median(single), "<= 0.5"),
-        Figure::new("local", "lease_prefix_of_256_ns_a_block", median(per_block), "<= 60"),
-        Figure::note("local", "lease_prefix_of_256_again_ns_a_block", median(warm)),
-        Figure::note("local", "cache_line_ping_pong_us", median(pings)),
-    ])
+    figure::print("local", "lease_one_block_p50_us", median(single), "<= 0.5");
+    figure::print("local", "lease_prefix_of_256_ns_a_block", median(per_block), "<= 60");
+    figure::note("local", "lease_prefix_of_256_again_ns_a_block", median(warm));
+    figure::note("local", "cache_line_ping_pong_us", median(pings));
+    Ok(())
 }
 
 /// Microseconds for a cache line to go to another core and back.
@@ -298,7 +295,7 @@ fn cache_line_us() -> f64 {
 }
 
 /// A command over the rings, back to back, beside a datagram to a process on the other core and back.
-fn commands(daemon: &Daemon, rounds: usize) -> anyhow::Result<Vec<Figure>> {
+fn commands(daemon: &Daemon, rounds: usize) -> anyhow::Result<()> {
     let group = daemon.group(4096)?;
     let cores = std::thread::available_parallelism()?.get();
     let (socket, echo) =
@@ -336,11 +333,10 @@ fn commands(daemon: &Daemon, rounds: usize) -> anyhow::Result<Vec<Figure>> {
     unpin(cores);
     let _ = echo.kill();
     let _ = echo.wait();
-    Ok(vec![
-        Figure::new("local", "command_of_socket_ping_pong", median(ratios), "<= 0.5"),
-        Figure::note("local", "command_p50_us", median(rings)),
-        Figure::note("local", "socket_ping_pong_p50_us", median(sockets)),
-    ])
+    figure::print("local", "command_of_socket_ping_pong", median(ratios), "<= 0.5");
+    figure::note("local", "command_p50_us", median(rings));
+    figure::note("local", "socket_ping_pong_p50_us", median(sockets));
+    Ok(())
 }
 
 /// This program again, for another part.
@@ -444,10 +440,10 @@ impl Drop for Group {
 }
 
 /// Five hundred clients with a hundred leases each: what they and the daemon take, and how soon their leases end.
-fn many_clients(daemon: &Path) -> anyhow::Result<Vec<Figure>> {
+fn many_clients(daemon: &Path) -> anyhow::Result<()> {
     let Some(group) = Group::new() else {
         println!("no control group can be made here: local.500_clients is skipped");
-        return Ok(Vec::new());
+        return Ok(());
     };
     let folder = tempfile::tempdir()?;
     let daemon = group.inside(|| Daemon::start(daemon, folder.path()))?;
@@ -483,33 +479,30 @@ fn many_clients(daemon: &Path) -> anyhow::Result<Vec<Figure>> {
     let free = killed.elapsed().as_secs_f64();
     drop(daemon);
     std::thread::sleep(Duration::from_millis(200));
-    Ok(vec![
-        Figure::new("local", "500_clients_100_leases_mib_beyond_slabs", beyond, "<= 300"),
-        Figure::new("local", "500_clients_killed_leases_free_s", free, "<= 5"),
-    ])
+    figure::print("local", "500_clients_100_leases_mib_beyond_slabs", beyond, "<= 300");
+    figure::print("local", "500_clients_killed_leases_free_s", free, "<= 5");
+    Ok(())
 }
 
 /// CPU of a daemon with an attached client that asks nothing.
-fn idle(daemon: &Daemon) -> anyhow::Result<Vec<Figure>> {
+fn idle(daemon: &Daemon) {
     std::thread::sleep(Duration::from_millis(500));
     let before = daemon.server.cpu_seconds();
     std::thread::sleep(Duration::from_secs(5));
     let percent = (daemon.server.cpu_seconds() - before) / 5.0 * 100.0;
-    Ok(vec![Figure::new("local", "idle_cpu_percent", percent, "<= 1")])
+    figure::print("local", "idle_cpu_percent", percent, "<= 1");
 }
 
 /// Measures the group.
-pub fn measure(binary: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
-    let mut figures = Vec::new();
+pub fn measure(binary: &Path, rounds: usize) -> anyhow::Result<()> {
     {
         let folder = tempfile::tempdir()?;
         let daemon = Daemon::start(binary, folder.path())?;
-        figures.extend(gets(&daemon, rounds)?);
-        figures.extend(puts(&daemon, rounds)?);
-        figures.extend(looks(&daemon, rounds)?);
-        figures.extend(commands(&daemon, rounds)?);
-        figures.extend(idle(&daemon)?);
+        gets(&daemon, rounds)?;
+        puts(&daemon, rounds)?;
+        looks(&daemon, rounds)?;
+        commands(&daemon, rounds)?;
+        idle(&daemon);
     }
-    figures.extend(many_clients(binary)?);
-    Ok(figures)
+    many_clients(binary)
 }

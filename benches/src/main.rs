@@ -1,7 +1,8 @@
-//! The project's figures, measured: `make bench`, or `make bench FIGURES=grpc` for one group.
+//! Measures the project's figures: `make bench`, or `make bench FIGURES=grpc` for one group.
 //!
-//! Each figure is one line, `figure <group>.<name> <value> target <op> <value>`, the median of paired,
-//! interleaved rounds. `--write` puts the lines, with command, machine and date, into `RESULTS.md`.
+//! Each figure is one line on standard output, `figure <group>.<name> <value> target <op> <value>`: the median of paired,
+//! interleaved rounds. A process measures one group, so that no group finds memory that another group left behind.
+//! `benches/figures.py record` starts the process and keeps its lines.
 
 mod advise;
 mod eviction;
@@ -21,12 +22,12 @@ use clap::Parser;
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-/// Measure figures.
+/// Measure the figures of one group.
 #[derive(Parser)]
 struct Arguments {
-    /// Groups, separated by commas: grpc, index, eviction, nvme, restart, local, object, advise, routing.
-    #[arg(long, default_value = "grpc,index,eviction,nvme,restart,local,object,advise,routing", value_delimiter = ',')]
-    figures: Vec<String>,
+    /// The group: grpc, index, eviction, nvme, restart, local, object, advise or routing.
+    #[arg(long)]
+    group: String,
     /// Rounds of each paired measurement.
     #[arg(long, default_value_t = 15)]
     rounds: usize,
@@ -39,9 +40,6 @@ struct Arguments {
     /// The daemon's binary.
     #[arg(long, default_value = "kvstore")]
     daemon: std::path::PathBuf,
-    /// Write the figures into this file, under the group's heading.
-    #[arg(long)]
-    write: Option<std::path::PathBuf>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -49,50 +47,22 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     }
     let arguments = Arguments::parse();
-    if arguments.figures.len() > 1 {
-        return in_processes_of_their_own(&arguments.figures);
-    }
-    for group in &arguments.figures {
-        let figures = match group.as_str() {
-            "grpc" => grpc::measure(&arguments.daemon, arguments.rounds)?,
-            "index" => index::measure(arguments.rounds)?,
-            "eviction" => eviction::measure(&arguments.trace)?,
-            "nvme" => nvme::measure(&arguments.disk, arguments.rounds)?,
-            "restart" => restart::measure(&arguments.daemon, &arguments.disk, &arguments.trace)?,
-            "local" => local::measure(&arguments.daemon, arguments.rounds)?,
-            "object" => {
-                let mut figures = object::measure(arguments.rounds)?;
-                figures.extend(overcommit::measure(&arguments.disk, &arguments.trace)?);
-                figures
-            }
-            "advise" => advise::measure(&arguments.daemon, &arguments.trace, arguments.rounds)?,
-            "routing" => routing::measure(&arguments.trace, arguments.rounds)?,
-            other => {
-                let valid = "grpc, index, eviction, nvme, restart, local, object, advise, routing";
-                anyhow::bail!("unknown group {other:?}: valid are {valid}")
-            }
-        };
-        if let Some(path) = &arguments.write {
-            figure::write(path, group, &figures)?;
+    match arguments.group.as_str() {
+        "grpc" => grpc::measure(&arguments.daemon, arguments.rounds),
+        "index" => index::measure(arguments.rounds),
+        "eviction" => eviction::measure(&arguments.trace),
+        "nvme" => nvme::measure(&arguments.disk, arguments.rounds),
+        "restart" => restart::measure(&arguments.daemon, &arguments.disk, &arguments.trace),
+        "local" => local::measure(&arguments.daemon, arguments.rounds),
+        "object" => {
+            object::measure(arguments.rounds)?;
+            overcommit::measure(&arguments.disk, &arguments.trace)
+        }
+        "advise" => advise::measure(&arguments.daemon, &arguments.trace, arguments.rounds),
+        "routing" => routing::measure(&arguments.trace, arguments.rounds),
+        other => {
+            let valid = "grpc, index, eviction, nvme, restart, local, object, advise, routing";
+            anyhow::bail!("unknown group {other:?}: valid are {valid}")
         }
     }
-    Ok(())
-}
-
-/// Runs each group in a process of its own, so that none finds what another left in memory.
-fn in_processes_of_their_own(groups: &[String]) -> anyhow::Result<()> {
-    for group in groups {
-        let mut command = std::process::Command::new(std::env::current_exe()?);
-        let mut arguments = std::env::args().skip(1);
-        while let Some(argument) = arguments.next() {
-            if argument == "--figures" {
-                arguments.next();
-            } else if !argument.starts_with("--figures=") {
-                command.arg(argument);
-            }
-        }
-        let status = command.args(["--figures", group]).status()?;
-        anyhow::ensure!(status.success(), "group {group} failed");
-    }
-    Ok(())
 }

@@ -13,7 +13,7 @@ use kvstore_tiers::BootTime;
 use kvstore_tiers::nvme::{Promote, WriteBack};
 use kvstore_tiers::residency::Priority;
 
-use crate::figure::{Figure, median};
+use crate::figure::{self, median};
 use crate::process::own_cpu_seconds;
 
 /// Transfers at once.
@@ -29,9 +29,8 @@ struct Run {
 }
 
 /// Measures the group; `folder` is on the file system to be measured.
-pub fn measure(folder: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
+pub fn measure(folder: &Path, rounds: usize) -> anyhow::Result<()> {
     let folder = tempfile::tempdir_in(folder)?;
-    let mut figures = Vec::new();
     for (name, block_bytes) in [("256KiB", 256u32 << 10), ("1MiB", 1 << 20), ("2MiB", 2 << 20)] {
         let (mut write, mut read, mut checked) = (Vec::new(), Vec::new(), Vec::new());
         for round in 0..rounds {
@@ -49,14 +48,14 @@ pub fn measure(folder: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
         for (what, runs) in [("write", &write), ("read", &read)] {
             let of = |value: &dyn Fn(&(Run, Run)) -> f64| median(runs.iter().map(value).collect());
             let name = |suffix: &str| format!("{what}_{name}_{suffix}");
-            figures.push(Figure::new("nvme", &name("of_fio"), of(&|(a, b)| a.gbps / b.gbps), ">= 0.90"));
+            figure::print("nvme", &name("of_fio"), of(&|(a, b)| a.gbps / b.gbps), ">= 0.90");
             let cpu = of(&|(a, b)| a.cpu_seconds_per_gb / b.cpu_seconds_per_gb);
-            figures.push(Figure::new("nvme", &name("cpu_of_fio"), cpu, "<= 1.5"));
-            figures.push(Figure::note("nvme", &name("gbps"), of(&|(a, _)| a.gbps)));
-            figures.push(Figure::note("nvme", &name("cpu_seconds_per_gb"), of(&|(a, _)| a.cpu_seconds_per_gb)));
+            figure::print("nvme", &name("cpu_of_fio"), cpu, "<= 1.5");
+            figure::note("nvme", &name("gbps"), of(&|(a, _)| a.gbps));
+            figure::note("nvme", &name("cpu_seconds_per_gb"), of(&|(a, _)| a.cpu_seconds_per_gb));
         }
         let cpu = checked.iter().map(|(a, b): &(Run, Run)| a.cpu_seconds_per_gb / b.cpu_seconds_per_gb).collect();
-        figures.push(Figure::note("nvme", &format!("read_{name}_cpu_of_fio_that_checks_crc32c"), median(cpu)));
+        figure::note("nvme", &format!("read_{name}_cpu_of_fio_that_checks_crc32c"), median(cpu));
     }
     let mut local = Vec::new();
     for round in 0..rounds {
@@ -67,9 +66,9 @@ pub fn measure(folder: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
         std::fs::remove_dir_all(&disk)?;
     }
     let ratio = median(local.iter().map(|(a, b)| a.gbps / b.gbps).collect());
-    figures.push(Figure::new("nvme", "local_put_1MiB_of_fio_fdatasync", ratio, ">= 0.7"));
-    figures.push(Figure::note("nvme", "local_put_1MiB_gbps", median(local.iter().map(|(a, _)| a.gbps).collect())));
-    Ok(figures)
+    figure::print("nvme", "local_put_1MiB_of_fio_fdatasync", ratio, ">= 0.7");
+    figure::note("nvme", "local_put_1MiB_gbps", median(local.iter().map(|(a, _)| a.gbps).collect()));
+    Ok(())
 }
 
 fn alternate<A>(

@@ -22,7 +22,7 @@ use kvstore_tiers::{BlockKind, BootTime, DimensionOrder, HugePages, LayerGroup, 
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 
-use crate::figure::{Figure, median};
+use crate::figure::{self, median};
 use crate::process::{Process, own_cpu_seconds};
 
 const HELPER: &str = "KVSTORE_BENCH_S3";
@@ -58,7 +58,7 @@ pub fn is_helper() -> anyhow::Result<bool> {
 }
 
 /// Measures the group.
-pub fn measure(rounds: usize) -> anyhow::Result<Vec<Figure>> {
+pub fn measure(rounds: usize) -> anyhow::Result<()> {
     let folder = tempfile::tempdir_in("/dev/shm")?;
     let mut command = std::process::Command::new(std::env::current_exe()?);
     command.env(HELPER, folder.path());
@@ -87,19 +87,18 @@ pub fn measure(rounds: usize) -> anyhow::Result<Vec<Figure>> {
         })?;
         std::fs::remove_dir_all(folder.path().join(s3::BUCKET).join(&prefix))?;
     }
-    let mut figures = Vec::new();
     for (what, runs, target) in [("read", &reads, ">= 0.9"), ("write", &writes, ">= 0.85")] {
         let of = |value: &dyn Fn(&[Run; 2]) -> f64| median(runs.iter().map(value).collect());
         let name = |suffix: &str| format!("{what}_1MiB_{suffix}");
-        figures.push(Figure::new("object", &name("of_plain"), of(&|[a, b]| a.gbps / b.gbps), target));
+        figure::print("object", &name("of_plain"), of(&|[a, b]| a.gbps / b.gbps), target);
         let cpu = of(&|[a, b]| a.cpu_seconds_per_gb / b.cpu_seconds_per_gb);
-        figures.push(Figure::new("object", &name("cpu_of_plain"), cpu, "<= 1.3"));
-        figures.push(Figure::note("object", &name("gbps"), of(&|[a, _]| a.gbps)));
-        figures.push(Figure::note("object", &name("plain_gbps"), of(&|[_, b]| b.gbps)));
-        figures.push(Figure::note("object", &name("cpu_s_per_gb"), of(&|[a, _]| a.cpu_seconds_per_gb)));
-        figures.push(Figure::note("object", &name("plain_cpu_s_per_gb"), of(&|[_, b]| b.cpu_seconds_per_gb)));
+        figure::print("object", &name("cpu_of_plain"), cpu, "<= 1.3");
+        figure::note("object", &name("gbps"), of(&|[a, _]| a.gbps));
+        figure::note("object", &name("plain_gbps"), of(&|[_, b]| b.gbps));
+        figure::note("object", &name("cpu_s_per_gb"), of(&|[a, _]| a.cpu_seconds_per_gb));
+        figure::note("object", &name("plain_cpu_s_per_gb"), of(&|[_, b]| b.cpu_seconds_per_gb));
     }
-    Ok(figures)
+    Ok(())
 }
 
 impl Run {

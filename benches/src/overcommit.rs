@@ -9,7 +9,7 @@ use kvstore_client::Client;
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::simulate::simulate;
 
-use crate::figure::Figure;
+use crate::figure;
 
 const BLOCK: u64 = 16 << 10;
 
@@ -20,7 +20,7 @@ struct Run {
 }
 
 /// Measures; the folders of disk and bucket are below `folder`.
-pub fn measure(folder: &Path, path: &Path) -> anyhow::Result<Vec<Figure>> {
+pub fn measure(folder: &Path, path: &Path) -> anyhow::Result<()> {
     let trace = trace::read(path)?;
     let blocks: std::collections::HashSet<u64> =
         trace.iter().flat_map(|request| request.blocks.iter().copied()).collect();
@@ -62,12 +62,11 @@ pub fn measure(folder: &Path, path: &Path) -> anyhow::Result<Vec<Figure>> {
     let through = run("all")?;
     let reused = run("reused")?;
     let written = reused.admitted_bytes as f64 / through.admitted_bytes.max(1) as f64;
-    Ok(vec![
-        Figure::note("object", "overcommit_hit_ratio_without_bounds", unbounded),
-        Figure::note("object", "overcommit_hit_ratio", reused.hit_ratio),
-        Figure::new("object", "overcommit_below_unbounded", unbounded - reused.hit_ratio, "<= 0.01"),
-        Figure::note("object", "overcommit_write_through_hit_ratio", through.hit_ratio),
-        Figure::new("object", "overcommit_disk_writes_of_write_through", written, "<= 0.6"),
-        Figure::new("object", "overcommit_wrong_bytes", (reused.wrong_bytes + through.wrong_bytes) as f64, "= 0"),
-    ])
+    figure::note("object", "overcommit_hit_ratio_without_bounds", unbounded);
+    figure::note("object", "overcommit_hit_ratio", reused.hit_ratio);
+    figure::print("object", "overcommit_below_unbounded", unbounded - reused.hit_ratio, "<= 0.01");
+    figure::note("object", "overcommit_write_through_hit_ratio", through.hit_ratio);
+    figure::print("object", "overcommit_disk_writes_of_write_through", written, "<= 0.6");
+    figure::print("object", "overcommit_wrong_bytes", (reused.wrong_bytes + through.wrong_bytes) as f64, "= 0");
+    Ok(())
 }

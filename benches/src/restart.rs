@@ -14,7 +14,7 @@ use kvstore_client::{Client, GroupRef};
 use kvstore_tests::tier::{TierOptions, Tiers};
 use kvstore_tests::{chain, disk_use, hashes};
 
-use crate::figure::{Figure, median};
+use crate::figure::{self, median};
 
 /// Bytes of a small block: with its frame's header one page.
 const SMALL_BLOCK: u32 = 3000;
@@ -23,30 +23,29 @@ const TRACE_BLOCK: u32 = 64 << 10;
 const STARTS: usize = 5;
 
 /// Measures the group; `folder` is on the file system to be measured.
-pub fn measure(daemon: &Path, folder: &Path, trace: &Path) -> anyhow::Result<Vec<Figure>> {
+pub fn measure(daemon: &Path, folder: &Path, trace: &Path) -> anyhow::Result<()> {
     let folder = tempfile::tempdir_in(folder)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let mut figures = Vec::new();
     for (blocks, name, seconds) in [(200_000u64, "200k", "< 2"), (1_000_000, "1m", "none"), (2_000_000, "2m", "< 5")] {
         let disk = folder.path().join(name);
         fill(&disk, blocks)?;
         let (ready, hit, rss) = runtime.block_on(restarts(daemon, folder.path(), &disk, blocks))?;
-        figures.push(Figure::new("restart", &format!("ready_seconds_{name}"), ready, seconds));
-        figures.push(Figure::new("restart", &format!("first_hit_seconds_{name}"), hit, seconds));
+        figure::print("restart", &format!("ready_seconds_{name}"), ready, seconds);
+        figure::print("restart", &format!("first_hit_seconds_{name}"), hit, seconds);
         let target = if blocks == 1_000_000 { "< 150" } else { "none" };
-        figures.push(Figure::new("restart", &format!("rss_mib_{name}"), rss as f64 / f64::from(1 << 20), target));
+        figure::print("restart", &format!("rss_mib_{name}"), rss as f64 / f64::from(1 << 20), target);
         std::fs::remove_dir_all(&disk)?;
     }
     for (name, pinned, target) in [("", false, "<= 1.3"), ("_tenth_pinned", true, "<= 1.5")] {
         let disk = folder.path().join(format!("trace{name}"));
         let run = runtime.block_on(overcommitted(daemon, folder.path(), &disk, trace, pinned))?;
-        figures.push(Figure::new("restart", &format!("device_bytes_per_admitted{name}"), run.amplification, target));
-        figures.push(Figure::new("restart", &format!("disk_use_of_bound{name}"), run.disk_of_bound, "<= 1"));
-        figures.push(Figure::note("restart", &format!("hit_ratio{name}"), run.hit_ratio));
-        figures.push(Figure::new("restart", &format!("wrong_bytes{name}"), run.wrong_bytes as f64, "<= 0"));
+        figure::print("restart", &format!("device_bytes_per_admitted{name}"), run.amplification, target);
+        figure::print("restart", &format!("disk_use_of_bound{name}"), run.disk_of_bound, "<= 1");
+        figure::note("restart", &format!("hit_ratio{name}"), run.hit_ratio);
+        figure::print("restart", &format!("wrong_bytes{name}"), run.wrong_bytes as f64, "<= 0");
         std::fs::remove_dir_all(&disk)?;
     }
-    Ok(figures)
+    Ok(())
 }
 
 fn disk_bytes(blocks: u64) -> (u64, u64) {

@@ -179,7 +179,7 @@ impl Client {
     pub async fn connect_over(address: &str, plane: Plane) -> Result<Self, Error> {
         let target = Target::parse(address)?;
         if plane == Plane::Local && matches!(target, Target::Tcp(_)) {
-            return Err(Error::Unsupported(format!("{target} has no local plane: connect to a Unix socket")));
+            return Err(Error::Unsupported(format!("{target} has no local plane; connect to a Unix socket")));
         }
         let client = Self::of(target, plane);
         // Attached, it dials for gRPC when a call needs that.
@@ -255,14 +255,19 @@ impl Client {
         }
         let life = self.life();
         let Target::Unix(path) = &self.shared.target else {
-            return Err(Error::Unsupported(format!("{} has no local plane", self.shared.target)));
+            return Err(Error::Unsupported(format!(
+                "{} has no local plane; connect to a Unix socket",
+                self.shared.target
+            )));
         };
         let mut backoff = life.attaching.lock();
         if let Some(attachment) = self.live_attachment() {
             return Ok(attachment);
         }
         if let Some(left) = backoff.left() {
-            return Err(Error::Unavailable(format!("the local plane was away; next try in {left:?}")));
+            return Err(Error::Unavailable(format!(
+                "the local plane did not answer a moment ago; the client tries again in {left:?}"
+            )));
         }
         let mut plane = path.as_os_str().to_owned();
         plane.push(kvstore_plane::SOCKET_SUFFIX);
@@ -289,7 +294,7 @@ impl Client {
         if let Some(left) = slot.backoff.left() {
             let target = &self.shared.target;
             return Err(Error::Unavailable(format!(
-                "no daemon answered at {target} a moment ago; next try in {left:?}"
+                "no daemon answered at {target} a moment ago; the client tries again in {left:?}"
             )));
         }
         match self.dial().await {
@@ -344,7 +349,7 @@ impl Client {
 
     /// Ends `call` at the deadline.
     pub(crate) async fn within<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        let late = || Error::Deadline(format!("no answer within {:?}", self.deadline));
+        let late = || Error::Deadline(format!("the daemon did not answer within {:?}", self.deadline));
         tokio::time::timeout(self.deadline, call).await.map_err(|_| late())?
     }
 

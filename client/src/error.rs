@@ -6,7 +6,7 @@ use tonic::{Code, Status};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The address is not one.
-    #[error("{0:?} is not an address: use unix:/path/to/socket or http://host:port")]
+    #[error("{0:?} is not an address; use unix:/path/to/socket or http://host:port")]
     Address(String),
     /// No daemon answers there, or it drains. Try again later.
     #[error("unavailable: {0}")]

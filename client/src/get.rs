@@ -96,7 +96,11 @@ impl Client {
         buffers: &mut [&mut [u8]],
     ) -> Result<usize, Error> {
         if buffers.len() != hashes.len() {
-            return Err(Error::Invalid(format!("{} buffers for {} hashes", buffers.len(), hashes.len())));
+            return Err(Error::Invalid(format!(
+                "{} buffers were given for {} hashes; give one for each hash",
+                buffers.len(),
+                hashes.len()
+            )));
         }
         if let Some(local) = self.local_group(group).await? {
             let hashes = sequence_hashes(hashes)?;
@@ -155,7 +159,7 @@ fn ticket_number(ticket: &[u8]) -> Result<u128, Error> {
         bytes => bytes
             .try_into()
             .map(u128::from_le_bytes)
-            .map_err(|_| Error::Invalid(format!("ticket: has 16 bytes, not {}", bytes.len()))),
+            .map_err(|_| Error::Invalid(format!("ticket: a ticket has 16 bytes, not {}", bytes.len()))),
     }
 }
 
@@ -170,7 +174,8 @@ struct Coming {
 impl Coming {
     fn take(&mut self, bytes: &[u8], sink: &mut impl Sink) -> Result<(), Error> {
         let left = self.left.checked_sub(bytes.len());
-        self.left = left.ok_or_else(|| Error::DataLoss(format!("block {} came with too many bytes", self.index)))?;
+        self.left =
+            left.ok_or_else(|| Error::DataLoss(format!("block {} came with more bytes than announced", self.index)))?;
         if self.expected.is_some() {
             self.crc32.update(bytes);
         }
@@ -215,7 +220,7 @@ async fn receive(mut body: Incoming, sink: &mut impl Sink) -> Result<(), Error> 
                     no_bytes_missing(coming.as_ref())?;
                     coming = announce(&block, sink)?;
                 }
-                Part::Message(_) => return Err(Error::Other("an empty message from the daemon".into())),
+                Part::Message(_) => return Err(Error::Other("the daemon sent an empty message".into())),
             }
         }
     }
@@ -226,14 +231,14 @@ async fn receive(mut body: Incoming, sink: &mut impl Sink) -> Result<(), Error> 
 }
 
 fn take(coming: &mut Option<Coming>, bytes: &[u8], sink: &mut impl Sink) -> Result<(), Error> {
-    let coming = coming.as_mut().ok_or_else(|| Error::Other("bytes of no block from the daemon".into()))?;
+    let coming = coming.as_mut().ok_or_else(|| Error::Other("the daemon sent bytes that belong to no block".into()))?;
     coming.take(bytes, sink)
 }
 
 fn no_bytes_missing(coming: Option<&Coming>) -> Result<(), Error> {
     match coming {
         Some(coming) if coming.left > 0 => {
-            Err(Error::DataLoss(format!("block {} came with {} bytes too few", coming.index, coming.left)))
+            Err(Error::DataLoss(format!("block {} came with {} bytes fewer than announced", coming.index, coming.left)))
         }
         _ => Ok(()),
     }
@@ -247,7 +252,7 @@ fn announce(block: &v1::GetBlock, sink: &mut impl Sink) -> Result<Option<Coming>
     }
     let left = block.length as usize;
     if !sink.hit(index, left) {
-        return Err(Error::Invalid(format!("block {index} has {left} bytes, which its buffer has not")));
+        return Err(Error::Invalid(format!("block {index} has {left} bytes, and its buffer has another size")));
     }
     Ok(Some(Coming { index, left, expected: block.crc32, crc32: crc32fast::Hasher::new() }))
 }

@@ -161,7 +161,9 @@ impl Client {
         let response = connection.call(request).await?;
         match Status::from_header_map(response.headers()) {
             Some(status) if status.code() != tonic::Code::Ok => Err(status.into()),
-            _ if !response.status().is_success() => Err(Error::Other(format!("HTTP {}", response.status()))),
+            _ if !response.status().is_success() => {
+                Err(Error::Other(format!("the daemon answered with HTTP {}", response.status())))
+            }
             _ => Ok(response),
         }
     }

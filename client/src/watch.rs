@@ -116,7 +116,10 @@ impl Watch {
                 WatchEvent::Changes(changes)
             }
             Part::Changes(changes) => {
-                let gap = format!("changes {} to {} are missing: starting anew", self.next, changes.first);
+                let gap = format!(
+                    "changes {} to {} are missing, so the watch starts again from a snapshot",
+                    self.next, changes.first
+                );
                 (self.log, self.next) = (0, 0);
                 self.lost(Error::Other(gap))
             }

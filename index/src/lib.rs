@@ -57,7 +57,7 @@ pub struct Match {
 
 /// There are as many holders as there may be.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{} holders are known, the most at once", caps::HOLDERS_MAX)]
+#[error("the index has {} holders, which is the most it supports", caps::HOLDERS_MAX)]
 pub struct TooManyHolders;
 
 /// What an index holds now, and what became of the rest.

@@ -1,4 +1,4 @@
-//! The access log: a sample of what is asked for, within a bound of memory, at a few nanoseconds a block.
+//! The access log: a sample of the blocks that requests ask for. It has a bounded size, and costs a few nanoseconds per block.
 
 use std::collections::VecDeque;
 

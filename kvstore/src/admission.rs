@@ -1,5 +1,5 @@
-//! What goes to disk and to the bucket: by the configuration, by how often it was asked for and what it costs to compute again,
-//! and within the budget.
+//! Admission: decides which blocks go to disk and to the bucket. It follows the configuration, how often a block was asked for and
+//! what it costs to compute again, within the write budget.
 
 use std::sync::Arc;
 

@@ -1,7 +1,7 @@
-//! Advice on sizes: what half or twice a tier would do, from a sample of the accesses. Pure.
+//! Advice on sizes: estimates from a sample of the accesses what a smaller or larger tier would bring. Pure.
 //!
-//! A tier holds what the faster ones hold, too: blocks are written through to disk, and what is uploaded stays on disk. So the hits
-//! of a tier and of those above it are what one cache of its size has.
+//! A tier also holds the blocks of the faster tiers: blocks are written through to disk, and uploaded blocks stay on disk. So a tier
+//! and the tiers above it together have the hits of one cache of the tier's size.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -129,7 +129,7 @@ impl Advice {
     /// The suggested sizes, as a part of a configuration file.
     pub fn to_toml(&self) -> String {
         let mut text = String::from(
-            "# Suggested by `kvstore advise`: beyond these sizes, twice as much brings less than a point of hits.\n",
+            "# Suggested by `kvstore advise`: beyond these sizes, doubling a tier brings less than one percentage point of hits.\n",
         );
         for tier in &self.tiers {
             let size = bytesize::ByteSize(tier.suggested_bytes);

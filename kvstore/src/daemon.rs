@@ -1,4 +1,4 @@
-//! The daemon's state, and what it does when nobody asks: it ticks, reloads and drains. Knows no wire.
+//! The daemon's state and its background work: it ticks, reloads and drains. This file does not know the wire types.
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
@@ -271,7 +271,7 @@ impl Daemon {
     /// Refuses new work and waits up to `deadline` for what is in flight. What is left then.
     pub async fn drain(&self, deadline: Duration) -> u64 {
         if !self.draining.swap(true, Ordering::AcqRel) {
-            tracing::info!("draining: new calls are refused");
+            tracing::info!("the daemon is draining: it refuses new calls");
         }
         let wait = async {
             loop {
@@ -302,7 +302,7 @@ impl Daemon {
                 daemon.object.iter().for_each(|object| object.tick());
             };
             if let Err(error) = tokio::task::spawn_blocking(tick).await {
-                tracing::error!(%error, "background work of the tiers failed; trying again");
+                tracing::error!(%error, "the background work of the tiers failed; trying again");
             }
             self.prefetches.forget_old(clock::now());
         }
@@ -331,7 +331,7 @@ pub enum StartError {
     #[error(transparent)]
     Nvme(#[from] OpenError),
     /// The object store.
-    #[error("object.url")]
+    #[error("cannot open the object store of object.url")]
     Object(#[from] OpenObjectError),
 }
 

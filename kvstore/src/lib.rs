@@ -1,5 +1,5 @@
-//! The daemon and its command line: policy and process. Everything below it is told what to do; nothing
-//! below it reads a configuration, speaks the wire or logs to an operator.
+//! The daemon and its command line: policy and process. The crates below it do what it tells them: none of
+//! them reads a configuration, speaks the wire or logs to an operator.
 
 mod accesses;
 mod admission;

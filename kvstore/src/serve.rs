@@ -1,4 +1,4 @@
-//! `serve`: a daemon from its configuration to its end. Also what an embedded daemon is made of.
+//! `serve`: starts a daemon from its configuration, runs it, and shuts it down. Embedded daemons use it, too.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -64,7 +64,8 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
     if let Some(nvme) = &daemon.nvme {
         for volume in nvme.status().volumes {
             let path = volume.path.display();
-            tracing::info!(%path, state = volume.state, blocks = volume.blocks, bytes_max = volume.bytes_max, "volume");
+            let (state, blocks, bytes_max) = (volume.state, volume.blocks, volume.bytes_max);
+            tracing::info!(%path, state, blocks, bytes_max, "opened a volume");
         }
     }
     let (stop, stopping) = watch::channel(false);
@@ -89,10 +90,10 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
     let mut http_address = None;
     if let Some(address) = config.http {
         let listener = TcpListener::bind(address).await.with_context(|| {
-            format!("cannot serve metrics on {address}: choose another with --set http.address=127.0.0.1:0, or \"off\"")
+            format!("cannot serve metrics on {address}: choose another address with --set http.address=127.0.0.1:0, or use \"off\"")
         })?;
         http_address = Some(listener.local_addr()?);
-        tracing::info!(address = %listener.local_addr()?, "metrics and health");
+        tracing::info!(address = %listener.local_addr()?, "serving metrics and health");
         let (daemon, stopping) = (Arc::clone(&daemon), stopping.clone());
         tasks.spawn(async move { Ok(http::serve(daemon, listener, stopping).await?) });
     }
@@ -146,7 +147,9 @@ impl Running {
             let _ = done.send(());
         });
         if tokio::time::timeout(VOLUMES_CLOSE_WITHIN, closed).await.is_err() {
-            tracing::error!("a disk does not answer; what was not written yet is left behind");
+            tracing::error!(
+                "a disk does not answer; the daemon stops without writing the blocks that still wait for it"
+            );
         }
     }
 
@@ -159,8 +162,8 @@ impl Running {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
                 _ = hangup.recv() => match self.daemon.reload() {
-                    Ok(changes) => tracing::info!(changes = changes.len(), "configuration read again"),
-                    Err(error) => tracing::error!(%error, "configuration not changed"),
+                    Ok(changes) => tracing::info!(changes = changes.len(), "the configuration was read again"),
+                    Err(error) => tracing::error!(%error, "the configuration was not changed"),
                 },
                 Some(ended) = self.tasks.join_next() => {
                     return ended.context("a server panicked")?.context("a server ended");
@@ -168,7 +171,7 @@ impl Running {
             }
         }
         let drained = self.shut_down().await;
-        tracing::info!(drained, "stopped");
+        tracing::info!(drained, "the daemon stopped");
         Ok(())
     }
 }

@@ -115,7 +115,7 @@ fn bind_plane(path: &Path) -> io::Result<Option<PlaneListener>> {
     let path = plane_path(path);
     // sun_path has 108 bytes with its final zero.
     if path.as_os_str().len() > 107 {
-        tracing::warn!(path = %path.display(), "no local plane here: its socket's path is longer than 107 bytes");
+        tracing::warn!(path = %path.display(), "a listener has no local plane, because the path of its socket would be longer than 107 bytes");
         return Ok(None);
     }
     PlaneListener::bind(path).map(Some)
@@ -126,10 +126,10 @@ fn check_private(folder: &Path) -> anyhow::Result<()> {
     let metadata = folder.symlink_metadata()?;
     let (mode, owner) = (metadata.mode() & 0o777, metadata.uid());
     let me = rustix::process::geteuid().as_raw();
-    anyhow::ensure!(metadata.is_dir(), "{} is not a folder (a link is not followed)", folder.display());
+    anyhow::ensure!(metadata.is_dir(), "{} is not a folder (symbolic links are not followed)", folder.display());
     anyhow::ensure!(
         owner == me && mode & 0o022 == 0,
-        "{} must belong to user {me} and be writable by nobody else (it belongs to {owner}, mode {mode:o}): chmod 700 it, or choose another",
+        "{} must belong to user {me} and be writable only by that user, but it belongs to user {owner} and has mode {mode:o}: chmod 700 it, or choose another folder",
         folder.display()
     );
     Ok(())
@@ -193,7 +193,10 @@ async fn accept_own(socket: &UnixListener) -> io::Result<UnixStream> {
     if peer == me || peer == 0 {
         return Ok(io);
     }
-    Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {peer} connected to a socket of user {me}")))
+    Err(io::Error::new(
+        io::ErrorKind::PermissionDenied,
+        format!("user {peer} may not connect to a socket of user {me}"),
+    ))
 }
 
 /// gRPC health follows the daemon: NOT_SERVING while it drains.

@@ -68,7 +68,10 @@ pub fn for_each(path: &Path, mut each: impl FnMut(TraceRequest)) -> Result<(), T
         }
         let wrong = |problem| TraceError::Line { path: path.to_owned(), line: at + 1, problem };
         if requests >= caps::TRACE_REQUESTS_MAX {
-            return Err(wrong(format!("more than {} requests", caps::TRACE_REQUESTS_MAX)));
+            return Err(wrong(format!(
+                "the trace has more than {} requests, which is the maximum",
+                caps::TRACE_REQUESTS_MAX
+            )));
         }
         requests += 1;
         each(parse(&line).map_err(wrong)?);
@@ -93,10 +96,7 @@ fn parse(line: &str) -> Result<TraceRequest, String> {
     let blocks: Vec<u64> = raw.hash_ids.iter().enumerate().map(id).collect::<Result<_, _>>()?;
     if blocks.len() > caps::TRACE_BLOCKS_PER_REQUEST_MAX {
         let most = caps::TRACE_BLOCKS_PER_REQUEST_MAX;
-        return Err(format!(
-            "field hash_ids: {} blocks are more than the {most} that a request may have",
-            blocks.len()
-        ));
+        return Err(format!("field hash_ids: the request has {} blocks, but it may have at most {most}", blocks.len()));
     }
     Ok(TraceRequest { timestamp_ms: timestamp_ms as u64, blocks })
 }

@@ -56,7 +56,7 @@ pub fn draining() -> Status {
 
 /// A layout from the wire; its numbers are checked when it is registered.
 pub fn layout(wire: Option<v1::Layout>) -> Result<Layout, Status> {
-    let wire = wire.ok_or_else(|| invalid("layout", "is missing"))?;
+    let wire = wire.ok_or_else(|| invalid("layout", "the request has no layout"))?;
     let groups = wire.groups.iter().map(layer_group).collect::<Result<_, _>>()?;
     let shard = wire.shard.unwrap_or(v1::Shard { index: 0, count: 1 });
     Ok(Layout {
@@ -76,14 +76,16 @@ fn layer_group(wire: &v1::LayerGroup) -> Result<LayerGroup, Status> {
         v1::BlockKind::SlidingWindow => BlockKind::SlidingWindow { tokens: wire.window_tokens },
         v1::BlockKind::RecurrentState => BlockKind::RecurrentState,
         v1::BlockKind::EncoderOutput => BlockKind::EncoderOutput,
-        v1::BlockKind::Unspecified => return Err(invalid("layout.groups.kind", "is missing or unknown")),
+        v1::BlockKind::Unspecified => return Err(invalid("layout.groups.kind", "the kind is missing or unknown")),
     };
     let order = match wire.order() {
         v1::DimensionOrder::Opaque => DimensionOrder::Opaque,
         v1::DimensionOrder::LayerOpaque => DimensionOrder::LayerOpaque,
         v1::DimensionOrder::LayerPlaneHeadToken => DimensionOrder::LayerPlaneHeadToken,
         v1::DimensionOrder::LayerPlaneTokenHead => DimensionOrder::LayerPlaneTokenHead,
-        v1::DimensionOrder::Unspecified => return Err(invalid("layout.groups.order", "is missing or unknown")),
+        v1::DimensionOrder::Unspecified => {
+            return Err(invalid("layout.groups.order", "the order is missing or unknown"));
+        }
     };
     let (layers, planes, heads, head_bytes) = (wire.layers, wire.planes, wire.heads, wire.head_bytes);
     Ok(LayerGroup { kind, layers, planes, heads, head_bytes, order })
@@ -130,7 +132,7 @@ pub fn register_error(error: RegisterError) -> Status {
 /// The registered layout with this digest.
 pub fn known_layout(daemon: &Daemon, namespace: NamespaceId, digest: &[u8]) -> Result<Arc<RegisteredLayout>, Status> {
     let digest: &[u8; 32] =
-        digest.try_into().map_err(|_| invalid("layout_digest", format!("has 32 bytes, not {}", digest.len())))?;
+        digest.try_into().map_err(|_| invalid("layout_digest", format!("must have 32 bytes, not {}", digest.len())))?;
     let unknown = || {
         let hex: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
         Status::not_found(format!("layout {hex}... is not registered with this daemon: call RegisterLayout first"))
@@ -140,7 +142,12 @@ pub fn known_layout(daemon: &Daemon, namespace: NamespaceId, digest: &[u8]) -> R
 
 /// One of a layout's groups.
 pub fn known_group(layout: &RegisteredLayout, group: u32) -> Result<(u16, &LayoutGroup), Status> {
-    let problem = || invalid("group", format!("{group} is not below the layout's {} groups", layout.groups.len()));
+    let problem = || {
+        invalid(
+            "group",
+            format!("the layout has no group {group}: it has {} groups, counted from 0", layout.groups.len()),
+        )
+    };
     Ok((group as u16, layout.group(group).ok_or_else(problem)?))
 }
 
@@ -152,10 +159,10 @@ pub fn hash(field: &str, bytes: &[u8]) -> Result<SequenceHash, Status> {
 /// The hashes of a call.
 pub fn hashes(bytes: &[Bytes], max: usize) -> Result<Vec<SequenceHash>, Status> {
     if bytes.is_empty() {
-        return Err(invalid("sequence_hashes", "is empty: name at least one block"));
+        return Err(invalid("sequence_hashes", "the list is empty: name at least one block"));
     }
     if bytes.len() > max {
-        let problem = format!("sequence_hashes: {} are more than the {max} that one call may name", bytes.len());
+        let problem = format!("sequence_hashes: the call names {} blocks, but it may name at most {max}", bytes.len());
         return Err(Status::resource_exhausted(problem));
     }
     bytes.iter().map(|bytes| hash("sequence_hashes", bytes)).collect()
@@ -163,7 +170,7 @@ pub fn hashes(bytes: &[Bytes], max: usize) -> Result<Vec<SequenceHash>, Status> 
 
 /// The name of a ticket or pin.
 pub fn hold_id(field: &str, bytes: &[u8]) -> Result<HoldId, Status> {
-    let bytes = bytes.try_into().map_err(|_| invalid(field, format!("has 16 bytes, not {}", bytes.len())))?;
+    let bytes = bytes.try_into().map_err(|_| invalid(field, format!("must have 16 bytes, not {}", bytes.len())))?;
     Ok(HoldId(u128::from_le_bytes(bytes)))
 }
 

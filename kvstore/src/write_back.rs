@@ -1,4 +1,5 @@
-//! Write-back: blocks of namespaces that say so go to disk and to the bucket as they leave memory, or when the daemon stops.
+//! Write-back: in namespaces that are configured for it, blocks go to disk and to the bucket when they leave memory, or when
+//! the daemon stops.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,7 +56,7 @@ async fn write_back(daemon: &Arc<Daemon>, leaving: LeavingBlock, until: Instant)
         let has_waited = object.has_upload_room();
         let offer = Offer { layout, group, hash, parent, block, sums: Vec::new(), durable: false, has_waited };
         if matches!(object.offer(offer), Offered::Full) {
-            tracing::debug!("a block left memory, and uploads were too far behind to take it");
+            tracing::debug!("a block left memory without an upload, because too many uploads were waiting");
         }
     }
 }
@@ -79,7 +80,7 @@ pub async fn write_back_all(daemon: &Arc<Daemon>, time: Duration) {
         }
     }
     if offered + left > 0 {
-        tracing::info!(offered, left, "blocks that memory alone may have had were written back");
+        tracing::info!(offered, left, "wrote back blocks that may have been only in memory");
     }
 }
 

@@ -195,12 +195,12 @@ fn start(kind: u16) -> Writer {
 fn open(bytes: &[u8]) -> Result<(u16, Reader<'_>), BadDatagram> {
     let mut reader = Reader(bytes);
     if reader.take() != Some(MAGIC) {
-        return Err(BadDatagram("not a datagram of kvstore's local plane"));
+        return Err(BadDatagram("the datagram does not belong to kvstore's local plane"));
     }
     Ok((reader.u16().ok_or(SHORT)?, reader))
 }
 
-const SHORT: BadDatagram = BadDatagram("the datagram is shorter than its kind has it");
+const SHORT: BadDatagram = BadDatagram("the datagram is shorter than its kind requires");
 
 impl FromClient {
     /// As a datagram.
@@ -235,7 +235,7 @@ impl FromClient {
                 _ => return None,
             })
         };
-        fields().ok_or(if (1..=4).contains(&kind) { SHORT } else { BadDatagram("of an unknown kind") })
+        fields().ok_or(if (1..=4).contains(&kind) { SHORT } else { BadDatagram("the datagram's kind is unknown") })
     }
 }
 
@@ -290,7 +290,7 @@ impl FromDaemon {
                 _ => return None,
             })
         };
-        fields().ok_or(if (1..=7).contains(&kind) { SHORT } else { BadDatagram("of an unknown kind") })
+        fields().ok_or(if (1..=7).contains(&kind) { SHORT } else { BadDatagram("the datagram's kind is unknown") })
     }
 }
 

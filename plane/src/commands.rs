@@ -7,10 +7,10 @@ use crate::key::SequenceHash;
 
 /// A record that is none of this protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a command that is malformed: {0}")]
+#[error("the command is malformed: {0}")]
 pub struct BadCommand(pub &'static str);
 
-const SHORT: BadCommand = BadCommand("shorter than its kind has it");
+const SHORT: BadCommand = BadCommand("it is shorter than its kind requires");
 
 /// A block that a client will bring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,7 +145,7 @@ fn put_hashes(writer: &mut Writer, hashes: &[SequenceHash]) {
 fn take_hashes(reader: &mut Reader<'_>) -> Result<Vec<SequenceHash>, BadCommand> {
     let count = reader.u64().ok_or(SHORT)?;
     if count == 0 || count > caps::HASHES_PER_PROMOTE_MAX as u64 {
-        return Err(BadCommand("no hash, or too many"));
+        return Err(BadCommand("it names no hash, or too many"));
     }
     (0..count).map(|_| take_hash(reader)?.ok_or(BadCommand("a hash has 1 to 32 bytes"))).collect()
 }
@@ -203,7 +203,7 @@ impl Command {
                 let flags = reader.u16().ok_or(SHORT)?;
                 let (deadline_ms, count) = (reader.u32().ok_or(SHORT)?, reader.u32().ok_or(SHORT)?);
                 if count == 0 || count > caps::BLOCKS_PER_STAGE_MAX as u32 {
-                    return Err(BadCommand("no block, or too many"));
+                    return Err(BadCommand("it names no block, or too many"));
                 }
                 let block = |_| -> Result<StageBlock, BadCommand> {
                     let hash = take_hash(reader)?.ok_or(BadCommand("a hash has 1 to 32 bytes"))?;
@@ -241,7 +241,7 @@ impl Command {
                 reader.u16().ok_or(SHORT)?;
                 Self::Call { verb, deadline_ms: reader.u32().ok_or(SHORT)?, request: reader.rest().to_vec() }
             }
-            _ => return Err(BadCommand("of an unknown kind")),
+            _ => return Err(BadCommand("its kind is unknown")),
         })
     }
 }
@@ -318,7 +318,7 @@ impl Completion {
                 let code = reader.u32().ok_or(SHORT)?;
                 Self::Failed { code, message: String::from_utf8_lossy(reader.rest()).into_owned() }
             }
-            _ => return Err(BadCommand("of an unknown kind")),
+            _ => return Err(BadCommand("its kind is unknown")),
         })
     }
 }

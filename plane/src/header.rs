@@ -73,7 +73,7 @@ pub enum HeaderError {
     #[error("a slab header has {HEADER_BYTES} bytes, not {0}")]
     Short(usize),
     /// Not a slab.
-    #[error("not a kvstore slab: wrong magic")]
+    #[error("this is not a kvstore slab: its magic is wrong")]
     Magic,
     /// A slab of another format.
     #[error("slab version {0} is unknown: this build reads version {SLAB_VERSION}")]

@@ -17,7 +17,7 @@ const HEAD_WORDS: usize = 2;
 
 /// The other side's position, or a record, is one that it cannot have by the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the ring's other side wrote nonsense into it")]
+#[error("the other side of the ring wrote invalid data into it")]
 pub struct Corrupt;
 
 /// What a record is, beside its payload.

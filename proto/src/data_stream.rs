@@ -39,10 +39,10 @@ pub enum StreamError {
     #[error("compressed messages are not supported")]
     Compressed,
     /// Over the bound.
-    #[error("a message of {0} bytes is larger than {MESSAGE_BYTES_MAX}")]
+    #[error("a message has {0} bytes; at most {MESSAGE_BYTES_MAX} are allowed")]
     TooLarge(usize),
     /// Not the expected protobuf message.
-    #[error("malformed message: {0}")]
+    #[error("the message is malformed: {0}")]
     Malformed(String),
     /// The stream ended within a message.
     #[error("the stream ended within a message")]
@@ -170,7 +170,7 @@ impl PartDecoder {
         }
         let before = rest.len();
         let Ok(bytes) = decode_varint(&mut rest) else {
-            return Err(StreamError::Malformed("bad length of field data".into()));
+            return Err(StreamError::Malformed("the field data has a wrong length".into()));
         };
         let head_bytes = 1 + before - rest.len();
         if bytes != (len - head_bytes) as u64 {

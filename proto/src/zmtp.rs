@@ -21,7 +21,7 @@ pub enum ZmtpError {
     #[error(transparent)]
     Io(#[from] std::io::Error),
     /// What it said.
-    #[error("not a ZMTP 3 peer as was expected: {0}")]
+    #[error("the peer does not speak ZMTP 3 as expected: {0}")]
     Protocol(String),
 }
 
@@ -41,15 +41,15 @@ pub fn greeting() -> [u8; GREETING_BYTES] {
 
 fn check_greeting(bytes: &[u8; GREETING_BYTES]) -> Result<(), ZmtpError> {
     let [0xFF, _, _, _, _, _, _, _, _, 0x7F, major, _minor, mechanism @ ..] = bytes else {
-        return Err(wrong("no greeting"));
+        return Err(wrong("its greeting is not valid"));
     };
     if *major < 3 {
-        return Err(wrong(format!("version {major}")));
+        return Err(wrong(format!("it speaks version {major}")));
     }
     let mechanism: Vec<u8> = mechanism.iter().take(20).copied().take_while(|byte| *byte != 0).collect();
     match mechanism.as_slice() {
         b"NULL" => Ok(()),
-        other => Err(wrong(format!("mechanism {}", String::from_utf8_lossy(other)))),
+        other => Err(wrong(format!("it asks for the mechanism {}", String::from_utf8_lossy(other)))),
     }
 }
 
@@ -95,12 +95,12 @@ fn take_frame(buffer: &mut BytesMut, bytes_max: usize) -> Result<Option<Frame>, 
         _ => return Ok(None),
     };
     if flags & !7 != 0 {
-        return Err(wrong(format!("flags {flags:#x}")));
+        return Err(wrong(format!("it sent a frame with the flags {flags:#x}")));
     }
     let command = flags & 4 == 4;
     let most = if command { COMMAND_BYTES_MAX } else { bytes_max };
     if length > most as u64 {
-        return Err(wrong(format!("a frame of {length} bytes, where {most} is the most")));
+        return Err(wrong(format!("it sent a frame of {length} bytes; at most {most} are allowed")));
     }
     if buffer.len() < header + length as usize {
         return Ok(None);
@@ -153,14 +153,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         stream.write_all(&out).await?;
         let (buffer, frames, peer) = (BytesMut::new(), Vec::new(), String::new());
         let mut connection = Self { stream, buffer, message_bytes_max, frames, peer };
-        let frame = connection.frame().await?.ok_or_else(|| wrong("it hung up"))?;
+        let frame = connection.frame().await?.ok_or_else(|| wrong("it closed the connection"))?;
         match frame.body.as_ref() {
             [5, b'R', b'E', b'A', b'D', b'Y', metadata @ ..] if frame.command => {
-                connection.peer = self::socket_type(metadata).ok_or_else(|| wrong("READY without a type"))?;
+                connection.peer =
+                    self::socket_type(metadata).ok_or_else(|| wrong("its READY command names no socket type"))?;
                 Ok(connection)
             }
             [5, b'E', b'R', b'R', b'O', b'R', why @ ..] if frame.command => Err(wrong(String::from_utf8_lossy(why))),
-            _ => Err(wrong("no READY")),
+            _ => Err(wrong("it sent no READY command")),
         }
     }
 
@@ -192,7 +193,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             }
             let before: usize = self.frames.iter().map(Bytes::len).sum();
             if self.frames.len() >= FRAMES_MAX || before + frame.body.len() > self.message_bytes_max {
-                return Err(wrong(format!("a message of more than {} bytes", self.message_bytes_max)));
+                return Err(wrong(format!("it sent a message of more than {} bytes", self.message_bytes_max)));
             }
             self.frames.push(frame.body);
             if !frame.more {
@@ -236,7 +237,7 @@ impl std::str::FromStr for Endpoint {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let problem = || format!("{text:?} is no endpoint: use tcp://host:port or ipc:///path");
+        let problem = || format!("{text:?} is not an endpoint; use tcp://host:port or ipc:///path");
         if let Some(path) = text.strip_prefix("ipc://") {
             return if path.starts_with('/') { Ok(Self::Ipc(path.into())) } else { Err(problem()) };
         }

@@ -60,9 +60,9 @@ impl std::str::FromStr for HashName {
         match text {
             "sha256_cbor" => Ok(Self::Sha256Cbor),
             "engine" => Ok(Self::Engine),
-            _ => {
-                Err(format!("{text:?}: use sha256_cbor (the engines' prefix_caching_hash_algo) or engine (any other)"))
-            }
+            _ => Err(format!(
+                "{text:?} is not known; use sha256_cbor (the engines' prefix_caching_hash_algo) or engine (any other)"
+            )),
         }
     }
 }
@@ -159,8 +159,10 @@ impl Default for Config {
 impl Config {
     /// Reads a file.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
-        toml::from_str(&text).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| anyhow::anyhow!("cannot read the configuration file {}: {error}", path.display()))?;
+        toml::from_str(&text)
+            .map_err(|error| anyhow::anyhow!("the configuration file {} is not valid: {error}", path.display()))
     }
 
     /// What is wrong with it, if anything.
@@ -174,16 +176,16 @@ impl Config {
             ("place.queue_seconds", place.queue_seconds, 0.0, 3600.0),
             ("place.silence_seconds", place.silence_seconds, 1.0, 86_400.0),
         ] {
-            anyhow::ensure!((least..=most).contains(&value), "{key} is {value}: {least} to {most}");
+            anyhow::ensure!((least..=most).contains(&value), "{key} is {value}; it must be from {least} to {most}");
         }
-        anyhow::ensure!(place.requests_max > 0, "place.requests_max is 0: at least 1");
+        anyhow::ensure!(place.requests_max > 0, "place.requests_max is 0; it must be at least 1");
         for peer in &self.peers {
             let is_http = peer.parse::<http::Uri>().is_ok_and(|url| url.scheme_str() == Some("http"));
-            anyhow::ensure!(is_http, "peers: {peer:?}: use http://host:port of another replica");
+            anyhow::ensure!(is_http, "peers: {peer:?} is not an HTTP URL; use http://host:port of another replica");
         }
         anyhow::ensure!(
             !self.workers.is_empty() || self.workers_file.is_some(),
-            "no workers: name some with --worker, [[workers]] or workers_file"
+            "no workers are configured; name at least one with --worker, [[workers]] or workers_file"
         );
         Ok(())
     }
@@ -232,7 +234,8 @@ impl Config {
         let load = |model: &ModelConfig| {
             let tokens =
                 model.tokenizer.as_deref().map(|path| Tokens::load(path, model.chat_template.as_deref())).transpose();
-            let tokens = tokens.map_err(|error| anyhow::anyhow!("model {:?}: {error}", model.name))?;
+            let tokens = tokens
+                .map_err(|error| anyhow::anyhow!("cannot load the tokenizer of model {:?}: {error}", model.name))?;
             Ok((model.name.clone(), Model { tokens, adapter: model.adapter }))
         };
         self.models.iter().map(load).collect()
@@ -260,7 +263,7 @@ mod tests {
             ("hash = \"md5\"", "unknown variant"),
             ("peers = [\"x\"]", "peers"),
             ("[place]\nrequests_max = 0", "requests_max"),
-            ("[place]\naffinity = 0.5", "place.affinity is 0.5: 1 to 100"),
+            ("[place]\naffinity = 0.5", "place.affinity is 0.5; it must be from 1 to 100"),
             ("lisen = 1", "unknown field"),
             ("[index]\nengine_bytes = \"much\"", "engine_bytes"),
         ] {

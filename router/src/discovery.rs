@@ -55,9 +55,11 @@ struct Listed {
 
 /// Reads and checks a file of workers.
 pub fn read_workers(path: &Path) -> Result<Vec<WorkerSpec>, String> {
-    let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-    let listed: Listed = toml::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?;
-    check(&listed.workers).map_err(|problem| format!("{}: {problem}", path.display()))?;
+    let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+    let listed: Listed =
+        toml::from_str(&text).map_err(|error| format!("{} is not a valid list of workers: {error}", path.display()))?;
+    check(&listed.workers)
+        .map_err(|problem| format!("{} is not a valid list of workers: {problem}", path.display()))?;
     Ok(listed.workers)
 }
 
@@ -67,10 +69,12 @@ pub fn check(workers: &[WorkerSpec]) -> Result<(), String> {
     let mut ids: Vec<&str> = workers.iter().map(|worker| worker.id.as_str()).collect();
     ids.sort_unstable();
     match ids.windows(2).find_map(|pair| (pair.first() == pair.last()).then(|| pair.first().copied()).flatten()) {
-        Some(twice) => Err(format!("worker {twice:?} is there twice: each has an id of its own")),
-        None if workers.len() > crate::caps::WORKERS_MAX => {
-            Err(format!("there are {} workers: {} may be", workers.len(), crate::caps::WORKERS_MAX))
-        }
+        Some(twice) => Err(format!("worker {twice:?} is listed twice; give each worker its own id")),
+        None if workers.len() > crate::caps::WORKERS_MAX => Err(format!(
+            "{} workers are listed; the router supports at most {}",
+            workers.len(),
+            crate::caps::WORKERS_MAX
+        )),
         None => Ok(()),
     }
 }
@@ -95,7 +99,7 @@ impl File {
             }
             Ok(_) => None,
             Err(error) => {
-                tracing::error!(error, "the file of workers is not taken: the last one holds");
+                tracing::error!(error, "the workers file cannot be used, so the router keeps the previous list");
                 None
             }
         }
@@ -151,7 +155,7 @@ mod tests {
             (format!("{WORKER}events = \"tcp://nowhere\""), "use tcp://host:port"),
             (format!("{WORKER}ranks = 0"), "1 to 1024"),
             (format!("{WORKER}colour = 1"), "unknown field"),
-            (format!("{WORKER}{WORKER}"), "is there twice"),
+            (format!("{WORKER}{WORKER}"), "is listed twice"),
         ] {
             std::fs::write(&path, &text).unwrap();
             let error = read_workers(&path).unwrap_err();

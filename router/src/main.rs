@@ -28,7 +28,8 @@ use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-/// Sends LLM requests to the worker that is expected to answer first: where their prefix is, or where it is fetched or computed soonest.
+/// Sends each LLM request to the worker that is expected to answer first: the router weighs each worker's queue, the blocks of the prompt that it has
+/// or can fetch, and the tokens that it must compute.
 #[derive(Parser)]
 #[command(version, propagate_version = true)]
 struct Arguments {
@@ -43,18 +44,18 @@ enum Command {
         after_help = "Examples:\n  kvstore-router serve --worker id=a,url=http://10.0.0.1:8000,model=llama,events=tcp://10.0.0.1:5557,node=http://10.0.0.1:7411\n  kvstore-router serve --config router.toml"
     )]
     Serve(Serve),
-    /// Say what a request would cost at each worker, and which one it would go to. Sends it nowhere.
+    /// Show what a request would cost at each worker, and which worker it would go to. The request is not sent.
     #[command(
         after_help = "Examples:\n  kvstore-router explain 'Once upon a time'\n  kvstore-router explain --chat 'Hello' --model llama\n  kvstore-router explain --tokens 1,2,3 --json\n  kvstore-router explain - < prompt.txt"
     )]
     Explain(Explain),
-    /// The workers, what they do, and what was learnt of them.
+    /// List the workers, their load, and what the router has learnt about them.
     #[command(after_help = "Example:\n  kvstore-router workers --address http://10.0.0.9:8088")]
     Workers(Address),
     /// Print a completion script for a shell.
     #[command(after_help = "Example:\n  kvstore-router completions bash > /etc/bash_completion.d/kvstore-router")]
     Completions {
-        /// Which.
+        /// The shell to write the script for.
         shell: clap_complete::Shell,
     },
 }
@@ -64,32 +65,32 @@ struct Serve {
     /// The configuration file.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Where to listen [default: 127.0.0.1:8088].
+    /// Listen on this address [default: 127.0.0.1:8088].
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<SocketAddr>,
-    /// A worker: id=..,url=..,model=..[,events=..][,replay=..][,node=..][,role=both|prefill|decode|encode][,ranks=..][,block_tokens=..]. Repeatable.
+    /// Add a worker: id=..,url=..,model=..[,events=..][,replay=..][,node=..][,role=both|prefill|decode|encode][,ranks=..][,block_tokens=..]. Repeat the option for more workers.
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = worker_of)]
     worker: Vec<WorkerSpec>,
-    /// A file of workers, followed.
+    /// Read more workers from this TOML file, and read it again whenever it changes.
     #[arg(long, value_name = "FILE")]
     workers_file: Option<PathBuf>,
-    /// How engines name blocks: sha256_cbor, or engine [default: sha256_cbor].
+    /// How the engines name blocks: sha256_cbor, or engine for any other hash [default: sha256_cbor].
     #[arg(long)]
     hash: Option<HashName>,
-    /// A model's tokenizer: MODEL=FOLDER. Repeatable.
+    /// Load a model's tokenizer from a folder: MODEL=FOLDER. Repeat the option for more models.
     #[arg(long, value_name = "MODEL=FOLDER", value_parser = tokenizer_of)]
     tokenizer: Vec<ModelConfig>,
-    /// Another replica of this router, whose requests under way count, too. Repeatable.
+    /// The URL of another replica of this router. This router counts the requests under way there, too. Repeat the option for more replicas.
     #[arg(long, value_name = "URL")]
     peer: Vec<String>,
-    /// What is logged: error, warn, info, debug, or filters of tracing.
+    /// What to log: error, warn, info, debug, or a tracing filter.
     #[arg(long, default_value = "info", env = "KVSTORE_ROUTER_LOG")]
     log: String,
 }
 
 #[derive(clap::Args)]
 struct Address {
-    /// The router.
+    /// The URL of the router.
     #[arg(long, default_value = "http://127.0.0.1:8088", env = "KVSTORE_ROUTER")]
     address: String,
     /// Print JSON.
@@ -99,16 +100,16 @@ struct Address {
 
 #[derive(clap::Args)]
 struct Explain {
-    /// The prompt; - reads it from the standard input.
+    /// The prompt. Give - to read it from standard input.
     #[arg(required_unless_present = "tokens")]
     prompt: Option<String>,
-    /// Token ids instead of a text.
+    /// Give the prompt as token ids, separated by commas.
     #[arg(long, value_delimiter = ',', conflicts_with = "prompt")]
     tokens: Vec<u32>,
-    /// The prompt is a user's message in a conversation.
+    /// Treat the prompt as a user's message in a conversation.
     #[arg(long)]
     chat: bool,
-    /// The model [default: the only one there is].
+    /// The model [default: the only model that the router serves].
     #[arg(long)]
     model: Option<String>,
     /// The session that the request belongs to.
@@ -121,7 +122,7 @@ struct Explain {
 fn worker_of(text: &str) -> Result<WorkerSpec, String> {
     let mut fields = serde_json::Map::new();
     for field in text.split(',') {
-        let (key, value) = field.split_once('=').ok_or_else(|| format!("{field:?}: use key=value"))?;
+        let (key, value) = field.split_once('=').ok_or_else(|| format!("{field:?} is not key=value"))?;
         let value = match key {
             "ranks" | "first_rank" | "block_tokens" => {
                 json!(value.parse::<u32>().map_err(|error| format!("{key}: {error}"))?)
@@ -136,7 +137,7 @@ fn worker_of(text: &str) -> Result<WorkerSpec, String> {
 }
 
 fn tokenizer_of(text: &str) -> Result<ModelConfig, String> {
-    let (name, path) = text.split_once('=').ok_or("use MODEL=FOLDER")?;
+    let (name, path) = text.split_once('=').ok_or("the value is not MODEL=FOLDER")?;
     Ok(ModelConfig { name: name.into(), tokenizer: Some(path.into()), chat_template: None, adapter: false })
 }
 
@@ -154,15 +155,15 @@ impl Serve {
     }
 
     async fn run(self) -> anyhow::Result<()> {
-        let filter = tracing_subscriber::EnvFilter::try_new(&self.log).context("--log")?;
+        let filter = tracing_subscriber::EnvFilter::try_new(&self.log).context("--log is not a valid filter")?;
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
         let config = self.config()?;
         let fleet = Fleet::new(config.hashing()?, config.fleet_options());
         let router = Router::new(Arc::clone(&fleet), config.place_options());
         let app = App::new(router, config.load_models()?, config.serve_options());
         let listener = tokio::net::TcpListener::bind(config.listen).await;
-        let listener =
-            listener.with_context(|| format!("cannot listen on {}: choose another with --listen", config.listen))?;
+        let listener = listener
+            .with_context(|| format!("cannot listen on {} (choose another address with --listen)", config.listen))?;
         tracing::info!(address = %listener.local_addr()?, "serving");
         println!("kvstore-router serves OpenAI's API on http://{}", listener.local_addr()?);
         std::io::stdout().flush()?;
@@ -178,7 +179,7 @@ impl Serve {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-            tracing::info!("stopping: answers under way are finished");
+            tracing::info!("the router is stopping; it finishes the answers under way first");
             let _ = stop.send(true);
         });
         let served = app.serve(listener, stopping).await;
@@ -202,7 +203,9 @@ async fn follow(fleet: Arc<Fleet>, config: Config) {
         all.extend(fixed.iter().cloned());
         match discovery::check(&all) {
             Ok(()) => fleet.set_workers(&all),
-            Err(problem) => tracing::error!(problem, "the list of workers is not taken: the last one holds"),
+            Err(problem) => {
+                tracing::error!(problem, "the list of workers is not valid, so the router keeps the previous list")
+            }
         }
     }
 }
@@ -217,13 +220,13 @@ async fn ask(address: &str, path: &str, body: Option<&Value>) -> anyhow::Result<
         .header("content-type", "application/json")
         .body(Full::new(bytes))?;
     let answer = tokio::time::timeout(Duration::from_secs(10), client.request(request)).await;
-    let answer = answer.context("no answer within 10 s")?.with_context(|| {
-        format!("no router answers at {address}: start one with `kvstore-router serve`, or name it with --address")
+    let answer = answer.context("the router did not answer within 10 s")?.with_context(|| {
+        format!("no router answers at {address}; start one with `kvstore-router serve`, or give its URL with --address")
     })?;
     let status = answer.status();
     let bytes = answer.into_body().collect().await?.to_bytes();
     let value: Value =
-        serde_json::from_slice(&bytes).with_context(|| format!("{url} is no router: it answered {status}"))?;
+        serde_json::from_slice(&bytes).with_context(|| format!("{url} is not a router: it answered {status}"))?;
     match value["error"]["message"].as_str() {
         Some(error) => anyhow::bail!("{error}"),
         None => Ok(value),
@@ -252,8 +255,11 @@ impl Explain {
                     models["data"].as_array().into_iter().flatten().filter_map(|model| model["id"].as_str()).collect();
                 match all.as_slice() {
                     [only] => (*only).to_owned(),
-                    [] => anyhow::bail!("the router knows no worker yet"),
-                    several => anyhow::bail!("name one with --model: {}", several.join(", ")),
+                    [] => anyhow::bail!("the router has no workers yet"),
+                    several => anyhow::bail!(
+                        "the router serves several models; choose one with --model: {}",
+                        several.join(", ")
+                    ),
                 }
             }
         };
@@ -280,7 +286,11 @@ impl Explain {
             return Ok(());
         }
         let known = explained["tokens_known"].as_bool().unwrap_or(false);
-        let about = if known { "" } else { " or so (no tokenizer, or no whole block: routed by load)" };
+        let about = if known {
+            ""
+        } else {
+            " (estimated, because the model has no tokenizer or the prompt has no whole block; the router goes by load)"
+        };
         println!(
             "{} tokens{about}, model {}",
             explained["prompt_tokens"],

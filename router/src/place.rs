@@ -65,7 +65,7 @@ pub struct Asked {
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Refused {
     /// Nobody serves the model.
-    #[error("the model {model:?} is not served here: there are {known}")]
+    #[error("the model {model:?} is not served here; the router serves {known}")]
     UnknownModel {
         /// As asked for.
         model: String,
@@ -73,7 +73,7 @@ pub enum Refused {
         known: String,
     },
     /// Those who do are away.
-    #[error("no worker for the model {0:?} answers: try again in a moment")]
+    #[error("no worker for the model {0:?} answers; try again in a moment")]
     AllAway(String),
     /// Those who do are full, and so is the queue, or it took too long.
     #[error("{0}")]
@@ -233,7 +233,7 @@ impl Router {
             let mut known: Vec<&str> = all.iter().map(|worker| worker.spec.model.as_str()).collect();
             known.sort_unstable();
             known.dedup();
-            let known = if known.is_empty() { "no workers".into() } else { known.join(", ") };
+            let known = if known.is_empty() { "no models, because it has no workers".into() } else { known.join(", ") };
             return Err(Refused::UnknownModel { model: asked.model.clone(), known });
         }
         // Some workers are known for their blocks alone.
@@ -333,7 +333,7 @@ impl Router {
     pub fn tick(&self) {
         let expired = self.load.lock().expire(self.now());
         if expired > 0 {
-            tracing::warn!(expired, "requests of which nothing was heard are not counted any more");
+            tracing::warn!(expired, "the router no longer counts requests that it has heard nothing of");
             self.counts.expired.fetch_add(expired as u64, Ordering::Relaxed);
         }
         let known: Vec<usize> = self.fleet.workers().iter().map(|worker| worker.number).collect();
@@ -493,7 +493,7 @@ mod tests {
         let asked = asked(&router, &[1; 64]);
         let unknown = Asked { model: "x".into(), ..asked.clone() };
         let error = router.place(&unknown, &[]).await.err().unwrap();
-        assert_eq!(error.to_string(), "the model \"x\" is not served here: there are m");
+        assert_eq!(error.to_string(), "the model \"x\" is not served here; the router serves m");
         router.fleet.worker("a").unwrap().set_up(false);
         for _ in 0..5 {
             assert_eq!(router.place(&asked, &[]).await.unwrap().worker.spec.id, "b");

@@ -69,7 +69,7 @@ impl Buffer {
             let kind = object.get_type();
             let kind = kind.name().map(|name| name.to_string()).unwrap_or_default();
             let wanted = if writable { "a writable, contiguous buffer" } else { "a contiguous buffer" };
-            return Err(PyTypeError::new_err(format!("{name}: a {kind} is not {wanted}: {why}")));
+            return Err(PyTypeError::new_err(format!("{name}: {kind} is not {wanted}: {why}")));
         }
         // SAFETY: filled in by the call that succeeded.
         let view = unsafe { Box::from_raw(Box::into_raw(view).cast::<RawBuffer>()) };
@@ -128,7 +128,8 @@ impl Buffers {
         if !is_sequence {
             let buffer = Buffer::borrow(object, writable, "buffers")?;
             if blocks == 0 || !buffer.len().is_multiple_of(blocks) {
-                let problem = format!("buffers: {} bytes are not {blocks} blocks of equal size", buffer.len());
+                let problem =
+                    format!("buffers: {} bytes cannot be divided into {blocks} blocks of equal size", buffer.len());
                 return Err(PyValueError::new_err(problem));
             }
             return Ok(Self { buffers: vec![buffer], blocks });
@@ -139,7 +140,10 @@ impl Buffers {
             .map(|(at, buffer)| Buffer::borrow(&buffer?, writable, &format!("buffers[{at}]")))
             .collect::<PyResult<Vec<_>>>()?;
         if buffers.len() != blocks {
-            return Err(PyValueError::new_err(format!("buffers: {} for {blocks} hashes", buffers.len())));
+            return Err(PyValueError::new_err(format!(
+                "buffers: {} buffers were given for {blocks} hashes; give one for each hash",
+                buffers.len()
+            )));
         }
         Ok(Self { buffers, blocks })
     }

@@ -34,7 +34,7 @@ pub struct Group {
 fn hash_of(hash: &Bound<'_, PyAny>) -> PyResult<Bytes> {
     match hash.cast::<PyBytes>() {
         Ok(bytes) => Ok(Bytes::copy_from_slice(bytes.as_bytes())),
-        Err(_) => Err(PyTypeError::new_err(format!("hashes: a hash is bytes, not {}", hash.get_type().name()?))),
+        Err(_) => Err(PyTypeError::new_err(format!("hashes: a hash must be bytes, not {}", hash.get_type().name()?))),
     }
 }
 
@@ -46,14 +46,14 @@ fn hashes_of(hashes: &Bound<'_, PyAny>) -> PyResult<Vec<Bytes>> {
         return tuple.iter().map(|hash| hash_of(&hash)).collect();
     }
     if hashes.is_instance_of::<PyBytes>() {
-        return Err(PyTypeError::new_err("hashes: a sequence of hashes is wanted, not one"));
+        return Err(PyTypeError::new_err("hashes: give a sequence of hashes, not a single hash"));
     }
     hashes.try_iter()?.map(|hash| hash_of(&hash?)).collect()
 }
 
 pub fn seconds(name: &str, seconds: f64) -> PyResult<std::time::Duration> {
     let duration = std::time::Duration::try_from_secs_f64(seconds).ok().filter(|duration| !duration.is_zero());
-    duration.ok_or_else(|| PyValueError::new_err(format!("{name}: {seconds} is not a time in seconds")))
+    duration.ok_or_else(|| PyValueError::new_err(format!("{name}: {seconds} is not a positive time in seconds")))
 }
 
 fn level_of(level: &str) -> PyResult<Level> {
@@ -61,7 +61,9 @@ fn level_of(level: &str) -> PyResult<Level> {
         "memory" => Ok(Level::Memory),
         "local" => Ok(Level::Local),
         "durable" => Ok(Level::Durable),
-        other => Err(PyValueError::new_err(format!("level: {other:?} is not \"memory\", \"local\" or \"durable\""))),
+        other => Err(PyValueError::new_err(format!(
+            "level: {other:?} is not valid; use \"memory\", \"local\" or \"durable\""
+        ))),
     }
 }
 
@@ -99,7 +101,9 @@ impl Client {
             "local" => Plane::Local,
             "grpc" => Plane::Grpc,
             other => {
-                return Err(PyValueError::new_err(format!("plane: {other:?} is not \"auto\", \"local\" or \"grpc\"")));
+                return Err(PyValueError::new_err(format!(
+                    "plane: {other:?} is not valid; use \"auto\", \"local\" or \"grpc\""
+                )));
             }
         };
         let deadline = seconds("deadline", deadline)?;
@@ -153,8 +157,8 @@ impl Client {
         Ok((PyBytes::new(py, &registered.digest).unbind(), groups.collect(), registered.wants_tokens))
     }
 
-    /// How far a prefix can be used in all of `groups` (none: all of the layout's), and in all shards where that is asked;
-    /// (blocks, those of them in memory, ticket, whether the object store is being searched for more). A ticket holds the blocks for `hold` seconds.
+    /// Says how far a prefix can be used in all of `groups` (if empty, in all groups of the layout), and on request in all shards. Returns (blocks,
+    /// blocks in memory, ticket, whether the object store is being searched for more). A ticket holds the blocks for `hold` seconds.
     #[expect(clippy::too_many_arguments, reason = "a request's fields; callers use kvstore.Layout.lookup")]
     #[pyo3(signature = (digest, groups, hashes, all_shards, hold, search_wait))]
     fn lookup(
@@ -202,7 +206,7 @@ impl Client {
         awaitable(py, async move { client.unpin(pin.into()).await }, plain)
     }
 
-    /// Waits for a prefetch; (state, blocks, ready, missing).
+    /// Waits for a prefetch. Returns (state, blocks, ready, missing).
     fn watch_prefetch(&self, py: Python<'_>, ticket: Vec<u8>) -> PyResult<(String, u32, u32, u32)> {
         wait(py, self.client.watch_prefetch(ticket.into(), |_| {})).map(progress).map_err(raise)
     }
@@ -227,7 +231,7 @@ fn leading(outcomes: &[GetOutcome]) -> PyResult<Vec<&Bytes>> {
     let blocks: Vec<&Bytes> = outcomes.iter().map_while(GetOutcome::bytes).collect();
     match outcomes.get(blocks.len()) {
         Some(GetOutcome::DataLoss) => {
-            Err(raise(Error::DataLoss(format!("block {} is pinned, and in no tier any more", blocks.len()))))
+            Err(raise(Error::DataLoss(format!("block {} is pinned, but is no longer in any tier", blocks.len()))))
         }
         _ => Ok(blocks),
     }

@@ -9,30 +9,35 @@ create_exception!(
     kvstore,
     KvStoreError,
     PyException,
-    "Something is wrong. Misses and blocks on their way are values, not this."
+    "A call failed. A miss, or a block that is on its way, is a value and does not raise."
 );
-create_exception!(kvstore, Busy, KvStoreError, "A bound is reached: try again later, or with less.");
+create_exception!(kvstore, Busy, KvStoreError, "A bound is reached. Try again later, or ask for less.");
 create_exception!(
     kvstore,
     DataLoss,
     KvStoreError,
-    "Pinned data cannot be read from any tier any more, or bytes came that were not stored."
+    "A pinned block can no longer be read from any tier, or the bytes that came are not the bytes that were stored."
 );
 create_exception!(
     kvstore,
     Unavailable,
     KvStoreError,
-    "No daemon answers, or it drains: try again later. Also a ConnectionError."
+    "No daemon answers, or the daemon drains. Try again later. Also a ConnectionError."
 );
-create_exception!(kvstore, DeadlineExceeded, KvStoreError, "The call's time is over. Also a TimeoutError.");
+create_exception!(
+    kvstore,
+    DeadlineExceeded,
+    KvStoreError,
+    "The call did not end by its deadline. Also a TimeoutError."
+);
 create_exception!(
     kvstore,
     Invalid,
     KvStoreError,
-    "The request is wrong; the message names what, and what would be valid. Also a ValueError."
+    "The request is wrong. The message names what is wrong, and what would be valid. Also a ValueError."
 );
-create_exception!(kvstore, NotFound, KvStoreError, "The layout or ticket is unknown to the daemon.");
-create_exception!(kvstore, Unsupported, KvStoreError, "The daemon, or the plane, has no such thing.");
+create_exception!(kvstore, NotFound, KvStoreError, "The daemon does not know the layout or ticket.");
+create_exception!(kvstore, Unsupported, KvStoreError, "The daemon, or the plane, does not support the request.");
 
 /// The client's error, as Python sees it.
 pub fn raise(error: Error) -> PyErr {

@@ -13,8 +13,8 @@ use pyo3::sync::PyOnceLock;
 
 use crate::buffer::{PyBuffer_FillInfo, RawBuffer, WRITABLE};
 
-/// The leading blocks of a prefix, where they lie. They stay as they are until this, and every view of it, has gone; or until
-/// `release()`, or the end of a `with` block, which fail while views are alive.
+/// The leading blocks of a prefix, readable in place. The blocks do not change until this object and every view of it have been
+/// deleted, or until `release()` or the end of a `with` block. Both of these fail while views are alive.
 #[pyclass(frozen, module = "kvstore")]
 pub struct Leases {
     leases: std::sync::Mutex<Option<Arc<kvstore_client::Leases>>>,
@@ -26,8 +26,9 @@ impl Leases {
     }
 
     fn leases(&self) -> PyResult<Arc<kvstore_client::Leases>> {
-        let leases = self.leases.lock().map_err(|_| PyRuntimeError::new_err("a thread died within"))?;
-        leases.clone().ok_or_else(|| PyRuntimeError::new_err("the leases were released"))
+        let leases =
+            self.leases.lock().map_err(|_| PyRuntimeError::new_err("a thread panicked while it used the leases"))?;
+        leases.clone().ok_or_else(|| PyRuntimeError::new_err("the leases were released; take new ones"))
     }
 }
 
@@ -41,7 +42,9 @@ impl Leases {
         let leases = self.leases()?;
         let index = if at < 0 { at + leases.len() as isize } else { at };
         let index = usize::try_from(index).ok().filter(|index| *index < leases.len());
-        let index = index.ok_or_else(|| PyIndexError::new_err(format!("{at} of {} blocks", leases.len())))?;
+        let index = index.ok_or_else(|| {
+            PyIndexError::new_err(format!("block {at} was asked for, but only {} blocks are leased", leases.len()))
+        })?;
         view(py, leases, index)
     }
 
@@ -54,15 +57,16 @@ impl Leases {
         self.release()
     }
 
-    /// Ends the leases. Views that are alive keep them: BufferError then.
+    /// Ends the leases. Raises BufferError while views are alive.
     fn release(&self) -> PyResult<()> {
-        let mut slot = self.leases.lock().map_err(|_| PyRuntimeError::new_err("a thread died within"))?;
+        let mut slot =
+            self.leases.lock().map_err(|_| PyRuntimeError::new_err("a thread panicked while it used the leases"))?;
         if let Some(leases) = slot.take()
             && Arc::strong_count(&leases) > 1
         {
             let views = Arc::strong_count(&leases) - 1;
             *slot = Some(leases);
-            let problem = format!("{views} views of the blocks are alive: release() or delete them first");
+            let problem = format!("{views} views of the blocks are alive; release() or delete them first");
             return Err(PyBufferError::new_err(problem));
         }
         Ok(())

@@ -22,8 +22,8 @@ const BOUNCE_BYTES: usize = 32 << 20;
 const STREAM_FROM_BYTES: usize = 1 << 20;
 const TWO_THREADS_FROM_BYTES: usize = 4 << 20;
 
-/// Pages of an engine's memory: block `n` has `bytes` bytes at `offset + n * stride` of each region's buffer; a block in the
-/// store is those, in the order of the regions. Keeps the buffers where they are until it is dropped.
+/// Pages of an engine's memory. Block `n` has `bytes` bytes at `offset + n * stride` of each region's buffer. In the store, a
+/// block is these bytes in the order of the regions. The buffers stay in place until this object is dropped.
 #[pyclass(frozen, module = "kvstore")]
 pub struct Pages {
     regions: Vec<Region>,
@@ -54,14 +54,14 @@ impl Pages {
     fn new(regions: Vec<(Bound<'_, PyAny>, usize, usize, usize)>, blocks: usize) -> PyResult<Self> {
         let (mut made, mut buffers, mut block_bytes) = (Vec::with_capacity(regions.len()), Vec::new(), 0usize);
         if regions.is_empty() || blocks == 0 {
-            return Err(PyValueError::new_err("regions and blocks: at least one of each"));
+            return Err(PyValueError::new_err("regions and blocks: give at least one of each"));
         }
         for (at, (buffer, offset, stride, bytes)) in regions.into_iter().enumerate() {
             let buffer = Buffer::borrow(&buffer, true, &format!("regions[{at}]"))?;
             let end = (blocks - 1).checked_mul(stride).and_then(|last| last.checked_add(bytes)?.checked_add(offset));
             if bytes == 0 || (stride < bytes && blocks > 1) || end.is_none_or(|end| end > buffer.len()) {
                 return Err(PyValueError::new_err(format!(
-                    "regions[{at}]: {blocks} pages of {bytes} bytes, {stride} apart from {offset} on, do not fit into {} bytes",
+                    "regions[{at}]: {blocks} pages of {bytes} bytes, {stride} bytes apart and starting at offset {offset}, do not fit into {} bytes",
                     buffer.len()
                 )));
             }
@@ -88,12 +88,16 @@ impl Pages {
 impl Pages {
     fn check(&self, hashes: usize, numbers: &[u32]) -> PyResult<()> {
         if hashes != numbers.len() {
-            return Err(PyValueError::new_err(format!("numbers: {} for {hashes} hashes", numbers.len())));
+            return Err(PyValueError::new_err(format!(
+                "numbers: {} numbers were given for {hashes} hashes; give one for each hash",
+                numbers.len()
+            )));
         }
         match numbers.iter().find(|number| **number as usize >= self.blocks) {
-            Some(number) => {
-                Err(PyValueError::new_err(format!("numbers: {number} is not one of {} blocks", self.blocks)))
-            }
+            Some(number) => Err(PyValueError::new_err(format!(
+                "numbers: block {number} does not exist; there are {} blocks",
+                self.blocks
+            ))),
             None => Ok(()),
         }
     }
@@ -123,7 +127,7 @@ impl Pages {
     /// Fills the pages of several blocks, region by region; says after which.
     fn scatter(&self, blocks: &[&[u8]], numbers: &[u32], done: &(impl Fn(usize) + Sync)) -> Result<(), Error> {
         if let Some(block) = blocks.iter().find(|block| block.len() != self.block_bytes) {
-            let problem = format!("a block has {} bytes, its pages {}", block.len(), self.block_bytes);
+            let problem = format!("the block has {} bytes, but its pages have {}", block.len(), self.block_bytes);
             return Err(Error::Invalid(problem));
         }
         let bytes = blocks.len() * self.block_bytes;
@@ -221,7 +225,7 @@ pub fn start_get(
         let said = Arc::clone(&progress);
         // Whatever happens in it, who waits is told.
         let run = std::panic::AssertUnwindSafe(|| pages.get().load(&load, &|region| said.region(region)));
-        let lost = || Err(Error::Other("the load's thread died".into()));
+        let lost = || Err(Error::Other("the load's thread panicked".into()));
         progress.end(std::panic::catch_unwind(run).unwrap_or_else(|_| lost()));
         drop(pages);
     })
@@ -309,35 +313,37 @@ impl State {
 
 #[pymethods]
 impl PagesLoad {
-    /// Waits until every block's page of this region is there, or the load has ended. False once the time is over.
+    /// Waits until every block's page of this region has been filled, or the load has ended. Returns False after `timeout` seconds.
     fn wait_region(&self, py: Python<'_>, region: usize, timeout: f64) -> PyResult<bool> {
         let timeout = crate::client::seconds("timeout", timeout)?;
         let there = |inner: &Inner| inner.regions > region || inner.ended.is_some();
         Ok(self.state.wait(Duration::ZERO, there) || py.detach(|| self.state.wait(timeout, there)))
     }
 
-    /// Whether it has ended.
+    /// Returns whether the load has ended.
     fn done(&self) -> bool {
         self.state.wait(Duration::ZERO, |inner| inner.ended.is_some())
     }
 
-    /// Waits for its end; how many leading blocks were read. Once.
+    /// Waits until the load has ended, and returns how many leading blocks were read. Raises the error that made it fail, once.
     fn result(&self, py: Python<'_>, timeout: f64) -> PyResult<usize> {
         let timeout = crate::client::seconds("timeout", timeout)?;
         if !py.detach(|| self.state.wait(timeout, |inner| inner.ended.is_some())) {
             return Err(raise(Error::Deadline("the load has not ended yet".into())));
         }
-        let mut inner = self.state.inner.lock().map_err(|_| PyRuntimeError::new_err("a thread died within"))?;
+        let mut inner =
+            self.state.inner.lock().map_err(|_| PyRuntimeError::new_err("a thread panicked while it used the load"))?;
         match inner.ended.take() {
             Some(Err(error)) => {
-                inner.ended = Some(Err(Error::Other("it failed, as was said before".into())));
+                inner.ended =
+                    Some(Err(Error::Other("the load failed; an earlier call of result() raised the cause".into())));
                 Err(raise(error))
             }
             Some(Ok(blocks)) => {
                 inner.ended = Some(Ok(blocks));
                 Ok(blocks)
             }
-            None => Err(PyRuntimeError::new_err("a thread died within")),
+            None => Err(PyRuntimeError::new_err("a thread panicked while it used the load")),
         }
     }
 }

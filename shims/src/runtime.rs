@@ -31,7 +31,7 @@ fn own() -> Result<Arc<Own>, Error> {
         .thread_name("kvstore-python")
         .enable_all()
         .build()
-        .map_err(|error| Error::Other(format!("no threads for calls: {error}")))?;
+        .map_err(|error| Error::Other(format!("the threads that run calls cannot be started: {error}")))?;
     let own = Arc::new(Own { process, runtime });
     // Two threads may come here at once: the second's is in force, the first's goes when its calls end.
     if let Some(old) = OWN.swap(Some(Arc::clone(&own))) {

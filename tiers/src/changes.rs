@@ -48,7 +48,7 @@ pub struct Change {
 
 /// What a follower missed is not kept any more, or a tier changed as a whole: only a snapshot tells.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("the changes that were asked for are not kept any more: start from a snapshot")]
+#[error("the log no longer has the changes that were asked for; start from a snapshot")]
 pub struct Gap;
 
 struct Ring {

@@ -173,7 +173,10 @@ impl LayerGroup {
                 return Err(invalid("order", "an opaque block has no ranges of layers or heads"));
             }
             DimensionOrder::LayerOpaque if !whole_heads => {
-                return Err(invalid("order", "this layout's layers are opaque: ranges of layers only, not of heads"));
+                return Err(invalid(
+                    "order",
+                    "this layout's layers are opaque; ask for ranges of layers, not of heads",
+                ));
             }
             _ => {}
         }

@@ -81,7 +81,7 @@ pub enum FrameError {
         have: usize,
     },
     /// Not a frame.
-    #[error("not a kvstore frame: wrong magic")]
+    #[error("this is not a kvstore frame: its magic is wrong")]
     Magic,
     /// A frame of another format.
     #[error("frame version {0} is unknown: this build reads version {FRAME_VERSION}")]

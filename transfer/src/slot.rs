@@ -20,7 +20,7 @@ const STREAM_FROM_BYTES: usize = 64 << 10;
 
 /// More bytes than were announced.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{given} bytes given where {room} are left of the block")]
+#[error("{given} bytes were given, but only {room} are left of the block")]
 pub struct FillError {
     /// Bytes that the caller wanted to add.
     pub given: usize,

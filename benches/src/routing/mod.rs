@@ -16,7 +16,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use kvstore_router::cost::{Cached, Choose, Load, RequestId, Speed, Terms, TierRate, choose};
 
-use crate::figure::{Figure, median};
+use crate::figure::{self, median};
 use engine::{BLOCK_TOKENS, Engine, Event, H100_LLAMA_8B, Machine, Request};
 
 const WORKERS: usize = 8;
@@ -238,10 +238,9 @@ fn read(path: &Path) -> anyhow::Result<Vec<(f64, Request)>> {
 }
 
 /// Measures the group.
-pub fn measure(path: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
+pub fn measure(path: &Path, rounds: usize) -> anyhow::Result<()> {
     let trace = read(path)?;
     anyhow::ensure!(!trace.is_empty(), "the trace has no lengths of prompts");
-    let mut figures = Vec::new();
     for load in [50, 70] {
         let scale = scale_for(&trace, f64::from(load) / 100.0);
         let (mut means, mut worst_mean, mut worst_p99) = (Vec::new(), 0.0f64, 0.0f64);
@@ -272,14 +271,13 @@ pub fn measure(path: &Path, rounds: usize) -> anyhow::Result<Vec<Figure>> {
             worst_p99 = worst_p99.max(p99);
         }
         if load == 70 {
-            figures.push(Figure::new("routing", "ttft_mean_of_the_best_other_at_70", median(means), "<= 0.9"));
-            figures.push(Figure::new("routing", "ttft_mean_worst_seed_at_70", worst_mean, "< 1"));
-            figures.push(Figure::new("routing", "ttft_p99_worst_seed_at_70", worst_p99, "< 1"));
+            figure::print("routing", "ttft_mean_of_the_best_other_at_70", median(means), "<= 0.9");
+            figure::print("routing", "ttft_mean_worst_seed_at_70", worst_mean, "< 1");
+            figure::print("routing", "ttft_p99_worst_seed_at_70", worst_p99, "< 1");
         } else {
-            figures.push(Figure::note("routing", &format!("ttft_mean_of_the_best_other_at_{load}"), median(means)));
-            figures.push(Figure::note("routing", &format!("ttft_p99_worst_seed_at_{load}"), worst_p99));
+            figure::note("routing", &format!("ttft_mean_of_the_best_other_at_{load}"), median(means));
+            figure::note("routing", &format!("ttft_p99_worst_seed_at_{load}"), worst_p99);
         }
     }
-    figures.extend(overhead::measure(rounds)?);
-    Ok(figures)
+    overhead::measure(rounds)
 }

@@ -84,7 +84,7 @@ impl Attachment {
         socket::send(&socket, &hello).map_err(failed)?;
         let (welcome, descriptors) = Self::until_welcome(&socket, failed)?;
         let [client_page, daemon_page, table, kick] = <[OwnedFd; 4]>::try_from(descriptors)
-            .map_err(|_| Error::Unavailable("the daemon's welcome came without its memory".into()))?;
+            .map_err(|_| Error::Unavailable("the daemon sent a welcome without its memory".into()))?;
         let attachment = Arc::new(Self {
             client_page: Mapping::new(&client_page, CLIENT_PAGE_BYTES as u64, Access::Write)?,
             daemon_page: Mapping::new(&daemon_page, DAEMON_PAGE_BYTES as u64, Access::Read)?,
@@ -130,7 +130,11 @@ impl Attachment {
                 Some((FromDaemon::Refused(reason), _)) => {
                     return Err(Error::Unavailable(format!("the daemon refuses local clients: {reason}")));
                 }
-                Some(_) => return Err(Error::Unavailable("the daemon's local plane said no welcome".into())),
+                Some(_) => {
+                    return Err(Error::Unavailable(
+                        "the daemon's local plane sent something other than a welcome".into(),
+                    ));
+                }
             }
         }
     }

@@ -188,7 +188,7 @@ impl Drop for Waiting {
 }
 
 pub(super) fn lost() -> Error {
-    Error::Unavailable("the daemon has gone, and did not answer".into())
+    Error::Unavailable("the daemon went away before it answered".into())
 }
 
 impl Attachment {
@@ -228,7 +228,7 @@ impl Attachment {
                 Ok(true)
             }
             Ok(Push::Full) => Ok(false),
-            Ok(Push::TooLarge) => Err(Error::Other("a command is larger than a record of the ring".into())),
+            Ok(Push::TooLarge) => Err(Error::Other("the command is larger than a record of the ring".into())),
             Err(_) => Err(lost()),
         }
     }

@@ -37,7 +37,7 @@ impl Mapping {
         let failed = |error: rustix::io::Errno| Error::Unavailable(format!("cannot map the daemon's memory: {error}"));
         let size = rustix::fs::fstat(fd).map_err(failed)?.st_size;
         if bytes == 0 || size < 0 || (size as u64) < bytes {
-            return Err(Error::Unavailable(format!("the daemon passed {size} bytes where {bytes} were announced")));
+            return Err(Error::Unavailable(format!("the daemon passed {size} bytes of memory, but announced {bytes}")));
         }
         let protection = match access {
             Access::Read => ProtFlags::READ,
@@ -115,7 +115,7 @@ impl MappedSlab {
             .collect();
         let header = SlabHeader::decode(&page).map_err(|error| wrong(error.to_string()))?;
         if header.epoch != epoch || header.namespace_digest != *namespace_digest || u64::from(header.slab) != serial {
-            return Err(wrong("it is of another life of the daemon, or of another namespace".into()));
+            return Err(wrong("it belongs to another run of the daemon, or to another namespace".into()));
         }
         let mapping = Mapping::new(fd, header.geometry.slab_bytes, Access::Read)?;
         let range = header.geometry.directory();

@@ -86,10 +86,10 @@ impl Attachment {
         match self.call(&Command::Call { verb, deadline_ms, request }).await? {
             Completion::Response(response) => M::decode(&*response)
                 .map(Some)
-                .map_err(|error| Error::Other(format!("an answer that cannot be read: {error}"))),
+                .map_err(|error| Error::Other(format!("the daemon's answer cannot be read: {error}"))),
             Completion::Failed { code, .. } if code == tonic::Code::OutOfRange as u32 => Ok(None),
             Completion::Failed { code, message } => Err(failure(code, message)),
-            _ => Err(Error::Other("an answer to another question".into())),
+            _ => Err(Error::Other("the daemon sent the answer to another command".into())),
         }
     }
 
@@ -104,7 +104,7 @@ impl Attachment {
         let response: v1::RegisterLayoutResponse = self
             .verb(verb, &request, deadline_ms)
             .await?
-            .ok_or_else(|| Error::Invalid("layout: is larger than a command may be".into()))?;
+            .ok_or_else(|| Error::Invalid("layout: it is larger than a command may be".into()))?;
         let known = LocalLayout { ordinal: response.ordinal, block_bytes: response.block_bytes.as_slice().into() };
         self.layouts.rcu(|layouts| {
             let mut layouts = attachment::LocalLayouts::clone(layouts);
@@ -141,7 +141,7 @@ impl Client {
         match layout {
             // Registered by another client, under a digest that this one was given: gRPC takes digests.
             None if self.shared.plane == crate::Plane::Local => Err(Error::NotFound(
-                "this client has not registered the layout, as the local plane needs: register it".into(),
+                "this client has not registered the layout, which the local plane needs; register it first".into(),
             )),
             None => Ok(None),
             Some(layout) => {
@@ -179,7 +179,7 @@ impl Client {
     /// the leases are dropped.
     pub async fn leases(&self, group: &GroupRef, hashes: &[Bytes]) -> Result<Leases, Error> {
         let unsupported =
-            || Error::Unsupported("leases need the local plane: connect to a Unix socket of this node".into());
+            || Error::Unsupported("leases need the local plane; connect to a Unix socket of this node".into());
         let local = self.local_group(group).await?.ok_or_else(unsupported)?;
         let hashes = sequence_hashes(hashes)?;
         self.within(async {
@@ -258,7 +258,7 @@ impl Promoted {
 
 /// The error for a pinned block that is lost.
 pub(crate) fn data_loss(at: usize) -> Error {
-    Error::DataLoss(format!("block {at} is pinned, and cannot be read from any tier any more"))
+    Error::DataLoss(format!("block {at} is pinned, but can no longer be read from any tier"))
 }
 
 /// The daemon keeps what it promoted until this is dropped.
@@ -298,7 +298,7 @@ impl LocalGroup {
                 Ok((Promoted { ready: (ready as usize).min(hashes.len()), next }, kept))
             }
             Completion::Failed { code, message } => Err(failure(code, message)),
-            _ => Err(Error::Other("an answer to another question".into())),
+            _ => Err(Error::Other("the daemon sent the answer to another command".into())),
         }
     }
 
@@ -447,7 +447,7 @@ fn copy_out(leases: &Leases, buffers: &mut [&mut [u8]], first: usize) -> Result<
     let mut copies = Vec::with_capacity(leases.len());
     for ((at, from), to) in (first..).zip(leases.iter()).zip(buffers) {
         if from.len() != to.len() {
-            let problem = format!("block {at} has {} bytes, which its buffer of {} has not", from.len(), to.len());
+            let problem = format!("block {at} has {} bytes, and its buffer has {}", from.len(), to.len());
             return Err(Error::Invalid(problem));
         }
         copies.push(Copy { from, to });

@@ -227,7 +227,7 @@ impl Attachment {
             let words = words.get(..taken).unwrap_or_default();
             if words.is_empty() && leases.is_empty() {
                 return Err(Error::Busy(format!(
-                    "this process reads {} blocks at once, the most one may: drop some leases",
+                    "this process holds leases on {} blocks, which is the most it may hold; drop some of them",
                     kvstore_plane::caps::LEASES_PER_CLIENT
                 )));
             }

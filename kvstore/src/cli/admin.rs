@@ -14,19 +14,21 @@ use crate::daemon::nvme_options;
 
 /// Check every block, in memory and on disk, against its checksums.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "A running daemon drops the blocks whose bytes differ. With --path, a volume's folder is
-checked that no daemon uses; its damaged blocks are dropped only with --quarantine. Exit status 1 when there was one.
+#[command(
+    after_help = "A running daemon drops the blocks that do not match. With --path, the command checks the folder of a volume
+that no daemon uses, and drops its damaged blocks only with --quarantine. The exit status is 1 if any block was damaged.
 
 Examples:
   kvstore verify
-  kvstore verify --path /var/lib/kvstore --quarantine")]
+  kvstore verify --path /var/lib/kvstore --quarantine"
+)]
 pub struct Verify {
     #[command(flatten)]
     target: Target,
-    /// Check this folder instead of a running daemon.
+    /// Check the volume in this folder instead of a running daemon.
     #[arg(long, value_name = "FOLDER")]
     path: Option<PathBuf>,
-    /// Forget the damaged blocks of the folder.
+    /// Drop the damaged blocks of the folder.
     #[arg(long, requires = "path")]
     quarantine: bool,
 }
@@ -88,23 +90,23 @@ impl Verify {
             let (read, corrupt, stale) = (bytes(report.verified_bytes), report.corrupt, report.stale);
             println!("{} blocks, {read}: {corrupt} corrupt, {stale} stale", report.verified);
             if report.unknown_segments > 0 {
-                println!("the index was lost: {} segments were scanned for their blocks", report.unknown_segments);
+                println!("the index was lost, so {} segments were scanned for their blocks", report.unknown_segments);
             }
             if corrupt > 0 && !self.quarantine {
-                println!("nothing was changed; --quarantine forgets the corrupt blocks");
+                println!("nothing was changed; use --quarantine to drop the corrupt blocks");
             }
         }
         Ok(if report.corrupt == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
 
-/// Refuse new work and finish what is in flight.
+/// Refuse new calls and finish those in flight.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "The daemon stays up, for status and metrics, until it is stopped.")]
+#[command(after_help = "The daemon still answers status and metrics requests until it is stopped.")]
 pub struct Drain {
     #[command(flatten)]
     target: Target,
-    /// Wait this long at most; otherwise as long as the daemon's configuration says.
+    /// Wait at most this long. The default is calls.drain_deadline of the daemon's configuration.
     #[arg(long, value_parser = humantime::parse_duration, value_name = "DURATION")]
     deadline: Option<Duration>,
 }
@@ -116,7 +118,7 @@ impl Drain {
         if self.target.json {
             print_json(&json!({ "drained": answer.drained, "in_flight": answer.in_flight }))?;
         } else if answer.drained {
-            println!("drained: nothing is in flight, new calls are refused");
+            println!("drained: no calls are in flight, and new calls are refused");
         } else {
             println!("{} calls are still in flight; new calls are refused", answer.in_flight);
         }

@@ -14,41 +14,41 @@ use super::output::{bytes, print_json, print_table};
 use crate::advise::{Advice, ONE_IN, Setting, TIERS, advise};
 use crate::{caps, trace};
 
-/// Say what half or twice a tier would do, from what was asked for lately, or from a trace.
+/// Show what smaller or larger tiers would bring, from recent accesses or from a trace.
 #[derive(clap::Args, Debug)]
 #[command(
-    after_help = "A daemon samples one block in 16 of what is looked up, and keeps the last million sampled accesses. Without a trace, those are
-what is judged, at the sizes that the daemon has; sizes that are given here count instead.
+    after_help = "A daemon samples one in 16 of the blocks that are looked up, and keeps the last million sampled accesses. Without a trace, the
+command judges these accesses, at the sizes of the daemon's tiers. Sizes that are given here replace the daemon's.
 
 Examples:
-  kvstore advise                                    from the running daemon
+  kvstore advise                                    ask the running daemon
   kvstore advise --object-bytes 10TiB --write suggested.toml
   kvstore advise trace.jsonl --block-bytes 1MiB --host-bytes 8GiB --nvme-bytes 100GiB"
 )]
 pub struct Advise {
     #[command(flatten)]
     target: Target,
-    /// A trace to judge instead: one JSON object a line, with `timestamp` (ms) and `hash_ids` (one id per block).
+    /// A trace to judge instead: one JSON object per line, with `timestamp` (ms) and `hash_ids` (one id per block).
     trace: Option<PathBuf>,
-    /// Bytes of a block of the trace.
+    /// The size of a block of the trace.
     #[arg(long, value_parser = ByteSize::from_str, requires = "trace", default_value = "1MiB", value_name = "SIZE")]
     block_bytes: ByteSize,
-    /// Tokens of a block of the trace.
+    /// The number of tokens in a block of the trace.
     #[arg(long, requires = "trace", default_value_t = 512, value_name = "TOKENS")]
     block_tokens: u64,
-    /// Memory, instead of what the daemon has; with a trace, 8GiB unless given.
+    /// Judge this size of memory instead of the daemon's. With a trace, the default is 8GiB.
     #[arg(long, value_parser = ByteSize::from_str, value_name = "SIZE")]
     host_bytes: Option<ByteSize>,
-    /// Disk, all of them together.
+    /// Judge this size of all disks together instead of the daemon's.
     #[arg(long, value_parser = ByteSize::from_str, value_name = "SIZE")]
     nvme_bytes: Option<ByteSize>,
-    /// The bucket: what it may hold.
+    /// Judge a bucket that may hold this much.
     #[arg(long, value_parser = ByteSize::from_str, value_name = "SIZE")]
     object_bytes: Option<ByteSize>,
-    /// The eviction policy, with a trace: hazard or lru.
+    /// The eviction policy to simulate with a trace: hazard or lru.
     #[arg(long, requires = "trace", default_value = "hazard", value_parser = PolicyKind::from_str)]
     policy: PolicyKind,
-    /// Write the suggested sizes into this file, as a part of a configuration. It must not be there yet.
+    /// Write the suggested sizes to this file, as part of a configuration. The file must not exist yet.
     #[arg(long, value_name = "FILE")]
     write: Option<PathBuf>,
 }
@@ -61,7 +61,7 @@ impl Advise {
         };
         if sample.is_empty() {
             bail!(
-                "nothing was looked up since the daemon started: ask again when engines have used it, or give a trace"
+                "no blocks were looked up since the daemon started: run this again when engines have used it, or give a trace"
             );
         }
         let advice = advise(&sample, &setting);
@@ -126,12 +126,15 @@ impl Advise {
 
     fn print(&self, advice: &Advice, setting: &Setting) {
         println!(
-            "{} blocks of {} were asked for; {} sampled accesses tell of them.",
+            "Requests asked for {} blocks of {}. The sample has {} of these accesses.",
             advice.asked_blocks,
             bytes(setting.block_bytes),
             advice.sampled_accesses
         );
-        println!("With room for everything {:.1}% of blocks would hit.\n", advice.hit_ratio_without_bounds * 100.0);
+        println!(
+            "With room for everything, {:.1}% of the blocks would be hits.\n",
+            advice.hit_ratio_without_bounds * 100.0
+        );
         for tier in &advice.tiers {
             let rows = tier.choices.iter().map(|choice| {
                 vec![
@@ -143,14 +146,24 @@ impl Advise {
                     format!("{:.0}", choice.tokens_saved_per_1000),
                 ]
             });
-            let heading = [tier.tier, "size", "hits so far", "from it", "read per GB asked", "tokens saved of 1000"];
+            let heading = [
+                tier.tier,
+                "size",
+                "hits up to this tier",
+                "hits in this tier",
+                "read per GB asked for",
+                "tokens saved per 1000",
+            ];
             print_table(&heading, rows.collect());
             println!("suggested: {}\n", bytes(tier.suggested_bytes));
         }
         let lacking: Vec<&str> =
             TIERS.iter().filter(|tier| advice.tiers.iter().all(|told| told.tier != **tier)).copied().collect();
         if !lacking.is_empty() {
-            println!("Not told of, for there is none or its size is not given: {}.", lacking.join(", "));
+            println!(
+                "There is no advice on these tiers, because they do not exist or their size was not given: {}.",
+                lacking.join(", ")
+            );
         }
         if let Some(path) = &self.write {
             println!("The suggested sizes are in {}.", path.display());

@@ -1,4 +1,4 @@
-//! `kvstore bench`: puts and gets against a daemon, beside memcpy in the same run.
+//! `kvstore bench`: measures puts and gets against a daemon, and compares them with memcpy in the same run.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -12,21 +12,21 @@ use super::output::{print_json, print_table};
 use super::{Target, parse_block_bytes};
 use crate::replay;
 
-/// Measure puts and gets beside memcpy.
+/// Measure puts and gets, and compare them with memcpy.
 #[derive(clap::Args, Debug)]
 #[command(
-    after_help = "Blocks are deleted afterwards. Example:\n  kvstore bench --block-bytes 1MiB --blocks 64 --rounds 15"
+    after_help = "The blocks are deleted afterwards.\n\nExample:\n  kvstore bench --block-bytes 1MiB --blocks 64 --rounds 15"
 )]
 pub struct Bench {
     #[command(flatten)]
     target: Target,
-    /// Bytes of a block.
+    /// The size of a block.
     #[arg(long, default_value = "1MiB", value_parser = parse_block_bytes, value_name = "SIZE")]
     block_bytes: u32,
-    /// Blocks of a round.
+    /// The number of blocks in a round.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     blocks: u32,
-    /// Rounds; medians are reported.
+    /// The number of rounds. The medians are reported.
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
 }
@@ -60,7 +60,7 @@ impl Bench {
         } else {
             let cells =
                 |row: &Row| vec![row.what.into(), format!("{:.2} GB/s", row.gbps), format!("{:.2}", row.of_memcpy)];
-            print_table(&["", "median", "of memcpy"], rows.iter().map(cells).collect());
+            print_table(&["", "median", "relative to memcpy"], rows.iter().map(cells).collect());
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -1,5 +1,5 @@
-//! `kvstore put`, `get`, `lookup`, `prefetch`, `pin`, `unpin`, `delete`: blocks by hand. They use a layout
-//! of their own, whose blocks are any bytes up to `--block-bytes`.
+//! `kvstore put`, `get`, `lookup`, `prefetch`, `pin`, `unpin`, `delete`: commands for single blocks. They
+//! use a separate layout, whose blocks are any bytes up to `--block-bytes`.
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -21,10 +21,10 @@ use crate::replay;
 pub struct Layout {
     #[command(flatten)]
     target: Target,
-    /// The largest block of the layout: put and get must agree on it.
+    /// The size of the largest block of the layout. Put and get must use the same size.
     #[arg(long, default_value = "1MiB", value_parser = parse_block_bytes, value_name = "SIZE")]
     block_bytes: u32,
-    /// Use the layout of `kvstore replay` with these block bytes, instead of the one for hand-made blocks.
+    /// Use the layout of `kvstore replay` with this block size, instead of the layout of `kvstore put`.
     #[arg(long)]
     replay: bool,
 }
@@ -93,7 +93,7 @@ pub struct Put {
     /// The level to ask for: memory, local or durable.
     #[arg(long, default_value = "memory", value_parser = parse_level)]
     level: Level,
-    /// The file; "-" is standard input.
+    /// The file, or "-" for standard input.
     file: PathBuf,
 }
 
@@ -122,9 +122,9 @@ fn read_file(path: &PathBuf, most: u32) -> anyhow::Result<Vec<u8>> {
     if bytes.is_empty() || bytes.len() as u64 == limit {
         let most = bytesize::ByteSize(most.into());
         bail!(
-            "{} has {} bytes; a block has 1 byte to {most}: see --block-bytes",
+            "{} is {}: a block has 1 byte to {most}; see --block-bytes",
             path.display(),
-            if bytes.is_empty() { "no" } else { "more" }
+            if bytes.is_empty() { "empty" } else { "too large" }
         );
     }
     Ok(bytes)
@@ -138,7 +138,7 @@ impl Put {
         let block = PutBlock::new(self.name.bytes(), bytes);
         let options = PutOptions { level: self.level, ..PutOptions::default() };
         let results = client.put_with(&group, vec![block], options).await?;
-        let result = results.first().context("the daemon did not answer for the block")?;
+        let result = results.first().context("the daemon sent no result for the block")?;
         let stored = matches!(result.status(), PutStatus::Stored | PutStatus::Present | PutStatus::Joined);
         let level = if stored { result.level().as_str_name() } else { "" };
         if self.layout.target.json {
@@ -152,7 +152,7 @@ impl Put {
 
 /// Read a block.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "Exit status 1 when the block is not there.
+#[command(after_help = "The exit status is 1 if the block is not there.
 
 Examples:
   kvstore get --key greeting
@@ -162,7 +162,7 @@ pub struct Get {
     layout: Layout,
     #[command(flatten)]
     name: Name,
-    /// Write the bytes here instead of to standard output.
+    /// Write the bytes to this file instead of standard output.
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
 }
@@ -171,7 +171,7 @@ impl Get {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let (client, group) = self.layout.open().await?;
         let outcomes = client.get(&group, &[self.name.bytes()]).await?;
-        let outcome = outcomes.into_iter().next().context("the daemon did not answer for the block")?;
+        let outcome = outcomes.into_iter().next().context("the daemon sent no result for the block")?;
         let status = match &outcome {
             GetOutcome::Hit(_) => GetStatus::Hit,
             GetOutcome::InFlight => GetStatus::InFlight,
@@ -186,9 +186,9 @@ impl Get {
             print_json(&json!({ "status": status.as_str_name(), "bytes": bytes.len() }))?;
         } else if status != GetStatus::Hit {
             let problem = match status {
-                GetStatus::InFlight => "on its way: ask again",
-                GetStatus::DataLoss => "data loss: the block is pinned, and cannot be read from any tier any more",
-                _ => "not there",
+                GetStatus::InFlight => "the block is on its way into memory: try again",
+                GetStatus::DataLoss => "data loss: the block is pinned, but can no longer be read from any tier",
+                _ => "the block is not there",
             };
             eprintln!("kvstore: {problem}");
         } else if self.output.is_none() {
@@ -198,7 +198,7 @@ impl Get {
     }
 }
 
-/// Show how far a prefix can be read.
+/// Show how many blocks of a prefix can be read, and where they are.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Example:\n  kvstore lookup --key first --key second")]
 pub struct Lookup {
@@ -239,7 +239,7 @@ impl Lookup {
     }
 }
 
-/// Bring a prefix into memory ahead of need.
+/// Bring a prefix into memory before it is needed.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Example:\n  kvstore prefetch --key first --key second --deadline 5s")]
 pub struct Prefetch {
@@ -271,7 +271,7 @@ impl Prefetch {
             }))?;
         } else {
             println!(
-                "{}: {} of {} blocks in memory, {} nowhere",
+                "{}: {} of {} blocks are in memory, {} are in no tier",
                 last.state().as_str_name(),
                 last.ready,
                 last.blocks,
@@ -290,7 +290,7 @@ pub struct Pin {
     layout: Layout,
     #[command(flatten)]
     names: Names,
-    /// For this long.
+    /// How long the pin lasts.
     #[arg(long, default_value = "1h", value_parser = humantime::parse_duration, value_name = "DURATION")]
     ttl: Duration,
 }
@@ -303,9 +303,9 @@ impl Pin {
         if self.layout.target.json {
             print_json(&json!({ "pin": pin, "pinned_blocks": answer.pinned_blocks }))?;
         } else if answer.pinned_blocks == 0 {
-            eprintln!("kvstore: nothing of it can be read, so nothing is pinned");
+            eprintln!("kvstore: no block of the prefix can be read, so nothing is pinned");
         } else {
-            println!("{} blocks pinned; end it with: kvstore unpin {pin}", answer.pinned_blocks);
+            println!("{} blocks are pinned; end the pin with: kvstore unpin {pin}", answer.pinned_blocks);
         }
         Ok(if answer.pinned_blocks > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
@@ -327,7 +327,7 @@ impl Unpin {
         if self.target.json {
             print_json(&json!({ "unpinned": unpinned }))?;
         } else {
-            println!("{}", if unpinned { "unpinned" } else { "there is no such pin (any more)" });
+            println!("{}", if unpinned { "unpinned" } else { "there is no such pin, or it has expired" });
         }
         Ok(if unpinned { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
@@ -350,7 +350,7 @@ impl Delete {
         if self.layout.target.json {
             print_json(&json!({ "deleted": answer.deleted, "pinned": answer.pinned }))?;
         } else {
-            println!("{} deleted, {} pinned and kept", answer.deleted, answer.pinned);
+            println!("{} blocks were deleted; {} are pinned and were kept", answer.deleted, answer.pinned);
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -25,9 +25,9 @@ pub struct Config {
 
 #[derive(Subcommand, Debug)]
 enum Action {
-    /// Check a file, with the environment over it, without a daemon.
+    /// Check a configuration file and the environment that overrides it. This needs no daemon.
     Check {
-        /// The file; none checks the environment alone.
+        /// The file. Without it, the command checks the environment alone.
         file: Option<PathBuf>,
         /// Print JSON.
         #[arg(long)]
@@ -41,15 +41,15 @@ enum Action {
         #[arg(long)]
         sample: bool,
     },
-    /// Change keys of a running daemon that may change live: all or none.
+    /// Change keys of a running daemon that can change live. Either all of them change, or none.
     Set {
         #[command(flatten)]
         target: Target,
-        /// What to change.
+        /// The keys to change, and their new values.
         #[arg(required = true, value_name = "KEY=VALUE")]
         settings: Vec<String>,
     },
-    /// Have a running daemon read its configuration file again, as SIGHUP does.
+    /// Make a running daemon read its configuration file again, as SIGHUP does.
     Reload {
         #[command(flatten)]
         target: Target,
@@ -83,7 +83,7 @@ impl Config {
                     Some((key.trim().to_owned(), value.trim().to_owned()))
                 };
                 let values: Option<HashMap<_, _>> = settings.iter().map(pair).collect();
-                let values = values.context("settings have the form KEY=VALUE")?;
+                let values = values.context("a setting must have the form KEY=VALUE")?;
                 print_changes(&target, &target.connect().await?.set_config(values).await?)?;
             }
             Action::Reload { target } => print_changes(&target, &target.connect().await?.reload_config().await?)?,

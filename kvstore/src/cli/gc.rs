@@ -11,31 +11,33 @@ use serde_json::json;
 use super::Target;
 use super::output::{bytes, print_json, print_table};
 
-/// Collect garbage in the object store: old packs go, or the oldest until so many bytes are left.
+/// Delete old packs from the object store, by age or until a given size is left.
 #[derive(clap::Args, Debug)]
 #[command(
-    after_help = "Never what a pin refers to, nor what was written within the last hour. One collector at a time, of all daemons that
-share the bucket. Without a rule, or with --dry-run, nothing goes: what there is, and what would go, is counted.
+    after_help = "The command never deletes packs that a pin refers to, or that were written within the last hour. Only one of the daemons
+that share a bucket can collect at a time. Without a rule, or with --dry-run, nothing is deleted: the command counts the
+packs that are in the bucket, and those that would be deleted.
 
 Examples:
-  kvstore gc                                       what is in the bucket
+  kvstore gc                                       show what is in the bucket
   kvstore gc --older-than 30days --dry-run
   kvstore gc --keep 10TiB --namespace team-a
-For what is to happen by itself, see object.keep_age and object.keep_bytes in `kvstore config show --sample`."
+
+To delete old packs automatically, set object.keep_age or object.keep_bytes: see `kvstore config show --sample`."
 )]
 pub struct Gc {
     #[command(flatten)]
     target: Target,
-    /// Packs that are older than this go.
+    /// Delete packs that are older than this.
     #[arg(long, value_parser = humantime::parse_duration, value_name = "DURATION")]
     older_than: Option<Duration>,
-    /// The oldest packs go until no more than this is left.
+    /// Delete the oldest packs until at most this much is left.
     #[arg(long, value_parser = ByteSize::from_str, value_name = "SIZE")]
     keep: Option<ByteSize>,
-    /// In this namespace alone.
+    /// Delete packs of this namespace alone.
     #[arg(long)]
     namespace: Option<String>,
-    /// Only count what would go.
+    /// Only count the packs that would be deleted.
     #[arg(long)]
     dry_run: bool,
 }
@@ -58,9 +60,9 @@ impl Gc {
                 let found: u64 = step.found.values().map(|found| found.packs).sum();
                 let deleted = step.deleted.unwrap_or_default().packs;
                 bar.set_message(if step.deleting {
-                    format!("{deleted} of {found} packs gone")
+                    format!("{deleted} of {found} packs deleted")
                 } else {
-                    format!("{found} packs found")
+                    format!("found {found} packs")
                 });
                 bar.tick();
             })
@@ -83,14 +85,14 @@ impl Gc {
                 .iter()
                 .map(|(namespace, found)| vec![(*namespace).clone(), found.packs.to_string(), bytes(found.bytes)]);
             print_table(&["namespace", "packs", "bytes"], rows.collect());
-            let went = if dry_run { "would go" } else { "gone" };
+            let went = if dry_run { "would be deleted" } else { "deleted" };
             println!("{went}: {} packs, {}", deleted.packs, bytes(deleted.bytes));
             if referenced.packs > 0 {
-                println!("kept, for pins refer to them: {} packs, {}", referenced.packs, bytes(referenced.bytes));
+                println!("kept, because pins refer to them: {} packs, {}", referenced.packs, bytes(referenced.bytes));
             }
             if failed.packs > 0 {
                 println!(
-                    "not deleted, the store failed: {} packs, {}; run it again",
+                    "not deleted, because the store failed: {} packs, {}; run the command again",
                     failed.packs,
                     bytes(failed.bytes)
                 );

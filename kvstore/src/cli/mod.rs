@@ -18,7 +18,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::config::default_socket;
 
-/// KV-cache blocks that outlive the engine: a daemon per node, and the commands to use it.
+/// Store KV-cache blocks that outlive the engine: one daemon per node, and the commands to use it.
 #[derive(Parser, Debug)]
 #[command(name = "kvstore", version, propagate_version = true, after_help = EXAMPLES)]
 pub struct Cli {
@@ -28,8 +28,8 @@ pub struct Cli {
 }
 
 const EXAMPLES: &str = "Examples:
-  kvstore serve                                   a daemon with defaults from this machine
-  kvstore status                                  what it holds and does
+  kvstore serve                                   run a daemon with defaults for this machine
+  kvstore status                                  show what it holds and does
   echo hello | kvstore put --key greeting -       store a block
   kvstore get --key greeting                      read it back
   kvstore replay examples/conversation_slice.jsonl --block-bytes 64KiB --verify";
@@ -45,9 +45,9 @@ pub enum Command {
     Put(blocks::Put),
     /// Read a block.
     Get(blocks::Get),
-    /// Show how far a prefix can be read, and where its blocks are.
+    /// Show how many blocks of a prefix can be read, and where they are.
     Lookup(blocks::Lookup),
-    /// Bring a prefix into memory ahead of need.
+    /// Bring a prefix into memory before it is needed.
     Prefetch(blocks::Prefetch),
     /// Keep a prefix from being evicted for a while.
     Pin(blocks::Pin),
@@ -57,17 +57,17 @@ pub enum Command {
     Delete(blocks::Delete),
     /// Drive a daemon with a trace of LLM requests, or simulate its eviction policy.
     Replay(replay::Replay),
-    /// Measure puts and gets beside memcpy.
+    /// Measure puts and gets, and compare them with memcpy.
     Bench(bench::Bench),
     /// Check, show or change the configuration.
     Config(config::Config),
-    /// Check every block against its checksum.
+    /// Check every block, in memory and on disk, against its checksums.
     Verify(admin::Verify),
-    /// Say what half or twice a tier would do.
+    /// Show what smaller or larger tiers would bring.
     Advise(advise::Advise),
-    /// Collect garbage in the object store.
+    /// Delete old packs from the object store.
     Gc(gc::Gc),
-    /// Refuse new work and finish what is in flight.
+    /// Refuse new calls and finish those in flight.
     Drain(admin::Drain),
     /// Print a shell's completion script.
     Completion(Completion),
@@ -77,20 +77,20 @@ pub enum Command {
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Example:\n  kvstore completion bash > ~/.local/share/bash-completion/completions/kvstore")]
 pub struct Completion {
-    /// The shell.
+    /// The shell to print the script for.
     shell: clap_complete::Shell,
 }
 
 /// Which daemon, and how to answer.
 #[derive(clap::Args, Debug, Clone)]
 pub struct Target {
-    /// The daemon: unix:/path/to/socket or http://host:port.
+    /// The daemon's address: unix:/path/to/socket or http://host:port.
     #[arg(long, env = "KVSTORE_ADDRESS", default_value_t = default_address(), value_name = "ADDRESS")]
     address: String,
     /// Give up after this long.
     #[arg(long, default_value = "30s", value_parser = humantime::parse_duration, value_name = "DURATION")]
     timeout: std::time::Duration,
-    /// The way blocks go: shared memory, gRPC, or auto: shared memory on a Unix socket of this node.
+    /// How blocks are transferred.
     #[arg(long, default_value = "auto", value_name = "PLANE")]
     plane: PlaneArg,
     /// Print JSON.
@@ -101,11 +101,11 @@ pub struct Target {
 /// A plane, on the command line.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 enum PlaneArg {
-    /// Shared memory where the daemon offers it, gRPC for the rest.
+    /// Use shared memory where the daemon offers it, and gRPC otherwise.
     Auto,
-    /// Shared memory, or an error.
+    /// Use shared memory, or fail if the daemon does not offer it.
     Local,
-    /// gRPC alone.
+    /// Use gRPC only.
     Grpc,
 }
 
@@ -198,7 +198,7 @@ fn parse_block_bytes(text: &str) -> Result<u32, String> {
     let max = kvstore_tiers::caps::BLOCK_BYTES_MAX;
     match u32::try_from(size.as_u64()) {
         Ok(bytes) if bytes > 0 && u64::from(bytes) <= max => Ok(bytes),
-        _ => Err(format!("{size} is not within 1 byte and {}", bytesize::ByteSize(max))),
+        _ => Err(format!("{size} is out of range: a block has 1 byte to {}", bytesize::ByteSize(max))),
     }
 }
 

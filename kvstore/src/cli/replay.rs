@@ -16,54 +16,56 @@ use crate::trace;
 
 /// Drive a daemon with a trace of LLM requests, or simulate its eviction policy.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "The trace has one JSON object a line, with `timestamp` (ms) and `hash_ids` (one id per block).
-Without --address, a daemon of its own is started in this process. Exit status 1 when a byte was wrong.
+#[command(
+    after_help = "The trace has one JSON object per line, with `timestamp` (ms) and `hash_ids` (one id per block).
+Without --address, the command starts a daemon in its own process. The exit status is 1 if any byte was wrong.
 
-With --crash the daemon is a process of its own, which is ended with kill -9 halfway and started again.
+With --crash, the daemon runs in a separate process, which is killed with kill -9 halfway and started again.
 
 Examples:
   kvstore replay examples/conversation_slice.jsonl --block-bytes 64KiB --host-bytes 256MiB --verify
   kvstore replay examples/conversation_slice.jsonl --block-bytes 64KiB --host-bytes 128MiB --nvme-bytes 2GiB --crash --verify
   kvstore replay trace.jsonl --block-bytes 1MiB --plane grpc
   kvstore replay trace.jsonl --block-bytes 1MiB --address unix:/run/kvstore/default.sock --speed 10
-  kvstore replay trace.jsonl --simulate --capacity-blocks 5000")]
+  kvstore replay trace.jsonl --simulate --capacity-blocks 5000"
+)]
 pub struct Replay {
     /// The trace.
     trace: PathBuf,
-    /// Bytes of a block.
+    /// The size of a block.
     #[arg(long, value_parser = parse_block_bytes, required_unless_present = "simulate", value_name = "SIZE")]
     block_bytes: Option<u32>,
-    /// Times real time, or "max": as fast as it goes.
+    /// Replay this many times as fast as real time, or "max" for as fast as possible.
     #[arg(long, default_value = "max", value_parser = parse_speed, value_name = "X")]
     speed: Speed,
     /// Check every byte that comes back.
     #[arg(long)]
     verify: bool,
-    /// The way blocks go: shared memory, gRPC, or auto: shared memory where the daemon offers it.
+    /// How blocks are transferred.
     #[arg(long, default_value = "auto", conflicts_with = "simulate", value_name = "PLANE")]
     plane: PlaneArg,
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    /// Drive this daemon. KVSTORE_ADDRESS does not count here: a replay writes thousands of blocks.
+    /// Drive the daemon at this address. KVSTORE_ADDRESS is ignored, because a replay writes thousands of blocks.
     #[arg(long, conflicts_with = "simulate", value_name = "ADDRESS")]
     address: Option<String>,
-    /// Memory of the daemon that is started otherwise.
+    /// Memory of the daemon that is started without --address.
     #[arg(long, conflicts_with_all = ["address", "simulate"], value_name = "SIZE")]
     host_bytes: Option<String>,
-    /// Disk of the daemon that is started otherwise; without it, memory is its only tier.
+    /// Disk of the daemon that is started without --address. By default, memory is its only tier.
     #[arg(long, conflicts_with_all = ["address", "simulate"], value_name = "SIZE")]
     nvme_bytes: Option<String>,
-    /// Where that disk's folder is; a temporary one otherwise.
+    /// The folder for --nvme-bytes. By default, it is a temporary folder.
     #[arg(long, requires = "nvme_bytes", value_name = "FOLDER")]
     nvme_path: Option<PathBuf>,
-    /// End the daemon with kill -9 halfway through the trace, start it again, and go on.
+    /// Kill the daemon with kill -9 halfway through the trace, start it again, and go on.
     #[arg(long, requires = "nvme_bytes")]
     crash: bool,
-    /// Run the policy on metadata alone, beside LRU and Belady's optimum.
+    /// Simulate the policy on metadata alone, and compare it with LRU and Belady's optimum.
     #[arg(long, requires = "capacity_blocks")]
     simulate: bool,
-    /// Room for this many blocks.
+    /// Simulate room for this many blocks.
     #[arg(long, requires = "simulate", value_parser = parse_capacity, value_name = "N")]
     capacity_blocks: Option<usize>,
     /// The eviction policy: hazard or lru.
@@ -130,7 +132,7 @@ impl Replay {
         if !self.json {
             let config = running.daemon.config();
             eprintln!(
-                "a daemon of this process: {} of memory, eviction by {}",
+                "started a daemon in this process, with {} of memory and eviction by {}",
                 bytes(config.host.bytes),
                 config.eviction.name()
             );
@@ -167,7 +169,7 @@ impl Replay {
         let before = self.drive(&socket, before, options).await?;
         daemon.kill()?;
         if !self.json {
-            eprintln!("kill -9, in the middle of the trace; the daemon starts again");
+            eprintln!("killed the daemon with kill -9 in the middle of the trace; starting it again");
         }
         let (daemon, ready) = Served::start(&socket, &settings).await?;
         let after = self.drive(&socket, after, options).await?;
@@ -178,7 +180,9 @@ impl Replay {
         } else {
             println!("before kill -9:");
             print_report(&before);
-            println!("\nafter it, ready in {ready_ms:.0} ms with an empty memory and what was on disk:");
+            println!(
+                "\nafter kill -9 (the daemon was ready in {ready_ms:.0} ms, with empty memory and the blocks on disk):"
+            );
             print_report(&after);
         }
         let sound = before.wrong_bytes + after.wrong_bytes == 0;
@@ -224,7 +228,7 @@ impl Served {
                 return Ok((daemon, started.elapsed()));
             }
             if let Some(status) = daemon.0.try_wait()? {
-                bail!("the daemon ended at once: {status}");
+                bail!("the daemon ended before it answered: {status}");
             }
             if started.elapsed() > Duration::from_secs(60) {
                 bail!("the daemon did not answer within a minute");
@@ -265,7 +269,7 @@ fn print_simulation(simulation: &Simulation) {
 fn print_report(report: &Report) {
     let wrong = if report.verified { report.wrong_bytes.to_string() } else { "not checked: see --verify".into() };
     let calls = |gbps: f64, us: &crate::replay::Percentiles| {
-        format!("{gbps:.2} GB/s, p50 {:.0} us, p99 {:.0} us a call", us.p50, us.p99)
+        format!("{gbps:.2} GB/s, p50 {:.0} us, p99 {:.0} us per call", us.p50, us.p99)
     };
     print_pairs(&[
         ("requests", report.requests.to_string()),

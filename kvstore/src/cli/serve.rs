@@ -12,18 +12,18 @@ use crate::serve::{StartOptions, start};
   kvstore serve --host-bytes 8GiB --listen unix:/run/kvstore/default.sock
   kvstore serve --config /etc/kvstore.toml --set log.level=debug
 
-SIGHUP reads the configuration again. SIGTERM finishes what is in flight, then ends.")]
+On SIGHUP, the daemon reads its configuration again. On SIGTERM, it finishes the calls in flight and stops.")]
 pub struct Serve {
-    /// The configuration file; `kvstore config show --sample` prints a commented one.
+    /// The configuration file. `kvstore config show --sample` prints a commented one.
     #[arg(long, env = "KVSTORE_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Memory for blocks: the same as --set host.bytes=SIZE.
+    /// Memory for blocks. This is the same as --set host.bytes=SIZE.
     #[arg(long, value_name = "SIZE")]
     host_bytes: Option<String>,
-    /// Listen here instead of where the configuration says: unix:/path or a loopback host:port. Repeatable.
+    /// Listen on this address instead of those in the configuration: unix:/path or a loopback host:port. Can be repeated.
     #[arg(long, value_name = "ADDRESS")]
     listen: Vec<String>,
-    /// Set any key of the configuration. Repeatable.
+    /// Set any key of the configuration. Can be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     settings: Vec<String>,
 }
@@ -38,7 +38,7 @@ impl Serve {
             version = env!("CARGO_PKG_VERSION"),
             host_bytes = %bytesize::ByteSize(config.host.bytes),
             eviction = config.eviction.name(),
-            "serving; memory is taken as blocks come"
+            "the daemon is serving; it takes memory as blocks arrive"
         );
         running.until_signalled().await?;
         Ok(ExitCode::SUCCESS)

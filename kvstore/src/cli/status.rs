@@ -13,15 +13,15 @@ use super::output::{bytes, print_json, print_pairs, print_table};
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:
   kvstore status
-  kvstore status --watch                live, every second; q ends it
+  kvstore status --watch                live, every second; press q to quit
   kvstore status --json | jq .host.blocks")]
 pub struct Status {
     #[command(flatten)]
     target: Target,
-    /// Show it live: occupancy, flows, hits and queues of each tier.
+    /// Show a live view: the occupancy, flows, hits and queues of each tier.
     #[arg(long, conflicts_with = "json")]
     watch: bool,
-    /// With --watch: look so often.
+    /// How often --watch refreshes the view.
     #[arg(long, default_value = "1s", value_parser = humantime::parse_duration, requires = "watch", value_name = "DURATION")]
     every: Duration,
 }
@@ -159,7 +159,7 @@ fn print_nvme(nvme: &v1::NvmeTierStatus) {
     println!();
     print_pairs(&[(
         "nvme",
-        format!("{} wait to be written, at most {}", bytes(nvme.dirty_bytes), bytes(nvme.dirty_bytes_max)),
+        format!("{} waiting to be written, at most {}", bytes(nvme.dirty_bytes), bytes(nvme.dirty_bytes_max)),
     )]);
     if nvme.namespaces.len() > 1 || nvme.namespaces.iter().any(|of| of.bytes_max > 0) {
         for of in &nvme.namespaces {
@@ -177,7 +177,7 @@ fn print_nvme(nvme: &v1::NvmeTierStatus) {
             (
                 "  disk",
                 format!(
-                    "{} of {}, {} of that the index",
+                    "{} of {}; the index takes {} of it",
                     bytes(volume.disk_bytes),
                     bytes(volume.bytes_max),
                     bytes(volume.index_bytes)
@@ -197,7 +197,7 @@ fn print_nvme(nvme: &v1::NvmeTierStatus) {
             (
                 "  written",
                 format!(
-                    "{} blocks, {}; {:.2} bytes to the device for each",
+                    "{} blocks, {}; {:.2} bytes written to the device for each byte",
                     volume.admitted_blocks,
                     bytes(volume.admitted_bytes),
                     volume.write_amplification
@@ -257,7 +257,7 @@ fn print_object(object: &v1::ObjectTierStatus) {
         (
             "  to upload",
             format!(
-                "{} blocks, {} of {}, the oldest for {age}; {} in memory",
+                "{} blocks, {} of {}; the oldest has waited {age}; {} in memory",
                 object.backlog_blocks,
                 bytes(object.backlog_bytes),
                 bytes(object.backlog_bytes_max),
@@ -285,7 +285,7 @@ fn print_object(object: &v1::ObjectTierStatus) {
         (
             "  trouble",
             format!(
-                "{} corrupt, {} not taken, {} gone before their upload",
+                "{} corrupt, {} not taken for upload, {} lost before their upload",
                 object.corrupt_blocks, object.refused_blocks, object.lost_blocks
             ),
         ),

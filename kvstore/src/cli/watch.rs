@@ -1,4 +1,4 @@
-//! `kvstore status --watch`: the same, live.
+//! `kvstore status --watch`: the status as a live view.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -105,7 +105,7 @@ impl View {
 
     fn draw(&self, frame: &mut Frame<'_>) {
         let Some(look) = &self.last else {
-            let text = self.trouble.clone().unwrap_or_else(|| "asking the daemon ...".into());
+            let text = self.trouble.clone().unwrap_or_else(|| "waiting for the daemon ...".into());
             return frame.render_widget(Paragraph::new(text), frame.area());
         };
         let status = &look.status;
@@ -142,7 +142,7 @@ impl View {
         }
         if let Some(object) = &status.object {
             let used = format!(
-                "{} of {} to upload, the oldest for {} s; {} writing, {} reading",
+                "{} of {} to upload, oldest waiting {} s; {} writing, {} reading",
                 bytes(object.backlog_bytes),
                 bytes(object.backlog_bytes_max),
                 object.backlog_age_ms / 1000,
@@ -152,12 +152,12 @@ impl View {
             let title = format!("object {} {} {}", object.url, object.state, object.reason);
             gauge(frame, bucket, &title, (object.backlog_bytes, object.backlog_bytes_max), used);
         }
-        frame.render_widget(Paragraph::new(self.flows()).block(Block::bordered().title("a second")), flows);
+        frame.render_widget(Paragraph::new(self.flows()).block(Block::bordered().title("per second")), flows);
         flow(frame, put, "put", &self.put, Color::Green);
         flow(frame, get, "get", &self.get, Color::Cyan);
         let foot_line = match &self.trouble {
             Some(trouble) => Line::from(trouble.clone()).red(),
-            None => Line::from("q ends").dim(),
+            None => Line::from("press q to quit").dim(),
         };
         frame.render_widget(foot_line, foot);
     }
@@ -214,7 +214,7 @@ fn flow(frame: &mut Frame<'_>, area: Rect, title: &str, flow: &VecDeque<u64>, co
 /// Shows the status anew every `every`, until q, Esc or Ctrl-C.
 pub(super) async fn watch(client: &Client, every: Duration) -> anyhow::Result<()> {
     use std::io::IsTerminal as _;
-    anyhow::ensure!(std::io::stdout().is_terminal(), "--watch needs a terminal; for programs there is --json");
+    anyhow::ensure!(std::io::stdout().is_terminal(), "--watch needs a terminal; programs can use --json instead");
     let mut terminal = ratatui::try_init()?;
     let outcome = watch_in(&mut terminal, client, every).await;
     ratatui::restore();

@@ -1,4 +1,4 @@
-//! What may change while the daemon runs.
+//! The keys that may change while the daemon runs.
 
 use super::{Config, ConfigError, NvmeConfig, ObjectConfig, invalid};
 
@@ -37,7 +37,7 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
         ("log.format", old.log_format == new.log_format),
     ];
     if let Some((key, _)) = fixed.into_iter().find(|(_, same)| !same) {
-        return Err(invalid(key, "changes only with a restart; nothing was changed"));
+        return Err(invalid(key, "this key changes only with a restart of the daemon, so nothing was changed"));
     }
     let bytes = |bytes: u64| bytesize::ByteSize(bytes).to_string();
     let size = |size: Option<u64>| size.map_or_else(|| "off".to_owned(), bytes);

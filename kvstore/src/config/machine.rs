@@ -1,4 +1,4 @@
-//! What the machine tells: memory, and where a user's sockets belong.
+//! Facts about the machine: its memory, its disks, and the folders for a user's sockets and data.
 
 use std::path::{Path, PathBuf};
 

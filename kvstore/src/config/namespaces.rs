@@ -1,4 +1,4 @@
-//! Policies of single namespaces, over what holds for all.
+//! Policies of single namespaces. They override the settings for all namespaces.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -75,7 +75,7 @@ impl std::fmt::Display for NamespacePolicy {
             ("keep_bytes", self.keep_bytes.map(size)),
         ];
         let set: Vec<String> = set.into_iter().filter_map(|(key, value)| Some(format!("{key} {}", value?))).collect();
-        f.write_str(if set.is_empty() { "as all" } else { "" })?;
+        f.write_str(if set.is_empty() { "the settings for all namespaces" } else { "" })?;
         f.write_str(&set.join(", "))
     }
 }
@@ -96,10 +96,10 @@ pub(super) fn check(
     for namespace in raw {
         let name = &namespace.name;
         if !listeners.iter().any(|listener| listener.namespace == *name) {
-            return Err(invalid("namespace.name", format!("{name:?} is the namespace of no [[listen]]")));
+            return Err(invalid("namespace.name", format!("no [[listen]] has the namespace {name:?}: add one")));
         }
         if policies.insert(name.clone(), namespace.check(tiers)?).is_some() {
-            return Err(invalid("namespace.name", format!("{name:?} is listed twice")));
+            return Err(invalid("namespace.name", format!("{name:?} is listed twice: keep one [[namespace]] for it")));
         }
     }
     Ok(policies)
@@ -123,16 +123,18 @@ impl RawNamespace {
             ("promote_after", self.promote_after.is_some()),
         ];
         if let Some((key, _)) = needs_disk.into_iter().find(|(_, set)| *set && tiers.nvme.is_none()) {
-            return Err(self.wrong(key, "there is no nvme.paths to write to"));
+            return Err(self.wrong(key, "this key needs an Nvme tier: set nvme.paths, or remove the key"));
         }
         if let Some((key, _)) = needs_bucket.into_iter().find(|(_, set)| *set && tiers.object.is_none()) {
-            return Err(self.wrong(key, "there is no object.url to upload to"));
+            return Err(self.wrong(key, "this key needs an object store: set object.url, or remove the key"));
         }
         if self.promote_after == Some(0) {
-            return Err(self.wrong("promote_after", "0 is not within 1 to 255 requests"));
+            return Err(self.wrong("promote_after", "0 is out of range: it must be 1 to 255 requests"));
         }
         if let Some(percent) = self.pin_percent.filter(|percent| *percent > HELD_PERCENT_MAX) {
-            return Err(self.wrong("pin_percent", format!("{percent} is not within 0 to {HELD_PERCENT_MAX}")));
+            return Err(
+                self.wrong("pin_percent", format!("{percent} is out of range: it must be 0 to {HELD_PERCENT_MAX}"))
+            );
         }
         let disk = tiers.nvme.map_or(0, |nvme| nvme.bytes * nvme.paths.len() as u64);
         Ok(NamespacePolicy {
@@ -159,7 +161,7 @@ impl RawNamespace {
             None if most == u64::MAX => Err(self.wrong(key, format!("{text:?} is not a size such as \"10TiB\""))),
             None => {
                 let (least, most) = (ByteSize(least), ByteSize(most));
-                Err(self.wrong(key, format!("{text:?} is not a size within {least} and the tier's own, {most}")))
+                Err(self.wrong(key, format!("{text:?} must be a size from {least} to the size of the tier, {most}")))
             }
             bytes => Ok(bytes),
         }
@@ -170,7 +172,7 @@ impl RawNamespace {
         let time = humantime::parse_duration(text).ok();
         let sound = time.filter(|time| (u128::from(least_ms)..=u128::from(TTL_MS_MAX)).contains(&time.as_millis()));
         let least = humantime::format_duration(Duration::from_millis(least_ms));
-        let problem = || self.wrong(key, format!("{text:?} is not a time such as \"6h\", from {least} to a year"));
+        let problem = || self.wrong(key, format!("{text:?} is not a duration such as \"6h\", from {least} to a year"));
         sound.map(Some).ok_or_else(problem)
     }
 }
@@ -185,13 +187,13 @@ mod tests {
         let head = "[[listen]]\naddress = \"unix:/tmp/a.sock\"\nnamespace = \"a\"\n[[namespace]]\nname = \"a\"\n";
         let tiers = "[nvme]\npaths = [\"/tmp/kvstore-none\"]\nbytes = \"64MiB\"\n[object]\nurl = \"file:///tmp/kvstore-none\"\n";
         let cases = [
-            ("[nvme]\npaths = [\"off\"]\n", "admit = \"all\"", "there is no nvme.paths"),
-            ("[nvme]\npaths = [\"off\"]\n", "nvme_bytes = \"10MiB\"", "there is no nvme.paths"),
-            ("[nvme]\npaths = [\"off\"]\n", "keep_age = \"1d\"", "there is no object.url"),
+            ("[nvme]\npaths = [\"off\"]\n", "admit = \"all\"", "set nvme.paths"),
+            ("[nvme]\npaths = [\"off\"]\n", "nvme_bytes = \"10MiB\"", "set nvme.paths"),
+            ("[nvme]\npaths = [\"off\"]\n", "keep_age = \"1d\"", "set object.url"),
             (tiers, "admit = \"some\"", "\"evicted\""),
             (tiers, "upload = \"some\"", "\"reused\""),
-            (tiers, "promote_after = 0", "within 1 to 255"),
-            (tiers, "nvme_bytes = \"1TiB\"", "the tier's own, 64.0 MiB"),
+            (tiers, "promote_after = 0", "must be 1 to 255"),
+            (tiers, "nvme_bytes = \"1TiB\"", "the size of the tier, 64.0 MiB"),
             (tiers, "host_bytes = \"1KiB\"", "namespace.host_bytes"),
             (tiers, "pin_percent = 99", "0 to 50"),
             (tiers, "ttl = \"1s\"", "from 10s to a year"),

@@ -22,13 +22,14 @@ impl RawObject {
         }
         let options = self.options.iter().filter(|option| !option.is_empty()).map(|option| {
             let pair = option.split_once('=').map(|(key, value)| (key.to_owned(), value.to_owned()));
-            pair.ok_or_else(|| invalid("object.options", format!("{option:?} is not KEY=VALUE")))
+            pair.ok_or_else(|| invalid("object.options", format!("{option:?} is not of the form KEY=VALUE")))
         });
         let url = ObjectUrl { url: self.url.clone(), options: options.collect::<Result<_, _>>()? };
         let upload_bytes = size_or_auto("object.upload_bytes", &self.upload_bytes)?.unwrap_or(host.bytes / 8);
         if upload_bytes == 0 || upload_bytes > host.bytes / 2 {
             let most = ByteSize(host.bytes / 2);
-            let problem = format!("{} is not within 1 byte and half of host.bytes, {most}", ByteSize(upload_bytes));
+            let problem =
+                format!("{} is out of range: it must be 1 byte to half of host.bytes, {most}", ByteSize(upload_bytes));
             return Err(invalid("object.upload_bytes", problem));
         }
         let disk_bytes = nvme.map_or(0, |nvme| nvme.bytes * nvme.paths.len() as u64);
@@ -36,7 +37,8 @@ impl RawObject {
         let backlog_bytes = size_or_auto("object.backlog_bytes", &self.backlog_bytes)?.unwrap_or(auto);
         if nvme.is_some() && backlog_bytes > disk_bytes / 2 {
             let most = ByteSize(disk_bytes / 2);
-            let problem = format!("{} is more than half of the Nvme tier, {most}", ByteSize(backlog_bytes));
+            let problem =
+                format!("{} is too large: it must be at most half of the Nvme tier, {most}", ByteSize(backlog_bytes));
             return Err(invalid("object.backlog_bytes", problem));
         }
         let limits = ObjectLimits { upload_bytes, backlog_bytes };

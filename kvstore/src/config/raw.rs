@@ -202,16 +202,19 @@ impl RawEvents {
             .map_err(|_| invalid("events.bytes", format!("{:?} is not a size such as \"64MiB\"", self.bytes)))?
             .as_u64();
         if bytes < 1 << 20 {
-            return Err(invalid("events.bytes", "at least 1MiB"));
+            return Err(invalid("events.bytes", "must be at least 1MiB"));
         }
         let Some(events) = endpoint("events.publish", &self.publish)? else {
             return match replay {
-                Some(_) => Err(invalid("events.replay", "replays what is published: set events.publish, too")),
+                Some(_) => Err(invalid("events.replay", "a replay needs published events: set events.publish, too")),
                 None => Ok(None),
             };
         };
         if !listeners.iter().any(|listener| listener.namespace == self.namespace) {
-            return Err(invalid("events.namespace", format!("no listener has the namespace {:?}", self.namespace)));
+            return Err(invalid(
+                "events.namespace",
+                format!("no [[listen]] has the namespace {:?}: add one", self.namespace),
+            ));
         }
         let (topic, namespace) = (self.topic.clone(), self.namespace.clone());
         Ok(Some(PublisherConfig { events, replay, topic, namespace, bytes, hash_bytes }))
@@ -264,12 +267,12 @@ impl RawConfig {
     pub fn set(&mut self, key: &str, value: &str) -> Result<(), ConfigError> {
         let known = Self::keys();
         if !known.iter().any(|name| name == key) {
-            return Err(invalid(key, format!("unknown key; valid are {}", known.join(", "))));
+            return Err(invalid(key, format!("this key is unknown; the valid keys are {}", known.join(", "))));
         }
         let (section, name) = key.split_once('.').unwrap_or((key, ""));
         let mut whole = toml::Value::try_from(&*self).map_err(|error| invalid(key, error.to_string()))?;
         let slot = whole.get_mut(section).and_then(|section| section.get_mut(name));
-        let Some(slot) = slot else { return Err(invalid(key, "unknown key")) };
+        let Some(slot) = slot else { return Err(invalid(key, "this key is unknown")) };
         *slot = match slot {
             toml::Value::Integer(_) => toml::Value::Integer(
                 value.parse().map_err(|_| invalid(key, format!("{value:?} is not a whole number")))?,
@@ -371,7 +374,10 @@ impl RawConfig {
             return Ok(vec![Listener { address, namespace: default_namespace() }]);
         }
         if self.listen.len() > NAMESPACES_MAX {
-            return Err(invalid("listen", format!("at most {NAMESPACES_MAX} listeners, not {}", self.listen.len())));
+            return Err(invalid(
+                "listen",
+                format!("there are {} listeners, but at most {NAMESPACES_MAX} are allowed", self.listen.len()),
+            ));
         }
         let listeners = self.listen.iter().map(RawListener::check).collect::<Result<Vec<_>, _>>()?;
         for (at, listener) in listeners.iter().enumerate() {
@@ -397,20 +403,20 @@ impl RawHost {
         if bytes < HOST_BYTES_MIN {
             return Err(invalid(
                 "host.bytes",
-                format!("{} is less than the least, {}", ByteSize(bytes), ByteSize(HOST_BYTES_MIN)),
+                format!("{} is too small: it must be at least {}", ByteSize(bytes), ByteSize(HOST_BYTES_MIN)),
             ));
         }
         if bytes > machine_bytes {
             let problem =
-                format!("{} is more than this machine's memory, {}", ByteSize(bytes), ByteSize(machine_bytes));
+                format!("{} is too large: this machine's memory has {}", ByteSize(bytes), ByteSize(machine_bytes));
             return Err(invalid("host.bytes", problem));
         }
         let (high, low) = (self.high_watermark_percent, self.low_watermark_percent);
         if !(1..=100).contains(&high) {
-            return Err(invalid("host.high_watermark_percent", format!("{high} is not within 1 to 100")));
+            return Err(invalid("host.high_watermark_percent", format!("{high} is out of range: it must be 1 to 100")));
         }
         if low >= high {
-            let problem = format!("{low} must be below host.high_watermark_percent, {high}");
+            let problem = format!("{low} is too high: it must be below host.high_watermark_percent, which is {high}");
             return Err(invalid("host.low_watermark_percent", problem));
         }
         Ok(HostLimits { bytes, high_watermark_percent: high, low_watermark_percent: low })
@@ -430,9 +436,9 @@ pub(super) fn size_or_auto(key: &str, text: &str) -> Result<Option<u64>, ConfigE
 impl RawLocal {
     fn check(&self) -> Result<(Duration, u64), ConfigError> {
         let spin = humantime::parse_duration(&self.spin)
-            .map_err(|_| invalid("local.spin", format!("{:?} is not a time such as \"50us\"", self.spin)))?;
+            .map_err(|_| invalid("local.spin", format!("{:?} is not a duration such as \"50us\"", self.spin)))?;
         if spin > caps::LOCAL_SPIN_MAX {
-            let problem = format!("{} is more than {:?}", self.spin, caps::LOCAL_SPIN_MAX);
+            let problem = format!("{} is too long: it must be at most {:?}", self.spin, caps::LOCAL_SPIN_MAX);
             return Err(invalid("local.spin", problem));
         }
         let key = "local.staging_bytes";
@@ -441,7 +447,7 @@ impl RawLocal {
             .as_u64();
         if !(STAGING_BYTES_MIN..=STAGING_BYTES_MAX).contains(&bytes) {
             let (least, largest) = (ByteSize(STAGING_BYTES_MIN), ByteSize(STAGING_BYTES_MAX));
-            return Err(invalid(key, format!("{} is not within {least} and {largest}", ByteSize(bytes))));
+            return Err(invalid(key, format!("{} is out of range: it must be {least} to {largest}", ByteSize(bytes))));
         }
         Ok((spin, bytes))
     }
@@ -457,13 +463,14 @@ impl RawNvme {
         let index = index_bytes.unwrap_or_else(|| nvme::index_bytes_of(bytes));
         if index < NVME_INDEX_BYTES_MIN || index > bytes / 2 {
             let (least, most) = (ByteSize(NVME_INDEX_BYTES_MIN), ByteSize(bytes / 2));
-            let problem = format!("{} is not within {least} and half of nvme.bytes, {most}", ByteSize(index));
+            let problem =
+                format!("{} is out of range: it must be {least} to half of nvme.bytes, {most}", ByteSize(index));
             return Err(invalid("nvme.index_bytes", problem));
         }
         let dirty_bytes = size_or_auto("nvme.dirty_bytes", &self.dirty_bytes)?.unwrap_or(host.bytes / 4);
         if dirty_bytes == 0 || dirty_bytes > host.bytes / 2 {
             let problem = format!(
-                "{} is not within 1 byte and half of host.bytes, {}: dirty blocks stay in memory",
+                "{} is out of range: it must be 1 byte to half of host.bytes, {}, because dirty blocks stay in memory",
                 ByteSize(dirty_bytes),
                 ByteSize(host.bytes / 2)
             );
@@ -472,17 +479,20 @@ impl RawNvme {
         let admission = Admission::from_str(&self.admit).map_err(|problem| invalid("nvme.admit", problem))?;
         let (reused_after, promote_after) = (self.reused_after, self.promote_after);
         if reused_after < 2 {
-            return Err(invalid("nvme.reused_after", format!("{reused_after} is not within 2 to 255 requests")));
+            return Err(invalid(
+                "nvme.reused_after",
+                format!("{reused_after} is out of range: it must be 2 to 255 requests"),
+            ));
         }
         if promote_after == 0 {
-            return Err(invalid("nvme.promote_after", "0 is not within 1 to 255 requests"));
+            return Err(invalid("nvme.promote_after", "0 is out of range: it must be 1 to 255 requests"));
         }
         let write_budget = match self.write_budget.as_str() {
             "off" => None,
             text => Some(
                 ByteSize::from_str(text)
                     .map_err(|_| {
-                        let problem = format!("{text:?} is neither \"off\" nor bytes a day such as \"2TiB\"");
+                        let problem = format!("{text:?} is neither \"off\" nor a size per day such as \"2TiB\"");
                         invalid("nvme.write_budget", problem)
                     })?
                     .as_u64(),
@@ -507,10 +517,13 @@ impl RawNvme {
             [] | ["off"] => return Ok(None),
             ["auto"] => return Ok(Some(vec![machine::default_data_folder()])),
             many if many.iter().any(|path| matches!(*path, "auto" | "off")) => {
-                return Err(invalid(key, "\"auto\" and \"off\" stand alone"));
+                return Err(invalid(key, "\"auto\" and \"off\" must stand alone, without other paths"));
             }
             many if many.len() > NVME_PATHS_MAX => {
-                return Err(invalid(key, format!("at most {NVME_PATHS_MAX} paths, not {}", many.len())));
+                return Err(invalid(
+                    key,
+                    format!("there are {} paths, but at most {NVME_PATHS_MAX} are allowed", many.len()),
+                ));
             }
             _ => {}
         }
@@ -533,12 +546,15 @@ impl RawNvme {
         let auto = (smallest / 10).clamp(NVME_BYTES_MIN, NVME_BYTES_AUTO_MAX);
         let bytes = size_or_auto("nvme.bytes", &self.bytes)?.unwrap_or(auto);
         if bytes < NVME_BYTES_MIN {
-            let problem = format!("{} is less than the least, {}", ByteSize(bytes), ByteSize(NVME_BYTES_MIN));
+            let problem = format!("{} is too small: it must be at least {}", ByteSize(bytes), ByteSize(NVME_BYTES_MIN));
             return Err(invalid("nvme.bytes", problem));
         }
         if bytes > smallest {
-            let problem =
-                format!("{} is more than the file system of a path has, {}", ByteSize(bytes), ByteSize(smallest));
+            let problem = format!(
+                "{} is too large: the smallest file system of nvme.paths has {}",
+                ByteSize(bytes),
+                ByteSize(smallest)
+            );
             return Err(invalid("nvme.bytes", problem));
         }
         Ok(bytes)
@@ -550,7 +566,7 @@ impl RawListener {
         let namespace = self.namespace.clone();
         let sound = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         if namespace.is_empty() || namespace.len() > 64 || !namespace.chars().all(sound) {
-            let problem = format!("{namespace:?} is not 1 to 64 letters, digits, '-', '_' or '.'");
+            let problem = format!("{namespace:?} is not a valid name: use 1 to 64 letters, digits, '-', '_' or '.'");
             return Err(invalid("listen.namespace", problem));
         }
         let address = match self.address.strip_prefix("unix:") {
@@ -564,27 +580,27 @@ impl RawListener {
 fn absolute(path: &str) -> Result<PathBuf, ConfigError> {
     let path = PathBuf::from(path);
     if !path.is_absolute() || path.file_name().is_none() {
-        return Err(invalid("listen.address", format!("unix:{} is not an absolute path of a socket", path.display())));
+        return Err(invalid("listen.address", format!("unix:{} is not an absolute path to a socket", path.display())));
     }
     // sun_path has 108 bytes with its final zero.
     if path.as_os_str().len() > 107 {
         return Err(invalid(
             "listen.address",
-            format!("{} is longer than a socket's path may be, 107 bytes", path.display()),
+            format!("{} is too long: a socket's path can have at most 107 bytes", path.display()),
         ));
     }
     Ok(path)
 }
 
 fn loopback(key: &str, text: &str) -> Result<std::net::SocketAddr, ConfigError> {
-    let address = text
-        .to_socket_addrs()
-        .ok()
-        .and_then(|mut addresses| addresses.next())
-        .ok_or_else(|| invalid(key, format!("{text:?} is neither unix:/path nor host:port")))?;
+    let address = text.to_socket_addrs().ok().and_then(|mut addresses| addresses.next()).ok_or_else(|| {
+        let others = "a [[listen]] address may also be unix:/path, and http.address may be \"off\"";
+        invalid(key, format!("{text:?} is not host:port; {others}"))
+    })?;
     if !address.ip().is_loopback() {
-        let problem =
-            format!("{address} is not a loopback address: others need mutual TLS, which this version does not have");
+        let problem = format!(
+            "{address} is not a loopback address such as 127.0.0.1: other addresses need mutual TLS, which this version does not have"
+        );
         return Err(invalid(key, problem));
     }
     Ok(address)
@@ -595,7 +611,7 @@ pub(super) fn duration(key: &str, text: &str) -> Result<Duration, ConfigError> {
         .map_err(|_| invalid(key, format!("{text:?} is not a duration such as \"30s\"")))?;
     if duration.is_zero() || duration > caps::DEADLINE_MAX {
         let longest = humantime::format_duration(caps::DEADLINE_MAX);
-        return Err(invalid(key, format!("{text:?} is not within 1ms to {longest}")));
+        return Err(invalid(key, format!("{text:?} is out of range: it must be 1ms to {longest}")));
     }
     Ok(duration)
 }

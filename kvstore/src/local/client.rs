@@ -1,5 +1,5 @@
-//! One attached client, as the thread that polls it and the tasks that work for it share it: its pages, its staging
-//! memory, the blocks that it stages, and the way back to it.
+//! One attached client: its pages, its staging memory, the blocks that it stages, and the way to answer it. The polling thread
+//! and the tasks that work for the client share it.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -204,7 +204,7 @@ impl LocalClient {
 }
 
 fn too_large() -> Completion {
-    let status = Status::out_of_range("the answer is larger than a record of the ring: ask over gRPC");
+    let status = Status::out_of_range("the answer is too large for a record of the ring: make this call over gRPC");
     Completion::Failed { code: status.code() as u32, message: status.message().to_owned() }
 }
 

@@ -1,4 +1,4 @@
-//! Commands: what came through a client's ring is decoded, checked, and done at once or handed to a task.
+//! Commands: decodes and checks the commands from a client's ring, and runs them at once or hands them to a task.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -70,7 +70,9 @@ fn start(
         Command::Promote { layout, group, deadline_ms, ticket, hashes } => {
             let (layout, group) = known(daemon, client, layout, group)?;
             if ticket != 0 && !daemon.host.has_ticket(client.namespace(), HoldId(ticket), clock::now()) {
-                return Err(Status::not_found("ticket: no such ticket, or its time is over: look up again"));
+                return Err(Status::not_found(
+                    "ticket: the ticket is unknown or has expired: look the prefix up again",
+                ));
             }
             let task = begin_task(client)?;
             let until = Instant::now() + deadline(daemon, deadline_ms);
@@ -103,7 +105,7 @@ fn start(
 }
 
 fn begin_task(client: &Arc<LocalClient>) -> Result<Task, Status> {
-    let busy = || Status::resource_exhausted("busy: too many commands of this client wait");
+    let busy = || Status::resource_exhausted("too many commands of this client are waiting: try again later");
     client.begin_task().ok_or_else(busy)
 }
 
@@ -188,7 +190,7 @@ fn call(
             });
             return Ok(());
         }
-        other => return Err(Status::unimplemented(format!("verb {other} is not one of the local plane's"))),
+        other => return Err(Status::unimplemented(format!("the local plane has no verb {other}"))),
     };
     client.complete(tag, &Completion::Response(response));
     Ok(())
@@ -208,7 +210,7 @@ impl Promotion {
         let mut ready = Vec::with_capacity(self.hashes.len());
         let mut next = GetStatus::Hit;
         let Ok(mut permits) = Arc::clone(&daemon.leasable).try_acquire_many_owned(self.hashes.len() as u32) else {
-            let problem = "busy: too many blocks are leased by calls at once";
+            let problem = "calls hold leases on too many blocks at once: try again later";
             return self.client.fail(self.tag, &Status::resource_exhausted(problem));
         };
         match daemon.nvme.is_some() || daemon.object.is_some() {

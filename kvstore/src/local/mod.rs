@@ -1,9 +1,9 @@
-//! The local plane: engines on this node read blocks where they lie, without asking, and command the daemon through rings
-//! in shared memory. `docs/design/local-plane.md` has the protocol.
+//! The local plane: engines on this node read blocks in place, without a call to the daemon, and send it commands through rings
+//! in shared memory. `docs/design/local-plane.md` describes the protocol.
 //!
-//! One thread polls: listeners, sockets, the ends of processes, and the rings. It copies what clients stage; whatever waits is
-//! a task of the runtime. While commands come it looks at the rings without sleeping, for as long as the configuration says
-//! after the last; then it sleeps until a client kicks it.
+//! One thread polls the listeners, the sockets, the ends of processes, and the rings. It copies the bytes that clients stage.
+//! Work that must wait runs in a task of the runtime. While commands come, the thread looks at the rings without sleeping. After
+//! the last command it goes on for as long as the configuration says, then sleeps until a client kicks it.
 
 mod client;
 mod commands;

@@ -1,4 +1,5 @@
-//! A connection to the local plane, as the polling thread keeps it: greeted, attached with its slabs and rings, or hung up.
+//! The polling thread's view of one connection to the local plane: it is being greeted, attached with its slabs and rings, or
+//! hung up.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};

@@ -1,4 +1,4 @@
-//! The thread that polls.
+//! The polling thread of the local plane.
 
 use std::collections::HashMap;
 use std::io;
@@ -146,7 +146,7 @@ impl Server {
                 if let Err(error) = waited
                     && error != rustix::io::Errno::INTR
                 {
-                    tracing::error!(%error, "the local plane cannot wait for events, and ends");
+                    tracing::error!(%error, "the local plane stops, because it cannot wait for events");
                     return;
                 }
                 for event in &events {
@@ -206,7 +206,7 @@ impl Server {
             Some(socket) => self.greet(socket, namespace),
         });
         if let Err(error) = accepted {
-            tracing::warn!(%error, "a client of the local plane was not accepted");
+            tracing::warn!(%error, "cannot accept a client of the local plane; trying again");
             // Out of descriptors, perhaps: the connection still waits, and epoll would say so again at once.
             self.pause_listeners(true);
         }
@@ -222,7 +222,10 @@ impl Server {
 
     fn greet(&mut self, socket: OwnedFd, namespace: NamespaceId) -> io::Result<()> {
         if self.peers.len() >= caps::LOCAL_PEERS_MAX {
-            let refused = FromDaemon::Refused(format!("{} clients are connected, the most", caps::LOCAL_PEERS_MAX));
+            let refused = FromDaemon::Refused(format!(
+                "{} clients are connected, which is the maximum: try again later",
+                caps::LOCAL_PEERS_MAX
+            ));
             let _ = socket::send(&socket, &refused.encode(), &[]);
             return Ok(());
         }
@@ -230,7 +233,7 @@ impl Server {
             Ok(process) => process,
             Err(error) => {
                 let reason = format!(
-                    "the daemon cannot watch for the end of your process ({error}): it must see your PID namespace"
+                    "the daemon cannot watch for the end of your process ({error}): your PID namespace must be visible to the daemon"
                 );
                 let _ = socket::send(&socket, &FromDaemon::Refused(reason).encode(), &[]);
                 return Ok(());
@@ -336,7 +339,7 @@ impl Server {
         };
         if !(version_min..=version_max).contains(&PLANE_VERSION) {
             return refuse(format!(
-                "this daemon speaks version {PLANE_VERSION} of the local plane, you {version_min} to {version_max}"
+                "this daemon speaks version {PLANE_VERSION} of the local plane, but the client speaks {version_min} to {version_max}: upgrade the older one"
             ));
         }
         if self.daemon.is_draining() {
@@ -350,7 +353,7 @@ impl Server {
             Ok(kick) => kick,
             Err(error) => {
                 self.daemon.host.detach(&attached);
-                return refuse(format!("no descriptor: {error}"));
+                return refuse(format!("the daemon cannot make an eventfd: {error}"));
             }
         };
         let welcome = FromDaemon::Welcome(Welcome {
@@ -416,7 +419,7 @@ impl Server {
         while let Some(number) = self.active.get(at).copied() {
             let (sound, stays) = self.poll_ring(number, spin);
             if !sound {
-                tracing::warn!("a client of the local plane broke its protocol; it is cut off");
+                tracing::warn!("disconnected a client of the local plane, because it broke the protocol");
                 self.hang_up(number);
             }
             if stays && sound {

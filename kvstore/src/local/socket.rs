@@ -1,5 +1,5 @@
-//! The sockets of the local plane: one seqpacket listener per namespace beside its gRPC socket, datagrams with
-//! descriptors, and who the peer is. Never waits: every call is told not to block, since a client can change the flags of a
+//! The sockets of the local plane: one seqpacket listener beside each Unix socket for gRPC, datagrams with descriptors, and
+//! the identity of the peer. Nothing here waits. Each call asks not to block, because a client can change the flags of a
 //! descriptor that it shares.
 
 use std::io::{self, IoSlice, IoSliceMut};
@@ -63,7 +63,7 @@ impl PlaneListener {
         if peer == me || peer.is_root() {
             return Ok(Some(socket));
         }
-        let problem = format!("user {} connected to a socket of user {}", peer.as_raw(), me.as_raw());
+        let problem = format!("user {} may not connect to a socket of user {}", peer.as_raw(), me.as_raw());
         Err(io::Error::new(io::ErrorKind::PermissionDenied, problem))
     }
 }

@@ -1,9 +1,9 @@
-//! Stage and copy: how blocks come in over the local plane. A client stages blocks, which reserves slots and says at once
-//! which blocks are here already; leaves their bytes, piece by piece, in its staging memory; and is told of each piece when
-//! its place is free again. The daemon copies while the client fills the next piece.
+//! Stage and copy: how blocks come in over the local plane. A client stages blocks: the daemon reserves slots, and says at once
+//! which blocks it already has. The client then leaves their bytes, piece by piece, in its staging memory. The daemon copies a
+//! piece while the client fills the next one, and tells the client when the piece's place is free again.
 //!
-//! Nothing that the client wrote is believed: offsets and lengths are checked at each use, bytes are copied while they may
-//! change, and the checksum is of the copy.
+//! The daemon trusts nothing that the client wrote. It checks offsets and lengths at each use. The bytes may change while it
+//! copies them, so it computes the checksum from the copy.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -100,10 +100,13 @@ impl Batch {
         {
             let stages = client.stages.lock();
             if stages.contains_key(&tag) {
-                return Err(wire::invalid("tag", "a block is staged under it already"));
+                return Err(wire::invalid("tag", "another block is already staged under this tag"));
             }
             if stages.len() >= caps::STAGES_PER_CLIENT_MAX {
-                let problem = format!("busy: {} blocks are staged, the most at once", caps::STAGES_PER_CLIENT_MAX);
+                let problem = format!(
+                    "{} blocks are staged, which is the maximum: finish or abandon some of them",
+                    caps::STAGES_PER_CLIENT_MAX
+                );
                 return Err(Status::resource_exhausted(problem));
             }
         }
@@ -130,7 +133,7 @@ impl Batch {
             }
         }
         let Some(task) = client.begin_task() else {
-            return Err(Status::resource_exhausted("busy: too many commands of this client wait"));
+            return Err(Status::resource_exhausted("too many commands of this client are waiting: try again later"));
         };
         client.stages.lock().insert(tag, Stage::Pending { pieces: Vec::new(), batch: Arc::clone(self) });
         self.runtime.spawn(Arc::clone(self).wait_for_slot(Arc::clone(client), task, tag, *block));
@@ -199,7 +202,7 @@ impl Batch {
 }
 
 fn late() -> Status {
-    Status::deadline_exceeded("the put's deadline passed; blocks that were whole by then are stored")
+    Status::deadline_exceeded("the put's deadline passed; the blocks that were complete by then are stored")
 }
 
 /// Forgets a staged block, and gives back the places of its pieces. False where it was forgotten already.
@@ -254,7 +257,7 @@ enum Copied {
 fn apply(client: &LocalClient, stages: &mut HashMap<u64, Stage>, tag: u64, piece: Piece) -> Copied {
     let done = match stages.get_mut(&tag) {
         None => return Copied::Partly,
-        Some(Stage::Pending { .. }) => Err(wire::invalid("copy", "more pieces than a block has")),
+        Some(Stage::Pending { .. }) => Err(wire::invalid("copy", "there are more pieces than a block can have")),
         Some(Stage::Filling(filling)) => copy_piece(client, filling, piece),
     };
     match done {
@@ -286,9 +289,9 @@ fn report(client: &Arc<LocalClient>, tag: u64, copied: Copied) {
 fn copy_piece(client: &LocalClient, filling: &mut Filling, piece: Piece) -> Result<(), Status> {
     let invalid = |problem: String| wire::invalid("copy", format!("block {}: {problem}", filling.block.hash));
     if piece.bytes as usize > kvstore_plane::caps::PIECE_BYTES_MAX || (!piece.last && !piece.bytes.is_multiple_of(64)) {
-        return Err(invalid(format!("a piece of {} bytes is too large, or no multiple of 64", piece.bytes)));
+        return Err(invalid(format!("a piece of {} bytes is too large, or not a multiple of 64", piece.bytes)));
     }
-    let staging = client.staging().ok_or_else(|| invalid("there is no staging memory".into()))?;
+    let staging = client.staging().ok_or_else(|| invalid("the client has no staging memory".into()))?;
     let inside = filling
         .fill
         .append_shared(&staging.memory, piece.offset, piece.bytes as usize, clock::now())
@@ -305,7 +308,7 @@ fn copy_piece(client: &LocalClient, filling: &mut Filling, piece: Piece) -> Resu
     }
     match piece.crc32.filter(|expected| *expected != filling.fill.crc32()) {
         Some(expected) => Err(invalid(format!(
-            "it has {:08x}, its bytes should have {expected:08x}: not stored",
+            "it was not stored: its bytes have the checksum {:08x}, but it announced {expected:08x}",
             filling.fill.crc32()
         ))),
         None => Ok(()),

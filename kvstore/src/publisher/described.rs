@@ -1,4 +1,4 @@
-//! Blocks whose tokens are known: what other routers need beside a name. Pure, and bounded: the oldest are forgotten first.
+//! Blocks whose tokens are known, which other routers need beside the name. Pure and bounded: the oldest are forgotten first.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;

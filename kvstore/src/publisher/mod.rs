@@ -1,8 +1,8 @@
-//! The publisher: what blocks do, over ZeroMQ, in the form in which vLLM publishes its own KV events, so that routers that follow engines can follow this
-//! node's tiers, too: `CPU_PINNED` is its memory, `DISK` its disks, `EXTERNAL` the bucket.
+//! The publisher: publishes events about blocks over ZeroMQ, in the format of vLLM's own KV events. Routers that follow engines can then
+//! follow this node's tiers, too: `CPU_PINNED` is its memory, `DISK` its disks, `EXTERNAL` the bucket.
 //!
-//! Such routers compute names of their own from a block's tokens, which only whoever stores it knows: clients describe blocks (`DescribeBlocks`), and blocks
-//! that nobody described are not published.
+//! Such routers name a block by its tokens, which only the client that stores the block knows. So clients describe blocks (`DescribeBlocks`), and blocks
+//! without a description are not published.
 
 mod described;
 mod sockets;
@@ -89,7 +89,9 @@ pub async fn start(daemon: &Arc<Daemon>, config: &PublisherConfig) -> anyhow::Re
     for (endpoint, service) in services.into_iter().filter_map(|(endpoint, service)| Some((endpoint?, service))) {
         let bound = sockets::bind(endpoint).await;
         let bound = bound.with_context(|| {
-            format!("cannot publish events on {endpoint}: choose another with --set events.publish=...")
+            format!(
+                "cannot publish events on {endpoint}: choose another with --set events.publish=... or events.replay=..."
+            )
         })?;
         endpoints.push(bound.endpoint());
         tasks.push(tokio::spawn(sockets::serve(bound, Arc::clone(&outbox), service)));
@@ -147,7 +149,7 @@ impl Follower {
                             self.described.forget_places();
                             self.outbox.publish(payload(&[Event::AllBlocksCleared]));
                             next = log.follow();
-                            tracing::warn!("events were lost on their way to the publisher: followers were told to forget this node's blocks");
+                            tracing::warn!("the publisher missed events, so it told its followers to forget this node's blocks");
                         }
                     }
                 }
@@ -281,7 +283,7 @@ fn payload(events: &[Event]) -> Bytes {
         Ok(()) => out.into(),
         // Numbers, texts and bytes always serialize.
         Err(error) => {
-            tracing::error!(%error, "events cannot be encoded");
+            tracing::error!(%error, "cannot encode events");
             Bytes::new()
         }
     }

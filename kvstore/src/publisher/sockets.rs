@@ -1,5 +1,5 @@
-//! The publisher's sockets: PUB, for whoever subscribes, and ROUTER, which replays. What is kept for both is one list of the last messages; a subscriber has
-//! a number in it, and nothing is queued for anybody: one that falls off its end is cut off, and comes back to a replay.
+//! The publisher's sockets: PUB for subscribers, and ROUTER for replays. Both read one list of the last messages. A subscriber has only a number in this
+//! list, and no queue: a subscriber that falls off its end is disconnected, and can connect again and ask for a replay.
 
 use std::collections::VecDeque;
 use std::io;
@@ -167,7 +167,7 @@ pub async fn serve(bound: Bound, outbox: Arc<Outbox>, service: Service) {
 
 async fn greet(stream: Box<dyn Stream>, kind: &str) -> Result<Connection<Box<dyn Stream>>, ZmtpError> {
     let greeting = Connection::handshake(stream, kind, caps::PUBLISHER_REQUEST_BYTES_MAX);
-    let late = |_| ZmtpError::Protocol("no greeting in time".into());
+    let late = |_| ZmtpError::Protocol("the peer did not send its greeting in time".into());
     tokio::time::timeout(caps::PUBLISHER_STALL, greeting).await.map_err(late)?
 }
 
@@ -192,11 +192,14 @@ async fn publish_to(stream: Box<dyn Stream>, outbox: &Outbox) -> Result<(), Zmtp
                     let payload = match outbox.get(number) {
                         Ok(Some(payload)) => payload,
                         Ok(None) => break,
-                        Err(Gone) => return Err(ZmtpError::Protocol("it was too slow, and is cut off".into())),
+                        Err(Gone) => {
+                            return Err(ZmtpError::Protocol("the subscriber was too slow and was disconnected".into()));
+                        }
                     };
                     if topics.iter().any(|topic| outbox.topic.as_bytes().starts_with(topic)) {
                         let message = encode(&[outbox.topic.as_bytes(), &number.to_be_bytes(), &payload]);
-                        let late = |_| ZmtpError::Protocol("it took nothing for too long, and is cut off".into());
+                        let problem = "the subscriber took nothing for too long and was disconnected";
+                        let late = |_| ZmtpError::Protocol(problem.into());
                         tokio::time::timeout(caps::PUBLISHER_STALL, peer.send_encoded(&message)).await.map_err(late)??;
                     }
                     number += 1;
@@ -211,7 +214,9 @@ fn subscribe(topics: &mut Vec<Bytes>, frames: &[Bytes]) -> Result<(), ZmtpError>
         return Ok(());
     };
     match kind {
-        1 if topics.len() >= caps::PUBLISHER_TOPICS_MAX => Err(ZmtpError::Protocol("too many subscriptions".into())),
+        1 if topics.len() >= caps::PUBLISHER_TOPICS_MAX => {
+            Err(ZmtpError::Protocol("the subscriber has too many subscriptions".into()))
+        }
         1 => {
             topics.push(topic);
             Ok(())
@@ -232,7 +237,7 @@ async fn replay_to(stream: Box<dyn Stream>, outbox: &Outbox) -> Result<(), ZmtpE
     while let Some(frames) = peer.receive().await? {
         let asked = frames.last().and_then(|frame| frame.as_ref().try_into().ok()).map(u64::from_be_bytes);
         let Some(from) = asked else {
-            return Err(ZmtpError::Protocol("a replay is asked for with a number of 8 bytes".into()));
+            return Err(ZmtpError::Protocol("a request for a replay must be a number of 8 bytes".into()));
         };
         let mut number = from.max(outbox.first());
         let end = *outbox.next.borrow();
@@ -240,7 +245,7 @@ async fn replay_to(stream: Box<dyn Stream>, outbox: &Outbox) -> Result<(), ZmtpE
             match outbox.get(number) {
                 Ok(Some(payload)) => {
                     let message = encode(&[b"", &number.to_be_bytes(), &payload]);
-                    let late = |_| ZmtpError::Protocol("it took nothing for too long".into());
+                    let late = |_| ZmtpError::Protocol("the peer took nothing for too long".into());
                     tokio::time::timeout(caps::PUBLISHER_STALL, peer.send_encoded(&message)).await.map_err(late)??;
                 }
                 Ok(None) => break,

@@ -1,4 +1,4 @@
-//! Blocks whose name and bytes follow from a number: whoever reads one can tell every wrong byte.
+//! Blocks whose names and bytes are derived from a number, so that a reader can find every wrong byte.
 
 use bytes::{Bytes, BytesMut};
 use kvstore_client::v1::{BlockKind, DimensionOrder, LayerGroup, Layout};

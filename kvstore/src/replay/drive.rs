@@ -1,4 +1,4 @@
-//! A trace through a daemon: for each request look the prefix up, get the hits, put the misses.
+//! Drives a daemon with a trace: for each request, looks the prefix up, gets the hits, and puts the misses.
 
 use std::time::{Duration, Instant};
 

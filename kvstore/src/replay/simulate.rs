@@ -1,4 +1,4 @@
-//! A trace through an eviction policy, on metadata alone.
+//! Runs a trace through an eviction policy, on metadata alone.
 
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::simulate as simulated;

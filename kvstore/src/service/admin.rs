@@ -1,4 +1,4 @@
-//! `kvstore.v1.Admin`: what an operator asks of one daemon. Works while it drains.
+//! `kvstore.v1.Admin`: the calls of an operator to one daemon. They work while the daemon drains.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -60,9 +60,9 @@ impl Admin for Context {
     type VerifyStream = Pin<Box<dyn Stream<Item = Result<VerifyProgress, Status>> + Send>>;
 
     async fn verify(&self, _: Request<VerifyRequest>) -> Answer<Self::VerifyStream> {
-        let permit = Arc::clone(&self.daemon.verifications)
-            .try_acquire_owned()
-            .map_err(|_| Status::resource_exhausted("busy: a verification is under way"))?;
+        let permit = Arc::clone(&self.daemon.verifications).try_acquire_owned().map_err(|_| {
+            Status::resource_exhausted("a verification is already in progress: try again when it has ended")
+        })?;
         let (sender, receiver) = mpsc::channel(1);
         let daemon = Arc::clone(&self.daemon);
         tokio::spawn(async move {
@@ -76,9 +76,9 @@ impl Admin for Context {
 
     async fn collect(&self, request: Request<CollectRequest>) -> Answer<Self::CollectStream> {
         let rules = collect::rules(request.into_inner())?;
-        let permit = Arc::clone(&self.daemon.collections)
-            .try_acquire_owned()
-            .map_err(|_| Status::resource_exhausted("busy: this daemon collects already"))?;
+        let permit = Arc::clone(&self.daemon.collections).try_acquire_owned().map_err(|_| {
+            Status::resource_exhausted("this daemon is already collecting: try again when it has finished")
+        })?;
         let (sender, receiver) = mpsc::channel(1);
         let daemon = Arc::clone(&self.daemon);
         tokio::spawn(async move {

@@ -71,7 +71,9 @@ impl Blocks for Context {
                 }
             };
             if tokio::time::timeout_at(deadline, watch).await.is_err() {
-                let _ = sender.try_send(Err(Status::deadline_exceeded("the watch's deadline passed")));
+                let _ = sender.try_send(Err(Status::deadline_exceeded(
+                    "the deadline of the watch passed before the prefetch ended: watch it again",
+                )));
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))

@@ -1,6 +1,6 @@
-//! `kvstore.v1.BlockData`: the bytes of blocks. Speaks gRPC like the generated services do, but over the
-//! connection's own buffers: bytes are not gathered into messages on their way in, nor copied into them
-//! on their way out.
+//! `kvstore.v1.BlockData`: the bytes of blocks. It speaks gRPC as the generated services do, but works
+//! directly on the connection's buffers: it does not gather incoming bytes into messages, and does not copy
+//! outgoing bytes into them.
 
 use std::convert::Infallible;
 use std::task::{Context as TaskContext, Poll};
@@ -84,7 +84,7 @@ async fn answer_get(context: &Context, request: Request<Body>) -> Result<Respons
     let deadline = tokio::time::Instant::now() + context.deadline(request.headers());
     let asked = tokio::time::timeout_at(deadline, one_message(request.into_body()))
         .await
-        .map_err(|_| Status::deadline_exceeded("the call's deadline passed before its request came"))??;
+        .map_err(|_| Status::deadline_exceeded("the call's deadline passed before its request arrived"))??;
     let body = get::get(&context.daemon, context.namespace, asked, deadline, call)?;
     Ok(grpc(Body::new(body)))
 }
@@ -96,15 +96,16 @@ async fn one_message(mut body: Body) -> Result<GetRequest, Status> {
         let Ok(bytes) = frame?.into_data() else { continue };
         received += bytes.len();
         if received > caps::CONTROL_MESSAGE_BYTES_MAX {
-            let problem = format!("a request of more than {} bytes", caps::CONTROL_MESSAGE_BYTES_MAX);
+            let problem =
+                format!("the request is too large: it may have at most {} bytes", caps::CONTROL_MESSAGE_BYTES_MAX);
             return Err(Status::resource_exhausted(problem));
         }
         decoder.push(bytes);
         match decoder.next_part::<GetRequest>().map_err(|error| Status::invalid_argument(error.to_string()))? {
             Some(Part::Message(message)) => return Ok(message),
-            Some(Part::Data(_)) => return Err(wire::invalid("request", "is not a GetRequest")),
+            Some(Part::Data(_)) => return Err(wire::invalid("request", "the message is not a GetRequest")),
             None => {}
         }
     }
-    Err(wire::invalid("request", "is missing"))
+    Err(wire::invalid("request", "the GetRequest is missing"))
 }

@@ -1,4 +1,4 @@
-//! `kvstore.v1.Events`: what blocks do.
+//! `kvstore.v1.Events`: the changes of blocks, for routers that follow this node.
 
 use std::pin::Pin;
 
@@ -20,7 +20,7 @@ impl Events for Context {
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let permit = std::sync::Arc::clone(&self.daemon.watches).try_acquire_owned().map_err(|_| {
             Status::resource_exhausted(format!(
-                "busy: {} routers watch this node, the most that may",
+                "{} routers watch this node, which is the maximum: try again later",
                 caps::WATCHES_MAX
             ))
         })?;

@@ -1,4 +1,4 @@
-//! Collect: garbage in the bucket goes, by an operator's rules or by the configuration's.
+//! Collect: deletes garbage from the bucket, by an operator's rules or by the configuration's.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ const REPORT_EVERY: Duration = Duration::from_millis(100);
 pub fn rules(request: v1::CollectRequest) -> Result<CollectRules, Status> {
     let v1::CollectRequest { older_than_ms, keep_bytes, namespace, dry_run } = request;
     if older_than_ms.is_none() && keep_bytes.is_none() && !dry_run {
-        return Err(wire::invalid("older_than_ms", "is missing, and so is keep_bytes: say what may go, or dry_run"));
+        return Err(wire::invalid("older_than_ms", "neither this nor keep_bytes is set: set one of them, or dry_run"));
     }
     let namespace = (!namespace.is_empty()).then_some(namespace);
     Ok(CollectRules { older_than_ms, keep_bytes, namespace, except: Vec::new(), dry_run })
@@ -47,10 +47,10 @@ pub async fn collect(
     let answer = match outcome {
         Ok(collected) => {
             let (packs, bytes) = (collected.deleted.packs, collected.deleted.bytes);
-            tracing::info!(packs, bytes, dry_run = rules.dry_run, "garbage of the bucket was collected");
+            tracing::info!(packs, bytes, dry_run = rules.dry_run, "collected garbage in the bucket");
             Ok(progress(&collected, true))
         }
-        Err(error @ CollectError::Held(_)) => Err(Status::resource_exhausted(format!("busy: {error}"))),
+        Err(error @ CollectError::Held(_)) => Err(Status::resource_exhausted(error.to_string())),
         Err(error @ CollectError::NoLease) => Err(Status::failed_precondition(error.to_string())),
         Err(error) => Err(Status::unavailable(error.to_string())),
     };
@@ -79,11 +79,11 @@ pub async fn collect_forever(daemon: Arc<Daemon>) {
             match tier.collect(&rules, &mut |_| {}).await {
                 Ok(collected) if collected.deleted.packs > 0 => {
                     let (packs, bytes) = (collected.deleted.packs, collected.deleted.bytes);
-                    tracing::info!(namespace, packs, bytes, "garbage of the bucket was collected");
+                    tracing::info!(namespace, packs, bytes, "collected garbage in the bucket");
                 }
                 Ok(_) | Err(CollectError::Held(_)) => {}
                 Err(error) => {
-                    tracing::warn!(namespace, %error, "garbage of the bucket was not collected; trying again in an hour");
+                    tracing::warn!(namespace, %error, "cannot collect garbage in the bucket; trying again in an hour");
                 }
             }
         }

@@ -28,7 +28,9 @@ pub async fn delete(
         let unpinned = hashes.iter().zip(&outcomes).filter(|(_, below)| **below != Delete::Pinned);
         let unpinned: Vec<_> = unpinned.map(|(hash, _)| *hash).collect();
         in_bucket = object.delete(&layout, group, &unpinned).await.map_err(|trouble| {
-            Status::unavailable(format!("not deleted from the object store: {trouble}; delete again once it answers"))
+            Status::unavailable(format!(
+                "the blocks were not deleted from the object store: {trouble}; delete them again once the store answers"
+            ))
         })?;
     }
     let (mut deleted, mut pinned) = (0, 0);

@@ -24,11 +24,15 @@ pub fn describe(
     let hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
     let each = layout.layout.block_tokens as usize;
     if request.tokens.len() != hashes.len() * each {
-        let problem = format!("{} tokens for {} blocks of {each}", request.tokens.len(), hashes.len());
+        let problem = format!(
+            "the request has {} tokens for {} blocks of {each} tokens each",
+            request.tokens.len(),
+            hashes.len()
+        );
         return Err(wire::invalid("tokens", problem));
     }
     if request.adapter.len() > ADAPTER_BYTES_MAX {
-        return Err(wire::invalid("adapter", format!("a name of {ADAPTER_BYTES_MAX} bytes at most")));
+        return Err(wire::invalid("adapter", format!("the name must have at most {ADAPTER_BYTES_MAX} bytes")));
     }
     let mut parent = match request.parent_hash.as_ref() {
         [] => None,

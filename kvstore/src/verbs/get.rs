@@ -1,11 +1,11 @@
-//! Get: blocks go out as a stream, from where they lie.
+//! Get: sends blocks as a stream, directly from their slots.
 //!
-//! The blocks of a call are leased together when it starts and released one by one as they were handed to
-//! the connection. Nothing is copied here: the connection's writes read the slots. What a call leases is
-//! bounded for all calls together, and given back at the call's deadline, whether or not the client reads; but
-//! for the block that the connection is sending just then, which is given back when it is sent or the
-//! connection ends. Blocks that are on disk are brought in ahead of the one that is being sent, some at a
-//! time, by a task of the call; memory that is smaller than the request is enough.
+//! A call leases its blocks together when it starts, and releases each block once it was handed to the
+//! connection. Nothing is copied here: the connection's writes read the slots. All calls together may lease
+//! a bounded number of blocks. A call gives its leases back at its deadline, whether or not the client reads.
+//! The only exception is the block that the connection is sending just then, which is given back when it is
+//! sent or the connection ends. A task of the call brings blocks in from disk, a few at a time, ahead of the
+//! block that is being sent. So the memory may be smaller than the request.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -59,7 +59,10 @@ pub fn get(
     check_ticket(daemon, namespace, &request.ticket)?;
     let permits = Arc::clone(&daemon.leasable).try_acquire_many_owned(hashes.len() as u32).map_err(|_| {
         telemetry::add(&daemon.traffic.busy, 1);
-        Status::resource_exhausted(format!("busy: gets hold {} blocks, the most at once", caps::LEASED_BLOCKS_MAX))
+        Status::resource_exhausted(format!(
+            "the gets in progress would hold more than {} blocks, which is the maximum: try again later",
+            caps::LEASED_BLOCKS_MAX
+        ))
     })?;
     let leasings = daemon.host.lease_run(&layout, group, &hashes, clock::now());
     let source = source(daemon, &layout, group, hashes, leasings, deadline);
@@ -194,7 +197,7 @@ fn check_ticket(daemon: &Daemon, namespace: NamespaceId, ticket: &[u8]) -> Resul
     if daemon.host.has_ticket(namespace, id, clock::now()) {
         return Ok(());
     }
-    Err(Status::not_found("ticket: no such ticket, or its time is over: look up again"))
+    Err(Status::not_found("ticket: the ticket is unknown or has expired: look the prefix up again"))
 }
 
 /// A block's bytes on their way into the connection: ends the lease when the last slice is gone.
@@ -349,7 +352,7 @@ impl http_body::Body for GetBody {
                     Status::ok("")
                 }
             },
-            None => Status::deadline_exceeded("the call's deadline passed before all of it was read"),
+            None => Status::deadline_exceeded("the call's deadline passed before the client had read all blocks"),
         };
         shared.sending = None;
         drop(shared);

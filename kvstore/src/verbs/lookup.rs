@@ -76,7 +76,7 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
     if u64::from(request.ticket_ttl_ms) > TICKET_TTL_MS_MAX {
         return Err(wire::invalid(
             "ticket_ttl_ms",
-            format!("{} is more than {TICKET_TTL_MS_MAX}", request.ticket_ttl_ms),
+            format!("{} is too long: it must be at most {TICKET_TTL_MS_MAX} ms", request.ticket_ttl_ms),
         ));
     }
     telemetry::add(&daemon.traffic.lookups, 1);
@@ -119,7 +119,7 @@ fn parts_of(
         groups = (0..layout.groups.len() as u32).collect();
     }
     if groups.len() > layout.groups.len() {
-        return Err(wire::invalid("groups", "names groups more than once"));
+        return Err(wire::invalid("groups", "a group is named more than once: name each group once"));
     }
     let shards = if request.all_shards { daemon.host.siblings(layout) } else { vec![Some(Arc::clone(layout))] };
     let mut parts = Vec::with_capacity(groups.len() * shards.len());

@@ -1,4 +1,4 @@
-//! What the daemon does when asked: one verb, one file.
+//! The verbs of the daemon, each in its own file.
 
 pub mod collect;
 pub mod delete;
@@ -29,6 +29,6 @@ async fn until_synced(daemon: &Daemon) -> Result<(), Status> {
             let _ = synced.await;
         }
     };
-    let late = |_| Status::deadline_exceeded("the disk did not sync within the call's time");
+    let late = |_| Status::deadline_exceeded("the disk did not sync before the call's deadline");
     tokio::time::timeout(daemon.config().call_deadline, all).await.map_err(late)
 }

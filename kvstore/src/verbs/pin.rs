@@ -1,8 +1,8 @@
 //! Pin and Unpin: a promise not to evict a prefix for a while.
 //!
-//! With an Nvme tier the promise is kept there, and survives a restart: what is in memory alone is written,
-//! and stays in memory too. Without one, it is kept in memory. With an Object tier the bucket is told, too, so that no node's
-//! collector takes the blocks; those that are in the bucket alone are held by that.
+//! With an Nvme tier, the disk keeps the promise, and the pin survives a restart. Blocks that are only in memory are written to
+//! disk, and stay in memory too. Without an Nvme tier, memory keeps the promise. With an Object tier, the daemon also records the
+//! pin in the bucket, so that no node's collector deletes the blocks. That alone holds blocks that are only in the bucket.
 
 use std::sync::Arc;
 
@@ -29,7 +29,10 @@ pub async fn pin(daemon: &Daemon, namespace: NamespaceId, request: &PinRequest) 
     let (group, _) = wire::known_group(&layout, request.group)?;
     let hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
     if !(1..=PIN_TTL_MS_MAX).contains(&request.ttl_ms) {
-        return Err(wire::invalid("ttl_ms", format!("{} is not within 1 to {PIN_TTL_MS_MAX}", request.ttl_ms)));
+        return Err(wire::invalid(
+            "ttl_ms",
+            format!("{} is out of range: it must be 1 to {PIN_TTL_MS_MAX} ms", request.ttl_ms),
+        ));
     }
     let now = clock::now();
     let expires = now.plus_ms(request.ttl_ms);
@@ -67,7 +70,9 @@ pub async fn pin(daemon: &Daemon, namespace: NamespaceId, request: &PinRequest) 
             let blocks: Vec<BlockRef<'_>> = hashes.iter().take(run).map(block).collect();
             if let Err(refused) = nvme.pin(id.0, &blocks, expires, true, now) {
                 release();
-                return Err(Status::resource_exhausted(format!("{refused}: unpin, or wait for a TTL")));
+                return Err(Status::resource_exhausted(format!(
+                    "{refused}: unpin other blocks, or wait until a pin expires"
+                )));
             }
             let above_disk = |at: usize| is_here(at) && on_disk.get(at) == Some(&false);
             // A pin that is to survive needs the bytes on disk.
@@ -82,16 +87,17 @@ pub async fn pin(daemon: &Daemon, namespace: NamespaceId, request: &PinRequest) 
             if rests_on_bucket {
                 release();
                 daemon.nvme.iter().for_each(|nvme| _ = nvme.unpin(id.0));
-                let problem =
-                    format!("blocks are in the object store alone, and it cannot be told to keep them: {trouble}");
+                let problem = format!(
+                    "some blocks are only in the object store, and the daemon could not record the pin there: {trouble}"
+                );
                 return Err(Status::unavailable(problem));
             }
-            tracing::warn!(%trouble, "the bucket is not told of a pin: its collector may take these blocks, this node keeps them");
+            tracing::warn!(%trouble, "a pin could not be recorded in the bucket: a collector may delete its blocks there, but this node keeps them");
         }
         until_synced(daemon).await?;
         return Ok(PinResponse { pin: wire::hold_bytes(id), pinned_blocks: run as u32 });
     }
-    Err(Status::resource_exhausted("busy: the blocks leave as fast as they are pinned; try again"))
+    Err(Status::resource_exhausted("blocks left memory while they were being pinned: try again"))
 }
 
 /// The bucket is told of a pin.

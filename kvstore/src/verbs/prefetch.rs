@@ -1,6 +1,6 @@
-//! Prefetch: brings a prefix into memory ahead of need, in order, some blocks at a time, behind whoever
-//! waits. Ends when all blocks are there or nowhere, at its deadline, or when it is cancelled; a transfer that is
-//! under way then still ends.
+//! Prefetch: brings a prefix into memory before it is needed, in order and a few blocks at a time. Calls that wait for
+//! blocks go first. A prefetch ends when each block is in memory or found in no tier, at its deadline, or when it is
+//! cancelled. A transfer in progress still completes.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -53,7 +53,9 @@ impl Prefetches {
 
     fn get(&self, namespace: NamespaceId, id: HoldId) -> Result<Prefetch, Status> {
         let found = self.0.lock().get(&id).filter(|prefetch| prefetch.namespace == namespace).cloned();
-        found.ok_or_else(|| Status::not_found("ticket: no such prefetch, or it ended a while ago"))
+        found.ok_or_else(|| {
+            Status::not_found("ticket: there is no such prefetch, or it ended a while ago: start a new one")
+        })
     }
 
     /// The bringing is over.
@@ -88,7 +90,12 @@ pub fn prefetch(
     let deadline_ms = match u64::from(request.deadline_ms) {
         0 => DEADLINE_MS_DEFAULT,
         asked if asked <= deadline_max => asked,
-        asked => return Err(wire::invalid("deadline_ms", format!("{asked} is more than {deadline_max}"))),
+        asked => {
+            return Err(wire::invalid(
+                "deadline_ms",
+                format!("{asked} is too long: it must be at most {deadline_max} ms"),
+            ));
+        }
     };
     let presences = daemon.host.presence(&layout, group, &hashes);
     let run = presences.iter().take_while(|presence| **presence == Presence::Resident).count();
@@ -112,7 +119,9 @@ pub fn prefetch(
     let kept: usize = prefetches.values().map(|prefetch| prefetch.hashes.len()).sum();
     if prefetches.len() >= caps::PREFETCHES_MAX || kept + prefetch.hashes.len() > caps::PREFETCH_HASHES_MAX {
         let (most, hashes) = (caps::PREFETCHES_MAX, caps::PREFETCH_HASHES_MAX);
-        let problem = format!("busy: prefetches would be more than {most}, or name more than {hashes} blocks");
+        let problem = format!(
+            "there would be more than {most} prefetches, or they would name more than {hashes} blocks: try again later"
+        );
         return Err(Status::resource_exhausted(problem));
     }
     prefetches.insert(id, prefetch);

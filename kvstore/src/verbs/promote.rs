@@ -1,4 +1,4 @@
-//! Promote: brings blocks from disk or from the bucket into memory, for whoever reads them or will.
+//! Promote: brings blocks from disk or from the bucket into memory, for gets and prefetches.
 
 use std::sync::Arc;
 
@@ -70,7 +70,7 @@ impl Promoter {
                     let host = Arc::clone(&self.daemon.host);
                     let made = tokio::task::spawn_blocking(move || host.make_slab(plan)).await;
                     if let Ok(Err(error)) = made {
-                        tracing::warn!(%error, "no memory for a slab");
+                        tracing::warn!(%error, "there is no memory for a slab");
                         return Coming::Later;
                     }
                 }

@@ -1,9 +1,9 @@
-//! Put: blocks come in as a stream, each readable as soon as it is whole and matches its checksum.
+//! Put: receives blocks as a stream. Each block is readable once it is complete and matches its checksum.
 //!
 //! A block's bytes are copied once, from the connection's buffers into its slot, and checksummed on the
-//! way. A completed block is committed when the next one starts or the call ends, because only then is it
-//! known whether it is the last of its request. A call never waits for another writer with a block of its
-//! own uncommitted, so that two calls can't wait for each other.
+//! way. A complete block is committed when the next one starts or the call ends, because only then does the
+//! daemon know whether it is the last block of its request. A call never waits for another writer while it has
+//! an uncommitted block, so two calls can't wait for each other.
 
 use std::sync::Arc;
 
@@ -65,13 +65,13 @@ pub async fn put(
 pub fn too_many_calls(daemon: &Daemon) -> Status {
     telemetry::add(&daemon.traffic.busy, 1);
     Status::resource_exhausted(format!(
-        "busy: {} put and get calls are under way, the most at once",
+        "{} put and get calls are in progress, which is the maximum: try again later",
         caps::DATA_CALLS_MAX
     ))
 }
 
 fn late() -> Status {
-    Status::deadline_exceeded("the call's deadline passed; blocks that were whole by then are stored")
+    Status::deadline_exceeded("the call's deadline passed; the blocks that were complete by then are stored")
 }
 
 fn stream_error(error: StreamError) -> Status {
@@ -179,7 +179,7 @@ impl PutCall<'_> {
         let tail = self.target.is_some() && !self.more_follows;
         self.finish_block(tail)?;
         if self.results.is_empty() {
-            return Err(wire::invalid("block", "the call brought no block"));
+            return Err(wire::invalid("block", "the call has no block: send at least one"));
         }
         if let (Some(target), Some(last)) = (&self.target, self.last) {
             self.daemon.host.refresh_chain(&target.layout, target.group, last);
@@ -195,13 +195,13 @@ impl PutCall<'_> {
                 self.begin_block(&block).await
             }
             Some(Wire::Data(bytes)) => self.data(&bytes),
-            None => Err(wire::invalid("part", "a message has neither open, nor block, nor data")),
+            None => Err(wire::invalid("part", "a message must have open, block or data")),
         }
     }
 
     fn open(&mut self, open: &PutOpen) -> Result<(), Status> {
         if self.target.is_some() {
-            return Err(wire::invalid("open", "comes once, first"));
+            return Err(wire::invalid("open", "must be the first message, and must come only once"));
         }
         match Level::try_from(open.level) {
             Ok(Level::Unspecified | Level::Memory) => {}
@@ -215,7 +215,12 @@ impl PutCall<'_> {
                     }
                 }
             },
-            Err(_) => return Err(wire::invalid("open.level", format!("{} is unknown", open.level))),
+            Err(_) => {
+                return Err(wire::invalid(
+                    "open.level",
+                    format!("{} is not a level: use MEMORY, LOCAL or DURABLE", open.level),
+                ));
+            }
         }
         let layout = wire::known_layout(self.daemon, self.namespace, &open.layout_digest)?;
         let (group, _) = wire::known_group(&layout, open.group)?;
@@ -230,9 +235,9 @@ impl PutCall<'_> {
     }
 
     async fn begin_block(&mut self, block: &PutBlock) -> Result<(), Status> {
-        let target = self.target.as_ref().ok_or_else(|| wire::invalid("block", "comes after open"))?;
+        let target = self.target.as_ref().ok_or_else(|| wire::invalid("block", "must come after open"))?;
         if self.results.len() >= caps::BLOCKS_PER_PUT_MAX {
-            let problem = format!("block: one call brings at most {} blocks", caps::BLOCKS_PER_PUT_MAX);
+            let problem = format!("block: one call can store at most {} blocks", caps::BLOCKS_PER_PUT_MAX);
             return Err(Status::resource_exhausted(problem));
         }
         let hash = wire::hash("block.sequence_hash", &block.sequence_hash)?;
@@ -250,11 +255,11 @@ impl PutCall<'_> {
 
     fn data(&mut self, bytes: &Bytes) -> Result<(), Status> {
         let at = self.results.len();
-        let current = self.current.as_mut().ok_or_else(|| wire::invalid("data", "comes after block"))?;
+        let current = self.current.as_mut().ok_or_else(|| wire::invalid("data", "must come after block"))?;
         current.received += bytes.len() as u64;
         if current.received > current.expected {
             let problem =
-                format!("block {at} ({}) announced {} bytes and brought more", current.hash, current.expected);
+                format!("block {at} ({}) announced {} bytes but brought more", current.hash, current.expected);
             return Err(wire::invalid("data", problem));
         }
         if let Into::Slot(fill) = &mut current.into {
@@ -269,7 +274,7 @@ impl PutCall<'_> {
         let (at, hash) = (self.results.len(), current.hash);
         if current.received != current.expected {
             let problem =
-                format!("block {at} ({hash}) announced {} bytes and brought {}", current.expected, current.received);
+                format!("block {at} ({hash}) announced {} bytes but brought {}", current.expected, current.received);
             return Err(wire::invalid("data", problem));
         }
         let Some(target) = &self.target else { return Ok(()) };
@@ -279,7 +284,7 @@ impl PutCall<'_> {
                 let crc32 = fill.crc32();
                 if let Some(expected) = current.crc32.filter(|expected| *expected != crc32) {
                     let problem = format!(
-                        "block {at} ({hash}) has {crc32:08x}, its bytes should have {expected:08x}: not stored"
+                        "block {at} ({hash}) was not stored: its bytes have the checksum {crc32:08x}, but it announced {expected:08x}"
                     );
                     return Err(wire::invalid("block.crc32", problem));
                 }
@@ -476,7 +481,7 @@ impl PutCall<'_> {
 /// The answer where DURABLE cannot be had now.
 fn not_durable(why: &str) -> Status {
     Status::unavailable(format!(
-        "not DURABLE: {why}; what was stored is uploaded once the store answers; ask for LOCAL, or set or_lower, to do without"
+        "the blocks are not DURABLE: {why}. The daemon uploads the stored blocks once the store answers. To accept a lower level, ask for LOCAL or set or_lower"
     ))
 }
 
@@ -487,14 +492,18 @@ pub fn no_tier(level: &str, tier: &str) -> Status {
 
 /// The block's length, where it is one of this layout and group.
 pub fn checked_length(target: &Target, length: u64) -> Result<u32, Status> {
-    let group = target.layout.group(u32::from(target.group)).ok_or_else(|| wire::invalid("group", "is unknown"))?;
+    let group = target
+        .layout
+        .group(u32::from(target.group))
+        .ok_or_else(|| wire::invalid("group", "the layout has no such group"))?;
     let right = if group.group.kind.varies_in_length() {
         (1..=group.block_bytes).contains(&length)
     } else {
         length == group.block_bytes
     };
     if !right {
-        let problem = format!("{length} bytes; a block of this layout and group has {}", group.block_bytes);
+        let problem =
+            format!("the block has {length} bytes; a block of this layout and group has {} bytes", group.block_bytes);
         return Err(wire::invalid("block.length", problem));
     }
     // A layout's blocks are at most caps::BLOCK_BYTES_MAX, which is less than 2^32.
@@ -526,7 +535,7 @@ pub async fn begin(daemon: &Arc<Daemon>, request: &FillRequest<'_>) -> Result<In
                 let host = Arc::clone(&daemon.host);
                 let made = tokio::task::spawn_blocking(move || host.make_slab(plan)).await;
                 if let Ok(Err(error)) = made {
-                    tracing::warn!(%error, "no memory for a slab");
+                    tracing::warn!(%error, "there is no memory for a slab");
                     return Ok(busy(daemon));
                 }
             }

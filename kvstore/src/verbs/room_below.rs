@@ -1,4 +1,4 @@
-//! Room in the tiers below: puts wait while too much has yet to be written or uploaded.
+//! Room in the tiers below: puts wait while too many blocks wait to be written or uploaded.
 
 use tokio::time::Instant;
 

@@ -56,7 +56,7 @@ fn check(daemon: &Daemon, namespace: NamespaceId, key: &SlotKey, progress: &mut 
     if kvstore_tiers::crc32(&block) != block.crc32() {
         progress.corrupt += 1;
         telemetry::add(&daemon.traffic.quarantined, 1);
-        tracing::error!(hash = %key.hash, "a block's bytes do not match their checksum: dropped");
+        tracing::error!(hash = %key.hash, "dropped a block whose bytes do not match its checksum");
         drop(block);
         daemon.host.drop_key(namespace, key);
     }

@@ -1,7 +1,7 @@
-//! Watch: a snapshot of what is readable in which tier, then every change.
+//! Watch: sends a snapshot of the blocks that are readable in each tier, then every change.
 //!
-//! A follower has a number in the tiers' change log and one message on its way, nothing else: one that is slow costs no memory,
-//! falls off the end of the log, and gets a new snapshot.
+//! A follower has only a number in the tiers' change log and one message on its way. So a slow follower costs no memory: it falls
+//! off the end of the log, and gets a new snapshot.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -65,7 +65,10 @@ impl Follower {
         };
         let sender = self.sender.clone();
         let ended = tokio::select! {
-            () = stopped => End::Told(Status::unavailable("the daemon stops: watch another, or this one again later")),
+            () = stopped => {
+                let problem = "the daemon is stopping: watch another daemon, or this one again later";
+                End::Told(Status::unavailable(problem))
+            }
             () = sender.closed() => End::Gone,
             end = self.follow_changes(request) => end,
         };

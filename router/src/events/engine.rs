@@ -156,7 +156,7 @@ impl EngineView {
                 Some(group)
             }
             Err(error) => {
-                tracing::error!(%error, "an engine's blocks are not known");
+                tracing::error!(%error, "the engine's blocks cannot be indexed");
                 None
             }
         }

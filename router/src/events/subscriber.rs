@@ -56,7 +56,7 @@ async fn connect(endpoint: &Endpoint, socket_type: &str) -> Result<Socket, ZmtpE
     };
     match timeout(PATIENCE, whole).await {
         Ok(connected) => connected,
-        Err(_) => Err(ZmtpError::Protocol("no greeting within 10 s".into())),
+        Err(_) => Err(ZmtpError::Protocol("it sent no greeting within 10 s".into())),
     }
 }
 
@@ -98,13 +98,13 @@ impl Subscriber {
         loop {
             match connect(&self.source.events, "SUB").await {
                 Ok(socket) => {
-                    tracing::info!(endpoint = %self.source.events, rank = self.source.rank, "following an engine's events");
+                    tracing::info!(endpoint = %self.source.events, rank = self.source.rank, "the router follows the engine's events");
                     (pause, told) = (PAUSE.0, false);
                     let error = self.listen(socket).await;
-                    tracing::warn!(endpoint = %self.source.events, %error, "an engine's events ended");
+                    tracing::warn!(endpoint = %self.source.events, %error, "the stream of the engine's events ended; the router connects again");
                 }
                 Err(error) if !told => {
-                    tracing::warn!(endpoint = %self.source.events, %error, "no events from an engine; trying again");
+                    tracing::warn!(endpoint = %self.source.events, %error, "the router gets no events from the engine, and keeps trying");
                     told = true;
                 }
                 Err(_) => {}
@@ -125,7 +125,7 @@ impl Subscriber {
         loop {
             let frames = match socket.receive().await {
                 Ok(Some(frames)) => frames,
-                Ok(None) => return ZmtpError::Protocol("the engine hung up".into()),
+                Ok(None) => return ZmtpError::Protocol("it closed the connection".into()),
                 Err(error) => return error,
             };
             let Some((number, payload)) = numbered(&frames) else {
@@ -164,7 +164,7 @@ impl Subscriber {
             Err(error) => {
                 self.bad += 1;
                 if self.bad.is_power_of_two() {
-                    tracing::warn!(endpoint = %self.source.events, %error, bad = self.bad, "an event cannot be read: nothing is known of this engine any more");
+                    tracing::warn!(endpoint = %self.source.events, %error, bad = self.bad, "an event cannot be read, so the router forgets what it knew of the engine");
                 }
                 // What it said is not known, and may have been a removal.
                 self.view.fence();
@@ -180,7 +180,7 @@ impl Subscriber {
                 match timeout(PATIENCE * 6, self.replay(&endpoint)).await {
                     Ok(Ok(replayed)) => replayed,
                     Ok(Err(error)) => {
-                        tracing::warn!(%endpoint, %error, "an engine does not replay its events");
+                        tracing::warn!(%endpoint, %error, "the engine did not replay its events");
                         Replayed::Another
                     }
                     Err(_) => Replayed::Another,
@@ -189,7 +189,7 @@ impl Subscriber {
             None => Replayed::Another,
         };
         if replayed == Replayed::Another && self.last.take().is_some() {
-            tracing::warn!(endpoint = %self.source.events, "events of an engine are lost, or it restarted: what was known of it is forgotten");
+            tracing::warn!(endpoint = %self.source.events, "events of the engine were lost, or it restarted, so the router forgets what it knew of the engine");
             self.view.fence();
             // Another life's events, as far back as it has them.
             if let Some(endpoint) = self.source.replay.clone() {
@@ -206,11 +206,13 @@ impl Subscriber {
         loop {
             let received = timeout(PATIENCE, socket.receive()).await;
             let frames = match received {
-                Ok(frames) => frames?.ok_or_else(|| ZmtpError::Protocol("it hung up in a replay".into()))?,
-                Err(_) => return Err(ZmtpError::Protocol("nothing came for 10 s in a replay".into())),
+                Ok(frames) => {
+                    frames?.ok_or_else(|| ZmtpError::Protocol("it closed the connection during a replay".into()))?
+                }
+                Err(_) => return Err(ZmtpError::Protocol("it sent nothing for 10 s during a replay".into())),
             };
             let Some((number, payload)) = numbered(&frames) else {
-                return Err(ZmtpError::Protocol("a replayed message without a number".into()));
+                return Err(ZmtpError::Protocol("it replayed a message without a number".into()));
             };
             if number == u64::MAX {
                 return Ok(if seen_last { Replayed::Same } else { Replayed::Another });

@@ -82,10 +82,10 @@ pub enum Event {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum BadEvents {
     /// It is too long.
-    #[error("a message of {0} bytes is longer than {max}, the most", max = caps::EVENT_BYTES_MAX)]
+    #[error("the message has {0} bytes; at most {max} are allowed", max = caps::EVENT_BYTES_MAX)]
     TooLong(usize),
     /// It is not msgpack of that form.
-    #[error("not a batch of KV events: {0}")]
+    #[error("the message is not a batch of KV events: {0}")]
     Form(String),
 }
 
@@ -236,7 +236,10 @@ impl Fields {
             "BlockStored" => {
                 if !self.tokens.is_empty() && self.tokens.len() != hashes.len() * self.block_tokens as usize {
                     let (tokens, blocks) = (self.tokens.len(), hashes.len());
-                    return Err(E::custom(format!("{tokens} tokens for {blocks} blocks of {}", self.block_tokens)));
+                    return Err(E::custom(format!(
+                        "{tokens} tokens do not fill {blocks} blocks of {}",
+                        self.block_tokens
+                    )));
                 }
                 let kind = match (self.kind.as_deref(), self.window) {
                     (Some("sliding_window" | "chunked_local_attention" | "SlidingWindow"), Some(window)) => {
@@ -382,7 +385,7 @@ impl<'de> Deserialize<'de> for Events {
             type Value = Events;
 
             fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                write!(f, "{} events at most", caps::EVENTS_PER_MESSAGE_MAX)
+                write!(f, "at most {} events", caps::EVENTS_PER_MESSAGE_MAX)
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Events, A::Error> {
@@ -511,7 +514,7 @@ mod tests {
             (json!(7), "a batch"),
             (json!([1.0]), "a time, and events"),
             (json!({"ts": 1.0}), "events"),
-            (json!([1.0, [["BlockStored", [1, 2], null, [1, 2, 3], 2]]]), "3 tokens for 2 blocks of 2"),
+            (json!([1.0, [["BlockStored", [1, 2], null, [1, 2, 3], 2]]]), "3 tokens do not fill 2 blocks of 2"),
             (json!([1.0, [["BlockStored", ["x"], null, [1], 1]]]), "a hash"),
             (json!([1.0, [{"block_hashes": []}]]), "type"),
             (json!([1.0, [[]]]), "starts with it"),
@@ -525,7 +528,7 @@ mod tests {
         assert!(decode(&vec![0x91; 100_000]).is_err());
         assert!(decode(&[0x92, 0xCA, 0, 0, 0, 0, 0xDD, 0xFF, 0xFF, 0xFF, 0xFF]).is_err());
         let many = json!([1.0, vec![json!(["X"]); caps::EVENTS_PER_MESSAGE_MAX + 1]]);
-        assert!(wrong(many).contains("events at most"));
+        assert!(wrong(many).contains("at most 65536 events"));
     }
 
     /// Sound messages with bytes changed, cut off and repeated: an answer or an error, never a panic, and never much memory.

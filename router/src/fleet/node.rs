@@ -61,13 +61,13 @@ impl Node {
         let client = match Client::lazy(address) {
             Ok(client) => client,
             Err(error) => {
-                tracing::error!(address, %error, "a node's address is wrong: its blocks are not known");
+                tracing::error!(address, %error, "the node's address is not valid, so the router does not know its blocks");
                 return None;
             }
         };
         let holders = TIERS.map(|_| index.add_holder());
         let [Ok(host), Ok(nvme), Ok(object)] = holders else {
-            tracing::error!(address, "there are too many nodes: this one's blocks are not known");
+            tracing::error!(address, "there are too many nodes, so the router does not know the blocks of this one");
             holders.into_iter().flatten().for_each(|holder| index.remove_holder(holder));
             return None;
         };
@@ -129,7 +129,7 @@ impl Node {
             }
             WatchEvent::Lost(error) => {
                 if state.status.whole {
-                    tracing::warn!(node = self.address, %error, "a node is away: its blocks are not counted on until it is back");
+                    tracing::warn!(node = self.address, %error, "the node does not answer; the router does not count on its blocks until it does");
                 }
                 state.status.whole = false;
             }
@@ -161,7 +161,7 @@ impl Node {
             for group in 0..layout.name_seeds.len() as u32 {
                 let group = GroupRef { layout_digest: layout.layout_digest.clone(), group };
                 if let Err(error) = self.client.prefetch(&group, &hashes, crate::caps::PREFETCH_DEADLINE_MS).await {
-                    tracing::debug!(node = self.address, %error, "a prefetch hint was not taken");
+                    tracing::debug!(node = self.address, %error, "the node did not take a prefetch hint");
                 }
             }
         }

@@ -87,9 +87,10 @@ impl WorkerSpec {
 
     fn check_url(&self) -> Result<(), String> {
         let (id, text) = (&self.id, &self.url);
-        let url = text.parse::<http::Uri>().map_err(|error| format!("worker {id:?}: url {text:?}: {error}"))?;
+        let url =
+            text.parse::<http::Uri>().map_err(|error| format!("worker {id:?}: url {text:?} is not valid: {error}"))?;
         if url.scheme_str() != Some("http") || url.host().is_none() {
-            return Err(format!("worker {id:?}: url {text:?}: use http://host:port"));
+            return Err(format!("worker {id:?}: url {text:?} is not an HTTP URL; use http://host:port"));
         }
         Ok(())
     }
@@ -105,7 +106,10 @@ impl WorkerSpec {
             return Err(format!("worker {id:?}: id and model must not be empty"));
         }
         if self.ranks == 0 || self.ranks > 1024 || self.first_rank > 1024 {
-            return Err(format!("worker {id:?}: ranks is {}: 1 to 1024", self.ranks));
+            return Err(format!(
+                "worker {id:?}: ranks is {} and first_rank is {}; ranks must be 1 to 1024, first_rank 0 to 1024",
+                self.ranks, self.first_rank
+            ));
         }
         for endpoint in self.events.iter().chain(&self.replay) {
             endpoint.parse::<Endpoint>().map_err(|error| format!("worker {id:?}: {error}"))?;

@@ -109,7 +109,10 @@ async fn register(State(app): State<Arc<App>>, body: Result<Json<Register>, Json
         return wrong(problem);
     }
     if app.router.fleet.workers().len() >= crate::caps::WORKERS_MAX {
-        return wrong(format!("{} workers are known, the most that may be", crate::caps::WORKERS_MAX));
+        return wrong(format!(
+            "{} workers are registered, which is the most that the router supports",
+            crate::caps::WORKERS_MAX
+        ));
     }
     app.router.fleet.add_worker(spec);
     (StatusCode::CREATED, Json(json!({"status": "ok"}))).into_response()
@@ -137,7 +140,7 @@ async fn unregister(State(app): State<Arc<App>>, body: Result<Json<Unregister>, 
     };
     let removed = ids.iter().filter(|id| app.router.fleet.remove_worker(id)).count();
     match removed {
-        0 => (StatusCode::NOT_FOUND, Json(json!({"error": format!("no instance {instance:?} is known")})))
+        0 => (StatusCode::NOT_FOUND, Json(json!({"error": format!("instance {instance:?} is not registered")})))
             .into_response(),
         _ => Json(json!({"status": "ok"})).into_response(),
     }
@@ -375,9 +378,9 @@ pub fn explain(app: &App, asked: &Asked) -> Result<Value, crate::place::Refused>
     };
     let why = match &chosen {
         Ok(choice) if choice.by_affinity => {
-            "its session was there before, and it costs little more than the best".to_owned()
+            "the chosen worker served the session before, and costs little more than the best worker".to_owned()
         }
-        Ok(_) => "it is expected to answer first".to_owned(),
+        Ok(_) => "the chosen worker is expected to answer first".to_owned(),
         Err(refused) => refused.to_string(),
     };
     Ok(json!({

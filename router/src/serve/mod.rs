@@ -146,8 +146,12 @@ impl App {
             let up = self.get(worker, "/health", caps::HEALTH_WITHIN).await;
             if worker.set_up(up.is_ok()) {
                 match up {
-                    Ok(_) => tracing::info!(worker = worker.spec.id, "a worker answers"),
-                    Err(error) => tracing::warn!(worker = worker.spec.id, error, "a worker does not answer"),
+                    Ok(_) => tracing::info!(worker = worker.spec.id, "the worker answers"),
+                    Err(error) => tracing::warn!(
+                        worker = worker.spec.id,
+                        error,
+                        "the worker does not answer, so it gets no requests"
+                    ),
                 }
             }
         });
@@ -181,15 +185,23 @@ impl App {
         let place = &self.router.counts;
         let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
         let counters = [
-            ("requests_total", "Requests that came", get(&self.counts.requests)),
-            ("placed_total", "Requests that were placed at a worker", get(&place.placed)),
-            ("by_affinity_total", "Requests that stayed where their session was", get(&place.by_affinity)),
+            ("requests_total", "Requests that the router received", get(&self.counts.requests)),
+            ("placed_total", "Requests that the router placed at a worker", get(&place.placed)),
+            ("by_affinity_total", "Requests that stayed at the worker of their session", get(&place.by_affinity)),
             ("shed_total", "Requests that were refused because all workers were full", get(&place.shed)),
-            ("resumed_total", "Answers that went on at another worker", get(&self.counts.resumed)),
-            ("broken_total", "Answers that broke off for good", get(&self.counts.broken)),
-            ("expired_total", "Requests of which nothing was heard any more", get(&place.expired)),
-            ("prompt_tokens_total", "Tokens of prompts that were placed", get(&place.tokens)),
-            ("cached_tokens_total", "Of those, what workers had or could fetch", get(&place.cached_tokens)),
+            ("resumed_total", "Answers that broke off and continued at another worker", get(&self.counts.resumed)),
+            ("broken_total", "Answers that broke off and could not be continued", get(&self.counts.broken)),
+            (
+                "expired_total",
+                "Requests that expired because the router heard nothing more of them",
+                get(&place.expired),
+            ),
+            ("prompt_tokens_total", "Prompt tokens of the requests that were placed", get(&place.tokens)),
+            (
+                "cached_tokens_total",
+                "Prompt tokens that the chosen workers had or could fetch",
+                get(&place.cached_tokens),
+            ),
         ];
         for (name, help, value) in counters {
             let _ = writeln!(
@@ -206,10 +218,10 @@ impl App {
                 "Workers that answer",
                 fleet.workers().iter().filter(|worker| worker.is_up()).count() as u64,
             ),
-            ("engine_index_blocks", "Blocks of engines that are known", engines.blocks),
-            ("engine_index_bytes", "Bytes of that index", engines.bytes),
-            ("node_index_blocks", "Blocks of nodes that are known", tiers.blocks),
-            ("node_index_bytes", "Bytes of that index", tiers.bytes),
+            ("engine_index_blocks", "Blocks in the index of the engines' memory", engines.blocks),
+            ("engine_index_bytes", "Bytes of the index of the engines' memory", engines.bytes),
+            ("node_index_blocks", "Blocks in the index of the nodes' tiers", tiers.blocks),
+            ("node_index_bytes", "Bytes of the index of the nodes' tiers", tiers.bytes),
         ];
         for (name, help, value) in gauges {
             let _ = writeln!(
@@ -247,8 +259,10 @@ async fn answer(
     match body {
         Ok(body) => proxy::handle(app, kind, headers, body).await.unwrap_or_else(IntoResponse::into_response),
         Err(rejection) => {
-            let message =
-                format!("the body cannot be read ({rejection}): it has {} MiB at most", caps::REQUEST_BYTES_MAX >> 20);
+            let message = format!(
+                "the request body cannot be read ({rejection}); it may have at most {} MiB",
+                caps::REQUEST_BYTES_MAX >> 20
+            );
             ApiError::invalid(None, message).into_response()
         }
     }

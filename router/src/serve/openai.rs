@@ -47,7 +47,8 @@ impl ApiError {
 
     /// There is no such path.
     pub fn unknown_path(path: &str) -> Self {
-        let message = format!("there is no {path} here: /v1/chat/completions, /v1/completions and /v1/models are");
+        let message =
+            format!("the router does not serve {path}; it serves /v1/chat/completions, /v1/completions and /v1/models");
         Self { status: StatusCode::NOT_FOUND, ..Self::invalid(None, message) }
     }
 
@@ -140,13 +141,15 @@ impl Request {
         }
         let model = match body.get("model") {
             Some(Value::String(model)) if !model.is_empty() => model.clone(),
-            None => return Err(ApiError::invalid(Some("model"), "model is missing: name one of /v1/models")),
-            Some(_) => return Err(ApiError::invalid(Some("model"), "model is not a text: name one of /v1/models")),
+            None => return Err(ApiError::invalid(Some("model"), "model is missing; name one that /v1/models lists")),
+            Some(_) => {
+                return Err(ApiError::invalid(Some("model"), "model is not a string; name one that /v1/models lists"));
+            }
         };
         let stream = match body.get("stream") {
             None | Some(Value::Null) => false,
             Some(Value::Bool(stream)) => *stream,
-            Some(_) => return Err(ApiError::invalid(Some("stream"), "stream is not true or false")),
+            Some(_) => return Err(ApiError::invalid(Some("stream"), "stream must be true or false")),
         };
         let text = |field: &str| body.get(field).and_then(Value::as_str).map(str::to_owned);
         let salt = text("cache_salt");
@@ -167,19 +170,23 @@ impl Request {
                     match wrong {
                         Some(at) => Err(ApiError::invalid(
                             Some("messages"),
-                            format!("messages[{at}] has no role: a text like \"user\""),
+                            format!("messages[{at}] has no role; add a string such as \"user\""),
                         )),
                         None => Ok(()),
                     }
                 }
-                _ => Err(ApiError::invalid(Some("messages"), "messages is missing or empty: a list of messages")),
+                _ => Err(ApiError::invalid(
+                    Some("messages"),
+                    "messages is missing or empty; it must be a list of messages",
+                )),
             },
             Kind::Completion => match self.body.get("prompt") {
                 Some(Value::String(_)) => Ok(()),
                 Some(Value::Array(prompt)) if !prompt.is_empty() => Ok(()),
                 None if self.body.get("prompt_embeds").is_some() => Ok(()),
                 _ => {
-                    let message = "prompt is missing or empty: a text, a list of token ids, or a list of those";
+                    let message =
+                        "prompt is missing or empty; it must be a string, a list of token ids, or a list of those";
                     Err(ApiError::invalid(Some("prompt"), message))
                 }
             },
@@ -284,7 +291,7 @@ mod tests {
         for (kind, body, param, says) in [
             (Kind::Chat, json!([]), None, "not a JSON object"),
             (Kind::Chat, json!({"messages": []}), Some("model"), "model is missing"),
-            (Kind::Chat, json!({"model": 7, "messages": []}), Some("model"), "not a text"),
+            (Kind::Chat, json!({"model": 7, "messages": []}), Some("model"), "not a string"),
             (Kind::Chat, json!({"model": "m"}), Some("messages"), "messages is missing"),
             (
                 Kind::Chat,

@@ -91,11 +91,11 @@ impl Call {
             match self.app.send(&placed.worker, path, &self.headers, body).await {
                 Ok(upstream) if !is_the_workers_fault(upstream.status()) => return Ok((placed, upstream)),
                 Ok(upstream) => {
-                    tracing::warn!(worker = placed.worker.spec.id, status = %upstream.status(), "a worker did not take a request");
+                    tracing::warn!(worker = placed.worker.spec.id, status = %upstream.status(), "the worker did not take a request");
                     last = Some((placed, upstream));
                 }
                 Err(error) => {
-                    tracing::warn!(worker = placed.worker.spec.id, error, "a worker cannot be reached");
+                    tracing::warn!(worker = placed.worker.spec.id, error, "the worker cannot be reached");
                     placed.worker.set_up(false);
                 }
             }
@@ -103,7 +103,7 @@ impl Call {
                 break;
             }
         }
-        last.ok_or_else(|| ApiError::unavailable("no worker could be reached: try again in a moment"))
+        last.ok_or_else(|| ApiError::unavailable("no worker could be reached; try again in a moment"))
     }
 
     /// An answer that comes in one piece.
@@ -136,10 +136,12 @@ impl Call {
                     tracing::warn!(
                         worker = placed.worker.spec.id,
                         error,
-                        "an answer broke off: the request goes to another worker"
+                        "the worker's answer broke off, so the request goes to another worker"
                     );
                     if but.len() >= caps::TRIES_MAX {
-                        return Err(ApiError::unavailable("the workers' answers broke off"));
+                        return Err(ApiError::unavailable(
+                            "the answers of several workers broke off; try again in a moment",
+                        ));
                     }
                     (placed, upstream) = self.send_somewhere(&mut but).await?;
                 }
@@ -207,7 +209,7 @@ impl App {
         let tokens = match encoded {
             Ok(tokens) => tokens,
             Err(error) => {
-                tracing::debug!(%error, model = request.model, "a request is routed without its tokens");
+                tracing::debug!(%error, model = request.model, "the prompt cannot be tokenized, so the request is routed without its tokens");
                 return None;
             }
         };
@@ -270,11 +272,11 @@ impl App {
         let answer = match answer {
             Ok(answer) if answer.status().is_success() => answer,
             Ok(answer) => {
-                tracing::warn!(worker = placed.worker.spec.id, status = %answer.status(), "a prompt was not computed ahead");
+                tracing::warn!(worker = placed.worker.spec.id, status = %answer.status(), "the worker did not compute a prompt ahead");
                 return None;
             }
             Err(error) => {
-                tracing::warn!(worker = placed.worker.spec.id, error, "a prompt was not computed ahead");
+                tracing::warn!(worker = placed.worker.spec.id, error, "the worker did not compute a prompt ahead");
                 placed.worker.set_up(false);
                 return None;
             }
@@ -300,7 +302,7 @@ impl App {
             match answer {
                 Ok(answer) => _ = Limited::new(answer.into_body(), caps::ANSWER_BYTES_MAX).collect().await,
                 Err(error) => {
-                    tracing::warn!(worker = placed.worker.spec.id, error, "an input was not encoded ahead");
+                    tracing::warn!(worker = placed.worker.spec.id, error, "the worker did not encode an input ahead");
                     placed.worker.set_up(false);
                 }
             }
@@ -323,7 +325,7 @@ impl App {
         let silence = self.router.options().silence;
         match tokio::time::timeout(silence, self.client.request(request)).await {
             Ok(answer) => answer.map_err(|error| cause_of(&error)),
-            Err(_) => Err(format!("no answer within {} s", silence.as_secs())),
+            Err(_) => Err(format!("the worker did not answer within {} s", silence.as_secs())),
         }
     }
 }
@@ -367,6 +369,6 @@ impl App {
             let body = Limited::new(answer.into_body(), 1 << 20).collect().await.map_err(|error| error.to_string())?;
             if status.is_server_error() { Err(format!("{status}")) } else { Ok(body.to_bytes()) }
         };
-        tokio::time::timeout(within, whole).await.unwrap_or_else(|_| Err("no answer in time".into()))
+        tokio::time::timeout(within, whole).await.unwrap_or_else(|_| Err("the worker did not answer in time".into()))
     }
 }

@@ -64,7 +64,9 @@ impl Answer {
         if let Some(error) = piece.get("error") {
             return Piece::Failed(error.to_string());
         }
-        let Some(fields) = piece.as_object_mut() else { return Piece::Failed("a piece that is no object".into()) };
+        let Some(fields) = piece.as_object_mut() else {
+            return Piece::Failed("the worker sent a piece that is not a JSON object".into());
+        };
         if !self.resumed {
             self.id = self.id.take().or_else(|| fields.get("id").cloned());
             self.created = self.created.take().or_else(|| fields.get("created").cloned());
@@ -221,7 +223,7 @@ impl Relay {
                 Ok(Some(Ok(frame))) => frame.into_data().ok().and_then(|bytes| self.take(&bytes).err()),
                 Ok(Some(Err(error))) => Some(cause_of(&error)),
                 Ok(None) => Some("the answer ended in the middle".to_owned()),
-                Err(_) => Some(format!("nothing came for {} s", silence.as_secs())),
+                Err(_) => Some(format!("the worker sent nothing for {} s", silence.as_secs())),
             };
             if let Some(why) = broken {
                 self.go_on_elsewhere(&why).await;
@@ -237,8 +239,8 @@ impl Relay {
                 self.done = true;
                 return Ok(());
             }
-            let piece: Value =
-                serde_json::from_str(&data).map_err(|error| format!("a piece that is not JSON: {error}"))?;
+            let piece: Value = serde_json::from_str(&data)
+                .map_err(|error| format!("the worker sent a piece that is not JSON: {error}"))?;
             let before = self.answer.generated.len();
             match self.answer.take(piece, &self.call.request) {
                 Piece::Send(piece) => {
@@ -263,13 +265,18 @@ impl Relay {
             self.done = true;
             return;
         }
-        tracing::warn!(worker = worker.spec.id, why, tokens = self.answer.generated.len(), "an answer broke off");
+        tracing::warn!(
+            worker = worker.spec.id,
+            why,
+            tokens = self.answer.generated.len(),
+            "the worker's answer broke off"
+        );
         match self.another().await {
             Ok((placed, upstream)) => {
                 tracing::info!(
                     from = worker.spec.id,
                     to = placed.worker.spec.id,
-                    "the answer goes on at another worker"
+                    "the answer continues at another worker"
                 );
                 self.call.app.counts.resumed.fetch_add(1, Ordering::Relaxed);
                 (self.placed, self.body, self.events) = (placed, upstream.into_body(), Events::default());
@@ -286,7 +293,7 @@ impl Relay {
 
     async fn another(&mut self) -> Result<(Placed, Upstream), String> {
         if self.but.len() >= caps::TRIES_MAX {
-            return Err("it was tried at several workers already".into());
+            return Err("the router has already tried several workers".into());
         }
         let before = self.but.len();
         let found = if !self.answer.sent {
@@ -295,7 +302,7 @@ impl Relay {
         } else {
             if !self.call.resumes {
                 return Err(
-                    "this request cannot be gone on with (it has tools, choices, log-probabilities or a format)".into(),
+                    "this request cannot be continued (it has tools, choices, log-probabilities or a format, or resume is off)".into(),
                 );
             }
             let tokens_max = match self.call.request.max_tokens() {
@@ -303,7 +310,7 @@ impl Relay {
                 None => self.call.app.model_tokens_max(&self.call.request.model).await,
             };
             let rest = self.answer.rest(&self.call.request, tokens_max);
-            let rest = rest.ok_or("its worker did not say which tokens came (return_token_ids)")?;
+            let rest = rest.ok_or("the worker did not say which tokens it sent (return_token_ids)")?;
             let tokens: Vec<u32> =
                 rest.get("prompt").and_then(|tokens| serde_json::from_value(tokens.clone()).ok()).unwrap_or_default();
             self.call.asked = self.call.app.asked_again(&self.call.asked, &self.call.request, &tokens);
@@ -316,7 +323,7 @@ impl Relay {
         if !upstream.status().is_success() {
             let id = &placed.worker.spec.id;
             return Err(format!(
-                "worker {id:?} answered {} to the rest ({} tries)",
+                "worker {id:?} answered {} to the rest of the request ({} tries)",
                 upstream.status(),
                 self.but.len() - before
             ));

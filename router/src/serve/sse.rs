@@ -14,7 +14,7 @@ pub struct Events {
 
 /// An event longer than any engine's.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("an event of more than {} bytes in a worker's answer", caps::ANSWER_EVENT_BYTES_MAX)]
+#[error("the worker's answer has an event of more than {} bytes", caps::ANSWER_EVENT_BYTES_MAX)]
 pub struct TooLong;
 
 impl Events {

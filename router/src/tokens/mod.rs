@@ -28,7 +28,7 @@ pub enum TokenError {
     #[error("the model's chat template refuses these messages: {0}")]
     Template(String),
     /// There is none.
-    #[error("the model has no chat template: name one with chat_template in the router's configuration")]
+    #[error("the model has no chat template; name one with chat_template in the router's configuration")]
     NoTemplate,
 }
 

@@ -1,12 +1,12 @@
 """The client of kvstore, the storage tier under LLM inference.
 
-A :class:`Client` talks to the daemon of its node; :meth:`Client.register_layout` names what makes blocks byte-compatible;
-a :class:`Group` of the layout is where blocks are put and got, by the hashes of their prefixes. On the daemon's own node
-blocks are read where they lie, in shared memory, and reading what is in memory does not even wake the daemon.
+A :class:`Client` talks to the daemon of its node. :meth:`Client.register_layout` registers a layout, which names what makes
+blocks byte-compatible. A :class:`Group` of the layout puts and gets blocks by the hashes of their prefixes. On the daemon's
+own node, the client reads blocks in place, in shared memory. A read of a block in memory does not wake the daemon.
 
-A miss is a value. Every call ends by the client's deadline, releases the GIL while it waits and copies, and has an
-``_async`` twin that is awaited. A child of ``os.fork()`` may go on using the client, which attaches anew; it cannot read
-what its parent leased.
+A miss is a value, not an error. Every call ends by the client's deadline, and releases the GIL while it waits and copies.
+Most calls have an ``_async`` twin that is awaited. A child of ``os.fork()`` can keep using the client, which then attaches
+again. The child cannot read the blocks that its parent leased.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ __all__ = [
 
 
 class Unavailable(_native.Unavailable, ConnectionError):
-    """No daemon answers, or it drains: try again later."""
+    """No daemon answers, or the daemon drains. Try again later."""
 
 
 class DeadlineExceeded(_native.DeadlineExceeded, TimeoutError):
-    """The call's time is over."""
+    """The call did not end by its deadline."""
 
 
 class Invalid(_native.Invalid, ValueError):
-    """The request is wrong; the message names what, and what would be valid."""
+    """The request is wrong. The message names what is wrong, and what would be valid."""
 
 
 _KINDS = {"attention": 1, "sliding_window": 2, "recurrent_state": 3, "encoder_output": 4}
@@ -63,10 +63,10 @@ _ORDERS = {"opaque": 1, "layer_opaque": 2, "layer_plane_head_token": 3, "layer_p
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers whose state is kept alike.
+    """A layer group: layers whose state is kept alike.
 
-    A block of it has ``layers * planes * heads * block_tokens * head_bytes`` bytes; of the kinds ``recurrent_state`` and
-    ``encoder_output``, at most ``layers * planes * heads * head_bytes``.
+    A block of the group has ``layers * planes * heads * block_tokens * head_bytes`` bytes. A block of the kinds
+    ``recurrent_state`` and ``encoder_output`` has at most ``layers * planes * heads * head_bytes`` bytes.
 
     ``head_bytes``: bytes of one head's vector for one token (elements times element size). ``planes``: 2 for keys and
     values, 1 for latent attention and for states. ``order``: the order of a block's dimensions, slowest first.
@@ -83,7 +83,7 @@ class LayerGroup:
     def _fields(self) -> tuple[int, int, int, int, int, int, int]:
         for name, value, valid in (("kind", self.kind, _KINDS), ("order", self.order, _ORDERS)):
             if value not in valid:
-                raise Invalid(f"{name}: {value!r} is none of {', '.join(valid)}")
+                raise Invalid(f"{name}: {value!r} is not valid; use one of {', '.join(valid)}")
         return (
             _KINDS[self.kind],
             self.window_tokens,
@@ -96,10 +96,11 @@ class LayerGroup:
 
 
 class PutResult(NamedTuple):
-    """What became of one block of a put.
+    """The outcome of a put for one block.
 
-    ``status``: "stored", "present" (it was there), "joined" (another writer brought it), "busy" (no room now: try again),
-    or "superseded" (deleted while it was written). ``level``: "memory", "local", "durable", or None where it is not stored.
+    ``status``: "stored", "present" (the block was already stored), "joined" (another writer stored it meanwhile), "busy"
+    (there is no room now; try again), or "superseded" (the block was deleted while it was written). ``level``: "memory",
+    "local" or "durable"; None if the block is not stored.
     """
 
     status: str
@@ -107,9 +108,12 @@ class PutResult(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """How far a prefix can be used. ``blocks``: its leading blocks that can be read; ``in_memory``: the leading ones of those
-    that need no disk; ``ticket``: what holds them, where that was asked and there are some; ``searching``: the object store is
-    being searched for more, which a look-up a moment later may find."""
+    """How far a prefix can be used.
+
+    ``blocks``: how many leading blocks can be read. ``in_memory``: how many leading blocks are in memory and need no disk.
+    ``ticket``: the ticket that holds the blocks, if one was asked for and there are any blocks. ``searching``: True while the
+    daemon searches the object store for more blocks; a later look-up may find them.
+    """
 
     blocks: int
     in_memory: int
@@ -118,14 +122,18 @@ class Lookup(NamedTuple):
 
 
 class Deleted(NamedTuple):
-    """Blocks that were deleted, and blocks that were pinned and stay."""
+    """How many blocks were deleted, and how many stay because they are pinned."""
 
     deleted: int
     pinned: int
 
 
 class PrefetchProgress(NamedTuple):
-    """How a prefetch ended: "done", "cancelled" or "deadline"; its blocks, those in memory, those in no tier."""
+    """How a prefetch ended.
+
+    ``state``: "done", "cancelled" or "deadline". ``blocks``: how many blocks it had. ``ready``: how many of them are in memory.
+    ``missing``: how many of them are in no tier.
+    """
 
     state: str
     blocks: int
@@ -134,7 +142,7 @@ class PrefetchProgress(NamedTuple):
 
 
 def default_address() -> str:
-    """The daemon that ``kvstore serve`` runs for this user: KVSTORE_ADDRESS, or its default socket."""
+    """Returns the address of this user's daemon: KVSTORE_ADDRESS if it is set, or the default socket of ``kvstore serve``."""
     if address := _os.environ.get("KVSTORE_ADDRESS"):
         return address
     runtime = _os.environ.get("XDG_RUNTIME_DIR")
@@ -143,13 +151,13 @@ def default_address() -> str:
 
 
 def _plain(buffer):
-    """A CPU tensor of torch as what has the buffer protocol: its bytes, without a copy."""
+    """Returns an object with the buffer protocol. A CPU tensor of torch becomes its bytes, without a copy."""
     if type(buffer).__module__.partition(".")[0] != "torch":
         return buffer
     if buffer.device.type != "cpu":
-        raise Invalid(f"buffers: a tensor on {buffer.device} is not in CPU memory: copy it there first")
+        raise Invalid(f"buffers: a tensor on {buffer.device} is not in CPU memory; copy it there first")
     if not buffer.is_contiguous():
-        raise Invalid("buffers: a tensor that is not contiguous: use its contiguous() copy")
+        raise Invalid("buffers: a tensor is not contiguous; use its contiguous() copy")
     import torch
 
     # numpy has no bfloat16 and no float8: bytes are bytes.
@@ -163,13 +171,13 @@ def _buffers(buffers):
 
 
 class Client:
-    """A connection to one daemon, in one namespace: that of the socket it connects to. Threads may share it.
+    """A connection to one daemon, in the namespace of the socket that it connects to. Threads can share a client.
 
-    ``address``: "unix:/path/to/socket" or "http://host:port"; the daemon of this user by default. ``plane``: "auto" (shared
-    memory on a Unix socket of this node, gRPC for the rest), "local" or "grpc". ``deadline``: seconds after which each
-    call ends.
+    ``address``: "unix:/path/to/socket" or "http://host:port"; by default, the address of this user's daemon. ``plane``:
+    "auto" (shared memory over a Unix socket of this node, gRPC for everything else), "local" or "grpc". ``deadline``: seconds
+    after which each call ends.
 
-    Raises Unavailable where no daemon answers.
+    Raises Unavailable if no daemon answers.
     """
 
     def __init__(self, address: str | None = None, *, plane: str = "auto", deadline: float = 30.0):
@@ -181,7 +189,7 @@ class Client:
 
     @property
     def is_local(self) -> bool:
-        """True while blocks go through shared memory."""
+        """Whether blocks go through shared memory now."""
         return self._native.is_local
 
     def register_layout(
@@ -195,10 +203,12 @@ class Client:
         shard: tuple[int, int] = (0, 1),
         extra: bytes = b"",
     ) -> Layout:
-        """Makes a layout known: what makes two blocks byte-compatible. The same layout has the same digest everywhere.
+        """Registers a layout, which names what makes two blocks byte-compatible. The same layout has the same digest
+        everywhere.
 
-        ``model``: 1 to 64 bytes. ``weights_digest``: new weights, new blocks. ``shard``: index and count of a
-        tensor-parallel rank. ``extra``: whatever else must match, up to 256 bytes.
+        ``model``: the model's name, 1 to 64 bytes. ``weights_digest``: a digest of the weights; blocks of other weights are
+        never read. ``shard``: index and count of a tensor-parallel rank. ``extra``: anything else that must match, up to
+        256 bytes.
         """
         name = model.encode() if isinstance(model, str) else bytes(model)
         fields = [group._fields() for group in groups]
@@ -206,13 +216,16 @@ class Client:
         return Layout(self._native, digest, [Group(self._native, native) for native in natives], wants_tokens)
 
     def release_ticket(self, ticket: bytes) -> bool:
-        """Lets go of what a look-up holds; False where its time was over."""
+        """Ends a look-up's ticket early. Returns False if it had already ended."""
         return self._native.release_ticket(ticket)
 
 
 class Layout:
-    """A registered layout. ``digest``: 32 bytes that name it everywhere. ``wants_tokens``: the daemon publishes events, and is to be
-    told the tokens of what is put: :meth:`Group.describe`."""
+    """A registered layout.
+
+    ``digest``: 32 bytes that name the layout everywhere. ``wants_tokens``: True if the daemon publishes events and needs the
+    tokens of the blocks that are put; see :meth:`Group.describe`.
+    """
 
     def __init__(self, client: _native.Client, digest: bytes, groups: list[Group], wants_tokens: bool = False):
         self._client = client
@@ -229,26 +242,27 @@ class Layout:
         hold: float = 0.0,
         search_wait: float = 0.0,
     ) -> Lookup:
-        """How far a prefix can be used in every one of ``groups`` (all of the layout's by default).
+        """Returns how far a prefix can be used in every one of ``groups`` (by default, in all groups of the layout).
 
-        ``all_shards``: in every shard of the tensor-parallel group too. ``hold``: keeps what was found for so many seconds
-        (30 at most), for whoever reads it next, until :meth:`Client.release_ticket`. ``search_wait``: waits so many seconds (5
-        at most) for the object store to be searched for what nothing is known of; the search goes on in any case.
+        ``all_shards``: the prefix must also be usable in every shard of the tensor-parallel group. ``hold``: holds the blocks
+        that were found for this many seconds (at most 30), or until :meth:`Client.release_ticket`. ``search_wait``: waits up to
+        this many seconds (at most 5) while the daemon searches the object store for blocks that it knows nothing of. The
+        search continues after that time.
         """
         found = self._client.lookup(self.digest, groups or [], hashes, all_shards, hold, search_wait)
         return Lookup(*found)
 
     def group(self, number: int = 0) -> Group:
-        """One of its layer groups."""
+        """Returns one of the layout's layer groups."""
         return self.groups[number]
 
 
 class Group:
-    """A layer group of a layout: where blocks are put and got.
+    """A layer group of a layout. Its methods put and get blocks.
 
-    Hashes are bytes, 1 to 32 each, in prefix order: a hash names a block and all before it. Buffers are whatever has the
-    buffer protocol and is contiguous (bytes, bytearray, memoryview, numpy arrays), or CPU tensors of torch: a list with one
-    for each hash, or one that holds all blocks, one behind the other.
+    Hashes are ``bytes`` objects of 1 to 32 bytes, in prefix order. A hash names a block and all blocks before it. Buffers are
+    contiguous objects with the buffer protocol (bytes, bytearray, memoryview, numpy arrays) or CPU tensors of torch. Give a
+    list with one buffer for each hash, or one buffer that holds all blocks one after another.
     """
 
     def __init__(self, client: _native.Client, native: _native.Group):
@@ -257,11 +271,11 @@ class Group:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block; the most, for kinds that vary."""
+        """Bytes of a block. For kinds whose blocks vary in length, the most that a block has."""
         return self._native.block_bytes
 
     def lookup(self, hashes) -> int:
-        """How many leading blocks can be read, from whatever tier."""
+        """Returns how many leading blocks can be read, from any tier."""
         return self._native.lookup(hashes)
 
     async def lookup_async(self, hashes) -> int:
@@ -269,7 +283,7 @@ class Group:
         return await self._native.lookup_async(hashes)
 
     def contains(self, hashes) -> list[bool]:
-        """Which of these blocks can be read, from whatever tier: each by itself, holes and all."""
+        """Returns for each block whether it can be read, from any tier. The blocks before it may be missing."""
         return self._native.contains(hashes)
 
     async def contains_async(self, hashes) -> list[bool]:
@@ -277,19 +291,18 @@ class Group:
         return await self._native.contains_async(hashes)
 
     def get_into(self, hashes, buffers) -> int:
-        """Reads blocks into writable buffers. How many leading blocks were read; buffers after those are left alone.
+        """Reads blocks into writable buffers, and returns how many leading blocks were read. The other buffers do not change.
 
-        Raises Invalid where a buffer has not a block's size, DataLoss where a pinned block is lost.
+        Raises Invalid if a buffer does not have the size of its block, and DataLoss if a pinned block is lost.
         """
         return self._native.get_into(hashes, _buffers(buffers))
 
     async def get_into_async(self, hashes, buffers) -> int:
-        """See :meth:`get_into`. Cancelled, buffers may be partly filled."""
+        """See :meth:`get_into`. If the call is cancelled, buffers may be partly filled."""
         return await self._native.get_into_async(hashes, _buffers(buffers))
 
     def get(self, hashes) -> list[bytes]:
-        """The leading blocks, as bytes of their own, each as long as it is. Copies: see :meth:`leases` and :meth:`get_into`
-        for less."""
+        """Returns copies of the leading blocks, each with its own length. :meth:`leases` and :meth:`get_into` copy less."""
         return self._native.get(hashes)
 
     def put_from(
@@ -302,12 +315,12 @@ class Group:
         more_follows: bool = False,
         upload: bool = False,
     ) -> list[PutResult]:
-        """Stores blocks of one prefix, each the child of the one before it; the outcome of each.
+        """Stores blocks of one prefix, each the child of the one before it, and returns the outcome of each.
 
-        ``parent``: the hash before the first. ``level``: "memory" (readable), "local" (on this node's disk, synced) or
-        "durable". ``more_follows``: more blocks of the same request come in another call. ``upload``: the blocks go to the object
-        store in the background, whatever the daemon's configuration says, as those of a session that is to outlive the node; raises
-        Unsupported where the daemon has none.
+        ``parent``: the hash of the block before the first one. ``level``: "memory" (readable), "local" (on this node's disk,
+        synced) or "durable" (in the object store). ``more_follows``: True if another call puts more blocks of the same request.
+        ``upload``: uploads the blocks to the object store in the background, whatever the daemon's configuration says; use it
+        for a session that must outlive the node. Raises Unsupported if the daemon has no object store.
         """
         stored = self._native.put_from(hashes, _buffers(buffers), parent, level, more_follows, upload)
         return [PutResult(*result) for result in stored]
@@ -322,20 +335,21 @@ class Group:
         more_follows: bool = False,
         upload: bool = False,
     ) -> list[PutResult]:
-        """See :meth:`put_from`. Cancelled, what was whole by then stays."""
+        """See :meth:`put_from`. If the call is cancelled, the blocks that were complete by then stay."""
         stored = await self._native.put_from_async(hashes, _buffers(buffers), parent, level, more_follows, upload)
         return [PutResult(*result) for result in stored]
 
     def get_pages(self, hashes, pages: Pages, numbers: list[int]) -> int:
-        """Reads the leading blocks into pages of an engine's memory, block ``numbers[i]`` for ``hashes[i]``. How many were
-        read; pages of those after them are left alone.
+        """Reads the leading blocks into pages of an engine's memory, and returns how many were read. The block named
+        ``hashes[i]`` goes to block ``numbers[i]`` of ``pages``. The pages of the other blocks do not change.
 
-        Nobody else may touch those pages meanwhile. Raises Invalid where a block has not the pages' size.
+        Nothing else may use those pages during the call. Raises Invalid if a block does not have the size of its pages.
         """
         return self._native.get_pages(hashes, pages._native, numbers)
 
     def start_get_pages(self, hashes, pages: Pages, numbers: list[int]) -> PagesLoad:
-        """The same in the background, region by region: see :class:`PagesLoad`. It goes on even where nobody waits."""
+        """Starts :meth:`get_pages` in the background, region by region: see :class:`PagesLoad`. The load does not need a caller
+        that waits for it."""
         return self._native.start_get_pages(hashes, pages._native, numbers)
 
     def put_pages(
@@ -349,14 +363,15 @@ class Group:
         more_follows: bool = False,
         upload: bool = False,
     ) -> list[PutResult]:
-        """Stores blocks from pages of an engine's memory, which must not change meanwhile: see :meth:`put_from`."""
+        """Stores blocks from pages of an engine's memory, which must not change during the call: see :meth:`put_from`."""
         stored = self._native.put_pages(hashes, pages._native, numbers, parent, level, more_follows, upload)
         return [PutResult(*result) for result in stored]
 
     def leases(self, hashes) -> Leases:
-        """The leading blocks, where they lie: read-only memoryviews, without a copy. Needs the local plane.
+        """Returns the leading blocks as read-only memoryviews, without a copy. Needs the local plane.
 
-        A leased block stays as it is until its views and the Leases have gone; use ``with``, and let go of views in it.
+        A leased block does not change until its views and the Leases have been released. Use a ``with`` block, and release the
+        views inside it.
         """
         return self._native.leases(hashes)
 
@@ -365,11 +380,11 @@ class Group:
         return await self._native.leases_async(hashes)
 
     def hint(self, hashes) -> None:
-        """Says that blocks will be read soon. Costs a microsecond, promises nothing."""
+        """Tells the daemon that blocks will be read soon. The call takes a microsecond, and the daemon may ignore it."""
         self._native.hint(hashes)
 
     def prefetch(self, hashes, *, deadline: float = 10.0) -> Prefetch:
-        """Starts to bring blocks into memory, in order; gives up after ``deadline`` seconds."""
+        """Starts to bring blocks into memory, in order. The prefetch ends after ``deadline`` seconds at the latest."""
         return Prefetch(self._client, self._native.prefetch(hashes, deadline))
 
     async def prefetch_async(self, hashes, *, deadline: float = 10.0) -> Prefetch:
@@ -377,7 +392,7 @@ class Group:
         return Prefetch(self._client, await self._native.prefetch_async(hashes, deadline))
 
     def pin(self, hashes, *, ttl: float) -> Pin:
-        """Promises not to evict the leading readable blocks for ``ttl`` seconds. A context manager."""
+        """Pins the leading readable blocks: they are not evicted for ``ttl`` seconds. The pin is a context manager."""
         return Pin(self._client, *self._native.pin(hashes, ttl))
 
     async def pin_async(self, hashes, *, ttl: float) -> Pin:
@@ -385,12 +400,13 @@ class Group:
         return Pin(self._client, *await self._native.pin_async(hashes, ttl))
 
     def describe(self, hashes, tokens, parent: bytes | None = None, adapter: str | None = None) -> bool:
-        """Tells the tokens of a run of blocks that are stored, or are about to be, for the events that the daemon publishes; ``parent`` is
-        the block before them. False where nobody is told."""
+        """Tells the daemon the tokens of a run of blocks that are stored or are about to be. The daemon needs them for the events
+        that it publishes. ``parent``: the hash of the block before the run. Returns False if the daemon did not take the
+        description."""
         return self._native.describe(hashes, tokens, parent, adapter)
 
     def delete(self, hashes) -> Deleted:
-        """Makes blocks unreadable at once; pinned ones stay."""
+        """Makes blocks unreadable at once. Pinned blocks stay."""
         return Deleted(*self._native.delete(hashes))
 
     async def delete_async(self, hashes) -> Deleted:
@@ -399,11 +415,12 @@ class Group:
 
 
 class Pages:
-    """An engine's own memory, where a block is one page of each of several regions (a layer's cache, say).
+    """An engine's own memory, in which a block is one page of each of several regions (for example, of each layer's cache).
 
-    ``regions``: (buffer, offset, stride, bytes) each: block ``n`` has ``bytes`` bytes at ``offset + n * stride`` of the buffer,
-    which is writable and contiguous, or a CPU tensor. A block in the store is those, in the order of the regions.
-    ``blocks``: how many blocks there are. The buffers stay where they are, and alive, as long as this.
+    ``regions``: a tuple (buffer, offset, stride, bytes) for each region. Block ``n`` has ``bytes`` bytes at
+    ``offset + n * stride`` of the buffer. The buffer is writable and contiguous, or a CPU tensor. In the store, a block is these
+    bytes in the order of the regions. ``blocks``: how many blocks there are. The buffers stay alive and in place as long as this
+    object lives.
     """
 
     def __init__(self, regions, blocks: int):
@@ -412,7 +429,7 @@ class Pages:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block."""
+        """Bytes of a block, over all regions."""
         return self._native.block_bytes
 
     @property
@@ -422,14 +439,14 @@ class Pages:
 
 
 class Prefetch:
-    """A prefetch under way."""
+    """A prefetch that is under way."""
 
     def __init__(self, client: _native.Client, ticket: bytes):
         self._client = client
         self.ticket = ticket
 
     def wait(self) -> PrefetchProgress:
-        """Waits until it has ended, or the client's deadline."""
+        """Waits until the prefetch has ended, at most until the client's deadline."""
         return PrefetchProgress(*self._client.watch_prefetch(self.ticket))
 
     async def wait_async(self) -> PrefetchProgress:
@@ -437,12 +454,12 @@ class Prefetch:
         return PrefetchProgress(*await self._client.watch_prefetch_async(self.ticket))
 
     def cancel(self) -> bool:
-        """Ends it; False where it had ended."""
+        """Ends the prefetch. Returns False if it had already ended."""
         return self._client.cancel_prefetch(self.ticket)
 
 
 class Pin:
-    """A promise not to evict. ``blocks``: how many leading blocks it holds."""
+    """A promise not to evict blocks. ``blocks``: how many leading blocks it holds."""
 
     def __init__(self, client: _native.Client, pin: bytes, blocks: int):
         self._client = client
@@ -450,7 +467,7 @@ class Pin:
         self.blocks = blocks
 
     def unpin(self) -> bool:
-        """Ends it before its time; False where it had ended, or held nothing."""
+        """Ends the pin early. Returns False if it had already ended, or held no block."""
         return bool(self.id) and self._client.unpin(self.id)
 
     async def unpin_async(self) -> bool:
@@ -465,7 +482,7 @@ class Pin:
 
 
 def _set_future(future, value, error) -> None:
-    """Called on the event loop's thread with a call's outcome; whoever gave up the call has cancelled its future."""
+    """Sets the outcome of a call, on the event loop's thread. A caller that gave up the call has cancelled its future."""
     if future.done():
         return
     if error is None:

@@ -1,4 +1,4 @@
-"""The extension module: use `kvstore`, which wraps it."""
+"""The extension module. Use the package `kvstore`, which wraps it."""
 
 from collections.abc import Awaitable, Iterator, Sequence
 from typing import Any
@@ -18,11 +18,11 @@ class NotFound(Error): ...
 class Unsupported(Error): ...
 
 class Leases:
-    """The leading blocks of a prefix, where they lie."""
+    """The leading blocks of a prefix, readable in place."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, at: int) -> memoryview:
-        """A read-only view of one block; keeps it leased."""
+        """Returns a read-only view of one block. The view keeps the block leased."""
     def __iter__(self) -> Iterator[memoryview]: ...
     def __enter__(self) -> Leases: ...
     def __exit__(self, *exception: object) -> None: ...
@@ -37,15 +37,16 @@ class Pages:
     def blocks(self) -> int: ...
 
 class PagesLoad:
-    """A load into pages, in the background. Regions come in their order."""
+    """A load into pages that runs in the background. The regions are filled in their order."""
 
     def wait_region(self, region: int, timeout: float) -> bool:
-        """Waits until every block's page of this region is there, or the load has ended; False once ``timeout`` seconds are
-        over. True says nothing of success: see :meth:`result`."""
+        """Waits until every block's page of this region has been filled, or the load has ended. Returns False after ``timeout``
+        seconds. True does not mean that the load succeeded: see :meth:`result`."""
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Returns whether the load has ended."""
     def result(self, timeout: float) -> int:
-        """Waits for its end; how many leading blocks were read. Raises what made it fail, DeadlineExceeded while it runs."""
+        """Waits until the load has ended, and returns how many leading blocks were read. Raises the error that made it fail,
+        or DeadlineExceeded if it still runs after ``timeout`` seconds."""
 
 class Client:
     def __init__(self, address: str, plane: str, deadline: float) -> None: ...

@@ -1,4 +1,4 @@
-"""What an engine's configuration may say to its shim."""
+"""The settings of a shim in the engine's configuration."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ __all__ = ["Options"]
 class Options:
     """The settings of every shim, each with its default."""
 
-    # The daemon; that of this user by default.
+    # The daemon's address. By default, the daemon of this user.
     address: str | None = None
     # "auto", "local" or "grpc".
     plane: str = "auto"
-    # Names the weights where their files do not: set it anew with new weights.
+    # Names the weights if their files do not name them. Change it whenever the weights change.
     weights_version: str = ""
-    # "memory", or "local": acknowledged once it is on the node's disk.
+    # "memory", or "local": a block is acknowledged once it is on the node's disk.
     level: str = "memory"
-    # Seconds after which a load or save is given up, and its blocks recomputed or not stored.
+    # Seconds after which the shim gives up a load or save. The blocks are then recomputed, or not stored.
     deadline: float = 10.0
 
     @classmethod
     def of(cls, extra: dict, setting: str) -> Options:
-        """``setting``: where the engine's configuration has them. Raises ValueError, which names what is wrong and what would
-        be valid."""
+        """Reads the settings. ``setting``: the engine's setting that holds them. Raises ValueError; its message names what is
+        wrong, and what would be valid."""
         valid = {field.name for field in fields(cls)}
         if unknown := sorted(set(extra) - valid):
-            raise ValueError(f"{setting}: {', '.join(unknown)}: not known; valid are {', '.join(sorted(valid))}")
+            raise ValueError(f"{setting}: unknown keys {', '.join(unknown)}; valid keys are {', '.join(sorted(valid))}")
         options = cls(**extra)
         for name, what, good in options._rules():
             try:
@@ -36,14 +36,14 @@ class Options:
                     continue
             except TypeError:
                 pass
-            raise ValueError(f"{setting}: {name}: {getattr(options, name)!r} is not {what}")
+            raise ValueError(f"{setting}: {name}: {getattr(options, name)!r} is not valid; use {what}")
         return options
 
     def _rules(self):
         return [
             ("address", "the address of a daemon", lambda address: address is None or isinstance(address, str)),
             ("plane", "auto, local or grpc", ("auto", "local", "grpc").__contains__),
-            ("weights_version", "a text", lambda version: isinstance(version, str)),
+            ("weights_version", "a string", lambda version: isinstance(version, str)),
             ("level", "memory or local", ("memory", "local").__contains__),
             ("deadline", "more than 0 and at most 600 seconds", lambda deadline: 0 < deadline <= 600),
         ]

@@ -1,8 +1,8 @@
-"""SGLang over kvstore: :class:`KvStoreHiCache` is a storage backend of its hierarchical cache (HiCache). See docs/engines.md.
+"""kvstore under SGLang: :class:`KvStoreHiCache` is a storage backend for its hierarchical cache (HiCache). See docs/engines.md.
 
-Pages are read from, and written into, SGLang's own host memory in one copy. Its keys name a page and all before it, with the
-adapter and the salt; what they leave out (weights, rank, layout of the host pool) is in the layout here, so that what does not
-match misses. A daemon that is away is a miss: SGLang computes.
+Each page is copied once, directly between the store and SGLang's own host memory. SGLang's keys name a page and all pages before
+it, with the adapter and the salt. The layout here adds what the keys leave out: the weights, the rank and the layout of the host
+pool. A page that does not match is a miss. While the daemon is away, every page is a miss, and SGLang computes it.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _OF_SGLANG = ("backend_name", "module_path", "class_name", "interface_v1")
 
 @dataclass
 class _Part:
-    """What one block of a page is: the whole page, or its heads of one shard where the page is split by heads."""
+    """One block of a page: the whole page, or the heads of one shard if the page is split by heads."""
 
     layout: BlockLayout
     pages: kvstore.Pages
 
 
 class _Pool:
-    """A host pool of SGLang's, as pages of blocks."""
+    """One of SGLang's host pools, as pages of blocks."""
 
     def __init__(self, name: str, pool, config: HiCacheStorageConfig, weights_digest: bytes, replicated: bool):
         self._pool = pool
@@ -67,9 +67,9 @@ class _Pool:
             self.parts.append(_Part(layout, kvstore.Pages(mine, count)))
 
     def numbers(self, host_indices: torch.Tensor, pages: int) -> list[int]:
-        """The pages that these slots are."""
+        """Returns the numbers of the pages that these slots make up."""
         if host_indices.numel() != pages * self._page_tokens:
-            raise ValueError(f"kvstore: {host_indices.numel()} slots for {pages} pages of {self._page_tokens}")
+            raise ValueError(f"kvstore: {host_indices.numel()} slots were given for {pages} pages of {self._page_tokens} tokens")
         if self._moves:
             starts, sizes = self._pool.get_page_buffer_meta(host_indices)
             base = self._pool.kv_buffer.data_ptr()
@@ -78,13 +78,13 @@ class _Pool:
 
 
 def _regions(pool, splits: int) -> tuple[list[tuple[torch.Tensor, int, int, int]], int]:
-    """The regions of :class:`kvstore.Pages` that a pool's pages are, split by split, and how many pages it has."""
+    """Returns a pool's pages as regions of :class:`kvstore.Pages`, split by split, and how many pages the pool has."""
     count = pool.size // pool.page_size
     first, second = _addresses(pool, 0, splits), _addresses(pool, min(1, count - 1), splits)
     strides = [there - here for (here, _), (there, _) in zip(first, second)]
     for number in {2, count // 2, count - 1} & set(range(count)):
         if _addresses(pool, number, splits) != [(at + number * step, size) for (at, size), step in zip(first, strides)]:
-            raise ValueError(f"kvstore: {type(pool).__name__}: its pages do not lie at equal distances: not supported")
+            raise ValueError(f"kvstore: host pool {type(pool).__name__} is not supported: its pages are not at equal distances")
     regions = []
     for (start, size), stride in zip(first, strides):
         buffer, offset = _buffer_of(pool, start, size)
@@ -93,14 +93,14 @@ def _regions(pool, splits: int) -> tuple[list[tuple[torch.Tensor, int, int, int]
 
 
 def _moving_regions(pool) -> tuple[list[tuple[torch.Tensor, int, int, int]], int]:
-    """The same of a pool that moves whole pages within one buffer."""
+    """Returns the same for a pool that moves whole pages within one buffer."""
     size = pool.item_bytes
     buffer, offset = _buffer_of(pool, pool.kv_buffer.data_ptr(), size)
     return [(buffer, offset, size, size)], pool.kv_buffer.numel() * pool.kv_buffer.element_size() // size
 
 
 def _addresses(pool, page: int, splits: int) -> list[tuple[int, int]]:
-    """(address, bytes) of each piece of a page, in SGLang's order; split by split where there are several."""
+    """Returns (address, bytes) of each piece of a page, in SGLang's order, and split by split if there are several splits."""
     indices = torch.arange(page * pool.page_size, (page + 1) * pool.page_size)
     if splits > 1:
         return list(zip(*pool.get_split_heads_page_buffer_meta(indices, splits)))
@@ -108,14 +108,14 @@ def _addresses(pool, page: int, splits: int) -> list[tuple[int, int]]:
 
 
 def _buffer_of(pool, start: int, size: int) -> tuple[torch.Tensor, int]:
-    """The memory of the pool's that holds these bytes, and where in it they begin."""
+    """Returns the memory of the pool that holds these bytes, and where in it they begin."""
     for value in vars(pool).values():
         for tensor in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() <= start and start + size <= storage.data_ptr() + storage.nbytes():
                     return torch.empty(0, dtype=torch.uint8).set_(storage), start - storage.data_ptr()
-    raise ValueError(f"kvstore: {type(pool).__name__}: its pages are in no CPU tensor of its own: not supported")
+    raise ValueError(f"kvstore: host pool {type(pool).__name__} is not supported: its pages are not in a CPU tensor of the pool")
 
 
 def _describe(
@@ -155,13 +155,13 @@ def _describe(
 
 
 class KvStoreHiCache(HiCacheStorage):
-    """The storage backend::
+    """The storage backend. Start SGLang with::
 
         --enable-hierarchical-cache --hicache-storage-backend dynamic --hicache-storage-backend-extra-config \\
           '{"backend_name": "kvstore", "module_path": "kvstore.sglang", "class_name": "KvStoreHiCache", "interface_v1": 1}'
 
-    Settings beside those: see :class:`kvstore.options.Options`, and ``model_path`` where the served model's name is not that of
-    its files. Raises ValueError for settings, and for host pools, that it cannot serve.
+    For further settings, see :class:`kvstore.options.Options`. Set ``model_path`` as well if the served model's name is not the
+    name of its files. Raises ValueError for settings and host pools that are not supported.
     """
 
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: dict | None = None):
@@ -186,7 +186,7 @@ class KvStoreHiCache(HiCacheStorage):
     # ---------------------------------------------------------------- host pools
 
     def register_mem_pool_host(self, mem_pool_host) -> None:
-        """The pool of keys and values. One without memory of its own anchors the others."""
+        """Registers the pool of keys and values. A pool without its own memory only anchors the others."""
         super().register_mem_pool_host(mem_pool_host)
         self._pools.pop(PoolName.KV, None)
         self._is_anchor_alone = mem_pool_host.kv_buffer is None
@@ -194,7 +194,7 @@ class KvStoreHiCache(HiCacheStorage):
             self._add_pool(PoolName.KV, mem_pool_host)
 
     def register_mem_host_pool_v2(self, host_pool, host_pool_name) -> None:
-        """A pool beside it: a hybrid model's other layers, an indexer, a draft model."""
+        """Registers a further pool: a hybrid model's other layers, an indexer, or a draft model."""
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
         if host_pool_name != PoolName.KV and getattr(host_pool, "kv_buffer", True) is not None:
             self._add_pool(host_pool_name, host_pool)
@@ -206,7 +206,7 @@ class KvStoreHiCache(HiCacheStorage):
             self._store.layout(part.layout, self._version())
 
     def _is_replicated(self, name: str, pool) -> bool:
-        """Whether every rank of the tensor-parallel group has the same bytes. Only the first writes them then."""
+        """Returns whether every rank of the tensor-parallel group has the same bytes. If so, only the first rank writes them."""
         if not self._config.is_mla_model or name == PoolName.MAMBA:
             return False
         from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
@@ -215,7 +215,7 @@ class KvStoreHiCache(HiCacheStorage):
         return not isinstance(pool, MHATokenToKVPoolHost)
 
     def _version(self) -> bytes:
-        """Names the weights where they changed since the start: an update that says a weight_version renames."""
+        """Names the weights if they changed since the start. An update with a weight_version changes the name."""
         version = b""
         with contextlib.suppress(Exception):
             from sglang.srt.runtime_context import get_serving
@@ -229,7 +229,7 @@ class KvStoreHiCache(HiCacheStorage):
     # ---------------------------------------------------------------- pages of the pool of keys and values
 
     def batch_exists(self, keys, extra_info=None) -> int:
-        """How many leading pages are stored."""
+        """Returns how many leading pages are stored."""
         if self._is_anchor_alone:
             return len(keys)
         hits = len(keys)
@@ -241,11 +241,11 @@ class KvStoreHiCache(HiCacheStorage):
         return self._call(layout, 0, lambda group: group.lookup(_hashes(keys))) if keys else 0
 
     def batch_get_v1(self, keys, host_indices, extra_info=None) -> list[bool]:
-        """Reads pages straight into the host pool; the leading ones that are stored."""
+        """Reads the leading pages that are stored, directly into the host pool."""
         return self._get(PoolName.KV, keys, host_indices)
 
     def batch_set_v1(self, keys, host_indices, extra_info=None) -> list[bool]:
-        """Stores pages straight from the host pool."""
+        """Stores pages directly from the host pool."""
         return self._set(PoolName.KV, keys, host_indices, extra_info)
 
     def _kv_layouts(self) -> list[BlockLayout]:
@@ -256,7 +256,7 @@ class KvStoreHiCache(HiCacheStorage):
 
     def _pool(self, name: str) -> _Pool:
         if name not in self._pools:
-            raise ValueError(f"kvstore: pool {name} is not registered, or has no memory of its own")
+            raise ValueError(f"kvstore: the pool {name} is not registered, or has no memory")
         return self._pools[name]
 
     def _get(self, name: str, keys, host_indices) -> list[bool]:
@@ -297,7 +297,7 @@ class KvStoreHiCache(HiCacheStorage):
     # ---------------------------------------------------------------- hybrid models
 
     def batch_exists_v2(self, keys, pool_transfers=None, extra_info=None) -> PoolTransferResult:
-        """The longest prefix that can be used with what the other pools have of it."""
+        """Returns the longest prefix that every pool can serve."""
         kv_pages = self.batch_exists(keys, extra_info)
         hits = {PoolName.KV: kv_pages} if kv_pages else {}
         usable = set(range(1, kv_pages + 1))
@@ -315,11 +315,11 @@ class KvStoreHiCache(HiCacheStorage):
         return PoolTransferResult(max(usable, default=0), hits, sorted(usable))
 
     def batch_get_v2(self, transfers, extra_info=None) -> dict[str, list[bool]]:
-        """Reads pages of several pools."""
+        """Reads pages of several pools. See :meth:`batch_get_v1`."""
         return {transfer.name: self._get(transfer.name, transfer.keys or [], transfer.host_indices) for transfer in transfers}
 
     def batch_set_v2(self, transfers, extra_info=None) -> dict[str, list[bool]]:
-        """Stores pages of several pools."""
+        """Stores pages of several pools. See :meth:`batch_set_v1`."""
         return {
             transfer.name: self._set(transfer.name, transfer.keys or [], transfer.host_indices, extra_info)
             for transfer in transfers
@@ -336,15 +336,15 @@ class KvStoreHiCache(HiCacheStorage):
     # ---------------------------------------------------------------- copies, where interface_v1 is not set
 
     def exists(self, key) -> bool:
-        """Whether a page is stored."""
+        """Returns whether a page is stored."""
         return self.batch_exists([key]) == 1
 
     def get(self, key, target_location=None, target_sizes=None) -> torch.Tensor | None:
-        """A page, into ``target_location``; None where it is not stored."""
+        """Reads a page into ``target_location``. Returns None if it is not stored."""
         return self.batch_get([key], [target_location])[0]
 
     def batch_get(self, keys, target_locations=None, target_sizes=None) -> list[torch.Tensor | None]:
-        """Pages, into ``target_locations``; None for those after the first that is not stored."""
+        """Reads pages into ``target_locations``. Returns None for the first page that is not stored and all after it."""
         pages = [_bytes_of(page) for page in target_locations]
         layout = self._flat_layout(len(pages[0]))
         read = self._call(layout, 0, lambda group: group.get_into(_hashes(keys), pages))
@@ -355,7 +355,7 @@ class KvStoreHiCache(HiCacheStorage):
         return self.batch_set([key], [value])
 
     def batch_set(self, keys, values=None, target_locations=None, target_sizes=None) -> bool:
-        """Stores pages; whether all are stored."""
+        """Stores pages, and returns whether all of them are stored."""
         pages = [_bytes_of(page.contiguous()) for page in values]
         layout = self._flat_layout(len(pages[0]))
         outcome = self._call(layout, [], lambda group: group.put_from(_hashes(keys), pages, level=self._options.level))
@@ -375,13 +375,15 @@ class KvStoreHiCache(HiCacheStorage):
     # ---------------------------------------------------------------- the rest
 
     def clear(self) -> None:
-        """Nothing that was stored before is found any more, by this rank: it leaves the store as other blocks come."""
+        """Makes this rank find nothing that was stored before. The old blocks leave the store as new blocks come."""
         self._cleared = os.urandom(16)
         if self._config.is_mla_model and self._config.tp_size > 1:
-            logger.warning("kvstore: cleared: the ranks share no pages until the engine starts anew; say weights_version then")
+            logger.warning(
+                "kvstore: after clear(), the ranks share no pages until the engine restarts; set weights_version for that start"
+            )
 
     def get_stats(self):
-        """For SGLang's metrics: pages and GB/s of each transfer since the last call."""
+        """Returns pages and GB/s of each transfer since the last call, for SGLang's metrics."""
         from sglang.srt.observability.metrics_collector import StorageMetrics
 
         with self._lock:
@@ -394,7 +396,7 @@ class KvStoreHiCache(HiCacheStorage):
         return metrics
 
     def close(self) -> None:
-        """Detached: lets go of the engine's memory."""
+        """Detaches the backend, and releases the engine's memory."""
         self._pools = {}
 
     def _measure(self, what: str, pages: int, pool: _Pool, began: float) -> None:
@@ -405,7 +407,7 @@ class KvStoreHiCache(HiCacheStorage):
                 self._measured[f"{what}_speeds"].append(moved / max(time.monotonic() - began, 1e-9) / 1e9)
 
     def _call(self, layout: BlockLayout, otherwise, call):
-        """``call`` with the layout's group; ``otherwise`` while the daemon is away, or does not do it."""
+        """Calls ``call`` with the layout's group. Returns ``otherwise`` if the daemon is away or the call fails."""
         registered = self._store.layout(layout, self._version())
         if registered is None:
             return otherwise
@@ -417,7 +419,7 @@ class KvStoreHiCache(HiCacheStorage):
 
 
 def _served_model(config: HiCacheStorageConfig) -> tuple[str, str | None, bytes]:
-    """The path and revision of the model that SGLang loaded, and what its arguments change of it."""
+    """Returns the path and revision of the model that SGLang loaded, and the arguments that change it."""
     with contextlib.suppress(Exception):
         from sglang.srt.runtime_context import get_server_args
 
@@ -428,7 +430,7 @@ def _served_model(config: HiCacheStorageConfig) -> tuple[str, str | None, bytes]
 
 
 def _hashes(keys) -> list[bytes]:
-    """SGLang's keys are hexadecimal digests of 32 bytes; whatever else comes is hashed."""
+    """Turns keys into hashes. SGLang's keys are hexadecimal digests of 32 bytes; any other key is hashed."""
     hashes = []
     for key in keys:
         try:
@@ -444,7 +446,7 @@ def _bytes_of(page: torch.Tensor) -> torch.Tensor:
 
 
 def _usable_ends(present: list[bool], window: int | None) -> set[int]:
-    """Prefix lengths that a pool can serve: those with every page, or with the last ``window`` pages."""
+    """Returns the prefix lengths that a pool can serve: those with every page, or with the last ``window`` pages."""
     if window is None:
         leading = present.index(False) if False in present else len(present)
         return set(range(1, leading + 1))

@@ -1,4 +1,4 @@
-"""The daemon, as the shims see it: there, or away for a while. An engine never waits for it to come back."""
+"""The daemon as the shims see it: it answers, or it is away for a while. An engine never waits for it to come back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AWAY_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """What an engine stores, as it registers it: see `kvstore.Client.register_layout`."""
+    """The layout of the blocks that an engine stores: see `kvstore.Client.register_layout`."""
 
     model: str
     weights: bytes
@@ -28,7 +28,7 @@ class BlockLayout:
     extra: bytes
 
     def register(self, client: kvstore.Client, version: bytes) -> kvstore.Layout:
-        """Makes it known to the daemon. ``version`` is of the weights, where they changed since they were loaded."""
+        """Registers the layout with the daemon. ``version`` names the weights if they changed since they were loaded."""
         return client.register_layout(
             self.model,
             dtype=self.dtype,
@@ -41,9 +41,9 @@ class BlockLayout:
 
 
 class Store:
-    """A connection, and the layouts that are registered over it. Threads may share it.
+    """A connection, and the layouts that are registered over it. Threads can share it.
 
-    ``logger``: says once that the daemon is away.
+    ``logger``: logs once that the daemon is away.
     """
 
     def __init__(self, address: str | None, plane: str, deadline: float, logger: logging.Logger):
@@ -56,7 +56,7 @@ class Store:
         self._said = False
 
     def layout(self, layout: BlockLayout, version: bytes) -> kvstore.Layout | None:
-        """The registered layout; None while the daemon is away."""
+        """Returns the registered layout, or None while the daemon is away."""
         if self.is_away:
             return None
         with self._lock:
@@ -77,11 +77,11 @@ class Store:
 
     @property
     def is_away(self) -> bool:
-        """Whether the daemon is left alone now."""
+        """Whether the daemon is away: no calls are made to it now."""
         return time.monotonic() < self._away_until
 
     def release(self, ticket: bytes) -> None:
-        """Lets go of what a look-up holds. It ends by itself, too."""
+        """Ends a look-up's ticket early. It also ends by itself."""
         if self._client is not None and not self.is_away:
             try:
                 self._client.release_ticket(ticket)
@@ -89,9 +89,9 @@ class Store:
                 self.failed(error)
 
     def failed(self, error: kvstore.Error) -> None:
-        """A call failed: where that means that the daemon is away, it is left alone for a while. Said once."""
+        """Handles a failed call. If the daemon is away, no calls are made to it for a while. Logs the failure once."""
         if isinstance(error, (kvstore.Unavailable, kvstore.DeadlineExceeded)):
             self._away_until = time.monotonic() + AWAY_SECONDS
         if not self._said and not isinstance(error, kvstore.Busy):
             self._said = True
-            self._logger.warning("kvstore: %s; prompts are recomputed until it answers", error)
+            self._logger.warning("kvstore: %s; the engine recomputes prompts until the daemon answers", error)

@@ -1,4 +1,4 @@
-"""kvstore under transformers: `generate` reuses prefixes, and a generation goes on in another process at the next token.
+"""kvstore under transformers: `generate` reuses prefixes, and a generation continues in another process at the next token.
 
 .. code-block:: python
 
@@ -9,9 +9,8 @@
     state = attached.load_state("chat 7")
     model.generate(**state.inputs(), max_new_tokens=100)
 
-A call for one sequence with a plain growing cache reuses prefixes; other calls (batches, beams, caches of the caller's own) go
-through untouched, and so do models whose layers keep less than every token. A miss, a failure or a daemon that is away means
-that the model computes, as without it.
+A call for one sequence with a plain growing cache reuses prefixes. Other calls (batches, beams, caches that the caller passes)
+run as without kvstore. A miss, a failure or a daemon that is away means that the model computes, as without kvstore.
 """
 
 from __future__ import annotations
@@ -54,23 +53,24 @@ def attach(
     weights_version: str = "",
     deadline: float = 10.0,
 ) -> Attached:
-    """Has `model.generate` reuse prefixes, until :meth:`Attached.detach`.
+    """Makes `model.generate` reuse prefixes, until :meth:`Attached.detach`.
 
-    ``block_tokens``: tokens of a block: whole blocks are reused. ``level``: "memory", or "local" (on this node's disk, synced,
-    before `generate` returns). ``weights_version``: names weights that have changed since they were loaded, or whose files are
-    not on this machine. ``deadline``: seconds after which a call to the daemon is given up.
+    ``block_tokens``: tokens of a block; only whole blocks are reused. ``level``: "memory", or "local" (on this node's disk,
+    synced, before `generate` returns). ``weights_version``: names weights that have changed since they were loaded, or whose
+    files are not on this machine. ``deadline``: seconds after which a call to the daemon is given up.
 
-    Raises Unsupported where the model's layers keep less than every token (sliding windows, states), Invalid where an argument
-    is wrong.
+    Raises Unsupported if the model's layers do not keep every token (sliding windows, states), and Invalid if an argument is
+    wrong.
 
-    The weights are hashed here, once, some gigabytes a second: after training them further, detach and attach again.
+    The weights are hashed here once, at some gigabytes a second. After you train the model further, detach and attach again.
     """
     return Attached(model, address, plane, block_tokens, level, weights_version, deadline)
 
 
 @dataclass
 class State:
-    """A generation that can go on. ``tokens``: the prompt and what was generated; ``cache``: of all but the last of them."""
+    """A generation that can continue. ``tokens``: the prompt and the generated tokens. ``cache``: the cache of all but the last
+    token."""
 
     tokens: list[int]
     cache: DynamicCache
@@ -78,8 +78,8 @@ class State:
     device: torch.device
 
     def inputs(self, generators: bool = True) -> dict:
-        """What `generate` continues from; give it what else it had been given. Sets the random generators back to where they
-        were, where sampling is to go on exactly as it would have, unless `generators` says otherwise."""
+        """Returns the arguments from which `generate` continues; pass its other arguments as before. Resets the random generators
+        to the saved states, so that sampling continues exactly as it would have, unless `generators` is False."""
         if generators:
             for name, state in self.generators.items():
                 saved = torch.frombuffer(bytearray(state), dtype=torch.uint8)
@@ -92,19 +92,20 @@ class State:
 
 
 class Attached:
-    """A model whose `generate` reuses prefixes: see :func:`attach`. ``reused_tokens``, ``stored_blocks``: counts so far."""
+    """A model whose `generate` reuses prefixes: see :func:`attach`. ``reused_tokens`` and ``stored_blocks`` count what was
+    reused and stored so far."""
 
     def __init__(self, model, address, plane, block_tokens, level, weights_version, deadline):
         if level not in ("memory", "local"):
-            raise kvstore.Invalid(f'level: {level!r} is not "memory" or "local"')
+            raise kvstore.Invalid(f'level: {level!r} is not valid; use "memory" or "local"')
         if not 1 <= block_tokens <= 4096:
-            raise kvstore.Invalid(f"block_tokens: {block_tokens} is not 1 to 4096")
+            raise kvstore.Invalid(f"block_tokens: {block_tokens} is not valid; use 1 to 4096")
         config = model.config.get_text_config(decoder=True)
         layers = DynamicCache(config=model.config).layers
         kinds = {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}
         if kinds or not layers or model.config.is_encoder_decoder:
             raise kvstore.Unsupported(
-                f"layers of kind {', '.join(sorted(kinds)) or 'unknown'}: only layers that keep every token are supported"
+                f"the model has layers of kind {', '.join(sorted(kinds)) or 'unknown'}; only layers that keep every token work"
             )
         self._model, self._address, self._plane, self._deadline = model, address, plane, deadline
         self._tokens, self._level = block_tokens, level
@@ -124,7 +125,7 @@ class Attached:
         model.generate = self._generate
 
     def detach(self) -> None:
-        """`model.generate` is the model's own again."""
+        """Restores the model's own `generate`."""
         if self._model.__dict__.get("generate") == self._generate:
             del self._model.generate
 
@@ -145,7 +146,7 @@ class Attached:
         return output if asked else output.sequences
 
     def _eligible(self, args, kwargs) -> list[int] | None:
-        """The tokens of a call that can reuse a prefix."""
+        """Returns the tokens of a call that can reuse a prefix, or None."""
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         config = kwargs.get("generation_config") or self._model.generation_config
         mask = kwargs.get("attention_mask")
@@ -182,7 +183,7 @@ class Attached:
         return names
 
     def _pages(self, tensors: list[torch.Tensor], blocks: int) -> kvstore.Pages:
-        """Blocks of tensors of (1, heads, tokens, width), in CPU memory and contiguous: keys and values of each layer."""
+        """Returns the pages of contiguous CPU tensors of (1, heads, tokens, width): each layer's keys and values."""
         page = self._tokens * self._width * self._dtype.itemsize
         regions = []
         for tensor in tensors:
@@ -192,7 +193,7 @@ class Attached:
         return kvstore.Pages(regions, blocks)
 
     def _load(self, tokens: list[int], blocks: int) -> DynamicCache:
-        """The leading blocks that are stored, as a cache: an empty one where there are none."""
+        """Returns the leading blocks that are stored, as a cache. The cache is empty if there are none."""
         cache = DynamicCache(config=self._model.config)
         groups = self._groups() if blocks > 0 else None
         if groups is None:
@@ -214,19 +215,23 @@ class Attached:
         return cache
 
     def _tensors(self, cache: DynamicCache, blocks: int) -> list[torch.Tensor] | None:
-        """Keys and values in CPU memory, up to a whole number of blocks; None where they are not as expected."""
+        """Returns keys and values in CPU memory, up to a whole number of blocks, or None if they are not as expected."""
         tensors = []
         for layer in cache.layers:
             for tensor in (layer.keys, layer.values):
                 expected = (1, self._heads, self._width)
                 if (tensor.shape[0], tensor.shape[1], tensor.shape[3]) != expected or tensor.dtype != self._dtype:
-                    logger.warning("kvstore: a cache of %s %s is not stored", tuple(tensor.shape), tensor.dtype)
+                    logger.warning(
+                        "kvstore: a cache of shape %s and dtype %s does not fit the model, so it is not stored",
+                        tuple(tensor.shape),
+                        tensor.dtype,
+                    )
                     return None
                 tensors.append(tensor[:, :, : blocks * self._tokens].detach().cpu().contiguous())
         return tensors if len(tensors) == 2 * self._layers else None
 
     def _save(self, tokens: list[int], cache) -> bool:
-        """Stores the whole blocks of a generation that are not known to be stored. True where all of them are."""
+        """Stores the whole blocks of a generation that are not known to be stored. Returns True if all of them are stored."""
         if not isinstance(cache, DynamicCache):
             return False
         blocks = min(cache.get_seq_length(), len(tokens)) // self._tokens
@@ -254,24 +259,24 @@ class Attached:
     # ---------------------------------------------------------------- states
 
     def save_state(self, name: str, output) -> None:
-        """Stores all that a generation needs to go on: its tokens, its cache with the last, unfinished block, and where the
-        random generators are. ``output``: of `generate(..., return_dict_in_generate=True)`, for one sequence.
+        """Stores everything that a generation needs to continue: its tokens, its cache with the last, unfinished block, and the
+        states of the random generators. ``output``: the output of `generate(..., return_dict_in_generate=True)` for one sequence.
 
-        Raises kvstore.Error where that could not be stored, Invalid where the output cannot be continued.
+        Raises kvstore.Error if the state could not be stored, and Invalid if the output cannot be continued.
         """
         cache = getattr(output, "past_key_values", None)
         if not isinstance(cache, DynamicCache) or output.sequences.shape[0] != 1:
-            raise kvstore.Invalid("output: not that of generate(..., return_dict_in_generate=True) for one sequence")
+            raise kvstore.Invalid("output: give the output of generate(..., return_dict_in_generate=True) for one sequence")
         tokens, length = output.sequences[0].tolist(), cache.get_seq_length()
         blocks = length // self._tokens
         groups = self._groups()
         if groups is None:
-            raise kvstore.Unavailable("no daemon answered a moment ago")
+            raise kvstore.Unavailable("no daemon answered a moment ago; try again in a second")
         # What is on its way out of memory would leave a state without its blocks: all are put again, which costs nothing
         # where they are there.
         self._stored.difference_update(self._names(tokens, blocks))
         if blocks and not self._save(tokens, cache):
-            raise kvstore.Busy("the cache could not be stored: try again")
+            raise kvstore.Busy("the cache could not be stored; try again")
         tail = [
             tensor[:, :, blocks * self._tokens :].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             for layer in cache.layers
@@ -291,19 +296,20 @@ class Attached:
         state = struct.pack("<Q", len(encoded)) + encoded + b"".join(tail)
         if len(state) > groups[1].block_bytes:
             raise kvstore.Invalid(
-                f"output: a state of {len(state)} bytes is larger than {groups[1].block_bytes}: too many tokens"
+                f"output: it has too many tokens: its state of {len(state)} bytes is larger than {groups[1].block_bytes}"
             )
         # A name stands for what was saved under it last.
         groups[1].delete([_state_name(name)])
         (result,) = groups[1].put_from([_state_name(name)], [state], level=self._level)
         if result.status not in ("stored", "joined"):
-            raise kvstore.Busy(f"the state was not stored: {result.status}")
+            raise kvstore.Busy(f"the state was not stored ({result.status}); try again")
 
     def load_state(self, name: str) -> State | None:
-        """What :meth:`save_state` stored, here or in another process; None where it, or a block of it, is not there any more."""
+        """Returns what :meth:`save_state` stored, in this or another process. Returns None if the state or one of its blocks is
+        no longer stored."""
         groups = self._groups()
         if groups is None:
-            raise kvstore.Unavailable("no daemon answered a moment ago")
+            raise kvstore.Unavailable("no daemon answered a moment ago; try again in a second")
         with groups[1].leases([_state_name(name)]) as views:
             if not len(views):
                 return None
@@ -313,7 +319,7 @@ class Attached:
         (length,) = struct.unpack_from("<Q", state)
         header = json.loads(state[8 : 8 + length])
         if header["version"] != _STATE_VERSION:
-            raise kvstore.Unsupported(f"{name}: a state of version {header['version']}; this is {_STATE_VERSION}")
+            raise kvstore.Unsupported(f"{name}: the state has version {header['version']}; this build reads {_STATE_VERSION}")
         tokens, whole = header["tokens"], header["length"] // self._tokens
         cache = self._load(tokens, whole)
         if cache.get_seq_length() != whole * self._tokens:
@@ -357,7 +363,7 @@ class Attached:
 
     @contextlib.contextmanager
     def _failing(self):
-        """Failures of the daemon cost hits, and no more."""
+        """Turns failures of the daemon into misses."""
         try:
             yield
         except kvstore.Error as error:
@@ -366,7 +372,7 @@ class Attached:
                 self._stored.clear()
             if not self._said:
                 self._said = True
-                logger.warning("kvstore: %s; prompts are computed until it answers", error)
+                logger.warning("kvstore: %s; the model computes prompts until the daemon answers", error)
 
 
 def _state_name(name: str) -> bytes:

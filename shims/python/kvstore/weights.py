@@ -1,10 +1,10 @@
-"""What names a model's weights: a fingerprint of their bytes, all of them.
+"""Names a model's weights by a fingerprint of all their bytes.
 
-Blocks are reused between processes and nodes; a block of other weights would be wrong tokens. A model's name does not tell (a
-folder is trained further, a name is pushed again), and samples miss a few rows of an embedding. So every byte is hashed: some
-gigabytes a second on several cores, of files that the engine reads anyway, and once: digests are kept in
-``$XDG_CACHE_HOME/kvstore/weights``, by the file's device, inode, size and times. Files in the Hugging Face cache have their
-digest as their name.
+Blocks are reused between processes and nodes. A block that was computed with other weights would give wrong tokens. A model's
+name does not identify its weights: a folder can be trained further, and a name can be pushed again. Samples of the bytes can miss
+a few changed rows of an embedding. So every byte is hashed, at some gigabytes a second on several cores, from files that the
+engine reads anyway. Each file is hashed once: digests are kept in ``$XDG_CACHE_HOME/kvstore/weights``, by the file's device,
+inode, size and times. A file in the Hugging Face cache is named by its digest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _SETTLED_SECONDS = 2.0
 
 
 def folder_of(model: str, revision: str | None = None, cache: str | None = None) -> pathlib.Path | None:
-    """The folder or file of a model's weights: a path, or a repository's snapshot in the Hugging Face cache. Never downloads."""
+    """Returns the folder or file of a model's weights: a path, or a repository's snapshot in the Hugging Face cache. It never
+    downloads anything."""
     path = pathlib.Path(model)
     if path.exists():
         return path
@@ -48,22 +49,22 @@ def folder_of(model: str, revision: str | None = None, cache: str | None = None)
 
 
 def fingerprint(path: str | os.PathLike) -> bytes:
-    """32 bytes that name the weights in a folder, or in one file.
+    """Returns 32 bytes that name the weights in a folder or in one file.
 
-    Raises FileNotFoundError where there are none, OSError where they cannot be read.
+    Raises FileNotFoundError if there are no weights, and OSError if they cannot be read.
     """
     path = pathlib.Path(path)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in _WEIGHTS)
     if not files:
-        raise FileNotFoundError(f"{path}: no weights ({', '.join(_WEIGHTS)})")
+        raise FileNotFoundError(f"{path}: there are no weights in it ({', '.join(_WEIGHTS)})")
     configs = [] if path.is_file() else [path / name for name in _CONFIGS if (path / name).is_file()]
     parts = [(file.name.encode(), file.read_bytes()) for file in configs]
     return combine([*parts, *((b"", _content(file)) for file in files)])
 
 
 def name(model: str, version: str, logger: logging.Logger, *, revision: str | None = None) -> bytes:
-    """32 bytes that name a model's weights, for an engine that tells nothing but ``model``: of its files' bytes where they are on
-    this machine, else of its name and ``version``."""
+    """Returns 32 bytes that name a model's weights, for an engine that tells only ``model``. They are made from the bytes of the
+    model's files if these are on this machine, and from its name and ``version`` otherwise."""
     digest = hashlib.sha256(repr((version, revision)).encode())
     folder = folder_of(model, revision)
     try:
@@ -73,15 +74,15 @@ def name(model: str, version: str, logger: logging.Logger, *, revision: str | No
         digest.update(repr(model).encode())
     if folder is None and not version:
         logger.warning(
-            "kvstore: the files of %s are not on this machine: its blocks are named by its name. Say weights_version where the "
-            "weights can change under that name.",
+            "kvstore: the files of %s are not on this machine, so its blocks are named by the model's name. Set "
+            "weights_version if the weights can change under that name.",
             model,
         )
     return digest.digest()
 
 
 def combine(parts: Iterable[tuple[bytes, bytes | memoryview]]) -> bytes:
-    """32 bytes that name these parts, each a name and its bytes, in this order. Large ones are hashed by several threads."""
+    """Returns 32 bytes that name these parts, each a name and its bytes, in this order. Several threads hash large parts."""
     digest = hashlib.sha256(b"kvstore weights 2")
     waiting: collections.deque[tuple[bytes, int, list[concurrent.futures.Future]]] = collections.deque()
 
@@ -113,7 +114,7 @@ def _threads() -> int:
 
 
 def _content(file: pathlib.Path) -> bytes:
-    """32 bytes that name a file's content."""
+    """Returns 32 bytes that name a file's content."""
     real = file.resolve()
     if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
         return bytes.fromhex(real.name)
@@ -146,7 +147,7 @@ def _hash_file(file: pathlib.Path, size: int) -> bytes:
 
 @contextlib.contextmanager
 def _alone(kept: pathlib.Path):
-    """One process at a time, among those that look for this digest; where there is no place for a lock, all at once."""
+    """Admits one process at a time of those that look for this digest. If no lock file can be made, it admits all at once."""
     lock = None
     with contextlib.suppress(OSError):
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

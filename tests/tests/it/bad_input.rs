@@ -112,7 +112,7 @@ async fn every_mistake_has_its_code_and_its_name() {
             "more",
         ),
         (vec![open(&group), block(1, size, Some(crc)), data(wrong)], Code::InvalidArgument, "crc32"),
-        (vec![open(&group), block(1, size, None), data(vec![0; 5 << 20])], Code::ResourceExhausted, "larger"),
+        (vec![open(&group), block(1, size, None), data(vec![0; 5 << 20])], Code::ResourceExhausted, "at most"),
     ];
     for (parts, code, named) in cases {
         let error = put(&mut plain, parts).await.unwrap_err();

@@ -263,7 +263,7 @@ async fn wild_commands_are_refused_and_harm_nobody() {
     raw.submit(200, &stage(4, BLOCK_BYTES));
     assert_eq!(raw.next(), (200, Completion::Staged));
     raw.submit(200, &stage(5, BLOCK_BYTES));
-    assert!(raw.failure().1.contains("staged under it already"));
+    assert!(raw.failure().1.contains("already staged under this tag"));
     raw.submit(200, &Command::Copy { offset: 0, bytes: BLOCK_BYTES, last: true, crc32: Some(1) });
     assert_eq!(raw.next(), (200, Completion::Copied));
     assert!(raw.failure().1.contains("not stored"));
@@ -390,7 +390,7 @@ async fn promotions_that_are_never_released_are_bounded() {
         assert!(raw.submit(tag, &promote));
         match raw.next().1 {
             Completion::Promoted { ready: 256, .. } => promoted += 1,
-            Completion::Failed { message, .. } if message.contains("busy") => busy += 1,
+            Completion::Failed { message, .. } if message.contains("try again later") => busy += 1,
             other => panic!("{other:?}"),
         }
     }

@@ -157,7 +157,7 @@ impl std::str::FromStr for PolicyKind {
         Self::ALL
             .into_iter()
             .find(|kind| kind.name() == name)
-            .ok_or_else(|| format!("unknown eviction policy {name:?}: valid are \"hazard\" and \"lru\""))
+            .ok_or_else(|| format!("unknown eviction policy {name:?}; use \"hazard\" or \"lru\""))
     }
 }
 

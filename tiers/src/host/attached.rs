@@ -30,7 +30,7 @@ impl SharedTable {
         let bytes = KeyTable::bytes_for(bytes_ceiling / SLOT_BYTES_MIN);
         let made = SharedMemory::create(c"kvstore-table", bytes, Writers::Daemon);
         if let Err(error) = &made {
-            tracing::warn!(%error, bytes, "no shared memory for a key table: clients on this node use gRPC alone");
+            tracing::warn!(%error, bytes, "there is no shared memory for a key table, so clients on this node use gRPC only");
         }
         Self(made.map(Arc::new).map_err(|error| error.to_string()))
     }
@@ -77,10 +77,10 @@ impl Attached {
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// Too many are.
-    #[error("{} clients are attached already, the most there may be", caps::ATTACHMENTS_MAX)]
+    #[error("{} clients are already attached, which is the most there may be", caps::ATTACHMENTS_MAX)]
     TooMany,
     /// The system has no memory, or no descriptors.
-    #[error("no shared memory: {0}")]
+    #[error("the client cannot get shared memory: {0}")]
     NoMemory(String),
 }
 

@@ -31,7 +31,7 @@ pub enum HoldKind {
 pub enum HoldError {
     /// Too much of the tier is held already.
     #[error(
-        "{held_bytes} bytes are pinned, and at most {bytes_max} ({percent}% of the Host tier) may be: unpin, or wait for a TTL"
+        "{held_bytes} bytes are pinned, and at most {bytes_max} ({percent}% of the Host tier) may be; unpin blocks, or wait until a pin ends"
     )]
     TooManyBytes {
         /// Bytes pinned now.
@@ -43,7 +43,7 @@ pub enum HoldError {
     },
     /// Too many holds.
     #[error(
-        "the namespace's pins and tickets would be more than {}, or name more than {} blocks: unpin, or wait for a TTL",
+        "the namespace would have more than {} pins and tickets, or they would name more than {} blocks; unpin blocks, or wait until a pin ends",
         caps::HOLDS_MAX,
         caps::HELD_KEYS_MAX
     )]

@@ -78,7 +78,7 @@ pub enum RegisterError {
     #[error("invalid layout: {0}")]
     Invalid(#[from] InvalidLayout),
     /// A block would not fit.
-    #[error("a block of {block_bytes} bytes does not fit the Host tier of {host_bytes} bytes: raise host.bytes")]
+    #[error("a block of {block_bytes} bytes does not fit the Host tier of {host_bytes} bytes; raise host.bytes")]
     TooLarge {
         /// Bytes of a block.
         block_bytes: u64,
@@ -86,10 +86,10 @@ pub enum RegisterError {
         host_bytes: u64,
     },
     /// The namespace has as many layouts as it may.
-    #[error("the namespace has {} layouts already, the most it may have", caps::LAYOUTS_MAX)]
+    #[error("the namespace already has {} layouts, which is the most it may have", caps::LAYOUTS_MAX)]
     TooMany,
     /// The namespace has blocks of as many sizes as it may.
-    #[error("the namespace has blocks of {} sizes already, the most it may have", caps::POOLS_MAX)]
+    #[error("the namespace already has blocks of {} sizes, which is the most it may have", caps::POOLS_MAX)]
     TooManySizes,
 }
 

@@ -102,7 +102,7 @@ impl Store {
             }
             Err(problem) => {
                 if let NoPlace::Index(error) = &problem {
-                    tracing::error!(%error, "the index takes no writes");
+                    tracing::error!(%error, "the index cannot be written");
                     self.close_index();
                 }
                 self.fail(written);
@@ -203,7 +203,7 @@ impl Store {
         if is_no_space(error) {
             return self.file_system_is_full();
         }
-        tracing::warn!(%error, path = %self.path.display(), "a write failed: its blocks stay in memory");
+        tracing::warn!(%error, path = %self.path.display(), "a write failed; its blocks stay in memory");
         self.note_device_error(error);
     }
 
@@ -219,7 +219,7 @@ impl Store {
             }
         }
         let failures = self.counters.sync_failures.load(Ordering::Relaxed);
-        tracing::error!(%error, path = %self.path.display(), "a sync failed: what was written since the last one is checked");
+        tracing::error!(%error, path = %self.path.display(), "a sync failed; the blocks written since the last sync are checked");
         let mut state = self.state.lock();
         state.health.checking = true;
         state.health.reason = Some(format!("a sync failed: {error}"));
@@ -232,7 +232,7 @@ impl Store {
         let store = Arc::clone(self);
         let checker = std::thread::Builder::new().name("kvstore-check".into());
         if let Err(error) = checker.spawn(move || store.check_unsynced()) {
-            tracing::error!(%error, "what was written since cannot be checked: the volume stays read-only");
+            tracing::error!(%error, "the blocks written since the last sync cannot be checked; the volume stays read-only");
         }
     }
 
@@ -240,7 +240,7 @@ impl Store {
     pub fn close_index(&self) {
         let mut state = self.state.lock();
         state.health.index_closed = true;
-        state.health.reason = Some("the index takes no writes; it is being opened again".into());
+        state.health.reason = Some("the index cannot be written; it is being opened again".into());
     }
 
     fn retry_index(&self) {
@@ -255,7 +255,7 @@ impl Store {
                 drop(state);
                 tracing::info!(path = %self.path.display(), "the index is open again");
             }
-            Err(error) => tracing::warn!(%error, "the index does not open yet"),
+            Err(error) => tracing::warn!(%error, "the index cannot be opened yet"),
         }
     }
 

@@ -112,7 +112,7 @@ impl Store {
             state.segments.opening_failed(next);
             state.health.no_space = false;
             state.health.reason = None;
-            tracing::info!(path = %self.path.display(), "the file system has room again: writing goes on");
+            tracing::info!(path = %self.path.display(), "the file system has room again; blocks are written again");
         }
     }
 
@@ -313,7 +313,7 @@ impl Store {
     pub fn file_system_is_full(&self) {
         let mut state = self.state.lock();
         if !state.health.no_space {
-            tracing::warn!(path = %self.path.display(), "the file system is full: blocks are read, not written, until there is room");
+            tracing::warn!(path = %self.path.display(), "the file system is full; until it has room, blocks are read but not written");
             state.health.no_space = true;
             state.health.reason = Some("the file system is full".into());
         }

@@ -13,7 +13,7 @@ use crate::clock::BootTime;
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PinRefused {
     /// Bytes.
-    #[error("{pinned_bytes} bytes of a volume would be pinned, and at most {bytes_max} (half of it) may be")]
+    #[error("{pinned_bytes} bytes of a volume would be pinned; at most {bytes_max} (half of the volume) may be")]
     TooManyBytes {
         /// With the refused pin.
         pinned_bytes: u64,
@@ -22,7 +22,7 @@ pub enum PinRefused {
     },
     /// Pins, or blocks that they name.
     #[error(
-        "pins and tickets on a volume would be more than {}, or name more than {} blocks",
+        "a volume would have more than {} pins and tickets, or they would name more than {} blocks",
         crate::caps::HOLDS_MAX,
         crate::caps::HELD_KEYS_MAX
     )]

@@ -6,12 +6,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kvstore_transfer::volume::{Faults, Operation};
-use parking_lot::{Mutex, RwLock};
 use kvstore_rocksdb::{
     BlockBasedOptions, Cache, DB, DBCompressionType, Direction, IteratorMode, LogLevel, Options, ReadOptions,
     WriteBatch, WriteOptions,
 };
+use kvstore_transfer::volume::{Faults, Operation};
+use parking_lot::{Mutex, RwLock};
 
 use super::format::{Digest, IndexValue, SegmentClass, VOLUME_VERSION};
 use crate::caps;

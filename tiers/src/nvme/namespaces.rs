@@ -277,7 +277,7 @@ impl NvmeTier {
             tier.sweeping.store(false, Ordering::Release);
         };
         if let Err(error) = std::thread::Builder::new().name("kvstore-sweep".into()).spawn(sweep) {
-            tracing::warn!(%error, "unused blocks of namespaces with a ttl stay for now");
+            tracing::warn!(%error, "unused blocks of namespaces with a ttl cannot be removed for now");
             self.sweeping.store(false, Ordering::Release);
         }
     }

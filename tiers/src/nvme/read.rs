@@ -142,7 +142,7 @@ impl Store {
             Err(ReadProblem::Damaged) => self.quarantine(&entry),
             Err(ReadProblem::Device(error)) => {
                 add(&self.counters.io_errors, 1);
-                tracing::warn!(%error, path = %self.path.display(), "a block cannot be read: it is a miss");
+                tracing::warn!(%error, path = %self.path.display(), "a block cannot be read, so it is a miss");
                 self.note_device_error(&error);
                 self.forget(&entry);
             }
@@ -155,7 +155,7 @@ impl Store {
         add(&self.counters.corrupt_blocks, 1);
         tracing::error!(
             path = %self.path.display(), segment = entry.extent.segment, page = entry.extent.page,
-            "a block on disk does not match its checksum: it is forgotten"
+            "a block on disk does not match its checksum, so it is dropped"
         );
         self.forget(entry);
     }

@@ -30,7 +30,7 @@ impl Store {
             batch.put_pin(id, &record);
         }
         if let Err(error) = self.index.write(batch, false) {
-            tracing::error!(%error, "pins are kept in memory, and are not in the index");
+            tracing::error!(%error, "pins cannot be written to the index; they are kept in memory only");
         }
         for segment in unknown {
             if self.is_stopping() {
@@ -44,7 +44,7 @@ impl Store {
         let mut state = self.state.lock();
         state.health.rebuilding = 0;
         state.health.reason = None;
-        tracing::info!(path = %self.path.display(), blocks = state.extents.len(), "the index is whole again");
+        tracing::info!(path = %self.path.display(), blocks = state.extents.len(), "the index is complete again");
     }
 
     /// Finds the frames of one segment, from header to header; where a header is damaged, page by page until
@@ -135,13 +135,13 @@ impl Store {
             }
             drop(state);
             if let Err(error) = self.index.write(std::mem::take(&mut batch), false) {
-                tracing::warn!(%error, "found blocks are served, and not in the index yet");
+                tracing::warn!(%error, "blocks that were found are served, but cannot be written to the index yet");
             }
         }
         if !batch.is_empty()
             && let Err(error) = self.index.write(batch, false)
         {
-            tracing::warn!(%error, "a scanned segment is not in the index yet");
+            tracing::warn!(%error, "a scanned segment cannot be written to the index yet");
         }
     }
 
@@ -174,6 +174,6 @@ impl Store {
             state.health.reason = None;
         }
         drop(state);
-        tracing::warn!(path = %self.path.display(), lost, "what was written before the failed sync was checked");
+        tracing::warn!(path = %self.path.display(), lost, "the blocks written before the failed sync have been checked");
     }
 }

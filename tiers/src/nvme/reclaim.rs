@@ -185,7 +185,7 @@ impl Store {
             }
         }
         if let Err(error) = self.index.write(batch, false) {
-            tracing::error!(%error, "the index takes no writes");
+            tracing::error!(%error, "the index cannot be written");
             self.close_index();
             return self.abandon(moved);
         }

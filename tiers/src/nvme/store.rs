@@ -41,7 +41,7 @@ pub enum OpenError {
         cause: std::io::Error,
     },
     /// Another process owns it.
-    #[error("{path} is in use by another kvstore (process {pid}): stop it, or choose another nvme.paths")]
+    #[error("{path} is in use by another kvstore (process {pid}); stop it, or choose another folder in nvme.paths")]
     Locked {
         /// The folder.
         path: PathBuf,
@@ -303,13 +303,13 @@ impl Store {
         drop(state);
         add(&self.counters.stale_blocks, stale_blocks);
         if let Err(error) = result {
-            tracing::error!(%error, "the index is damaged: what could be read is served, the rest is found again");
+            tracing::error!(%error, "the index is damaged; the blocks that it still names are served, and a scan finds the others");
             return false;
         }
         if !stale.is_empty()
             && let Err(error) = self.index.write(stale, false)
         {
-            tracing::warn!(%error, "stale entries stay in the index");
+            tracing::warn!(%error, "stale entries cannot be removed from the index");
         }
         true
     }
@@ -319,7 +319,7 @@ impl Store {
         self.state.lock().numbers.save_again();
         if let Err(error) = self.index.recreate() {
             self.state.lock().health.index_closed = true;
-            tracing::error!(%error, "the index cannot be made anew yet");
+            tracing::error!(%error, "the index cannot be created again yet");
         }
         for segment in 0..present as u32 {
             let page = volume::read_now(&*self.volume, Lane::Prefetch, self.segment_at(segment), PAGE as usize);
@@ -335,14 +335,14 @@ impl Store {
         }
         let mut state = self.state.lock();
         state.health.rebuilding = state.segments.unknown().len();
-        state.health.reason = Some("the index was lost or damaged: blocks are being found again".into());
+        state.health.reason = Some("the index was lost or damaged; a scan is finding the blocks again".into());
     }
 
     /// The device failed for good, as far as this process can tell.
     pub fn leave(&self, reason: String) {
         let mut state = self.state.lock();
         if !state.health.left {
-            tracing::error!(path = %self.path.display(), reason, "the volume left: its blocks are misses until a restart");
+            tracing::error!(path = %self.path.display(), reason, "the volume is out of use; its blocks are misses until a restart");
             state.health.left = true;
             state.health.reason = Some(reason);
             self.peers.changes.reset();
@@ -376,7 +376,7 @@ impl Store {
             let used = u64::from(page) * PAGE;
             let punched = self.volume.file().punch(self.segment_at(segment) + used, self.header.segment_bytes - used);
             if let Err(error) = punched {
-                tracing::debug!(%error, "the file system keeps what a segment did not use");
+                tracing::debug!(%error, "the unused end of a segment could not be given back to the file system");
             }
         }
     }
@@ -456,7 +456,7 @@ fn open_index(
         Ok(index) => Ok((index, missing)),
         Err(error @ IndexError::Version { .. }) => Err(OpenError::Index(error)),
         Err(error) => {
-            tracing::error!(%error, "the index cannot be opened: it is made anew from the frames");
+            tracing::error!(%error, "the index cannot be opened; it is built again from the frames");
             Index::destroy(path).map_err(|cause| OpenError::Io { step: "remove", path: path.to_owned(), cause })?;
             Ok((Index::open(path, bytes, faults).map_err(OpenError::Index)?, true))
         }

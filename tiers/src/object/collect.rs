@@ -73,13 +73,15 @@ pub struct Collected {
 #[derive(Debug, thiserror::Error)]
 pub enum CollectError {
     /// Somebody else collects.
-    #[error("another collector holds the lease until {0} s from now: try again then")]
+    #[error("another collector holds the lease for {0} more s; try again after that")]
     Held(u64),
     /// The store cannot keep two collectors apart.
-    #[error("the object store does not refuse a second create, so that two collectors could not be kept apart")]
+    #[error(
+        "the object store does not refuse a second create, so two collectors could run at once; garbage cannot be collected in it"
+    )]
     NoLease,
     /// It took longer than the lease.
-    #[error("the lease ends: what is left goes next time")]
+    #[error("the collector's lease is about to end; the next collection deletes the rest")]
     TooLong,
     /// The store.
     #[error(transparent)]
@@ -281,7 +283,7 @@ impl ObjectTier {
         let payload = || PutPayload::from(body.clone());
         let ended = retried!(self.bucket, deadline, 0, self.bucket.put(&location, payload(), overwrite.clone()));
         if let Err(trouble) = ended {
-            tracing::debug!(%trouble, "the collector's lease ends by its time");
+            tracing::debug!(%trouble, "the collector's lease could not be ended early; it ends at its time");
         }
     }
 
@@ -318,7 +320,7 @@ impl ObjectTier {
         self.runtime.spawn(async move {
             let deadline = Instant::now() + tier.bucket.stall() * 4;
             if let Err(trouble) = tier.bucket.delete(&tier.reference_at(id), deadline).await {
-                tracing::debug!(%trouble, "a reference in the bucket ends by its time");
+                tracing::debug!(%trouble, "a reference in the bucket could not be ended early; it ends at its time");
             }
         });
     }
@@ -333,17 +335,24 @@ impl ObjectTier {
         let folder = self.names.root().clone().join("refs");
         for object in self.bucket.list(&folder, REFERENCES_MAX, until).await? {
             if object.size > REFERENCE_BYTES_MAX {
-                return Err(Trouble::Damaged(format!("the reference {} has {} bytes", object.location, object.size)));
+                return Err(Trouble::Damaged(format!(
+                    "the reference {} has {} bytes, which is too many",
+                    object.location, object.size
+                )));
             }
             let (bytes, _) = match self.bucket.read(&object.location, 0..object.size, until).await {
                 Err(Trouble::NotFound) => continue,
                 read => read?,
             };
             // One that cannot be read may protect anything: better nothing is collected.
-            let reference: Reference = serde_json::from_slice(&bytes)
-                .map_err(|error| Trouble::Damaged(format!("the reference {}: {error}", object.location)))?;
+            let reference: Reference = serde_json::from_slice(&bytes).map_err(|error| {
+                Trouble::Damaged(format!("the reference {} cannot be read: {error}", object.location))
+            })?;
             if reference.version != 1 {
-                let problem = format!("the reference {} has version {}", object.location, reference.version);
+                let problem = format!(
+                    "the reference {} has version {}, which this build does not know",
+                    object.location, reference.version
+                );
                 return Err(Trouble::Unsupported(problem));
             }
             if reference.expires_ms <= now_ms {

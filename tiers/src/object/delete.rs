@@ -124,7 +124,7 @@ impl ObjectTier {
                 Err(trouble) => return Err(trouble),
             }
         }
-        Err(Trouble::Failed("many objects have these blocks already".into()))
+        Err(Trouble::Failed("too many objects already have these blocks".into()))
     }
 
     /// Blocks that wait to be uploaded are not.

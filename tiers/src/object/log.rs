@@ -98,7 +98,7 @@ impl UploadLog {
             let (length, sum) = (u32::from_le_bytes([a, b, c, d]) as usize, u32::from_le_bytes([e, f, g, h]));
             let Some(body) = behind.get(..length).filter(|body| length <= RECORD_BYTES_MAX && crc32(body) == sum)
             else {
-                tracing::warn!(path = %self.path.display(), "the upload log is damaged: what follows is not uploaded");
+                tracing::warn!(path = %self.path.display(), "the upload log is damaged; the uploads recorded after the damage are forgotten");
                 return;
             };
             if let Ok(record) = serde_json::from_slice(body) {

@@ -271,11 +271,11 @@ impl ObjectTier {
                     let does_what_is_needed = abilities.reads_own_writes && abilities.creates_once;
                     for lack in abilities.lacks() {
                         match does_what_is_needed {
-                            true => tracing::info!("the object store: {lack}"),
-                            false => tracing::warn!("the object store: {lack}"),
+                            true => tracing::info!("the object store has a limitation: {lack}"),
+                            false => tracing::warn!("the object store has a limitation: {lack}"),
                         }
                     }
-                    tracing::info!(root = %self.names.root(), "the object store answers: reads, creates and updates were tried");
+                    tracing::info!(root = %self.names.root(), "the object store answers; the probe has tried reads, creates and updates");
                     self.clock_ahead_ms.store(abilities.clock_ahead_ms, Ordering::Relaxed);
                     *self.abilities.lock() = Some(abilities);
                     *self.refused.lock() = None;
@@ -284,7 +284,7 @@ impl ObjectTier {
                 Err(trouble) => {
                     tries += 1;
                     if tries == 1 {
-                        tracing::warn!(%trouble, "the object store cannot be used yet; trying again");
+                        tracing::warn!(%trouble, "the object store cannot be used yet; the daemon keeps trying");
                     }
                     *self.refused.lock() = Some(trouble.to_string());
                     tokio::time::sleep(self.bucket.backoff(tries.max(4))).await;
@@ -302,7 +302,7 @@ impl ObjectTier {
     pub fn refuses_durable(&self) -> Option<String> {
         match *self.abilities.lock() {
             Some(abilities) if abilities.reads_own_writes => None,
-            Some(_) => Some("the object store does not show at once what was written".into()),
+            Some(_) => Some("the object store does not show writes at once".into()),
             None => {
                 let why = self.refused.lock().clone();
                 Some(why.unwrap_or_else(|| "the object store is being probed".into()))
@@ -447,7 +447,7 @@ impl ObjectTier {
         let mut log = log.lock();
         let added = log.number(namespace, &layout.layout).and_then(|number| log.add(Owed { layout: number, ..owed }));
         if let Err(error) = added {
-            tracing::warn!(%error, "the upload log takes no writes: a restart forgets this upload");
+            tracing::warn!(%error, "the upload log cannot be written; a restart forgets this upload");
         }
     }
 
@@ -461,7 +461,7 @@ impl ObjectTier {
             if log.has_grown() { log.compact() } else { Ok(()) }
         });
         if let Err(error) = done {
-            tracing::warn!(%error, "the upload log takes no writes: a restart uploads this again");
+            tracing::warn!(%error, "the upload log cannot be written; a restart uploads these blocks again");
         }
     }
 

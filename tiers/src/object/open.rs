@@ -36,7 +36,7 @@ pub struct Opened {
 pub enum OpenStoreError {
     /// The URL.
     #[error(
-        "{url:?}: {problem}; valid are s3://bucket/prefix, gs://bucket/prefix, az://container/prefix and file:///path"
+        "{url:?} cannot be used: {problem}; use s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file:///path"
     )]
     Url {
         /// As written.
@@ -45,7 +45,7 @@ pub enum OpenStoreError {
         problem: String,
     },
     /// An option.
-    #[error("option {0:?} is unknown to this kind of store")]
+    #[error("this kind of store has no option {0:?}")]
     Option(String),
     /// The client cannot be made.
     #[error("{0}")]
@@ -100,12 +100,12 @@ impl ObjectUrl {
                     return Err(OpenStoreError::Option(name.clone()));
                 }
                 if prefix.as_ref().is_empty() {
-                    return Err(wrong("the root of the file system".into()));
+                    return Err(wrong("it is the root of the file system".into()));
                 }
                 // A write is acknowledged as DURABLE: it must be on the disk.
                 Arc::new(LocalFileSystem::new().with_fsync(true))
             }
-            _ => return Err(wrong("not a store that this build knows".into())),
+            _ => return Err(wrong("this build does not know such a store".into())),
         };
         Ok(Opened { store, prefix, checks_uploads })
     }

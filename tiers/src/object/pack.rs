@@ -48,7 +48,7 @@ pub struct Footer {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PackError {
     /// Cut off, or something else.
-    #[error("not a kvstore pack: no footer at its end")]
+    #[error("this is not a kvstore pack: it has no footer at its end")]
     Magic,
     /// Written by another version.
     #[error("pack version {0} is unknown: this build reads version {PACK_VERSION}")]
@@ -60,7 +60,7 @@ pub enum PackError {
     #[error("the pack's footer contradicts itself")]
     Contradiction,
     /// More bytes of it are needed: so many, from the end.
-    #[error("the pack's footer has {0} bytes")]
+    #[error("the pack's footer has {0} bytes, which is too many")]
     Longer(u64),
 }
 

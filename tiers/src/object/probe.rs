@@ -24,13 +24,13 @@ impl Abilities {
     pub fn lacks(&self) -> Vec<&'static str> {
         let mut lacks = Vec::new();
         if !self.reads_own_writes {
-            lacks.push("it does not show at once what was written: DURABLE puts are refused, and blocks that other nodes stored may be found late");
+            lacks.push("it does not show writes at once; DURABLE puts are refused, and blocks that other nodes stored may be found late");
         }
         if !self.creates_once {
-            lacks.push("it overwrites where it should refuse a second create: garbage is not collected, for two collectors could not be kept apart");
+            lacks.push("it overwrites an object instead of refusing a second create; garbage is not collected, because two collectors could run at once");
         }
         if !self.updates_by_version {
-            lacks.push("it has no conditional update: nothing here needs it, everything is built on creates");
+            lacks.push("it has no conditional update; kvstore does not need one, because it uses only creates");
         }
         lacks
     }

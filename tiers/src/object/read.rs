@@ -172,7 +172,11 @@ impl ObjectTier {
         let end = left.back().map_or(start, |last| last.packed.offset + last.packed.frame_bytes);
         let got = self.bucket.get(&pack.location, start..end).await?;
         if got.range != (start..end) {
-            return Err(Trouble::Damaged(format!("bytes {:?} came, {:?} were asked for", got.range, start..end)));
+            return Err(Trouble::Damaged(format!(
+                "the store sent bytes {:?}, but {:?} were asked for",
+                got.range,
+                start..end
+            )));
         }
         let mut body = Body { at: start, ..Body::default() };
         let mut chunks = got.into_stream();
@@ -182,7 +186,7 @@ impl ObjectTier {
             let mut chunk = &chunk[..];
             while !chunk.is_empty() {
                 let Some(read) = left.front_mut() else {
-                    return Err(Trouble::Damaged("more bytes came than were asked for".into()));
+                    return Err(Trouble::Damaged("the store sent more bytes than were asked for".into()));
                 };
                 chunk = body.take(read, chunk)?;
                 if body.at == read.packed.offset + read.packed.frame_bytes
@@ -193,7 +197,11 @@ impl ObjectTier {
                 }
             }
         }
-        if left.is_empty() { Ok(()) } else { Err(Trouble::Damaged(format!("the body ended at {} of {end}", body.at))) }
+        if left.is_empty() {
+            Ok(())
+        } else {
+            Err(Trouble::Damaged(format!("the body ended at byte {} of {end}", body.at)))
+        }
     }
 
     /// A block is whole and checked.
@@ -266,7 +274,7 @@ impl Body {
         if self.head.len() == wanted && wanted > FIRST {
             let header = FrameHeader::decode(&self.head).map_err(|error| damaged(error.to_string()))?;
             if header.payload_offset() != self.head.len() || !is_wanted(&header, read) {
-                return Err(damaged("the frame is another block's".into()));
+                return Err(damaged("the frame belongs to another block".into()));
             }
             read.fill.shorten(header.block_bytes as usize);
             self.header = Some(header);
@@ -276,7 +284,7 @@ impl Body {
 
     /// The payload is complete: its checksums, taken while it was copied, are those of its frame.
     fn check(&mut self, read: &Read) -> Result<(), Trouble> {
-        let Some(header) = &self.header else { return Err(Trouble::Damaged("no header".into())) };
+        let Some(header) = &self.header else { return Err(Trouble::Damaged("the frame has no header".into())) };
         let section = section_bytes_of(&read.layout, read.group);
         let sums = read.fill.section_sums();
         let expected = FrameHeader::of_sums(header.identity, header.generation, header.block_bytes, section, &sums);

@@ -23,22 +23,22 @@ use crate::caps;
 #[derive(Debug, thiserror::Error)]
 pub enum Trouble {
     /// There is no such object.
-    #[error("there is no such object")]
+    #[error("the object does not exist")]
     NotFound,
     /// There is one already, or another writer is at it just now.
-    #[error("there is such an object already")]
+    #[error("the object already exists")]
     Exists,
     /// The store does not do this.
-    #[error("the store does not do this: {0}")]
+    #[error("the store does not support this request: {0}")]
     Unsupported(String),
     /// Credentials or rights.
-    #[error("the store refuses: {0}")]
+    #[error("the store refuses the request: {0}")]
     Denied(String),
     /// The store failed, or did not answer in time, each time.
     #[error("{0}")]
     Failed(String),
     /// The store failed often: it is left alone for a moment.
-    #[error("the store is left alone for a moment: {0}")]
+    #[error("the store failed several times and gets no requests for a moment: {0}")]
     Away(String),
     /// What it answered is not what was stored.
     #[error("the store's answer is damaged: {0}")]
@@ -125,7 +125,7 @@ impl Tries<'_> {
 
     /// It ended: what the request came to, or nothing, where it is to be made again now.
     pub async fn end<T>(&mut self, answer: Result<Result<T, Trouble>, Elapsed>) -> Option<Result<T, Trouble>> {
-        let late = |_| Trouble::Failed(format!("no answer within {:?}, or by the deadline", self.each));
+        let late = |_| Trouble::Failed(format!("the store did not answer within {:?}, or by the deadline", self.each));
         let trouble = match answer.map_err(late).flatten() {
             Err(trouble) if trouble.is_passing() => trouble,
             answer => {
@@ -227,7 +227,7 @@ impl Bucket {
         }
         let mut away = self.away.lock();
         if away.is_none() {
-            tracing::warn!(%trouble, "the object store does not answer: its blocks are misses, uploads wait");
+            tracing::warn!(%trouble, "the object store does not answer; until it does, its blocks are misses and uploads wait");
         }
         let until = Instant::now() + Duration::from_millis(caps::OBJECT_AWAY_MS);
         *away = Some((until, trouble.to_string()));
@@ -290,7 +290,7 @@ impl Bucket {
         if body.len() as u64 == bytes {
             Ok((body, meta))
         } else {
-            Err(Trouble::Damaged(format!("{} bytes of {bytes}", body.len())))
+            Err(Trouble::Damaged(format!("the body has {} bytes instead of {bytes}", body.len())))
         }
     }
 

@@ -256,7 +256,10 @@ impl ObjectTier {
             let damaged = |error: PackError| Trouble::Damaged(error.to_string());
             let (last, meta) = self.bucket.read(&object.location, start..object.size, deadline).await?;
             if meta.size != object.size {
-                return Err(Trouble::Damaged(format!("it has {} bytes, {} were listed", meta.size, object.size)));
+                return Err(Trouble::Damaged(format!(
+                    "the object has {} bytes, but was listed with {}",
+                    meta.size, object.size
+                )));
             }
             match Footer::decode(&last, object.size) {
                 Err(PackError::Longer(need)) if need <= FOOTER_BYTES_MAX && need > bytes && need <= object.size => {

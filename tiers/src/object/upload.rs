@@ -339,7 +339,11 @@ impl ObjectTier {
         let batches = uploads.queue.len();
         uploads.queue.iter_mut().for_each(|batch| self.hold_on_disk(batch));
         if batches > 0 {
-            tracing::info!(blocks = uploads.blocks(), bytes = uploads.bytes, "uploads that were left go on");
+            tracing::info!(
+                blocks = uploads.blocks(),
+                bytes = uploads.bytes,
+                "the uploads that were left at the last stop continue"
+            );
         }
     }
 
@@ -441,7 +445,7 @@ impl ObjectTier {
             let (tier, layout) = (Arc::clone(self), Arc::clone(layout));
             self.runtime.spawn(async move {
                 if let Err(trouble) = Box::pin(tier.delete(&layout, group, &deleted)).await {
-                    tracing::warn!(%trouble, "deleted blocks that were being uploaded are in the bucket still");
+                    tracing::warn!(%trouble, "blocks that were deleted during their upload are still in the bucket");
                 }
             });
         }

@@ -138,7 +138,7 @@ impl ObjectTier {
         };
         let same = meta.size == packing.bytes && expected.iter().all(&mut is_next) && rest.is_empty();
         if !same {
-            tracing::error!(%location, "the store holds other bytes than it was sent: they are written again elsewhere");
+            tracing::error!(%location, "the store holds other bytes than were sent to it; the blocks are written again under another name");
             let _ = self.bucket.delete(location, deadline).await;
         }
         Ok(same.then_some(meta))
@@ -163,7 +163,7 @@ impl ObjectTier {
         let sound =
             same_blocks(&footer, &packing.footer) && footer.blocks.iter().all(|block| is_sound(block, &footer, &bytes));
         if !sound {
-            tracing::warn!(%location, "a pack in the bucket is damaged: its blocks are written again elsewhere");
+            tracing::warn!(%location, "a pack in the bucket is damaged; its blocks are written again under another name");
         }
         Ok(if sound { Whose::Sound(meta) } else { Whose::Unsound })
     }

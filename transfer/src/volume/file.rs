@@ -24,7 +24,7 @@ impl VolumeFile {
         let (fd, direct) = match rustix::fs::open(path, flags | OFlags::DIRECT, mode) {
             Ok(fd) => (fd, true),
             Err(rustix::io::Errno::INVAL) => {
-                tracing::warn!(path = %path.display(), "the file system has no direct I/O: blocks go through the page cache");
+                tracing::warn!(path = %path.display(), "the file system has no direct I/O, so blocks go through the page cache");
                 (rustix::fs::open(path, flags, mode)?, false)
             }
             Err(error) => return Err(error.into()),

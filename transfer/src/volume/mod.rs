@@ -165,7 +165,7 @@ pub fn open(file: VolumeFile, engine: IoEngine) -> io::Result<Arc<dyn Volume>> {
         IoEngine::Auto => match UringVolume::start(Arc::clone(&file)) {
             Ok(volume) => Ok(Arc::new(volume)),
             Err(error) => {
-                tracing::warn!(%error, "io_uring is not available here: the disk is driven by threads, which costs more CPU");
+                tracing::warn!(%error, "io_uring is not available; threads do the disk I/O, which costs more CPU");
                 Ok(Arc::new(SyscallVolume::start(file)?))
             }
         },
@@ -231,7 +231,7 @@ fn aligned(transfer: &mut Transfer) -> bool {
 }
 
 fn misaligned() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, "a transfer is not in whole pages")
+    io::Error::new(io::ErrorKind::InvalidInput, "a transfer does not consist of whole pages")
 }
 
 #[cfg(test)]

@@ -52,7 +52,7 @@ impl Buffers {
         // until then the kernel's pins keep the pages, so that no transfer can go anywhere else.
         let registered = unsafe { ring.submitter().register_buffers_update(at as u32, &[buffer], None) };
         if let Err(error) = registered {
-            tracing::warn!(%error, "slabs are not registered with io_uring (the limit on locked memory?): transfers cost more CPU");
+            tracing::warn!(%error, "slabs cannot be registered with io_uring, perhaps because of the limit on locked memory; transfers cost more CPU");
             self.supported = false;
             return None;
         }

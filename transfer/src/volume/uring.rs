@@ -210,7 +210,7 @@ impl Ring {
                 // nothing came. The entries stay queued in each case.
                 Err(error) if matches!(error.raw_os_error(), Some(4 | 11 | 16 | 62)) => {}
                 Err(error) => {
-                    tracing::error!(%error, "io_uring failed; waiting for it");
+                    tracing::error!(%error, "io_uring failed; the volume tries again");
                     std::thread::sleep(Duration::from_millis(10));
                 }
             }
@@ -428,7 +428,7 @@ impl Drop for Ring {
 /// A callback that panics must not take the ring down with what the kernel has.
 pub(super) fn guarded(callback: impl FnOnce()) {
     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(callback)).is_err() {
-        tracing::error!("a transfer's completion panicked; the volume goes on");
+        tracing::error!("a transfer's completion panicked; the volume continues");
     }
 }
 

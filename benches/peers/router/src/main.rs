@@ -1,7 +1,8 @@
 //! The prefix index beside Dynamo's (dynamo-kv-router 1.6.1: its compressed concurrent radix tree, and its positional index): the
 //! same events and the same queries of one trace, in one process, by turns.
 //!
-//! `kvstore-router-peers TRACE [ROUNDS]` prints figures, medians over the rounds.
+//! `kvstore-router-peers TRACE [ROUNDS]` prints figures, medians over the rounds. `make bench-router` hands them to
+//! `benches/figures.py`, which keeps them.
 
 mod memory;
 mod peers;
@@ -29,6 +30,7 @@ fn main() -> anyhow::Result<()> {
         memory::run(&runtime);
         return Ok(());
     }
+    println!("about router: {rounds} rounds");
     let trace = PathBuf::from(trace);
     // In a process of its own: what one gave back must not be counted as the next one's, nor slow it down.
     let run = std::process::Command::new(std::env::current_exe()?).arg(MEMORY).status()?;

@@ -1,6 +1,6 @@
-"""LMCache over kvstore: an L2 adapter of its server, and a remote connector of its library. See docs/engines.md.
+"""kvstore under LMCache: an L2 adapter for its server, and a remote connector for its library. See docs/engines.md.
 
-Each imports its own part of LMCache, when it is asked for.
+Each class imports its own part of LMCache when it is first used.
 """
 
 from __future__ import annotations

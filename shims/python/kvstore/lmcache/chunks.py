@@ -13,7 +13,8 @@ __all__ = ["Chunks", "is_kept", "layout"]
 def layout(
     model: str, weights: bytes, dtype: str, shard: tuple[int, int], told: str, length: int, *, shorter: bool = False
 ) -> BlockLayout:
-    """``told``: what else must match. ``length``: bytes of a chunk. ``shorter``: some have less; they take as much room."""
+    """Describes chunks. ``told``: what else must match. ``length``: bytes of a chunk. ``shorter``: some chunks have fewer bytes,
+    but take as much room."""
     # Of an encoder's output a block has its own length.
     kind = "encoder_output" if shorter else "attention"
     group = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=length, kind=kind, order="opaque")
@@ -29,12 +30,12 @@ def layout(
 
 
 def is_kept(result: kvstore.PutResult) -> bool:
-    """Whether a block is in the store after a put."""
+    """Returns whether a block is in the store after a put."""
     return result.status in ("stored", "present", "joined")
 
 
 class Chunks:
-    """Chunks of one layout. A daemon that is away has none."""
+    """The chunks of one layout. While the daemon is away, there are none."""
 
     def __init__(self, store: Store, of: BlockLayout):
         self._store, self._layout = store, of
@@ -50,15 +51,15 @@ class Chunks:
             return otherwise
 
     def contains(self, hashes: list[bytes]) -> list[bool]:
-        """Which are stored."""
+        """Returns for each chunk whether it is stored."""
         return self._call([False] * len(hashes), lambda registered: registered.group().contains(hashes))
 
     def leading(self, hashes: list[bytes]) -> int:
-        """How many leading ones are stored."""
+        """Returns how many leading chunks are stored."""
         return self._call(0, lambda registered: registered.group().lookup(hashes))
 
     def hold(self, hashes: list[bytes], seconds: float) -> list[tuple[int, int, bytes]]:
-        """Runs of chunks that are stored, each held for so long: (first, count, ticket)."""
+        """Finds runs of stored chunks and holds each for ``seconds``: (first, count, ticket)."""
 
         def find(registered: kvstore.Layout):
             runs, at = [], 0
@@ -76,7 +77,8 @@ class Chunks:
         return self._call([], find)
 
     def get_into(self, hashes: list[bytes], buffers: list) -> list[bool]:
-        """Reads chunks into buffers; which were read. Those that are not there, or have another length, are left alone."""
+        """Reads chunks into buffers, and returns for each whether it was read. A chunk that is not stored, or that has another
+        length, leaves its buffer unchanged."""
         read = [False] * len(hashes)
 
         def get(registered: kvstore.Layout):
@@ -97,15 +99,15 @@ class Chunks:
         return read
 
     def get(self, hash_: bytes) -> bytes | None:
-        """A chunk of whatever length."""
+        """Returns a chunk of any length."""
         return next(iter(self._call([], lambda registered: registered.group().get([hash_]))), None)
 
     def put(self, hashes: list[bytes], buffers: list, level: str) -> list[kvstore.PutResult]:
-        """Stores chunks of one prefix, in their order; empty where the daemon is away."""
+        """Stores chunks of one prefix, in their order. Returns an empty list if the daemon is away."""
         return self._call([], lambda registered: registered.group().put_from(hashes, buffers, level=level))
 
     def delete(self, hashes: list[bytes]) -> int:
-        """Makes chunks unreadable; how many there were."""
+        """Makes chunks unreadable, and returns how many there were."""
         deleted = self._call(kvstore.Deleted(0, 0), lambda registered: registered.group().delete(hashes))
         return deleted.deleted
 

@@ -1,4 +1,4 @@
-"""The L2 adapter of LMCache's multi-process server: its chunks, one tier below its own memory."""
+"""The L2 adapter for LMCache's multi-process server. It stores the server's chunks one tier below the server's memory."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class _Tasks:
             try:
                 outcome = work()
             except Exception:  # Whatever it was, LMCache waits for an outcome.
-                logger.exception("kvstore: a task failed")
+                logger.exception("kvstore: a store, look-up or load task failed")
                 outcome = otherwise
             with self._lock:
                 self._ended[number] = outcome
@@ -90,8 +90,8 @@ class KvStoreL2Adapter(L2AdapterInterface):
         --l2-adapter '{"type": "plugin", "module_path": "kvstore.lmcache", "class_name": "KvStoreL2Adapter", \\
           "adapter_params": {}}'
 
-    ``adapter_params``: see :class:`kvstore.options.Options`, and ``model_path`` where the model's name in LMCache's keys is not
-    that of its files. The store evicts by itself: there is no capacity for LMCache to keep. Threads may share it.
+    ``adapter_params``: see :class:`kvstore.options.Options`. Set ``model_path`` as well if the model's name in LMCache's keys
+    is not the name of its files. The store evicts by itself, so LMCache has no capacity to manage. Threads can share an adapter.
     """
 
     def __init__(self, params: dict, l1_memory_desc=None):
@@ -122,7 +122,7 @@ class KvStoreL2Adapter(L2AdapterInterface):
     # ---------------------------------------------------------------- tasks
 
     def submit_store_task(self, keys, objects) -> int:
-        """Stores chunks; the memory objects are LMCache's, which keeps them until the task has ended."""
+        """Stores chunks. LMCache keeps its memory objects until the task has ended."""
         number = next(self._numbers)
         self._stores.start(number, L2StoreResult(False, 0), lambda: self._store_chunks(list(keys), list(objects)))
         return number
@@ -131,10 +131,10 @@ class KvStoreL2Adapter(L2AdapterInterface):
         return self._stores.take_all()
 
     def submit_lookup_and_lock_task(self, keys, group_layout_descs=None) -> int:
-        """Finds chunks, and keeps them from leaving for a while.
+        """Finds chunks, and holds them for a while.
 
-        A chunk has the length that the descriptions say; one that LMCache stored in another form (compressed, say) is found
-        once this adapter has stored or read one of its length.
+        A chunk has the length that the descriptions say. A chunk that LMCache stored in another form (for example, compressed)
+        is found once this adapter has stored or read a chunk of its length.
         """
         number = next(self._numbers)
         lengths = {group: _length(described) for group, described in (group_layout_descs or {}).items()}
@@ -145,7 +145,7 @@ class KvStoreL2Adapter(L2AdapterInterface):
         return self._lookups.take(task_id)
 
     def submit_unlock(self, keys) -> None:
-        """Lets chunks go. What cannot be told now ends by itself."""
+        """Ends the holds on chunks. A hold that cannot be ended now ends by itself."""
         ended = []
         with self._lock:
             for key in keys:
@@ -256,7 +256,7 @@ class KvStoreL2Adapter(L2AdapterInterface):
     # ---------------------------------------------------------------- the rest
 
     def delete(self, keys) -> None:
-        """Makes chunks unreadable, where LMCache keeps a quota by salt."""
+        """Makes chunks unreadable. LMCache calls it to keep a quota by salt."""
         for length, places in self._candidates(keys, {}):
             for of, here in self._by_layout(keys, [length] * len(keys), places).items():
                 chunks = Chunks(self._store, of)
@@ -267,13 +267,13 @@ class KvStoreL2Adapter(L2AdapterInterface):
                     self._notify_keys_deleted(there, [length] * len(there))
 
     def report_status(self) -> dict:
-        """For LMCache's status page."""
+        """Returns the adapter's part of LMCache's status page."""
         with self._lock:
             locked = len(self._tickets)
         return {"is_healthy": not self._store.is_away, "type": type(self).__name__, "locked_key_count": locked}
 
     def close(self) -> None:
-        """Ends what is under way, and lets go of all."""
+        """Ends the tasks under way, and all holds."""
         with self._lock:
             keys = [key for key, tickets in self._tickets.items() for _ in tickets]
         self.submit_unlock(keys)

@@ -1,4 +1,4 @@
-"""The remote connector of LMCache's library, for engines that run LMCache in their own process."""
+"""The remote connector for LMCache's library, for engines that run LMCache in their own process."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ THREADS = 4
 
 
 class KvStoreConnector(RemoteConnector):
-    """The connector; in LMCache's configuration::
+    """The connector. Add it to LMCache's configuration::
 
         remote_storage_plugins: ["kvstore"]
         extra_config:
           remote_storage_plugin.kvstore.module_path: kvstore.lmcache
           remote_storage_plugin.kvstore.class_name: KvStoreConnector
 
-    Settings beside those (``remote_storage_plugin.kvstore.address`` and so on): see :class:`kvstore.options.Options`, and
-    ``model_path`` where the model's name is not that of its files. Chunks are stored as they are: a serializer other than
-    LMCache's own, and layer-wise chunks, are refused.
+    For further settings (``remote_storage_plugin.kvstore.address`` and so on), see :class:`kvstore.options.Options`. Set
+    ``model_path`` as well if the model's name is not the name of its files. The connector stores chunks as they are: it refuses
+    a serializer other than LMCache's own, and layer-wise chunks.
     """
 
     def __init__(self, loop, local_cpu_backend, config, plugin_name: str = "kvstore", **_more):
@@ -51,7 +51,7 @@ class KvStoreConnector(RemoteConnector):
             ("use_layerwise", config.use_layerwise, (None, False)),
         ):
             if value not in valid:
-                raise ValueError(f"{name}: {value!r} is not supported with kvstore, which stores whole chunks as they are")
+                raise ValueError(f"{name}: {value!r} is not supported, because kvstore stores whole chunks as they are; unset it")
         self._local_cpu_backend = local_cpu_backend
         self._loop = loop
         self._store = Store(self._options.address, self._options.plane, self._options.deadline, logger)
@@ -82,7 +82,7 @@ class KvStoreConnector(RemoteConnector):
     # ---------------------------------------------------------------- look-ups
 
     async def exists(self, key: CacheEngineKey) -> bool:
-        """Whether a chunk is stored."""
+        """Returns whether a chunk is stored."""
         return await self._run(lambda: self.exists_sync(key))
 
     def exists_sync(self, key: CacheEngineKey) -> bool:
@@ -93,7 +93,7 @@ class KvStoreConnector(RemoteConnector):
         return True
 
     def batched_contains(self, keys: list[CacheEngineKey]) -> int:
-        """How many leading chunks are stored."""
+        """Returns how many leading chunks are stored."""
         return self._chunks(keys[0]).leading([_hash(key) for key in keys]) if keys else 0
 
     async def batched_async_contains(self, lookup_id: str, keys: list[CacheEngineKey], pin: bool = False) -> int:
@@ -103,14 +103,14 @@ class KvStoreConnector(RemoteConnector):
     # ---------------------------------------------------------------- reads
 
     async def get(self, key: CacheEngineKey):
-        """A chunk in memory of LMCache's; None where it is not stored, or there is no memory for it."""
+        """Returns a chunk in LMCache's memory. Returns None if it is not stored, or if there is no memory for it."""
         return (await self.batched_get([key]))[0]
 
     def support_batched_get(self) -> bool:
         return True
 
     async def batched_get(self, keys: list[CacheEngineKey]) -> list:
-        """Chunks in memory of LMCache's; None for those that are not stored, or that there is no memory for."""
+        """Returns chunks in LMCache's memory, with None for each that is not stored or that there is no memory for."""
         if not keys:
             return []
         objects, read = [], []
@@ -132,7 +132,7 @@ class KvStoreConnector(RemoteConnector):
         return True
 
     async def batched_get_non_blocking(self, lookup_id: str, keys: list[CacheEngineKey]) -> list:
-        """The leading chunks that are stored."""
+        """Returns the leading chunks that are stored."""
         objects = await self.batched_get(keys)
         count = objects.index(None) if None in objects else len(objects)
         for one in objects[count:]:
@@ -162,7 +162,7 @@ class KvStoreConnector(RemoteConnector):
     # ---------------------------------------------------------------- writes
 
     async def put(self, key: CacheEngineKey, memory_obj) -> None:
-        """Stores a chunk. Raises kvstore.Busy where there is no room now, Unavailable while the daemon is away."""
+        """Stores a chunk. Raises kvstore.Busy if there is no room now, and kvstore.Unavailable while the daemon is away."""
         await self.batched_put([key], [memory_obj])
 
     def support_batched_put(self) -> bool:
@@ -175,22 +175,22 @@ class KvStoreConnector(RemoteConnector):
         hashes, buffers = [_hash(key) for key in keys], [one.byte_array for one in memory_objs]
         results = await self._run(lambda: self._chunks(keys[0]).put(hashes, buffers, self._options.level))
         if not results:
-            raise kvstore.Unavailable("the daemon did not store the chunks; see the log for why")
+            raise kvstore.Unavailable("the daemon did not store the chunks; the log says why")
         if missing := sum(not is_kept(result) for result in results):
-            raise kvstore.Busy(f"{missing} of {len(keys)} chunks were not stored: no room now")
+            raise kvstore.Busy(f"{missing} of {len(keys)} chunks were not stored, because there is no room now; try again later")
 
     def remove_sync(self, key: CacheEngineKey) -> bool:
-        """Makes a chunk unreadable; whether it was there."""
+        """Makes a chunk unreadable, and returns whether it was there."""
         return self._chunks(key).delete([_hash(key)]) == 1
 
     # ---------------------------------------------------------------- the rest
 
     async def list(self) -> list[str]:
-        """The store does not list: nothing of LMCache's asks."""
+        """Not supported: the store does not list its chunks, and LMCache does not need it."""
         raise NotImplementedError("kvstore does not list its chunks")
 
     async def close(self) -> None:
-        """Ends what is under way."""
+        """Waits for the calls under way, and ends the threads."""
         await self._loop.run_in_executor(None, self._threads.shutdown)
 
 

@@ -26,10 +26,10 @@ logger = logging.getLogger("vllm.kvstore")
 
 
 class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):
-    """Keeps KV blocks in the node's kvstore daemon, and takes them from there.
+    """Keeps KV blocks in the node's kvstore daemon, and loads them from there.
 
-    A miss, a failure or a daemon that is away means that a prompt is computed, as without it. Settings: see
-    :class:`kvstore.vllm.options.Options`.
+    After a miss or a failure, or while the daemon is away, vLLM computes the prompt, as without the connector. For the settings,
+    see :class:`kvstore.vllm.options.Options`.
     """
 
     def __init__(self, vllm_config, role: KVConnectorRole, kv_cache_config):
@@ -42,7 +42,7 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler = SchedulerSide(vllm_config, kv_cache_config, options)
             if transfer.kv_load_failure_policy != "recompute":
                 logger.warning(
-                    'kvstore: kv_load_failure_policy is %r: a block that was evicted or lost fails its request. Say "recompute".',
+                    'kvstore: kv_load_failure_policy is %r: a block that was evicted or lost fails its request. Use "recompute".',
                     transfer.kv_load_failure_policy,
                 )
         else:
@@ -50,12 +50,12 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A block that is not stored is computed again: nothing depends on it."""
+        """Returns False: a block that is not stored is computed again."""
         return False
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """Loads within a step wait in each layer, which a captured graph would leave out."""
+        """Loads within a step wait in each layer, and a captured CUDA graph would leave these waits out."""
         return bool(extra_config.get("layerwise"))
 
     # ---------------------------------------------------------------- in a worker
@@ -87,7 +87,7 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker.wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer, attn_metadata, **_kwargs: Any) -> None:
-        """Whole blocks are saved, once the step has computed them: see :meth:`wait_for_save`."""
+        """Does nothing here. Whole blocks are saved once the step has computed them: see :meth:`wait_for_save`."""
 
     def wait_for_save(self) -> None:
         self._worker.finish_step()

@@ -1,8 +1,9 @@
 """Encoder outputs (of images, clips, sounds) under vLLM, so that encode, prefill and decode can be three processes.
 
-The scheduler's side fetches an item in the background before it promises it: a request waits in the queue meanwhile, others run,
-and what is not there in time is encoded here. Workers are handed the bytes with the step, as they are handed pictures; a promise
-cannot fail any more then. Items are named by vLLM's hash of their content, and by the model's weights.
+The scheduler's side fetches an item in the background before it promises the item to vLLM. Meanwhile the request waits in the
+queue, and other requests run. If an item does not arrive in time, this engine encodes it. The workers get the bytes of an item
+with the step, as they get pictures, so a promise can no longer fail. Items are named by vLLM's hash of their content, and by the
+model's weights.
 
 An item is two blocks: its shape, and its bytes in a size class of at most an eighth more.
 """
@@ -57,13 +58,13 @@ SHAPE_BYTES = 256
 
 
 def size_class(length: int) -> int:
-    """The least that a block for so many bytes has: with an eighth at most to spare."""
+    """Returns the size of the block that stores ``length`` bytes. At most an eighth of it is unused."""
     step = 1 << max((length - 1).bit_length() - 4, 6)
     return -(-length // step) * step
 
 
 class Items:
-    """Encoder outputs of one model in the store. A daemon that is away has none."""
+    """The encoder outputs of one model in the store. While the daemon is away, there are none."""
 
     def __init__(self, store: Store, model: str, weights: bytes, told: str):
         self._store, self._model, self._weights = store, model, weights
@@ -76,11 +77,11 @@ class Items:
         return registered.group() if registered is not None else None
 
     def has(self, identifier: str) -> bool:
-        """Whether an item is there."""
+        """Returns whether an item is stored."""
         return self._shape(identifier) is not None
 
     def get(self, identifier: str) -> torch.Tensor | None:
-        """An item, in CPU memory of its own."""
+        """Returns an item in newly allocated CPU memory, or None if it is not stored."""
         if (described := self._shape(identifier)) is None:
             return None
         dtype, shape, length = described
@@ -95,7 +96,7 @@ class Items:
         return bytes_.view(dtype).view(shape)
 
     def put(self, identifier: str, output: torch.Tensor, level: str) -> bool:
-        """Stores an item; whether it is there now. ``output`` must not change meanwhile."""
+        """Stores an item, and returns whether it is stored now. ``output`` must not change during the call."""
         bytes_ = output.contiguous().view(-1).view(torch.uint8)
         described = json.dumps({"dtype": str(output.dtype).removeprefix("torch."), "shape": list(output.shape)}).encode()
         if not bytes_.numel() or len(described) > SHAPE_BYTES:
@@ -148,14 +149,14 @@ def _items(vllm_config, options: EncoderOptions) -> Items:
 
 @dataclass
 class EncoderStep(ECConnectorMetadata):
-    """What a step brings."""
+    """The items that a step loads."""
 
     items: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class EncoderReport(ECConnectorWorkerMetadata):
-    """Counts of a worker's."""
+    """A worker's counts."""
 
     counts: dict[str, float]
 
@@ -169,7 +170,7 @@ class EncoderReport(ECConnectorWorkerMetadata):
 
 
 class EncoderSchedulerSide:
-    """Fetches items, and says which are there. Used by the scheduler's thread alone."""
+    """Fetches items, and knows which ones are available. Only the scheduler's thread uses it."""
 
     def __init__(self, vllm_config, options: EncoderOptions, is_consumer: bool):
         self._items, self._is_consumer = _items(vllm_config, options), is_consumer
@@ -186,7 +187,7 @@ class EncoderSchedulerSide:
         self.stats = EncoderStats()
 
     def ensure(self, request, num_computed_tokens: int) -> bool:
-        """Whether it is known of every item that is still needed where it comes from."""
+        """Returns whether the source of every item that is still needed is known: the store, or this engine's encoder."""
         known = True
         for feature in request.mm_features:
             position = feature.mm_position
@@ -227,7 +228,7 @@ class EncoderSchedulerSide:
         return identifier in self._ready
 
     def allocated(self, identifier: str) -> None:
-        """vLLM's cache has room for it in this step: it is encoded, or brought where it is ready."""
+        """vLLM's cache has room for the item in this step: the item is loaded if it is ready, and encoded otherwise."""
         self._allocated.add(identifier)
         if (ready := self._ready.pop(identifier, None)) is not None:
             tensor = ready[0]
@@ -238,7 +239,7 @@ class EncoderSchedulerSide:
                 self.stats.add("loaded_item_bytes", _bytes(tensor))
 
     def build(self, scheduler_output) -> EncoderStep:
-        """What the step brings."""
+        """Returns the items that the step loads."""
         self._held.difference_update(scheduler_output.free_encoder_mm_hashes)
         self._held |= self._allocated
         self._allocated = set()
@@ -267,7 +268,7 @@ def _bytes(tensor: torch.Tensor | None) -> int:
 
 
 class EncoderWorkerSide:
-    """Takes what a step brings, and stores what it encodes, in the background."""
+    """Takes the items that a step loads, and stores the items that it encodes, in the background."""
 
     def __init__(self, vllm_config, options: EncoderOptions, waits: bool):
         self._options, self._waits = options, waits
@@ -280,13 +281,13 @@ class EncoderWorkerSide:
         self._stats = EncoderStats()
 
     def load(self, step: EncoderStep, encoder_cache: dict[str, torch.Tensor]) -> None:
-        """Hands the items over."""
+        """Puts the step's items into vLLM's cache of encoder outputs."""
         for identifier, tensor in step.items.items():
             if identifier not in encoder_cache:
                 encoder_cache[identifier] = tensor.to(_device(), non_blocking=True)
 
     def save(self, identifier: str, output: torch.Tensor) -> None:
-        """Stores an item in the background. Its bytes do not change any more once it is in vLLM's cache."""
+        """Stores an item in the background. Its bytes no longer change once it is in vLLM's cache."""
         if not self._saves_here:
             return
         size = _bytes(output)
@@ -326,7 +327,7 @@ class EncoderWorkerSide:
                 self._changed.notify_all()
 
     def finish_step(self) -> None:
-        """Where this process does nothing but encode, its answer says that the items are there."""
+        """Waits until the items are stored if this process only encodes: its response means that the items are in the store."""
         if self._waits:
             self._wait()
 
@@ -348,7 +349,7 @@ class EncoderWorkerSide:
 
 
 def _is_first_rank() -> bool:
-    """Every tensor-parallel rank has the same outputs, and only the first pipeline stage has any."""
+    """Returns whether this rank stores items. All tensor-parallel ranks have the same outputs; only the first stage has any."""
     from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
     return get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
@@ -366,12 +367,12 @@ def _device() -> torch.device:
 
 
 class KvStoreEncoderConnector(ECConnectorBase):
-    """The connector of encoder outputs; in ``--ec-transfer-config``::
+    """The connector of encoder outputs. Add it with ``--ec-transfer-config``::
 
         {"ec_connector": "KvStoreEncoderConnector", "ec_connector_module_path": "kvstore.vllm", "ec_role": "ec_both"}
 
-    ``ec_role``: "ec_producer" encodes and stores, and runs no language model; "ec_consumer" reads, and encodes what is missing;
-    "ec_both" does all. Settings: see :class:`kvstore.vllm.options.EncoderOptions`.
+    ``ec_role``: an "ec_producer" encodes and stores items, and runs no language model. An "ec_consumer" reads items, and encodes
+    those that are missing. An "ec_both" does all of this. For the settings, see :class:`kvstore.vllm.options.EncoderOptions`.
     """
 
     def __init__(self, vllm_config, role: ECConnectorRole):
@@ -380,8 +381,8 @@ class KvStoreEncoderConnector(ECConnectorBase):
         options = EncoderOptions.of(transfer.ec_connector_extra_config or {}, "ec_connector_extra_config")
         if not has_names_of_items(vllm_config):
             raise ValueError(
-                "kvstore: without prefix caching and with mm_processor_cache_gb=0, vLLM names pictures by their request and not by their "
-                "content: leave one of the two on"
+                "kvstore: without prefix caching and with mm_processor_cache_gb=0, vLLM names pictures by their request and "
+                "not by their content; turn one of the two caches on"
             )
         self._scheduler: EncoderSchedulerSide | None = None
         self._worker: EncoderWorkerSide | None = None
@@ -426,7 +427,7 @@ class KvStoreEncoderConnector(ECConnectorBase):
             self._scheduler.stats.aggregate(EncoderStats(report.counts))
 
     def request_finished(self, request) -> tuple[bool, dict[str, Any] | None]:
-        """Tells a consumer the items' shapes, so that it need not process the pictures again."""
+        """Returns the items' shapes for a consumer, which then does not process the pictures again."""
         items = collect_ec_item_metadata(request.mm_features, self._resolver) if self.is_producer else None
         return False, items or None
 

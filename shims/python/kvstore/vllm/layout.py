@@ -1,4 +1,4 @@
-"""An engine's cache as the store sees it: which bytes make a block, and what must be the same for it to be read again."""
+"""Describes an engine's cache for the store: which bytes make a block, and what must match before a block can be read again."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ logger = logging.getLogger("vllm.kvstore")
 
 @dataclass(frozen=True)
 class Group:
-    """A layer group of the engine's that is stored."""
+    """One of the engine's layer groups, whose blocks are stored."""
 
     # vLLM's number for it.
     number: int
@@ -50,7 +50,7 @@ class Group:
 
 
 def groups_of(kv_cache_config) -> tuple[list[Group], str]:
-    """The groups that hits need, and why they cannot be stored: empty where they can."""
+    """Returns the groups that a hit needs, and why they cannot be stored. The reason is empty if they can be stored."""
     ids = getattr(kv_cache_config, "prefix_cacheable_group_ids", range(len(kv_cache_config.kv_cache_groups)))
     groups, refused = [], ""
     for number in ids:
@@ -66,18 +66,18 @@ def groups_of(kv_cache_config) -> tuple[list[Group], str]:
         groups.append(Group(number, tuple(group.layer_names), spec.block_size, window))
     sizes = {group.block_tokens for group in groups}
     if len(sizes) > 1:
-        refused = refused or f"layer groups with blocks of {sorted(sizes)} tokens: all must have one size"
-    return groups, refused or ("" if groups else "no layers that can be cached")
+        refused = refused or f"the layer groups have blocks of {sorted(sizes)} tokens, and all must have one size"
+    return groups, refused or ("" if groups else "the model has no layers that can be cached")
 
 
 def regions_of(cache: torch.Tensor, blocks: int) -> list[tuple[torch.Tensor, int, int, int]]:
-    """The runs of bytes that are a block's page of one layer: (the whole storage as bytes, offset, stride, bytes) each.
+    """Returns the runs of bytes that make up a block's page of one layer: (the whole storage as bytes, offset, stride, bytes).
 
-    ``cache``: dimension 0 counts blocks, or equal parts of blocks; the others may lie in memory in any order.
+    ``cache``: dimension 0 counts blocks, or equal parts of blocks. The other dimensions can have any order in memory.
     """
     if cache.shape[0] != blocks:
         if cache.shape[0] % blocks:
-            raise ValueError(f"a cache of {cache.shape[0]} blocks, where the engine has {blocks}")
+            raise ValueError(f"a layer's cache has {cache.shape[0]} blocks, which is not a multiple of the engine's {blocks}")
         cache = cache.unflatten(0, (blocks, -1))
     size = cache.element_size()
     storage = torch.empty(0, dtype=torch.uint8, device=cache.device).set_(cache.untyped_storage())
@@ -95,34 +95,37 @@ def regions_of(cache: torch.Tensor, blocks: int) -> list[tuple[torch.Tensor, int
 
 
 def split(cache: torch.Tensor, parts: int) -> list[torch.Tensor]:
-    """A layer's cache as that of equal parts of its heads.
+    """Splits a layer's cache into ``parts`` equal parts by heads.
 
-    ``cache``: dimension 0 counts blocks, or equal parts of blocks; dimension 1 heads, where there are ``parts`` of them.
-    Raises ValueError where that does not go.
+    ``cache``: dimension 0 counts blocks, or equal parts of blocks. If there are several parts, dimension 1 counts heads. Raises
+    ValueError if the cache cannot be split so.
     """
     if parts == 1:
         return [cache]
     if cache.dim() < 3 or cache.shape[1] % parts:
-        raise ValueError(f"tp_shards: a cache of {tuple(cache.shape)} cannot be split into {parts} parts of its heads")
+        raise ValueError(f"tp_shards: a cache of shape {tuple(cache.shape)} cannot be split by heads into {parts} equal parts")
     each = cache.shape[1] // parts
     return [cache[:, at * each : (at + 1) * each] for at in range(parts)]
 
 
 def shards_of(vllm_config, kv_cache_config, options: Options) -> tuple[int, int, int]:
-    """(first shard of this rank, how many it has, how many there are). Raises ValueError where ``tp_shards`` does not divide."""
+    """Returns (first shard of this rank, how many it has, how many there are).
+
+    Raises ValueError if ``tp_shards`` is not a multiple of the ranks.
+    """
     # Ranks of one replica have the same bytes.
     replicas = getattr(kv_cache_config, "kv_tp_replicas", 1)
     ranks = max(vllm_config.parallel_config.tensor_parallel_size // replicas, 1)
     shards = options.tp_shards or ranks
     if shards % ranks:
-        raise ValueError(f"tp_shards: {shards} is no multiple of the {ranks} ranks that the heads are split between")
+        raise ValueError(f"tp_shards: {shards} is not a multiple of {ranks}, the number of ranks that share the heads")
     parts = shards // ranks
     return _tensor_rank() // replicas * parts, parts, shards
 
 
 def describe(vllm_config, kv_cache_config, options: Options, block_bytes: list[int], caches, shards) -> RankLayout:
-    """What this worker stores. ``block_bytes``: of each group's block, in the groups' order; ``caches``: of one part; ``shards``:
-    see :func:`shards_of`."""
+    """Describes the layout that this worker stores. ``block_bytes``: the size of each group's block, in the groups' order.
+    ``caches``: the caches of one part. ``shards``: see :func:`shards_of`."""
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     groups, refused = groups_of(kv_cache_config)
     parts = getattr(parallel, "decode_context_parallel_size", 1) * getattr(parallel, "prefill_context_parallel_size", 1)
@@ -143,7 +146,7 @@ def describe(vllm_config, kv_cache_config, options: Options, block_bytes: list[i
     layer_groups = []
     for group, size in zip(groups, block_bytes):
         if size % group.block_tokens:
-            refused = refused or f"a block of {size} bytes is not {group.block_tokens} equal tokens"
+            refused = refused or f"a block of {size} bytes cannot be divided into {group.block_tokens} equal tokens"
         layer_groups.append(
             kvstore.LayerGroup(
                 layers=1,
@@ -170,20 +173,20 @@ def describe(vllm_config, kv_cache_config, options: Options, block_bytes: list[i
 
 
 def has_names_of_items(vllm_config) -> bool:
-    """Whether pictures, clips and sounds are named by their content. vLLM saves itself the hashes where neither of its own caches
-    needs them, and names an item by its request: another process has other items under the same names."""
+    """Returns whether pictures, clips and sounds are named by their content. If neither of vLLM's own caches needs the hashes,
+    vLLM does not compute them and names an item by its request. Another process then has other items under the same names."""
     multimodal = getattr(vllm_config.model_config, "multimodal_config", None)
     return multimodal is None or multimodal.mm_processor_cache_gb > 0 or bool(vllm_config.cache_config.enable_prefix_caching)
 
 
 def short_name(model) -> str:
-    """What the store calls a model, for people: its layout's digest tells models apart."""
+    """Returns a readable name for the model. The layout's digest, not this name, distinguishes models."""
     name = model.served_model_name if isinstance(model.served_model_name, str) else model.model
     return name.rstrip("/").rsplit("/", 1)[-1].encode()[-64:].decode(errors="ignore") or "model"
 
 
 def weights_digest(vllm_config, options) -> bytes:
-    """Names the weights: see `kvstore.weights`."""
+    """Returns a digest that names the weights: see `kvstore.weights`."""
     model, load = vllm_config.model_config, vllm_config.load_config
     digest = hashlib.blake2b(digest_size=32, person=b"vllm weights")
     load_format = str(getattr(load.load_format, "value", load.load_format))
@@ -207,8 +210,8 @@ def weights_digest(vllm_config, options) -> bytes:
         if folder is None:
             if not options.weights_version:
                 logger.warning(
-                    "kvstore: the files of %s are not on this machine: its blocks are named by its name and revision %s. "
-                    "Say weights_version where the weights can change under that name.",
+                    "kvstore: the files of %s are not on this machine, so its blocks are named by the model's name and "
+                    "revision %s. Set weights_version if the weights can change under that name.",
                     model.model,
                     model.revision,
                 )
@@ -217,13 +220,13 @@ def weights_digest(vllm_config, options) -> bytes:
 
 
 def _order(cache: torch.Tensor) -> tuple[int, ...]:
-    """The dimensions of a block, the slowest in memory first. Strides themselves can depend on how many blocks there are; where
-    a dimension of one lies does not matter."""
+    """Returns the dimensions of a block, the slowest in memory first. Strides can depend on the number of blocks, so they are not
+    compared. The place of a dimension of size one does not matter."""
     return tuple(sorted((at for at in range(1, cache.dim()) if cache.shape[at] > 1), key=lambda at: -cache.stride(at)))
 
 
 def _backends(vllm_config, groups: list[Group]) -> list[str]:
-    """The attention backends of the groups' layers: each orders a block's inside as it likes."""
+    """Returns the attention backends of the groups' layers. Each backend has its own order inside a block."""
     layers = vllm_config.compilation_config.static_forward_context
     backends = (getattr(layers.get(layer), "attn_backend", None) for group in groups for layer in group.layers)
     return sorted({backend.get_name() for backend in backends if backend is not None})

@@ -1,4 +1,4 @@
-"""What the scheduler's side and the workers' sides of the connector tell each other, by way of vLLM."""
+"""The messages between the scheduler's side and the workers' sides of the connector. vLLM carries them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UPLOAD = "kvstore_upload"
 
 @dataclass(frozen=True)
 class RankLayout(BlockLayout, KVConnectorHandshakeMetadata):
-    """What a worker stores: the scheduler asks for the same. ``shard``: of its first part."""
+    """The layout that a worker stores. The scheduler asks for the same layout. ``shard``: the worker's first shard."""
 
     # Shards that this worker has: its heads, split.
     parts: int = 1
@@ -29,17 +29,17 @@ class RankLayout(BlockLayout, KVConnectorHandshakeMetadata):
     refused: str = ""
 
     def part(self, number: int) -> RankLayout:
-        """The layout of one of its shards."""
+        """Returns the layout of one of the worker's shards."""
         return self.of_shard(self.shard[0] + number)
 
     def of_shard(self, number: int) -> RankLayout:
-        """The layout of a shard, whichever rank has it."""
+        """Returns the layout of a shard, whichever rank has it."""
         return self if number == self.shard[0] else replace(self, shard=(number, self.shard[1]))
 
 
 @dataclass
 class BlockRun:
-    """Blocks of one group that follow each other, and where they lie in the engine's cache."""
+    """Consecutive blocks of one group, and their places in the engine's cache."""
 
     group: int
     hashes: list[bytes]
@@ -53,7 +53,7 @@ class BlockRun:
 
 @dataclass
 class Load:
-    """Blocks to bring for a request."""
+    """Blocks to load for a request."""
 
     request: str
     runs: list[BlockRun]

@@ -1,4 +1,4 @@
-"""What `kv_connector_extra_config` and `ec_connector_extra_config` may say."""
+"""The settings in `kv_connector_extra_config` and `ec_connector_extra_config`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["EncoderOptions", "Options"]
 class Options(options.Options):
     """The connector's settings, each with its default."""
 
-    # Shorter hits are recomputed: fetching them costs a step, as much as computing some hundred tokens on a GPU.
+    # Shorter hits are recomputed: a fetch costs a step, which takes as long as computing some hundred tokens on a GPU.
     min_hit_tokens: int = 0
-    # Seconds that the scheduler waits for a look-up; then it recomputes, and asks again a little later.
+    # Seconds that the scheduler waits for a look-up. After that it recomputes the prompt, and asks again a little later.
     lookup_deadline: float = 0.2
-    # Seconds that a request waits, and no step, while the object store is searched for more of its prefix.
+    # Seconds that a request waits while the object store is searched for more of its prefix. Steps do not wait.
     search_seconds: float = 0.5
-    # Loads of what is in memory run beside the step, layer by layer. None: where the engine runs without CUDA graphs.
+    # Loads of blocks in memory run during the step, layer by layer. None: only if the engine runs without CUDA graphs.
     layerwise: bool | None = None
-    # Blocks are stored as so many parts of their heads, and are read at every tensor-parallel degree that divides it. None: as
-    # this engine's ranks have them, in one piece each.
+    # Blocks are stored in this many parts, split by heads, and can be read at every tensor-parallel degree that divides this
+    # number. None: one part for each of this engine's ranks.
     tp_shards: int | None = None
-    # Blocks go by way of staging memory. None: where the engine's cache is not in CPU memory.
+    # Blocks are copied through staging memory. None: only if the engine's cache is not in CPU memory.
     staged: bool | None = None
-    # Blocks that wait to be saved keep their place in the engine's cache: this share of it at most.
+    # Blocks that wait to be saved keep their place in the engine's cache. They take at most this share of it.
     pending_share: float = 0.25
 
     def _rules(self):
@@ -46,5 +46,5 @@ class Options(options.Options):
 class EncoderOptions(options.Options):
     """The encoder connector's settings."""
 
-    # Seconds that a request waits for an encoder's output; then it is encoded here.
+    # Seconds that a request waits for an encoder's output. After that, this engine encodes the item.
     deadline: float = 2.0

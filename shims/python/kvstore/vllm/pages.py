@@ -1,7 +1,7 @@
-"""The engine's cache as pages of blocks: in CPU memory, or on a device, by way of staging memory.
+"""The engine's cache as pages of blocks, in CPU memory or on a device. Blocks on a device are copied through staging memory.
 
-Both kinds order their copies among the engine's kernels by a mark, which is made where the engine's own work is queued: a load
-begins after what was queued before its mark, a save reads what was.
+Both kinds order their copies among the engine's kernels by a mark in the engine's own queue of work. A load begins after the work
+that was queued before its mark. A save reads the results of that work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOAD_BUFFERS, SAVE_BUFFERS = 2, 1
 
 
 class DirectPages:
-    """Pages in CPU memory: the store copies from them and to them."""
+    """Pages in CPU memory. The store copies directly from them and to them."""
 
     def __init__(self, regions: list[tuple[torch.Tensor, int, int, int]], blocks: int):
         self._pages = kvstore.Pages(regions, blocks)
@@ -37,7 +37,7 @@ class DirectPages:
         return None
 
     def load(self, group: kvstore.Group, hashes: list[bytes], numbers: list[int], mark: Any) -> kvstore.PagesLoad:
-        """Starts to bring blocks into these pages."""
+        """Starts to load blocks into these pages."""
         return group.start_get_pages(hashes, self._pages, numbers)
 
     def save(self, group: kvstore.Group, hashes: list[bytes], numbers: list[int], mark: Any, **more) -> list[kvstore.PutResult]:
@@ -55,12 +55,12 @@ class _Buffer:
         self._pages: dict[int, kvstore.Pages] = {}
 
     def finish(self) -> None:
-        """Waits for what its stream copies: its memory can be used again."""
+        """Waits for the copies in the buffer's stream. After that, its memory can be used again."""
         if self.device.device.type != "cpu":
             self.stream.synchronize()
 
     def pages(self, block_bytes: int) -> kvstore.Pages:
-        """Its host's memory as blocks of this size, one behind the other."""
+        """Returns the buffer's host memory as blocks of this size, one after another."""
         if block_bytes not in self._pages:
             slots = self.host.numel() // block_bytes
             self._pages[block_bytes] = kvstore.Pages([(self.host, 0, block_bytes, block_bytes)], slots)
@@ -81,7 +81,7 @@ class Staging:
         self.threads = concurrent.futures.ThreadPoolExecutor(LOAD_BUFFERS, thread_name_prefix="kvstore-load")
 
     def buffer(self, saves: bool) -> _Lent:
-        """A buffer, for a ``with`` block, in which its stream is the current one. Waits for one."""
+        """Lends a buffer for a ``with`` block, and waits until one is free. The buffer's stream is current in the block."""
         return _Lent(self, self._saves if saves else self._loads)
 
     def close(self) -> None:
@@ -106,7 +106,7 @@ class _Lent:
 
 
 class StagedPages:
-    """Pages on a device. Blocks are gathered there and copied to the host as a whole, and the other way round."""
+    """Pages on a device. Blocks are gathered on the device and copied to the host as a whole, and the reverse for loads."""
 
     def __init__(self, regions: list[tuple[torch.Tensor, int, int, int]], blocks: int, staging: Staging):
         self._staging = staging
@@ -122,7 +122,7 @@ class StagedPages:
             at += size
 
     def mark(self) -> Any:
-        """After what the engine has queued so far."""
+        """Returns a mark after the work that the engine has queued so far."""
         event = self._staging.module.Event()
         event.record(self._staging.module.current_stream())
         return event
@@ -132,11 +132,11 @@ class StagedPages:
         return ((first, min(first + each, count)) for first in range(0, count, each))
 
     def _staged(self, buffer: torch.Tensor, blocks: int) -> torch.Tensor:
-        """The first blocks of a staging buffer, a row each."""
+        """Returns the first blocks of a staging buffer, one row each."""
         return buffer[: blocks * self.block_bytes].view(self._dtype).view(blocks, -1)
 
     def load(self, group: kvstore.Group, hashes: list[bytes], numbers: list[int], mark: Any) -> StagedLoad:
-        """Starts to bring blocks into these pages."""
+        """Starts to load blocks into these pages."""
         load = StagedLoad(self._staging, len(self._rows))
         self._staging.threads.submit(self._run_load, load, group, hashes, numbers, mark)
         return load
@@ -193,7 +193,7 @@ class StagedPages:
 
 
 def _result(native: kvstore.PagesLoad) -> int:
-    """Waits for a load, which ends by the client's deadlines: until then it writes into the staging memory."""
+    """Waits until a load has ended, because it writes into the staging memory until then. The client's deadlines end it."""
     while True:
         try:
             return native.result(60.0)
@@ -203,7 +203,7 @@ def _result(native: kvstore.PagesLoad) -> int:
 
 
 class StagedLoad:
-    """A load to the device, in the background: as :class:`kvstore.PagesLoad`."""
+    """A load to the device that runs in the background. It has the methods of :class:`kvstore.PagesLoad`."""
 
     def __init__(self, staging: Staging, regions: int):
         self._staging = staging
@@ -212,7 +212,7 @@ class StagedLoad:
         self._outcome: tuple[int, kvstore.Error | None] | None = None
 
     def region(self, number: int, stream) -> None:
-        """A region's last copies are in the stream."""
+        """Notes that the last copies of a region are in the stream."""
         event = self._staging.module.Event()
         event.record(stream)
         with self._changed:
@@ -225,7 +225,7 @@ class StagedLoad:
             self._changed.notify_all()
 
     def wait_region(self, region: int, timeout: float) -> bool:
-        """Lets the engine's stream wait for a region, once its copies are under way, or the load has ended."""
+        """Makes the engine's stream wait for a region, once its copies are under way or the load has ended."""
         region = min(region, len(self._regions) - 1)
         with self._changed:
             if not self._changed.wait_for(lambda: self._outcome is not None or self._regions[region] is not None, timeout):
@@ -239,7 +239,7 @@ class StagedLoad:
         return self._outcome is not None
 
     def result(self, timeout: float) -> int:
-        """Waits for its end; how many leading blocks are there. Raises what made it fail."""
+        """Waits until the load has ended, and returns how many leading blocks were loaded. Raises the error that made it fail."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._outcome is not None, timeout):
                 raise kvstore.DeadlineExceeded("the load has not ended yet")

@@ -1,7 +1,7 @@
-"""The connector beside vLLM's scheduler: how far a prompt is in the store, what is brought and what is saved.
+"""The connector's side in vLLM's scheduler. It looks up prompts in the store, and plans which blocks are loaded and saved.
 
-Saves keep their blocks' places in the engine's cache by a reference, as a request does, until every rank has stored them: a
-request may end, be preempted or be cancelled meanwhile. Only whole blocks of known tokens are saved, in the step that
+A save holds a reference to its blocks' places in the engine's cache, as a request does, until every rank has stored the blocks.
+The request can end, be preempted or be cancelled meanwhile. Only whole blocks of known tokens are saved, in the step that
 computes their last token.
 """
 
@@ -39,7 +39,7 @@ HANDED_OVER = "kvstore_blocks"
 
 @dataclass
 class _Hit:
-    """Blocks that a request can have from the store, from block `start` on."""
+    """Blocks that a request can load from the store, from block `start` on."""
 
     start: int
     blocks: int
@@ -52,7 +52,7 @@ class _Hit:
 
 @dataclass
 class _Tracked:
-    """A request that runs: where its blocks lie, by group, and how many of them are saved or were there before."""
+    """A running request: the places of its blocks, by group, and how many of them are saved or were stored before."""
 
     request: object
     numbers: list[list[int]]
@@ -106,11 +106,11 @@ class SchedulerSide:
         return self._groups[0].block_tokens
 
     def bind_pool(self, pool) -> None:
-        """The engine's blocks."""
+        """Takes the pool of the engine's blocks."""
         self._pool = pool
 
     def set_layouts(self, layouts: list[RankLayout]) -> None:
-        """What the workers store."""
+        """Takes the layouts that the workers store."""
         refused = next((layout.refused for layout in layouts if layout.refused), "")
         self._refused = self._refused or refused
         # A look-up asks for every shard of a layout: one layout for each pipeline stage.
@@ -123,7 +123,7 @@ class SchedulerSide:
     # ---------------------------------------------------------------- names
 
     def _known(self, request) -> int:
-        """Whole blocks of a request whose tokens are known, and whose names say all that they depend on."""
+        """Returns how many whole blocks of a request have known tokens, and names that cover everything they depend on."""
         if request.mm_features and not self._has_names_of_items:
             return 0
         known = getattr(request, "num_publishable_block_hashes", None)
@@ -131,7 +131,7 @@ class SchedulerSide:
         return (hashes if known is None else min(known, hashes)) // (self._block_tokens // self._hash_tokens)
 
     def _names(self, request, first: int, end: int) -> list[bytes]:
-        """The store's names of a request's blocks from `first` to `end`, whose tokens are known."""
+        """Returns the store's names of a request's blocks from `first` to `end`. Their tokens are known."""
         each = self._block_tokens // self._hash_tokens
         adapter = self._adapter(request)
         names = (bytes(request.block_hashes[(at + 1) * each - 1]) for at in range(first, end))
@@ -161,7 +161,8 @@ class SchedulerSide:
     # ---------------------------------------------------------------- look-ups
 
     def matched_tokens(self, request, computed: int) -> tuple[int | None, bool]:
-        """Tokens that the store has beyond those that the engine has; None: ask again. And whether the request waits."""
+        """Returns how many tokens the store has beyond those that the engine has, and whether the request waits. If the number is
+        None, vLLM asks again."""
         if self._refused or not self._layouts or request.skip_reading_prefix_cache or computed % self._block_tokens:
             return 0, False
         if self._attempts.get(request.request_id, 0) > request.num_preemptions + 1:
@@ -217,7 +218,7 @@ class SchedulerSide:
             return None
 
     def _handed_over(self, request, most: int) -> int:
-        """Blocks that a prefill worker said it stores of this prompt."""
+        """Returns how many blocks of this prompt a prefill worker said that it stores."""
         params = request.kv_transfer_params or {}
         blocks = params.get(HANDED_OVER, 0) if self._waits_for_hand_over else 0
         return min(blocks, most) if isinstance(blocks, int) else 0
@@ -232,7 +233,7 @@ class SchedulerSide:
             self._release(hit.tickets)
 
     def allocated(self, request, blocks, external_tokens: int) -> None:
-        """The engine has places for a request's blocks: what is to be brought is brought there."""
+        """The engine has allocated places for a request's blocks. Plans the loads into these places."""
         request_id = request.request_id
         self._tracked.setdefault(request_id, _Tracked(request, [[] for _ in self._groups]))
         if external_tokens <= 0:
@@ -241,7 +242,7 @@ class SchedulerSide:
         hit = self._hits.pop(request_id, None)
         if hit is None:
             # vLLM asks before it allocates; without an answer of ours there is nothing to bring, and it must be told so.
-            raise RuntimeError(f"kvstore: {external_tokens} tokens of {request_id} are expected that no look-up found")
+            raise RuntimeError(f"kvstore: vLLM expects {external_tokens} tokens of {request_id}, but no look-up found them")
         count = external_tokens // self._block_tokens
         self._attempts[request_id] = self._attempts.get(request_id, 0) + 1
         numbers = blocks.get_block_ids()
@@ -260,7 +261,7 @@ class SchedulerSide:
     # ---------------------------------------------------------------- a step
 
     def plan(self, output) -> StepPlan:
-        """What workers bring and save in a step."""
+        """Returns what the workers load and save in a step."""
         plan = StepPlan(list(self._loads.values()), [], self._version, dict(self._failures))
         self._loads = {}
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
@@ -312,7 +313,7 @@ class SchedulerSide:
         self._next_job += 1
 
     def _runs(self, group: int, tracked: _Tracked, start: int, end: int) -> list[BlockRun]:
-        """The blocks from `start` to `end`, without those that a sliding window has left behind already."""
+        """Returns the blocks from `start` to `end`, without those that a sliding window has already passed."""
         first = max(start - 1, 0)
         names = self._names(tracked.request, first, end)
         runs: list[BlockRun] = []
@@ -336,7 +337,7 @@ class SchedulerSide:
         return runs
 
     def update(self, output) -> None:
-        """What the workers did."""
+        """Takes the workers' reports."""
         for request_id in output.finished_recving or ():
             self._release(self._held.pop(request_id, []))
         report = output.kv_connector_worker_meta
@@ -356,7 +357,7 @@ class SchedulerSide:
                 self._pool.free_blocks([self._pool.blocks[place] for place in job.numbers])
 
     def finished(self, request) -> dict | None:
-        """A request has ended. What a decode worker is told, where this is a prefill worker."""
+        """A request has ended. On a prefill worker, returns the parameters for the decode worker."""
         request_id = request.request_id
         self._forget(request_id)
         self._waiting_since.pop(request_id, None)
@@ -369,11 +370,11 @@ class SchedulerSide:
         return None
 
     def has_pending(self) -> bool:
-        """Saves under way keep the engine's loop going, so that their blocks' places come back."""
+        """Returns whether saves are under way. They keep the engine's loop running, so that their blocks' places are freed."""
         return bool(self._jobs)
 
     def reset(self) -> bool:
-        """The weights have changed: what is stored from here on is not what was stored before."""
+        """The weights have changed. Blocks that are stored from now on belong to another layout than the blocks before."""
         self._version = os.urandom(32)
         for request_id in list(self._hits):
             self._forget(request_id)

@@ -11,20 +11,20 @@ __all__ = ["COUNTS", "ENCODER_COUNTS", "EncoderPromMetrics", "EncoderStats", "Kv
 
 COUNTS = {
     "loaded_blocks": "Blocks loaded from the store, of all layer groups and ranks",
-    "loaded_bytes": "Bytes of them",
-    "load_seconds": "Time of loads, from their start to their end, summed",
-    "failed_loads": "Loads that brought fewer blocks than were promised: the rest was recomputed",
+    "loaded_bytes": "Bytes of the blocks loaded from the store",
+    "load_seconds": "Total time of loads, each from its start to its end",
+    "failed_loads": "Loads that brought fewer blocks than were promised; the other blocks were recomputed",
     "saved_blocks": "Blocks that were stored",
-    "present_blocks": "Blocks that were in the store already, or came from another writer",
-    "dropped_blocks": "Blocks that were not stored: the store was full, slow or away",
+    "present_blocks": "Blocks that were already in the store, or came from another writer",
+    "dropped_blocks": "Blocks that were not stored because the store was full, slow or away",
 }
 
 ENCODER_COUNTS = {
-    "loaded_items": "Encoder outputs that were brought from the store",
-    "loaded_item_bytes": "Bytes of them",
-    "missing_items": "Encoder outputs that were asked for, and were not in the store in time",
-    "saved_items": "Encoder outputs that were stored, or were in the store already",
-    "dropped_items": "Encoder outputs that were not stored: the store was full, slow or away",
+    "loaded_items": "Encoder outputs that were loaded from the store",
+    "loaded_item_bytes": "Bytes of the encoder outputs loaded from the store",
+    "missing_items": "Encoder outputs that were asked for but were not in the store in time",
+    "saved_items": "Encoder outputs that were stored, or were already in the store",
+    "dropped_items": "Encoder outputs that were not stored because the store was full, slow or away",
 }
 
 
@@ -52,11 +52,11 @@ class _Counts:
 
 
 class KvStoreStats(_Counts, KVConnectorStats):
-    """Of the connector of keys and values."""
+    """Counts of the connector of keys and values."""
 
 
 class EncoderStats(_Counts, ECConnectorStats):
-    """Of the connector of encoder outputs."""
+    """Counts of the connector of encoder outputs."""
 
 
 class _Counters:
@@ -78,12 +78,12 @@ class _Counters:
 
 
 class KvStorePromMetrics(_Counters, KVConnectorPromMetrics):
-    """Of the connector of keys and values."""
+    """Prometheus counters of the connector of keys and values."""
 
     counts = COUNTS
 
 
 class EncoderPromMetrics(_Counters, ECConnectorPromMetrics):
-    """Of the connector of encoder outputs."""
+    """Prometheus counters of the connector of encoder outputs."""
 
     counts = ENCODER_COUNTS

@@ -1,4 +1,4 @@
-"""The connector in a worker: brings blocks into the engine's cache, and stores what a step has computed, in the background."""
+"""The connector's side in a worker. It loads blocks into the engine's cache, and saves computed blocks in the background."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class WorkerSide:
     # ---------------------------------------------------------------- the engine's memory
 
     def register_kv_caches(self, kv_caches) -> None:
-        """Learns where the engine's cache lies."""
+        """Takes the engine's cache."""
         groups, _ = groups_of(self._kv_cache_config)
         blocks = self._kv_cache_config.num_blocks
         shards = shards_of(self._vllm_config, self._kv_cache_config, self._options)
@@ -101,7 +101,7 @@ class WorkerSide:
                 self._last_region[layer] = (at, len(regions[0]) - 1)
             by_group.append(regions)
         if not tensors:
-            logger.warning("kvstore: this engine has no cache of a kind that can be stored")
+            logger.warning("kvstore: nothing is stored, because this engine has no cache of a kind that can be stored")
             return
         self._pages = self._make_pages(by_group, blocks, tensors[0].device)
         sizes = [pages[0].block_bytes for pages in self._pages]
@@ -112,7 +112,12 @@ class WorkerSide:
             logger.warning("kvstore: this engine's blocks are not stored: %s", self.layout.refused)
         # Registered here, off the first request's path: all shards, which a look-up asks for.
         elif all(self._store.layout(self.layout.part(at), b"") is not None for at in range(self.layout.parts)):
-            logger.info("kvstore: blocks of %s bytes, layer groups %d, shards %d", sizes, len(sizes), self.layout.parts)
+            logger.info(
+                "kvstore: the worker stores blocks of %s bytes, in %d layer groups and %d shards",
+                sizes,
+                len(sizes),
+                self.layout.parts,
+            )
 
     def _make_pages(self, by_group: list[list[list]], blocks: int, device: torch.device) -> list[list]:
         if device.type == "cpu" and not self._options.staged:
@@ -122,7 +127,7 @@ class WorkerSide:
         return [[StagedPages(regions, blocks, self._staging) for regions in shards] for shards in by_group]
 
     def unregister_kv_caches(self) -> None:
-        """The engine gives its cache up (sleep mode): nothing of it may be touched from here on."""
+        """The engine gives up its cache (sleep mode). The connector must not touch it from now on."""
         self._finish_loads()
         self._drain()
         self._pages = []
@@ -133,11 +138,11 @@ class WorkerSide:
     # ---------------------------------------------------------------- a step
 
     def bind(self, plan: StepPlan) -> None:
-        """A step begins."""
+        """Takes the plan of the step that begins."""
         self._plan = plan
 
     def start_loads(self) -> None:
-        """Starts what the step brings."""
+        """Starts the step's loads."""
         for load in self._plan.loads:
             if load.in_step:
                 self._in_step.append(self._start(load, self._plan.version))
@@ -166,7 +171,7 @@ class WorkerSide:
         return loading
 
     def wait_for_layer(self, layer: str) -> None:
-        """Waits until a layer's blocks are there, of the loads that this step needs."""
+        """Waits until the loads that this step needs have filled a layer's blocks."""
         if not self._in_step:
             return
         group, region = self._last_region.get(layer, (0, -1))
@@ -178,7 +183,7 @@ class WorkerSide:
                         pass
 
     def finish_step(self) -> None:
-        """The step has been computed: hands over what it saves."""
+        """The step has been computed. Queues its saves."""
         for loading in self._in_step:
             self._end(loading)
             self._brought.add(loading.load.request)
@@ -196,7 +201,7 @@ class WorkerSide:
         self._plan.saves = []
 
     def transfer_results(self) -> KVConnectorTransferResults:
-        """The requests whose blocks have come, and those whose load failed where single blocks cannot be named."""
+        """Returns the requests whose loads have ended, and those whose load failed if single blocks cannot be named."""
         ended = [loading for loading in self._loading if loading.done()]
         self._loading = [loading for loading in self._loading if loading not in ended]
         for loading in ended:
@@ -206,12 +211,12 @@ class WorkerSide:
         return KVConnectorTransferResults(finished_recving={loading.load.request for loading in ended}, failed_recving=failed)
 
     def invalid_blocks(self) -> set[int]:
-        """Blocks of the engine's cache that were promised and did not come."""
+        """Returns the blocks of the engine's cache that were promised but could not be loaded."""
         invalid, self._invalid = self._invalid, set()
         return invalid
 
     def report(self) -> WorkerReport | None:
-        """For the scheduler's side."""
+        """Returns the report for the scheduler's side."""
         with self._lock:
             saved, self._saved = self._saved, collections.Counter()
         brought, self._brought = self._brought, set()
@@ -228,7 +233,7 @@ class WorkerSide:
     # ---------------------------------------------------------------- loads
 
     def _end(self, loading: _Loading) -> None:
-        """Takes a load's outcome, waiting for it: until it has ended it writes into the cache."""
+        """Waits until a load has ended, because it writes into the cache until then, and takes its outcome."""
         missing: list[int] = []
         for run, parts in loading.runs:
             loaded = min((self._result(part) for part in parts), default=0)
@@ -320,7 +325,7 @@ class WorkerSide:
                 except kvstore.Unsupported as error:
                     if not upload:
                         raise
-                    logger.warning("kvstore: %s is asked for, and cannot be had: %s", UPLOAD, error)
+                    logger.warning("kvstore: a request asks for %s, which is not possible: %s", UPLOAD, error)
                     upload = False
                     results += save(upload)
             except kvstore.Error as error:
@@ -329,11 +334,11 @@ class WorkerSide:
         return results
 
     def _describe(self, group: kvstore.Group, run: BlockRun) -> None:
-        """Tells the daemon the tokens of what is about to be stored, for the events that it publishes."""
+        """Tells the daemon the tokens of the blocks that are about to be stored, for the events that it publishes."""
         try:
             group.describe(run.hashes, run.tokens, run.parent, run.adapter)
         except kvstore.Error as error:
-            logger.debug("kvstore: blocks are not described: %s", error)
+            logger.debug("kvstore: the tokens of blocks could not be told to the daemon: %s", error)
 
     def _end_save(self, save: Save, dropped: bool) -> None:
         if dropped:
@@ -342,12 +347,12 @@ class WorkerSide:
             self._saved[save.job] += 1
 
     def _drain(self) -> None:
-        """Waits for the saves that were handed over, for a moment."""
+        """Waits a moment for the queued saves."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(SHUTDOWN_SECONDS)
             if self._thread.is_alive():
-                logger.warning("kvstore: left while blocks were being saved; those are not stored")
+                logger.warning("kvstore: the worker ended while blocks were being saved; those blocks are not stored")
             self._thread = None
 
     def shutdown(self) -> None:
