@@ -114,7 +114,7 @@ lint: python
 	python3 benches/figures.py render --check
 	python3 -m unittest discover --quiet --start-directory benches
 	cargo fmt --all --check
-	cargo clippy --locked --workspace --all-targets -- --deny warnings
+	cargo clippy --locked --workspace --lib --bins --tests -- --deny warnings
 	cargo deny --log-level error check bans licenses sources
 
 audit:

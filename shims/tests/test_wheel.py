@@ -74,7 +74,9 @@ def test_the_programs_say_what_they_are(installed):
 
 def test_the_daemon_serves_the_module_of_the_same_wheel(installed, tmp_path):
     port, address = free_port(), f"unix:{tmp_path}/private/kvstore.sock"
-    settings = [f"--set={setting}" for setting in (f"http.address=127.0.0.1:{port}", f"nvme.paths={tmp_path}/disk", "nvme.bytes=64MiB")]
+    settings = [
+        f"--set={setting}" for setting in (f"http.address=127.0.0.1:{port}", f"nvme.paths={tmp_path}/disk", "nvme.bytes=64MiB")
+    ]
     command = [installed / "kvstore", "serve", "--listen", address, "--host-bytes", "32MiB", *settings]
     daemon = subprocess.Popen(command, env=BARE, stdout=subprocess.DEVNULL)
     try:
