@@ -16,7 +16,7 @@ TEST_WHEELS := $(TARGET)/test-wheels
 # Python for the shims' tests, and for the peers that benches compare with.
 VENV := $(TARGET)/python
 # Keeps the figures that a bench prints.
-RECORD := python3 benches/figures.py record
+RECORD := $(VENV)/bin/python benches/figures.py record
 PYTHON_SOURCES := shims/python shims/tests benches examples
 PEERS := $(TARGET)/peers
 # A store that speaks Azure's protocol, for tests.
@@ -26,18 +26,18 @@ ENGINES := $(TARGET)/engines
 ENGINE_REQUIREMENTS := shims/tests/engines/requirements.txt shims/tests/engines/requirements-others.txt
 
 help:
-	@echo "make demo    run a real trace of LLM requests, kill -9 in the middle, every byte verified"
-	@echo "make test    all tests"
-	@echo "make test-engines  the engine shims on real engines (installs about 3 GB, once)"
-	@echo "make soak    an outage of the object store, ten minutes long"
+	@echo "make demo    replay a real trace of LLM requests, kill the daemon midway, verify every byte"
+	@echo "make test    run all tests, except those on real engines and the long outage"
+	@echo "make test-engines  run the engine shims' tests on real engines (installs about 3 GB, once)"
+	@echo "make soak    test a ten-minute outage of the object store"
 	@echo "make lint    formatting, clippy, licences and sources of dependencies"
 	@echo "make release the programs as they ship, with link-time optimization"
 	@echo "make wheel   the Python package with both programs in it, for Python 3.10 and newer"
 	@echo "make bench   measure the figures of benches/RESULTS.md (FIGURES=grpc for one group)"
-	@echo "make bench-peers  beside Mooncake Store and Redis, from Python (installs them into a scratch environment)"
-	@echo "make bench-router  the prefix index beside Dynamo's (compiles its crate, once)"
-	@echo "make bench-build  CPU seconds of make demo and make test on a new machine (half an hour)"
-	@echo "make bench-engines  vLLM on the CPU, with the store and without (installs about 3 GB, once)"
+	@echo "make bench-peers  compare with Mooncake Store and Redis from Python (installs them into a scratch environment)"
+	@echo "make bench-router  compare the prefix index with Dynamo's (compiles its crate, once)"
+	@echo "make bench-build  CPU seconds of make demo and of .ci/run on a new machine (an hour)"
+	@echo "make bench-engines  measure vLLM on the CPU with and without the store (installs about 3 GB, once)"
 	@echo "make build-costs  CPU seconds of a build from nothing, by crate (docs/building.md)"
 	@echo "make audit   known vulnerabilities in dependencies (needs the network)"
 
@@ -63,7 +63,7 @@ test:
 	cargo test --locked --workspace --doc --quiet
 	$(MAKE) --no-print-directory test-python
 
-# What takes too long for every change: an outage of the object store of ten minutes.
+# The test that takes too long for every change: a ten-minute outage of the object store.
 soak:
 	@scripts/setup.sh build nextest
 	cargo nextest run --locked --workspace --run-ignored only --no-capture -E 'test(/^object_outage::/)'
@@ -111,8 +111,8 @@ lint: python
 	@scripts/setup.sh build lint deny
 	$(VENV)/bin/ruff format --quiet --check $(PYTHON_SOURCES)
 	$(VENV)/bin/ruff check --quiet $(PYTHON_SOURCES)
-	python3 benches/figures.py render --check
-	python3 -m unittest discover --quiet --start-directory benches
+	$(VENV)/bin/python benches/figures.py render --check
+	$(VENV)/bin/python -m unittest discover --quiet --start-directory benches
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --lib --bins --tests -- --deny warnings
 	cargo deny --log-level error check bans licenses sources
@@ -121,9 +121,10 @@ audit:
 	@scripts/setup.sh build deny
 	cargo deny check advisories
 
-bench:
-	@scripts/setup.sh build redis fio python
-	cargo build --release --locked --quiet --package kvstore --package kvstore-benches
+bench: python
+	@scripts/setup.sh build redis fio
+	cargo build --release --locked --quiet --package kvstore-benches
+	cargo build --release --locked --quiet --package kvstore --package kvstore-router
 	@set -e; for group in $$(echo $(FIGURES) | tr , ' '); do \
 	  $(RECORD) --group $$group --command "make bench FIGURES=$$group" -- \
 	    $(TARGET)/release/kvstore-benches --group $$group --daemon $(TARGET)/release/kvstore --disk $(DISK); \
@@ -138,7 +139,7 @@ bench-peers: wheel
 	$(RECORD) --group peers --command "make bench-peers" -- $(PEERS)/bin/python benches/peers/bench.py --daemon $(TARGET)/release/kvstore
 
 # The router's prefix index beside Dynamo's, in a workspace of its own.
-bench-router:
+bench-router: python
 	cargo build --release --locked --quiet --manifest-path benches/peers/router/Cargo.toml --target-dir $(TARGET)
 	$(RECORD) --group router --command "make bench-router" -- $(TARGET)/release/kvstore-router-peers benches/traces/conversation_trace.jsonl
 
@@ -146,9 +147,9 @@ bench-engines: engines wheel
 	@$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps $(WHEELS)/*.whl
 	KVSTORE_BIN=$(TARGET)/release/kvstore $(RECORD) --group engines --command "make bench-engines" -- $(ENGINES)/bin/python benches/engines/bench.py
 
-# What a new machine pays for `make demo` and `make test`, and what a change in tiers/ costs.
-bench-build:
-	@scripts/setup.sh build nextest python azurite
+# What a new machine pays for `make demo`, and for all that .ci/run does.
+bench-build: python
+	@scripts/setup.sh build nextest azurite
 	$(RECORD) --group build --command "make bench-build" -- benches/build.sh
 
 # Where the CPU time of a build goes.

@@ -157,7 +157,7 @@ class Figures:
 
 
 def collect(name: str, command: str, lines: list[str]) -> Group:
-    """A group from what its bench printed. Lines that are not about the group are left out."""
+    """A group from what its bench printed. Other output is left out; a figure of another group is refused."""
     group = Group(name, f"{command}, {datetime.date.today()}, {machine()}")
     for line in map(str.strip, lines):
         if line.startswith(f"about {name}: "):
@@ -335,7 +335,11 @@ def render(folder: pathlib.Path) -> dict[str, str]:
     try:
         import tomllib
     except ImportError:
-        raise Refused(f"rendering needs Python 3.11 or newer, for tomllib; this is {platform.python_version()}") from None
+        try:
+            import tomli as tomllib
+        except ImportError:
+            version = platform.python_version()
+            raise Refused(f"rendering needs Python 3.11 or newer, or the package tomli; this is {version}") from None
     import charts
 
     groups = parse((folder / "figures.txt").read_text())

@@ -20,10 +20,18 @@ const GROUP_BYTES_MAX: u64 = 400 << 10;
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=src/arc4random.cc");
-    println!("cargo::rerun-if-env-changed=ROCKSDB_LIB_DIR");
-    if env::var("ROCKSDB_LIB_DIR").as_deref() != Ok(BUILT_HERE) {
+    for name in ["ROCKSDB_LIB_DIR", "ROCKSDB_COMPILE", "ROCKSDB_STATIC"] {
+        println!("cargo::rerun-if-env-changed={name}");
+    }
+    // `librocksdb-sys` has compiled RocksDB itself.
+    let compiled = env::var("ROCKSDB_COMPILE").is_ok_and(|asked| asked == "1" || asked.eq_ignore_ascii_case("true"));
+    if compiled || env::var("ROCKSDB_LIB_DIR").as_deref() != Ok(BUILT_HERE) {
         return;
     }
+    assert!(
+        env::var_os("ROCKSDB_STATIC").is_none(),
+        "ROCKSDB_STATIC needs a library: set ROCKSDB_LIB_DIR to its folder, too, or unset ROCKSDB_STATIC"
+    );
     let package = PathBuf::from(variable("DEP_ROCKSDB_CARGO_MANIFEST_DIR"));
     let out = PathBuf::from(variable("OUT_DIR"));
     let mut compiler = compiler(&package);
@@ -31,9 +39,22 @@ fn main() {
         compiler.file(write_group(&out, number, group));
     }
     compiler.compile("rocksdb");
+    rerun_with_another_compiler();
     link_standard_library_statically(&compiler, &out);
     // `librocksdb-sys` asks the linker for `-lrocksdb` and `-lstdc++`; this is where it looks first.
     println!("cargo::rustc-link-search=native={}", out.display());
+}
+
+/// What the `cc` crate reads from the environment; it tells cargo so only together with links that are not wanted here.
+fn rerun_with_another_compiler() {
+    let target = variable("TARGET");
+    for name in ["CXX", "CXXFLAGS", "AR", "ARFLAGS", "CXXSTDLIB"] {
+        for suffix in [String::new(), format!("_{target}"), format!("_{}", target.replace('-', "_"))] {
+            println!("cargo::rerun-if-env-changed={name}{suffix}");
+        }
+        println!("cargo::rerun-if-env-changed=TARGET_{name}");
+        println!("cargo::rerun-if-env-changed=HOST_{name}");
+    }
 }
 
 /// Cargo sets these for every build script.
@@ -108,7 +129,12 @@ fn compiler(package: &Path) -> cc::Build {
     }
     // Two of its headers use fixed-width integers without their header.
     compiler.flag("-include").flag("cstdint");
-    // The processor's instructions that the Rust code may use.
+    // The processor and its instructions that the Rust code may use.
+    let arm = env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|name| name == "aarch64");
+    let processor = target_cpu();
+    if let Some(processor) = &processor {
+        compiler.flag_if_supported(format!("{}={processor}", if arm { "-mcpu" } else { "-march" }));
+    }
     let features = env::var("CARGO_CFG_TARGET_FEATURE").unwrap_or_default();
     for (feature, flag) in [
         ("sse4.1", "-msse4.1"),
@@ -122,8 +148,19 @@ fn compiler(package: &Path) -> cc::Build {
             compiler.flag_if_supported(flag);
         }
     }
-    if features.split(',').any(|has| has == "crc") && features.split(',').any(|has| has == "aes") {
+    if arm
+        && processor.is_none()
+        && features.split(',').any(|has| has == "crc")
+        && features.split(',').any(|has| has == "aes")
+    {
         compiler.flag_if_supported("-march=armv8-a+crc+aes+crypto");
     }
     compiler
+}
+
+/// The processor that `RUSTFLAGS` names with `-C target-cpu`.
+fn target_cpu() -> Option<String> {
+    let flags = env::var("CARGO_ENCODED_RUSTFLAGS").ok()?;
+    let named = flags.split('\x1f').filter_map(|flag| flag.trim_start_matches("-C").strip_prefix("target-cpu="));
+    named.last().map(str::to_owned)
 }

@@ -20,13 +20,15 @@ esac
 
 # maturin puts what lies here on the PATH of the environment that installs the wheel.
 scripts=shims/kvstore.data/scripts
+trap 'rm -rf shims/kvstore.data' EXIT
 mkdir -p "$scripts" "$out"
 for program in kvstore kvstore-router; do
   strip -o "$scripts/$program" "$target/$folder/$program"
   chmod 755 "$scripts/$program"
 done
 
-# The newest version of glibc that a program asks for is the oldest one that the wheel runs with; pip reads it from the wheel's name.
+# The newest version of glibc that a program asks for is the oldest one that the wheel runs with; pip reads it from
+# the wheel's name. maturin checks the module against it.
 glibc=$(for file in "$scripts"/*; do objdump -T "$file"; done | grep -o 'GLIBC_2\.[0-9]*' | sort -Vu | tail -1 | cut -d. -f2)
 rm -f "$out"/kvstore-*.whl
 out=$(realpath "$out")

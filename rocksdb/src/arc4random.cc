@@ -1,7 +1,7 @@
 // A source of random numbers for the C++ standard library that is linked statically.
 //
 // std::random_device of a libstdc++ that was built with glibc 2.36 calls arc4random. That alone would keep the programs from running
-// with glibc 2.34 (Ubuntu 22.04, RHEL 9), which has everything else they need. This definition goes before glibc's.
+// with glibc 2.34 (RHEL 9) or 2.35 (Ubuntu 22.04), which have everything else they need. This definition goes before glibc's.
 
 #include <sys/random.h>
 

@@ -302,7 +302,8 @@ impl Relay {
         } else {
             if !self.call.resumes {
                 return Err(
-                    "this request cannot be continued (it has tools, choices, log-probabilities or a format, or resume is off)".into(),
+                    "this request cannot be continued at another worker: it asks for something that its tokens alone do not carry (such as tools, \
+                     several choices, log-probabilities, a format or penalties), or resume is off".into(),
                 );
             }
             let tokens_max = match self.call.request.max_tokens() {

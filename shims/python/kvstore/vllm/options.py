@@ -19,7 +19,7 @@ class Options(options.Options):
     lookup_deadline: float = 0.2
     # Seconds that a request waits while the object store is searched for more of its prefix. Steps do not wait.
     search_seconds: float = 0.5
-    # Loads of blocks in memory run during the step, layer by layer. None: only if the engine runs without CUDA graphs.
+    # Loads of blocks in memory run during the step, layer by layer. None: only if the engine runs on the CPU.
     layerwise: bool | None = None
     # Blocks are stored in this many parts, split by heads, and can be read at every tensor-parallel degree that divides this
     # number. None: one part for each of this engine's ranks.
