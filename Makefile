@@ -18,6 +18,8 @@ VENV := $(TARGET)/python
 # Keeps the figures that a bench prints.
 RECORD := $(VENV)/bin/python benches/figures.py record
 PYTHON_SOURCES := shims/python shims/tests benches examples
+# Most tests wait for disks, sockets and time-outs: two for each core.
+export NEXTEST_TEST_THREADS ?= $(shell echo $$((2 * $$(nproc))))
 PEERS := $(TARGET)/peers
 # A store that speaks Azure's protocol, for tests.
 AZURITE := $(TARGET)/azurite
