@@ -90,7 +90,7 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
     let mut http_address = None;
     if let Some(address) = config.http {
         let listener = TcpListener::bind(address).await.with_context(|| {
-            format!("cannot serve metrics on {address}: choose another address with --set http.address=127.0.0.1:0, or use \"off\"")
+            format!("cannot serve metrics on {address} (choose another address with --set http.address=127.0.0.1:0, or turn them off with --set http.address=off)")
         })?;
         http_address = Some(listener.local_addr()?);
         tracing::info!(address = %listener.local_addr()?, "serving metrics and health");

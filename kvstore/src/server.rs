@@ -69,7 +69,9 @@ pub async fn bind(listener: &Listener, local_plane: bool) -> anyhow::Result<Boun
             Ok(Bound { address, plane, owned: Some(owned), listener, socket })
         }
         Address::Tcp(address) => {
-            let socket = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+            let socket = TcpListener::bind(address).await;
+            let socket =
+                socket.with_context(|| format!("cannot listen on {address} (choose another address with --listen)"))?;
             let address = format!("http://{}", socket.local_addr()?);
             Ok(Bound { address, plane: None, owned: None, listener, socket: Socket::Tcp(socket) })
         }

@@ -255,8 +255,8 @@ fn render_object(status: &ObjectStatus) {
 pub const METRICS: [(&str, &str, &str); 90] = [
     ("kvstore_put_blocks_total", "counter", "Blocks stored by puts"),
     ("kvstore_put_bytes_total", "counter", "Bytes stored by puts"),
-    ("kvstore_get_hits_total", "counter", "Blocks that gets found"),
-    ("kvstore_get_misses_total", "counter", "Blocks that gets did not find"),
+    ("kvstore_get_hits_total", "counter", "Blocks that gets over gRPC found"),
+    ("kvstore_get_misses_total", "counter", "Blocks that gets over gRPC did not find"),
     ("kvstore_get_bytes_total", "counter", "Bytes that gets sent"),
     ("kvstore_lookups_total", "counter", "Look-up calls"),
     ("kvstore_busy_total", "counter", "Blocks or calls refused as busy"),

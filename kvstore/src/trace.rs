@@ -21,12 +21,12 @@ pub struct TraceRequest {
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
     /// It can't be read.
-    #[error("cannot read the trace {path}: {source}")]
+    #[error("cannot read the trace {path}: {cause}")]
     Read {
         /// Which.
         path: PathBuf,
-        /// Why.
-        source: std::io::Error,
+        /// Why. Part of the message, so not its source: a chain of errors would name it twice.
+        cause: std::io::Error,
     },
     /// A line is not a request.
     #[error("{path}, line {line}: {problem}")]
@@ -58,7 +58,7 @@ pub fn read(path: &Path) -> Result<Vec<TraceRequest>, TraceError> {
 
 /// Reads a trace, request by request.
 pub fn for_each(path: &Path, mut each: impl FnMut(TraceRequest)) -> Result<(), TraceError> {
-    let unreadable = |source| TraceError::Read { path: path.to_owned(), source };
+    let unreadable = |cause| TraceError::Read { path: path.to_owned(), cause };
     let file = std::fs::File::open(path).map_err(unreadable)?;
     let mut requests = 0;
     for (at, line) in std::io::BufReader::new(file).lines().enumerate() {

@@ -51,7 +51,7 @@ pub fn invalid(field: &str, problem: impl std::fmt::Display) -> Status {
 
 /// The answer to calls while draining.
 pub fn draining() -> Status {
-    Status::unavailable("the daemon is draining and takes no new calls")
+    Status::unavailable("the daemon is draining and takes no new calls; restart it to use it again")
 }
 
 /// A layout from the wire; its numbers are checked when it is registered.

@@ -242,6 +242,13 @@ impl Config {
     }
 }
 
+/// The first word of a log filter that is neither a level nor says one for a target. tracing takes such a word for the name of a
+/// target, and logs nothing else: a misspelt level would silence the program.
+pub fn unknown_level(filter: &str) -> Option<&str> {
+    let level = |word: &str| word.parse::<tracing_subscriber::filter::LevelFilter>().is_ok();
+    filter.split(',').map(str::trim).find(|word| !word.is_empty() && !word.contains(['=', '[']) && !level(word))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

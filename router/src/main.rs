@@ -6,7 +6,7 @@
     reason = "of JSON: what an answer lacks is null, and what is written to are objects that are made here"
 )]
 
-use std::io::{Read as _, Write as _};
+use std::io::{IsTerminal as _, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -156,7 +156,14 @@ impl Serve {
 
     async fn run(self) -> anyhow::Result<()> {
         let filter = tracing_subscriber::EnvFilter::try_new(&self.log).context("--log is not a valid filter")?;
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+        if let Some(word) = kvstore_router::config::unknown_level(&self.log) {
+            anyhow::bail!(
+                "--log: {word:?} is not a level; use error, warn, info, debug, trace or off, or a filter such as \
+                 \"info,kvstore_router=debug\""
+            );
+        }
+        let colours = std::io::stderr().is_terminal();
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
         let config = self.config()?;
         let fleet = Fleet::new(config.hashing()?, config.fleet_options());
         let router = Router::new(Arc::clone(&fleet), config.place_options());
@@ -193,6 +200,9 @@ async fn follow(fleet: Arc<Fleet>, config: Config) {
     let fixed = config.workers;
     let mut source: Box<dyn Discovery> = match config.workers_file {
         Some(path) => {
+            if !path.exists() {
+                tracing::warn!(path = %path.display(), "the workers file does not exist; the router reads it once it does");
+            }
             fleet.set_workers(&fixed);
             Box::new(discovery::File::new(path))
         }
@@ -372,13 +382,17 @@ fn main() -> ExitCode {
             Command::Explain(explain) => runtime.block_on(explain.run()),
             Command::Workers(to) => runtime.block_on(show_workers(to)),
             Command::Completions { shell } => {
-                clap_complete::generate(shell, &mut Arguments::command(), "kvstore-router", &mut std::io::stdout());
-                Ok(())
+                let mut script = Vec::new();
+                clap_complete::generate(shell, &mut Arguments::command(), "kvstore-router", &mut script);
+                Ok(std::io::stdout().write_all(&script)?)
             }
         }
     };
+    let is_pipe = |error: &std::io::Error| error.kind() == std::io::ErrorKind::BrokenPipe;
     match run() {
         Ok(()) => ExitCode::SUCCESS,
+        // `kvstore-router completions bash | head -1`: the exit status of SIGPIPE, as other programs have it.
+        Err(error) if error.downcast_ref().is_some_and(is_pipe) => ExitCode::from(141),
         Err(error) => {
             eprintln!("kvstore-router: {error:#}");
             ExitCode::FAILURE

@@ -102,11 +102,23 @@ fn it_answers_for_its_health_and_stops_in_order() {
     assert_eq!(router.terminate(), Some(0));
 }
 
+/// `kvstore-router completions bash | head -1` ended with a panic.
+#[test]
+fn a_reader_that_has_enough_ends_a_command_quietly() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = binary().args(["completions", "bash"]).stdout(writer).output().unwrap();
+    assert_eq!(output.status.code(), Some(141), "{output:?}");
+    assert!(output.stderr.is_empty(), "{output:?}");
+}
+
 #[test]
 fn mistakes_are_named() {
     let refused = run(&["serve", "--worker", "id=a"]);
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
     assert!(text(&refused.stderr).contains("url"), "{refused:?}");
+    let level = run(&["serve", "--log", "loud", "--worker", "id=a,url=http://127.0.0.1:1,model=m"]);
+    assert!(!level.status.success() && text(&level.stderr).contains("\"loud\" is not a level"), "{level:?}");
     let nobody = run(&["workers", "--address", "http://127.0.0.1:1"]);
     assert!(!nobody.status.success() && text(&nobody.stderr).contains("127.0.0.1:1"), "{nobody:?}");
 }

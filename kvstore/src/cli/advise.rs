@@ -61,7 +61,7 @@ impl Advise {
         };
         if sample.is_empty() {
             bail!(
-                "no blocks were looked up since the daemon started: run this again when engines have used it, or give a trace"
+                "the sample of looked-up blocks is empty (it takes one block in 16): run this again when engines have used the daemon, or give a trace"
             );
         }
         let advice = advise(&sample, &setting);

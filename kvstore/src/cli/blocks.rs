@@ -109,6 +109,11 @@ fn parse_level(text: &str) -> Result<Level, String> {
     }
 }
 
+/// "1 block is pinned", "2 blocks are pinned".
+fn counted(blocks: u64, one: &str, many: &str) -> String {
+    if blocks == 1 { format!("1 block {one}") } else { format!("{blocks} blocks {many}") }
+}
+
 /// At most one byte more than a block may have: enough to see that it is too many.
 fn read_file(path: &PathBuf, most: u32) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::new();
@@ -117,7 +122,7 @@ fn read_file(path: &PathBuf, most: u32) -> anyhow::Result<Vec<u8>> {
         std::io::stdin().take(limit).read_to_end(&mut bytes)?;
     } else {
         let file = std::fs::File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-        file.take(limit).read_to_end(&mut bytes)?;
+        file.take(limit).read_to_end(&mut bytes).with_context(|| format!("cannot read {}", path.display()))?;
     }
     if bytes.is_empty() || bytes.len() as u64 == limit {
         let most = bytesize::ByteSize(most.into());
@@ -188,7 +193,7 @@ impl Get {
             let problem = match status {
                 GetStatus::InFlight => "the block is on its way into memory: try again",
                 GetStatus::DataLoss => "data loss: the block is pinned, but can no longer be read from any tier",
-                _ => "the block is not there",
+                _ => "the block is not there; if it was put with --block-bytes, give the same size",
             };
             eprintln!("kvstore: {problem}");
         } else if self.output.is_none() {
@@ -305,7 +310,10 @@ impl Pin {
         } else if answer.pinned_blocks == 0 {
             eprintln!("kvstore: no block of the prefix can be read, so nothing is pinned");
         } else {
-            println!("{} blocks are pinned; end the pin with: kvstore unpin {pin}", answer.pinned_blocks);
+            println!(
+                "{}; end the pin with: kvstore unpin {pin}",
+                counted(answer.pinned_blocks.into(), "is pinned", "are pinned")
+            );
         }
         Ok(if answer.pinned_blocks > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
@@ -350,7 +358,11 @@ impl Delete {
         if self.layout.target.json {
             print_json(&json!({ "deleted": answer.deleted, "pinned": answer.pinned }))?;
         } else {
-            println!("{} blocks were deleted; {} are pinned and were kept", answer.deleted, answer.pinned);
+            println!("{}", counted(answer.deleted, "was deleted", "were deleted"));
+            if answer.pinned > 0 {
+                let kept = counted(answer.pinned, "is pinned and was kept", "are pinned and were kept");
+                println!("{kept}; end the pin first, with: kvstore unpin PIN");
+            }
         }
         Ok(ExitCode::SUCCESS)
     }

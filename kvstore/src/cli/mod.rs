@@ -186,7 +186,9 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Gc(gc) => gc.run().await,
         Command::Drain(drain) => drain.run().await,
         Command::Completion(completion) => {
-            clap_complete::generate(completion.shell, &mut Cli::command(), "kvstore", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(completion.shell, &mut Cli::command(), "kvstore", &mut script);
+            print!("{}", String::from_utf8_lossy(&script));
             Ok(ExitCode::SUCCESS)
         }
     }

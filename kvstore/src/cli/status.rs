@@ -96,7 +96,10 @@ fn print_human(status: &v1::StatusResponse) {
         ("evicted", format!("{} by {}", host.evicted, host.eviction_policy)),
         ("quarantined", host.quarantined.to_string()),
         ("put", format!("{} blocks, {}", traffic.put_blocks, bytes(traffic.put_bytes))),
-        ("get", format!("{} hits, {} misses, {}", traffic.get_hits, traffic.get_misses, bytes(traffic.get_bytes))),
+        (
+            "get (gRPC)",
+            format!("{} hits, {} misses, {}", traffic.get_hits, traffic.get_misses, bytes(traffic.get_bytes)),
+        ),
         ("lookups", traffic.lookups.to_string()),
         ("busy", traffic.busy.to_string()),
         ("pins, tickets", format!("{}, {}", status.pins, status.tickets)),

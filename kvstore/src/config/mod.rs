@@ -36,12 +36,12 @@ pub const SAMPLE: &str = include_str!("sample.toml");
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file can't be read.
-    #[error("cannot read the configuration file {path}: {source}")]
+    #[error("cannot read the configuration file {path}: {cause}")]
     Read {
         /// Which.
         path: PathBuf,
-        /// Why.
-        source: std::io::Error,
+        /// Why. Part of the message, so not its source: a chain of errors would name it twice.
+        cause: std::io::Error,
     },
     /// Not TOML, an unknown key, or a value of the wrong type.
     #[error("{origin}: {problem}")]
@@ -279,7 +279,7 @@ pub fn load_raw(
     let mut raw = match file {
         Some(path) => {
             let text =
-                std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+                std::fs::read_to_string(path).map_err(|cause| ConfigError::Read { path: path.to_owned(), cause })?;
             RawConfig::parse(&path.display().to_string(), &text)?
         }
         None => RawConfig::default(),

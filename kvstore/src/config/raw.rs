@@ -343,6 +343,10 @@ impl RawConfig {
         };
         tracing_subscriber::EnvFilter::from_str(&self.log.level)
             .map_err(|error| invalid("log.level", format!("{:?}: {error}", self.log.level)))?;
+        if let Some(word) = unknown_level(&self.log.level) {
+            let valid = "use error, warn, info, debug, trace or off, or a filter such as \"info,kvstore=debug\"";
+            return Err(invalid("log.level", format!("{word:?} is not a level; {valid}")));
+        }
         let http = match self.http.address.as_str() {
             "off" => None,
             address => Some(loopback("http.address", address)?),
@@ -530,7 +534,13 @@ impl RawNvme {
         let paths: Vec<PathBuf> = self.paths.iter().map(PathBuf::from).collect();
         for (at, path) in paths.iter().enumerate() {
             if !path.is_absolute() {
-                return Err(invalid(key, format!("{} is not an absolute path", path.display())));
+                return Err(invalid(
+                    key,
+                    format!(
+                        "{:?} is not an absolute path; write one such as \"/mnt/nvme0/kvstore\"",
+                        path.display().to_string()
+                    ),
+                ));
             }
             if paths.iter().take(at).any(|earlier| earlier == path) {
                 return Err(invalid(key, format!("{} is listed twice", path.display())));
@@ -614,4 +624,11 @@ pub(super) fn duration(key: &str, text: &str) -> Result<Duration, ConfigError> {
         return Err(invalid(key, format!("{text:?} is out of range: it must be 1ms to {longest}")));
     }
     Ok(duration)
+}
+
+/// The first word of a log filter that is neither a level nor says one for a target. tracing takes such a word for the name of a
+/// target, and logs nothing else: a misspelt level would silence the program.
+fn unknown_level(filter: &str) -> Option<&str> {
+    let level = |word: &str| word.parse::<tracing_subscriber::filter::LevelFilter>().is_ok();
+    filter.split(',').map(str::trim).find(|word| !word.is_empty() && !word.contains(['=', '[']) && !level(word))
 }

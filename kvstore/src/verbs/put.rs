@@ -481,13 +481,15 @@ impl PutCall<'_> {
 /// The answer where DURABLE cannot be had now.
 fn not_durable(why: &str) -> Status {
     Status::unavailable(format!(
-        "the blocks are not DURABLE: {why}. The daemon uploads the stored blocks once the store answers. To accept a lower level, ask for LOCAL or set or_lower"
+        "the blocks are not DURABLE: {why}. The daemon uploads the stored blocks once the store answers. To accept less, ask for the level LOCAL, or set or_lower in the request"
     ))
 }
 
 /// The answer where a level has no tier.
 pub fn no_tier(level: &str, tier: &str) -> Status {
-    Status::failed_precondition(format!("level {level} needs {tier}, which this daemon does not have: ask for MEMORY"))
+    Status::failed_precondition(format!(
+        "level {level} needs {tier}, which this daemon does not have: configure one, or ask for a lower level"
+    ))
 }
 
 /// The block's length, where it is one of this layout and group.

@@ -134,6 +134,10 @@ fn the_configuration_is_checked_shown_and_changed() {
     let refused = daemon.run(&["config", "set", "host.bytes=24MiB", "host.eviction=lru"]);
     assert!(!refused.status.success() && text(&refused.stderr).contains("host.eviction"), "{refused:?}");
     assert_eq!(daemon.json(&["status"])["host"]["bytes_max"], 16 << 20, "all or none");
+    // It was taken for the name of a target, and the daemon fell silent.
+    let misspelt = daemon.run(&["config", "set", "log.level=debugg"]);
+    assert!(text(&misspelt.stderr).contains("\"debugg\" is not a level"), "{misspelt:?}");
+    assert!(daemon.run(&["config", "set", "log.level=info,kvstore=debug"]).status.success());
     let file = daemon.folder.path().join("kvstore.toml");
     std::fs::write(&file, "[host]\nbytes = \"20MiB\"\n").unwrap();
     daemon.signal(rustix::process::Signal::HUP);
@@ -180,14 +184,16 @@ fn a_killed_daemon_is_replaced_and_a_living_one_is_not() {
     assert_eq!(daemon.json(&["status"])["host"]["blocks"], 0);
 }
 
-/// `kvstore status | head -1` ended with a panic.
+/// `kvstore status | head -1` ended with a panic, and later `kvstore completion bash | head -1` did.
 #[test]
 fn a_reader_that_has_enough_ends_a_command_quietly() {
-    let (reader, writer) = std::io::pipe().unwrap();
-    drop(reader);
-    let output = binary().args(["config", "show", "--sample"]).stdout(writer).output().unwrap();
-    assert_eq!(output.status.code(), Some(141), "{output:?}");
-    assert!(output.stderr.is_empty(), "{output:?}");
+    for command in [&["config", "show", "--sample"][..], &["completion", "bash"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = binary().args(command).stdout(writer).output().unwrap();
+        assert_eq!(output.status.code(), Some(141), "{command:?}: {output:?}");
+        assert!(output.stderr.is_empty(), "{command:?}: {output:?}");
+    }
 }
 
 #[test]
