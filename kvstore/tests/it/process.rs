@@ -126,6 +126,19 @@ fn every_command_does_what_it_says() {
 }
 
 #[test]
+fn help_and_version_are_answered() {
+    let help = binary().arg("--help").output().unwrap();
+    assert!(help.status.success() && text(&help.stdout).contains("Examples"), "{help:?}");
+    for command in ["serve", "status", "put", "get", "pin", "verify", "replay", "advise", "gc", "config"] {
+        assert!(text(&help.stdout).contains(command), "{command} is missing in {}", text(&help.stdout));
+        let help = binary().args([command, "--help"]).output().unwrap();
+        assert!(help.status.success() && text(&help.stdout).contains("Usage"), "{command}: {help:?}");
+    }
+    let version = binary().arg("--version").output().unwrap();
+    assert_eq!(text(&version.stdout).trim(), format!("kvstore {}", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
 fn the_configuration_is_checked_shown_and_changed() {
     let daemon = Daemon::start(SMALL);
     assert_eq!(daemon.json(&["config", "show"])["host"]["bytes"], "32MiB");
