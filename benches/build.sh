@@ -28,7 +28,7 @@ run() {
   echo "after make $1: $cpu CPU seconds, $wall wall seconds" >&2
 }
 
-# Until 2026-11-28 RocksDB was compiled for two profiles and file by file: 3,726 CPU seconds for the demo, 10,067 with the tests. The
+# Until 2026-11-28, RocksDB was compiled for two profiles and file by file: 3,726 CPU seconds for the demo, 10,067 with the tests. The
 # targets are 0.35 and 0.45 of that.
 run demo
 echo "figure build.demo_cpu_s $cpu target <= 1304"
