@@ -49,7 +49,7 @@ demo:
 	@$(BUILD) --bin kvstore
 	@echo
 	@echo "A production trace of LLM requests, as an engine would send it: look up, get the hits, put the rest."
-	@echo "In the middle of it the daemon is killed with -9, and starts again."
+	@echo "In the middle of it the daemon is killed with -9, and starts again. Rates are those of a development build; make release builds what ships."
 	$(TARGET)/debug/kvstore replay examples/conversation_slice.jsonl --block-bytes 64KiB --host-bytes 256MiB --nvme-bytes 4GiB --crash --verify --plane local
 	@echo
 	@echo "The same over gRPC, as from another node, without the crash."
