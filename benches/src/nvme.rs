@@ -9,9 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use kvstore::replay;
 use kvstore_tests::tier::{TierOptions, Tiers, hash};
-use kvstore_tiers::BootTime;
-use kvstore_tiers::nvme::{Promote, WriteBack};
-use kvstore_tiers::residency::Priority;
+use kvstore_tiers::nvme::WriteBack;
 
 use crate::figure::{self, median};
 use crate::process::own_cpu_seconds;
@@ -128,29 +126,10 @@ fn read_round(disk: &Path, block_bytes: u32) -> anyhow::Result<Run> {
     Ok(run)
 }
 
-/// Reads blocks in order, up to 32 at a time; asks for more when half of them have come.
+/// Reads blocks in order, up to 32 at a time, as a call of the daemon does.
 fn read_blocks(tiers: &Tiers, blocks: std::ops::Range<u64>) -> anyhow::Result<()> {
-    let mut window = Vec::with_capacity(DEPTH);
-    let mut next = blocks.start;
-    while next < blocks.end || !window.is_empty() {
-        while window.len() < DEPTH && next < blocks.end {
-            match tiers.nvme.promote(&tiers.block(next), Priority::Demand, BootTime(u64::MAX), BootTime(0)) {
-                Promote::Started(block) => window.push(block),
-                Promote::NeedsSlab(plan) => {
-                    tiers.host.make_slab(plan)?;
-                    continue;
-                }
-                _ => anyhow::bail!("block {next} does not start"),
-            }
-            next += 1;
-        }
-        // The last of the older half first: when it has come the others have, so that this thread, which is not
-        // what is measured, sleeps and wakes once for all of them.
-        let half = if next < blocks.end { DEPTH / 2 } else { window.len() };
-        for block in window.drain(..half).rev() {
-            block.blocking_recv()?.context("a block was not read")?;
-        }
-    }
+    let missing = tiers.bring_all(blocks, DEPTH);
+    anyhow::ensure!(missing == 0, "{missing} blocks were not read");
     Ok(())
 }
 

@@ -1,7 +1,6 @@
 //! The Object tier beside plain requests of the same client library to the same store, interleaved. The store is an S3 server in a
 //! process of its own, over a folder in memory, so that neither a disk nor its CPU time is measured.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,11 +12,11 @@ use kvstore_tests::s3::{self, S3Server};
 use kvstore_tests::tier::{hash, now};
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::{
-    BeginFill, FillRequest, HostLimits, HostOptions, HostTier, LeasedBlock, NamespaceId, RegisteredLayout,
+    BeginFill, FillRequest, HostLimits, HostOptions, HostTier, LeasedBlock, Leasing, NamespaceId, RegisteredLayout,
 };
-use kvstore_tiers::nvme::{BlockRef, Promote};
-use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, ObjectUrl, Offer, Offered, ReadBatch};
+use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, ObjectUrl, Offer, Offered};
 use kvstore_tiers::residency::{FlightSource, Priority, Urgency};
+use kvstore_tiers::stack::{Asked, Policy, Promotion, Stack, Window};
 use kvstore_tiers::{BlockKind, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, Shard};
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
@@ -264,30 +263,14 @@ async fn read_blocks(address: std::net::SocketAddr, prefix: &str) -> anyhow::Res
     }
     anyhow::ensure!(tier.object.presence(&tier.layout, 0, &hashes).iter().all(|found| *found), "not all were found");
     let (started, cpu) = (Instant::now(), own_cpu_seconds());
-    let (mut next, mut window) = (0, VecDeque::new());
     let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
-    while next < BLOCKS || !window.is_empty() {
-        let mut batch = ReadBatch::default();
-        while window.len() <= WINDOW / 2 || (!batch.is_empty() && window.len() < WINDOW) {
-            if next == BLOCKS {
-                break;
-            }
-            let block = BlockRef { layout: &tier.layout, group: 0, hash: hash(next) };
-            let (layout, priority) = (&tier.layout, Priority::Demand);
-            match tier.object.promote(&mut batch, &block, layout, priority, || false, BootTime(u64::MAX), now()) {
-                Promote::Started(coming) => window.push_back(coming),
-                Promote::NeedsSlab(plan) => {
-                    tier.host.make_slab(plan)?;
-                    continue;
-                }
-                _ => anyhow::bail!("block {next} does not start"),
-            }
-            next += 1;
-        }
-        tier.object.send(&mut batch, Priority::Demand, deadline);
-        if let Some(coming) = window.pop_front() {
-            anyhow::ensure!(coming.await?.is_some(), "a block did not come");
-        }
+    let (stack, layout) = (Stack::new(&tier.host, None, Some(Arc::clone(&tier.object)), now), Arc::clone(&tier.layout));
+    let promotion = Promotion { stack, layout, group: 0, priority: Priority::Demand, deadline };
+    let policy = Policy { ahead: WINDOW, ends_outranked: false, ends_full: false };
+    let asked = hashes.into_iter().enumerate().map(|(index, hash)| Asked { index, hash, known: None });
+    let mut window = Window::new(&promotion, policy, asked);
+    while let Some((index, _, leasing)) = window.next().await {
+        anyhow::ensure!(matches!(leasing, Leasing::Leased(_)), "block {index} did not come");
     }
     let run = Run::of(started, cpu);
     tier.object.close(Duration::ZERO).await;

@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 
 use kvstore_proto::v1::{AccessedChain, AccessesChunk};
+use kvstore_tiers::admission::block_name as name;
 use kvstore_tiers::host::RegisteredLayout;
 use kvstore_tiers::sampled::SampledAccesses;
-use kvstore_tiers::{BootTime, SequenceHash, SlotKey};
+use kvstore_tiers::{BootTime, SequenceHash};
 use parking_lot::Mutex;
 
 use crate::{advise, caps};
@@ -34,13 +35,6 @@ impl Default for Accesses {
         let sample = SampledAccesses::new(advise::ONE_IN, caps::ACCESSES_KEPT_MAX);
         Self(Mutex::new(State { sample, lately: VecDeque::new(), blocks: 0.0, bytes: 0.0, tokens: 0.0 }))
     }
-}
-
-/// A block's name in the sample: the same for all groups of a layout, which come and go together.
-pub fn name(layout: &RegisteredLayout, hash: &SequenceHash) -> u64 {
-    let seed = |digest: &[u8; 32]| digest.first_chunk().map_or(0, |front| u64::from_le_bytes(*front));
-    let seed = seed(&layout.digest) ^ seed(&layout.namespace_digest).rotate_left(1);
-    SlotKey { layout: 0, group: 0, hash: *hash }.table_hash(seed)
 }
 
 impl Accesses {

@@ -4,8 +4,10 @@ use std::time::Duration;
 
 /// Hashes of one look-up, pin, prefetch or delete: a prompt of a million tokens in blocks of 16.
 pub const HASHES_PER_LOOKUP_MAX: usize = 65_536;
-/// Blocks of one get: they are leased together, so this bounds what one call keeps from being evicted.
-pub const BLOCKS_PER_GET_MAX: usize = 4096;
+/// Blocks of one get: a prompt of a million tokens in blocks of 16.
+pub const BLOCKS_PER_GET_MAX: usize = 65_536;
+/// Blocks that one get leases together: bounds what one call keeps from being evicted.
+pub const BLOCKS_PER_LEASE: usize = 4096;
 /// Blocks of one put: bounds the reply.
 pub const BLOCKS_PER_PUT_MAX: usize = 65_536;
 /// Bytes of a control message: 65,536 hashes of 32 bytes with their tags, and room.
@@ -19,7 +21,7 @@ pub const STREAMS_PER_CONNECTION_MAX: u32 = 256;
 pub const DATA_CALLS_MAX: usize = 1024;
 /// Leases that gets hold at once: a multiple of the largest call, so that a few slow readers do not stop
 /// everyone; the rest of the tier can always turn over.
-pub const LEASED_BLOCKS_MAX: usize = 4 * BLOCKS_PER_GET_MAX;
+pub const LEASED_BLOCKS_MAX: usize = 4 * BLOCKS_PER_LEASE;
 /// What a peer may send on one stream before it is read: hides the latency of a wake-up, bounds memory.
 pub const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 /// The same for all streams of a connection.
@@ -72,21 +74,10 @@ pub const JOIN_POLL: Duration = Duration::from_millis(20);
 pub const ROOM_POLL: Duration = Duration::from_millis(1);
 /// ... and how many times: a second. A slab takes milliseconds to make; a reader that is stopped may never unmap one.
 pub const ROOM_WAITS_MAX: usize = 1000;
-/// How often a promotion that waits for room, or for another's flight, looks again.
-pub const PROMOTE_POLL: Duration = Duration::from_millis(5);
-/// Promotions that one get or prefetch has under way: what the device does at once, so that its blocks come
-/// in order and a call leases no more of the memory than it is about to send.
-pub const PROMOTIONS_PER_CALL: usize = 32;
-/// Bytes of blocks that a call brings from the bucket ahead of the one that is sent: eight streams of a pack each.
-pub const OBJECT_WINDOW_BYTES: u64 = 64 << 20;
 /// A look-up waits at most so long for the bucket to be searched, whatever it asks for.
 pub const SEARCH_WAIT_MAX: Duration = Duration::from_secs(5);
 /// At its end the daemon goes on uploading this long; the rest is done after its next start.
 pub const UPLOADS_CLOSE_WITHIN: Duration = Duration::from_secs(5);
-/// How long a put waits for dirty blocks to be written before it is answered Busy.
-pub const DIRTY_WAIT: Duration = Duration::from_secs(5);
-/// Slabs that one put may have made before its block: others may take the first ones' slots.
-pub const SLABS_PER_FILL_MAX: usize = 8;
 /// Prefetches at once, ended ones included until they are forgotten.
 pub const PREFETCHES_MAX: usize = 4096;
 /// Hashes of all of them together: 40 MiB.

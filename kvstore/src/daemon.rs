@@ -11,14 +11,14 @@ use arc_swap::ArcSwap;
 use kvstore_tiers::host::{HoldId, HostOptions, HostTier, NamespaceId, NamespaceLimits, namespace_digest};
 use kvstore_tiers::nvme::{NvmeNamespace, NvmeOptions, NvmeTier, OpenError};
 use kvstore_tiers::object::{ObjectOptions, ObjectTier, OpenObjectError};
+use kvstore_tiers::stack::Stack;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::accesses::Accesses;
-use crate::admission::Admitter;
 use crate::caps;
 use crate::clock;
-use crate::config::{self, Change, Config, ConfigError, NamespacePolicy, NvmeConfig, ObjectConfig, RawConfig, Uploads};
+use crate::config::{self, Change, Config, ConfigError, NamespacePolicy, NvmeConfig, ObjectConfig, RawConfig};
 use crate::publisher::Describing;
 use crate::telemetry::{LogControl, Traffic};
 use crate::verbs::prefetch::Prefetches;
@@ -37,8 +37,8 @@ pub struct Daemon {
     pub prefetches: Prefetches,
     /// What was asked for lately, in part.
     pub accesses: Accesses,
-    /// What goes to disk.
-    pub admitter: Admitter,
+    /// Memory and the tiers below it: what moves between them.
+    pub stack: Arc<Stack>,
     /// Put and get calls that may still start.
     pub data_calls: Arc<Semaphore>,
     /// Blocks that gets may still lease.
@@ -127,6 +127,8 @@ impl Daemon {
             Some(object) => Some(open_object(object, &config, &namespaces, &host, nvme.as_ref())?),
             None => None,
         };
+        let stack = Stack::new(&host, nvme.clone(), object.clone(), clock::now);
+        stack.set_rules(config.admission_rules(&namespaces));
         Ok(Arc::new(Self {
             host,
             nvme,
@@ -134,7 +136,7 @@ impl Daemon {
             traffic: Traffic::default(),
             prefetches: Prefetches::default(),
             accesses: Accesses::default(),
-            admitter: Admitter::new(&config, &namespaces, clock::now()),
+            stack,
             data_calls: Arc::new(Semaphore::new(caps::DATA_CALLS_MAX)),
             leasable: Arc::new(Semaphore::new(caps::LEASED_BLOCKS_MAX)),
             verifications: Arc::new(Semaphore::new(caps::VERIFICATIONS_MAX)),
@@ -163,12 +165,6 @@ impl Daemon {
     /// The same, as TOML, without secrets.
     pub fn config_toml(&self) -> String {
         self.sources.lock().raw.without_secrets().to_toml()
-    }
-
-    /// Which blocks of this namespace go to the bucket.
-    pub fn uploads_of(&self, namespace: NamespaceId) -> Uploads {
-        let name = self.namespaces.get(namespace.0).filter(|_| self.object.is_some());
-        name.map_or(Uploads::Asked, |name| self.config().uploads_of(name))
     }
 
     /// The namespaces' names, in the order of their numbers.
@@ -207,7 +203,7 @@ impl Daemon {
             tier.set_limits(nvme.bytes, nvme.dirty_bytes);
             tier.set_namespaces(nvme_namespaces(&new));
         }
-        self.admitter.set(&new, &self.namespaces, clock::now());
+        self.stack.set_rules(new.admission_rules(&self.namespaces));
         if let (Some(tier), Some(object)) = (&self.object, &new.object) {
             tier.set_limits(object.limits);
         }

@@ -2,7 +2,6 @@
 //! them reads a configuration, speaks the wire or logs to an operator.
 
 mod accesses;
-mod admission;
 pub mod advise;
 pub mod caps;
 pub mod cli;
@@ -20,4 +19,3 @@ pub mod telemetry;
 pub mod trace;
 mod verbs;
 mod wire;
-mod write_back;

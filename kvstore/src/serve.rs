@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use crate::daemon::{Daemon, Sources};
 use crate::publisher::Publisher;
-use crate::{caps, http, local, publisher, server, telemetry, write_back};
+use crate::{caps, http, local, publisher, server, telemetry};
 
 /// A daemon that stops writes back this long at most: half of what Kubernetes gives a pod by default.
 const WRITE_BACK_WITHIN: Duration = Duration::from_secs(15);
@@ -105,7 +105,7 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
         tracing::info!(endpoint, "publishing events");
     }
     tokio::spawn(Arc::clone(&daemon).tick_forever());
-    tokio::spawn(write_back::write_back_forever(Arc::clone(&daemon)));
+    tokio::spawn(Arc::clone(&daemon.stack).write_back_forever());
     if daemon.object.is_some() {
         tokio::spawn(crate::verbs::collect::collect_forever(Arc::clone(&daemon)));
     }
@@ -128,7 +128,7 @@ impl Running {
             self.tasks.abort_all();
             while self.tasks.join_next().await.is_some() {}
         }
-        write_back::write_back_all(&self.daemon, WRITE_BACK_WITHIN).await;
+        self.daemon.stack.all_leaving(WRITE_BACK_WITHIN).await;
         if let Some(object) = &self.daemon.object {
             // Before the volumes: what is uploaded may have to be read from them.
             object.close(caps::UPLOADS_CLOSE_WITHIN).await;

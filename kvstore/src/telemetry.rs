@@ -36,8 +36,6 @@ pub struct Traffic {
     pub lookups: AtomicU64,
     /// Puts and gets that were answered Busy.
     pub busy: AtomicU64,
-    /// Blocks that were not worth a write to disk, or beyond its budget.
-    pub not_admitted: AtomicU64,
     /// Commands that came over the local plane.
     pub local_commands: AtomicU64,
     /// Blocks whose bytes did not match their checksum.
@@ -116,7 +114,7 @@ pub fn render(daemon: &Daemon) -> String {
         ("kvstore_lookups_total", get(&traffic.lookups)),
         ("kvstore_busy_total", get(&traffic.busy)),
         ("kvstore_quarantined_blocks_total", get(&traffic.quarantined)),
-        ("kvstore_nvme_not_admitted_blocks_total", get(&traffic.not_admitted)),
+        ("kvstore_nvme_not_admitted_blocks_total", daemon.stack.not_admitted()),
         ("kvstore_changes_total", daemon.host.changes().count()),
         ("kvstore_local_commands_total", get(&traffic.local_commands)),
         ("kvstore_local_read_blocks_total", daemon.host.local_reads()),

@@ -9,38 +9,35 @@ use bytes::Bytes;
 use kvstore_proto::v1;
 use kvstore_tiers::host::{HoldError, HoldId, LayoutGroup, NamespaceId, RegisterError, RegisteredLayout};
 use kvstore_tiers::residency::Presence;
-use kvstore_tiers::{BlockKind, DimensionOrder, LayerGroup, Layout, SequenceHash, Shard};
+use kvstore_tiers::stack::Level;
+use kvstore_tiers::tier::common_residency;
+use kvstore_tiers::{BlockKind, DimensionOrder, LayerGroup, Layout, SequenceHash, Shard, Tier, TierSet};
 use tonic::Status;
 
 use crate::caps;
 use crate::daemon::Daemon;
 
-/// The bits of `LookupResponse.residency`.
-const RESIDENT_IN_HOST: u32 = 2;
-const RESIDENT_ON_NVME: u32 = 4;
-const RESIDENT_IN_BUCKET: u32 = 8;
+/// The bit of `LookupResponse.residency` that says: it is in no tier yet, but on its way into memory.
 const ON_ITS_WAY: u32 = 256;
 
-/// Where one block of one shard is.
+/// Where one part of a block is: one layer group of one shard.
 #[derive(Clone, Copy)]
-pub struct Places {
+pub struct Located {
     /// In memory.
     pub host: Presence,
-    /// On this node's disks.
-    pub on_disk: bool,
-    /// In the bucket, as far as is known.
-    pub in_bucket: bool,
+    /// In the tiers below.
+    pub below: TierSet,
 }
 
-impl Places {
-    /// True where a tier of this node has it.
-    pub fn is_here(&self) -> bool {
-        self.host == Presence::Resident || self.on_disk
+impl Located {
+    /// Its residency.
+    pub fn tiers(&self) -> TierSet {
+        if self.host == Presence::Resident { self.below.with(Tier::Host) } else { self.below }
     }
 
-    /// True where some tier has it.
-    pub fn is_readable(&self) -> bool {
-        self.is_here() || self.in_bucket
+    /// True where a tier of this node has it.
+    pub fn is_here(&self) -> bool {
+        !self.tiers().without(Tier::Object).is_empty()
     }
 }
 
@@ -151,6 +148,26 @@ pub fn known_group(layout: &RegisteredLayout, group: u32) -> Result<(u16, &Layou
     Ok((group as u16, layout.group(group).ok_or_else(problem)?))
 }
 
+/// The level that a call asks for.
+pub fn level(field: &str, wire: i32) -> Result<Level, Status> {
+    match v1::Level::try_from(wire) {
+        Ok(v1::Level::Unspecified | v1::Level::Memory) => Ok(Level::Memory),
+        Ok(v1::Level::Local) => Ok(Level::Local),
+        Ok(v1::Level::Durable) => Ok(Level::Durable),
+        Err(_) => Err(invalid(field, format!("{wire} is not a level: use MEMORY, LOCAL or DURABLE"))),
+    }
+}
+
+/// The level that a block has, for the wire.
+pub fn level_message(level: Option<Level>) -> v1::Level {
+    match level {
+        None => v1::Level::Unspecified,
+        Some(Level::Memory) => v1::Level::Memory,
+        Some(Level::Local) => v1::Level::Local,
+        Some(Level::Durable) => v1::Level::Durable,
+    }
+}
+
 /// A sequence hash.
 pub fn hash(field: &str, bytes: &[u8]) -> Result<SequenceHash, Status> {
     SequenceHash::new(bytes).map_err(|error| invalid(field, error))
@@ -189,30 +206,15 @@ pub fn range(wire: Option<v1::Range>) -> Option<Range<u32>> {
     wire.map(|range| range.start..range.end)
 }
 
-/// A block's residency, from where each asked group and shard of it is. Where some parts are in a faster tier and others in a
-/// slower one alone, it is the slower one.
-pub fn residency(parts: impl Iterator<Item = Places>) -> u32 {
-    let (mut common, mut slowest) = (RESIDENT_IN_HOST | RESIDENT_ON_NVME | RESIDENT_IN_BUCKET, 0);
-    let (mut on_its_way, mut missing) = (false, false);
-    for part in parts {
-        let mut tiers = if part.host == Presence::Resident { RESIDENT_IN_HOST } else { 0 };
-        tiers |= if part.on_disk { RESIDENT_ON_NVME } else { 0 };
-        tiers |= if part.in_bucket { RESIDENT_IN_BUCKET } else { 0 };
-        match part.host {
-            _ if tiers != 0 => {
-                common &= tiers;
-                // The fastest tier of the part that has the slowest one.
-                slowest = slowest.max(tiers & tiers.wrapping_neg());
-            }
-            Presence::InFlight => on_its_way = true,
-            Presence::Absent | Presence::Resident => missing = true,
-        }
-    }
-    match (missing, on_its_way, common) {
-        (true, _, _) => 0,
-        (_, true, _) => ON_ITS_WAY,
-        (_, _, 0) => slowest,
-        (_, _, common) => common,
+/// A block's residency, from where each asked group and shard of it is: see [`common_residency`].
+pub fn residency(parts: impl Iterator<Item = Located> + Clone) -> u32 {
+    let nowhere = |on_its_way: bool| {
+        parts.clone().any(|part| part.tiers().is_empty() && (part.host == Presence::InFlight) == on_its_way)
+    };
+    match (nowhere(false), nowhere(true)) {
+        (true, _) => 0,
+        (_, true) => ON_ITS_WAY,
+        _ => common_residency(parts.map(|part| part.tiers())).bits(),
     }
 }
 
@@ -253,24 +255,15 @@ mod tests {
     }
 
     #[test]
-    fn a_block_is_resident_where_every_part_is() {
+    fn a_block_is_on_its_way_where_no_part_is_missing_and_one_is() {
         use Presence::{Absent, InFlight, Resident};
-        let of = |parts: &[(Presence, bool, bool)]| {
-            residency(parts.iter().map(|(host, on_disk, in_bucket)| Places {
-                host: *host,
-                on_disk: *on_disk,
-                in_bucket: *in_bucket,
-            }))
+        let of = |parts: &[(Presence, &[Tier])]| {
+            residency(parts.iter().map(|(host, below)| Located { host: *host, below: below.iter().copied().collect() }))
         };
-        assert_eq!(of(&[(Resident, false, false), (Resident, false, true)]), RESIDENT_IN_HOST);
-        assert_eq!(of(&[(Resident, true, false), (Resident, true, false)]), RESIDENT_IN_HOST | RESIDENT_ON_NVME);
-        assert_eq!(of(&[(Resident, true, true), (Absent, true, false)]), RESIDENT_ON_NVME);
-        assert_eq!(of(&[(Resident, false, false), (Absent, true, true)]), RESIDENT_ON_NVME, "the slower of both");
-        assert_eq!(of(&[(Absent, true, false), (Absent, false, true)]), RESIDENT_IN_BUCKET, "the slower of both");
-        assert_eq!(of(&[(Resident, true, false), (InFlight, false, false)]), ON_ITS_WAY);
-        assert_eq!(of(&[(InFlight, true, false)]), RESIDENT_ON_NVME);
-        assert_eq!(of(&[(InFlight, false, true)]), RESIDENT_IN_BUCKET);
-        assert_eq!(of(&[(InFlight, false, false), (Absent, false, false)]), 0);
-        assert_eq!(of(&[(Absent, false, false), (InFlight, false, false)]), 0);
+        assert_eq!(of(&[(Resident, &[Tier::Nvme]), (Resident, &[])]), 2);
+        assert_eq!(of(&[(Resident, &[]), (Absent, &[Tier::Object])]), 8, "the slower of both");
+        assert_eq!(of(&[(Resident, &[Tier::Nvme]), (InFlight, &[])]), ON_ITS_WAY);
+        assert_eq!(of(&[(InFlight, &[Tier::Nvme])]), 4);
+        assert_eq!(of(&[(InFlight, &[]), (Absent, &[])]), 0);
     }
 }

@@ -9,9 +9,12 @@ use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::{
     BeginFill, FillRequest, HostLimits, HostOptions, HostTier, Leasing, NamespaceId, RegisteredLayout,
 };
-use kvstore_tiers::nvme::{BlockRef, NvmeEngine, NvmeOptions, NvmeTier, OpenError, Promote, WriteBack};
+use kvstore_tiers::nvme::{NvmeEngine, NvmeOptions, NvmeTier, OpenError, WriteBack};
 use kvstore_tiers::residency::{FlightSource, Priority, Publish, Urgency};
-use kvstore_tiers::{BlockKind, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, SequenceHash, Shard};
+use kvstore_tiers::stack::{Asked, Policy, Promotion, Stack, Window};
+use kvstore_tiers::{
+    BlockKind, BlockRef, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, SequenceHash, Shard,
+};
 use kvstore_transfer::volume::Faults;
 
 /// Both tiers, and one layout.
@@ -20,9 +23,12 @@ pub struct Tiers {
     pub host: Arc<HostTier>,
     /// Disk.
     pub nvme: Arc<NvmeTier>,
+    /// Both.
+    pub stack: Arc<Stack>,
     /// Of all blocks.
     pub layout: Arc<RegisteredLayout>,
     block_bytes: u32,
+    runtime: tokio::runtime::Runtime,
 }
 
 /// How they are made.
@@ -135,7 +141,9 @@ impl Tiers {
             extra: Vec::new(),
         };
         let layout = host.register_layout(NamespaceId(0), layout).unwrap();
-        Ok(Self { host, nvme, layout, block_bytes: options.block_bytes })
+        let stack = Stack::new(&host, Some(Arc::clone(&nvme)), None, now);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        Ok(Self { host, nvme, stack, layout, block_bytes: options.block_bytes, runtime })
     }
 
     /// Block `id`, as both tiers name it.
@@ -210,25 +218,41 @@ impl Tiers {
             assert_eq!(replay::wrong_bytes(id, bytes), 0, "WRONG BYTES in block {id}");
             bytes.to_vec()
         };
-        let until = Instant::now() + Duration::from_secs(10);
-        while Instant::now() < until {
-            let mut leased = self.host.lease_run(&self.layout, 0, &[hash(id)], now());
-            if let Some(Leasing::Leased(block)) = leased.pop() {
-                return Got::Memory(check(&block));
-            }
-            match self.nvme.promote(&self.block(id), Priority::Demand, BootTime(u64::MAX), now()) {
-                Promote::Started(block) => match block.blocking_recv().unwrap() {
-                    Some(block) => return Got::Disk(check(&block)),
-                    None => return Got::Miss,
-                },
-                Promote::Absent => return Got::Miss,
-                Promote::NeedsSlab(plan) => self.host.make_slab(plan).unwrap(),
-                Promote::Resident | Promote::InFlight | Promote::Busy | Promote::Outranked => {
-                    std::thread::sleep(Duration::from_millis(1))
-                }
-            }
+        let mut leased = self.host.lease_run(&self.layout, 0, &[hash(id)], now());
+        if let Some(Leasing::Leased(block)) = leased.pop() {
+            return Got::Memory(check(&block));
         }
-        panic!("block {id} neither came nor missed within 10 s");
+        match self.bring(id, Priority::Demand) {
+            Leasing::Leased(block) => Got::Disk(check(&block)),
+            Leasing::Miss => Got::Miss,
+            Leasing::InFlight => panic!("block {id} neither came nor missed within 10 s"),
+        }
+    }
+
+    /// Brings block `id` into memory, for 10 s at most.
+    pub fn bring(&self, id: u64, priority: Priority) -> Leasing {
+        let (stack, layout) = (Arc::clone(&self.stack), Arc::clone(&self.layout));
+        self.runtime.block_on(async {
+            let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+            Promotion { stack, layout, group: 0, priority, deadline }.bring(hash(id)).await
+        })
+    }
+
+    /// Brings blocks into memory in order, `ahead` of them at once, as a call does. How many did not come.
+    pub fn bring_all(&self, ids: std::ops::Range<u64>, ahead: usize) -> usize {
+        let (stack, layout) = (Arc::clone(&self.stack), Arc::clone(&self.layout));
+        self.runtime.block_on(async {
+            let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+            let promotion = Promotion { stack, layout, group: 0, priority: Priority::Demand, deadline };
+            let asked = ids.enumerate().map(|(index, id)| Asked { index, hash: hash(id), known: None });
+            let policy = Policy { ahead, ends_outranked: false, ends_full: false };
+            let mut window = Window::new(&promotion, policy, asked);
+            let mut missing = 0;
+            while let Some((_, _, leasing)) = window.next().await {
+                missing += usize::from(!matches!(leasing, Leasing::Leased(_)));
+            }
+            missing
+        })
     }
 
     /// Waits until nothing is dirty.

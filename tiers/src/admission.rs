@@ -1,4 +1,4 @@
-//! Admission to disk: which blocks are worth a write. Pure; time is an argument.
+//! Admission: which blocks are worth a write. Pure; time is an argument.
 //!
 //! Most blocks of most workloads are never asked for again. Where the configuration says so, only blocks that were asked for by a
 //! second request are written; how often names were asked for is counted in a sketch (Cormode and Muthukrishnan's count-min, with
@@ -6,27 +6,33 @@
 //! a day that a drive is to take: as it runs short, only blocks go that save the most computing for each byte, which is how often
 //! they are asked for, times what it costs to compute them again: the more, the more tokens they attend to.
 
-use crate::clock::BootTime;
+use kvstore_plane::{SequenceHash, SlotKey};
 
-/// Which blocks are written to disk.
+use crate::clock::BootTime;
+use crate::host::RegisteredLayout;
+
+/// Which blocks of a namespace are copied to a tier, beside those that somebody demands there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Admission {
-    /// Every block that is stored.
-    #[default]
-    All,
+    /// None.
+    Asked,
     /// Those that enough requests asked for: two, unless configured.
     Reused,
     /// Those that leave memory, when they do: write-back.
     Evicted,
+    /// Every block that is stored: write-through.
+    #[default]
+    All,
 }
 
 impl Admission {
     /// As the configuration writes it.
     pub fn name(self) -> &'static str {
         match self {
-            Self::All => "all",
+            Self::Asked => "asked",
             Self::Reused => "reused",
             Self::Evicted => "evicted",
+            Self::All => "all",
         }
     }
 }
@@ -35,10 +41,17 @@ impl std::str::FromStr for Admission {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        let all = [Self::All, Self::Reused, Self::Evicted];
+        let all = [Self::Asked, Self::Reused, Self::Evicted, Self::All];
         let known = all.into_iter().find(|admission| admission.name() == name);
-        known.ok_or_else(|| format!("{name:?} is not \"all\", \"reused\" or \"evicted\""))
+        known.ok_or_else(|| format!("{name:?} is not \"asked\", \"reused\", \"evicted\" or \"all\""))
     }
+}
+
+/// A block's name in counts and samples: the same for all groups of a layout, which come and go together.
+pub fn block_name(layout: &RegisteredLayout, hash: &SequenceHash) -> u64 {
+    let seed = |digest: &[u8; 32]| digest.first_chunk().map_or(0, |front| u64::from_le_bytes(*front));
+    let seed = seed(&layout.digest) ^ seed(&layout.namespace_digest).rotate_left(1);
+    SlotKey { layout: 0, group: 0, hash: *hash }.table_hash(seed)
 }
 
 /// Counters of a row: 1 MiB a row. Names beyond a few hundred thousand between two halvings are told apart less well, and a few

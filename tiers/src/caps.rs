@@ -1,5 +1,7 @@
 //! The bounds of this crate, each with its reason.
 
+use std::time::Duration;
+
 /// Bytes of one block at most: the directory holds lengths in 32 bits, and a block is copied in one piece.
 pub const BLOCK_BYTES_MAX: u64 = 1 << 30;
 /// Layouts of one namespace at most. A layout is a model, a weights version and a rank: a node serves tens.
@@ -151,3 +153,16 @@ pub const OBJECT_BACKLOG_BLOCKS_MAX: usize = 1 << 18;
 pub const OBJECT_HEAD_BYTES_MAX: usize = 64 << 10;
 /// An object lives at least this long after it was written, whatever a collector wants.
 pub const OBJECT_GRACE_MS: i64 = 3600 * 1000;
+/// Slabs that one fill may have made before its block: others may take the first ones' slots.
+pub const SLABS_PER_FILL_MAX: usize = 8;
+/// How often a promotion that waits for room, or for another's flight, looks again.
+pub const PROMOTE_POLL: Duration = Duration::from_millis(5);
+/// Promotions that one call has under way: what a disk does at once, so that its blocks come in order and a call leases no
+/// more of the memory than it is about to send.
+pub const PROMOTIONS_PER_CALL: usize = 32;
+/// ... and at most, where blocks are small and come from far.
+pub const PROMOTIONS_PER_CALL_MAX: usize = 4096;
+/// Bytes of blocks that a call brings from the bucket ahead of the one that is sent: eight streams of a pack each.
+pub const OBJECT_WINDOW_BYTES: u64 = 64 << 20;
+/// How long a call waits for dirty blocks to be written, or uploaded, before it is answered Busy.
+pub const ROOM_BELOW_WITHIN: Duration = Duration::from_secs(5);

@@ -10,17 +10,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::caps;
-
-/// Where a block became readable, or is no longer.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum ChangedTier {
-    /// This node's memory.
-    Host,
-    /// This node's disks.
-    Nvme,
-    /// The bucket that all nodes share, as far as this node knows it.
-    Object,
-}
+use crate::tier::Tier;
 
 /// A namespace, as changes name it: the first bytes of its digest. 0: not known.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -41,7 +31,7 @@ pub struct Change {
     /// Whose it is.
     pub namespace: NamespaceTag,
     /// Where.
-    pub tier: ChangedTier,
+    pub tier: Tier,
     /// True where it became readable, false where it left.
     pub stored: bool,
 }
@@ -188,7 +178,7 @@ mod tests {
     use super::*;
 
     fn change(name: u64) -> Change {
-        Change { name, namespace: NamespaceTag(1), tier: ChangedTier::Host, stored: true }
+        Change { name, namespace: NamespaceTag(1), tier: Tier::Host, stored: true }
     }
 
     fn names(log: &ChangeLog, from: u64, most: usize) -> Result<(Vec<u64>, u64), Gap> {

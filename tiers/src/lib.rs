@@ -4,6 +4,8 @@
 //! files, or of who asks.
 
 pub mod admission;
+pub mod below;
+mod block;
 pub mod caps;
 pub mod changes;
 mod clock;
@@ -18,10 +20,14 @@ mod readable;
 pub mod residency;
 pub mod sampled;
 pub mod simulate;
+pub mod stack;
+pub mod tier;
 
+pub use block::{Block, BlockRef, Digest, Run, Wanted};
 pub use clock::BootTime;
 pub use kvstore_plane::{InvalidHash, SEQUENCE_HASH_BYTES_MAX, SequenceHash, SlotKey};
 pub use kvstore_transfer::{HugePages, Slab, crc32};
 pub use layout::{BlockKind, DimensionOrder, InvalidLayout, LayerGroup, Layout, PartRange, Shard};
 pub use pool::PoolId;
 pub use readable::{GroupPresence, readable_prefix};
+pub use tier::{Tier, TierSet};

@@ -34,6 +34,8 @@ pub struct SlotFill {
     start: NonNull<u8>,
     filled: usize,
     length: usize,
+    /// The most that it may become: what was announced.
+    length_max: usize,
     sums: SectionSums,
 }
 
@@ -51,7 +53,7 @@ impl SlotFill {
     pub unsafe fn new(slab: Arc<Slab>, slot: u32, length: usize) -> Option<Self> {
         let start = slab.slot_start(slot)?;
         let fits = length as u64 <= slab.geometry().slot_bytes;
-        fits.then(|| Self { slab, start, filled: 0, length, sums: SectionSums::new(usize::MAX) })
+        fits.then(|| Self { slab, start, filled: 0, length, length_max: length, sums: SectionSums::new(usize::MAX) })
     }
 
     /// Takes the checksums of sections of this many bytes too. Before the first byte.
@@ -138,9 +140,10 @@ impl SlotFill {
         self.length = self.length.min(length);
     }
 
-    /// Begins again with the first byte: what was filled so far is not the block.
+    /// Begins again with the first byte: what was filled so far is not the block, nor is its length.
     pub fn restart(&mut self) {
         self.filled = 0;
+        self.length = self.length_max;
         self.sums = self.sums.restarted();
     }
 
@@ -233,6 +236,11 @@ mod tests {
         fill.append(&data[100..]).unwrap();
         assert_eq!(fill.append(&[1]), Err(FillError { given: 1, room: 0 }));
         assert_eq!(fill.crc32(), crate::crc32(&data));
+        // A length that damaged bytes said must not cut off what comes from elsewhere.
+        fill.shorten(10);
+        fill.restart();
+        assert_eq!((fill.room(), fill.length()), (data.len(), data.len()));
+        fill.append(&data).unwrap();
         drop(fill);
         // SAFETY: filled, and no fill is left.
         let bytes = unsafe { SlotBytes::new(Arc::clone(&slab), last, data.len()) }.unwrap();

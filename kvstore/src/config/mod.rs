@@ -21,6 +21,7 @@ use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::{HostLimits, NamespaceLimits};
 use kvstore_tiers::nvme::NvmeEngine;
 use kvstore_tiers::object::{ObjectLimits, ObjectUrl};
+use kvstore_tiers::stack::{AdmissionRules, NamespaceRules};
 
 use crate::publisher::PublisherConfig;
 
@@ -124,48 +125,13 @@ pub struct NvmeConfig {
     pub write_budget: Option<u64>,
 }
 
-/// Which blocks go to the bucket.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Uploads {
-    /// Those that are put at level DURABLE.
-    Asked,
-    /// Those, and in the background what enough requests asked for.
-    Reused,
-    /// Those, and what leaves memory: write-back.
-    Evicted,
-    /// All, in the background.
-    All,
-}
-
-impl std::str::FromStr for Uploads {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        let all = [Self::Asked, Self::Reused, Self::Evicted, Self::All];
-        let known = all.into_iter().find(|uploads| uploads.name() == name);
-        known.ok_or_else(|| format!("{name:?} is not \"asked\", \"reused\", \"evicted\" or \"all\""))
-    }
-}
-
-impl Uploads {
-    /// As the configuration writes it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Asked => "asked",
-            Self::Reused => "reused",
-            Self::Evicted => "evicted",
-            Self::All => "all",
-        }
-    }
-}
-
 /// The Object tier.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ObjectConfig {
     /// Where.
     pub url: ObjectUrl,
     /// Which blocks go there.
-    pub uploads: Uploads,
+    pub uploads: Admission,
     /// Bounds.
     pub limits: ObjectLimits,
     /// A request that brings nothing for this long is made anew.
@@ -215,9 +181,9 @@ pub struct Config {
 
 impl Config {
     /// Which blocks of this namespace go to the bucket.
-    pub fn uploads_of(&self, namespace: &str) -> Uploads {
+    pub fn uploads_of(&self, namespace: &str) -> Admission {
         let of_namespace = self.policies.get(namespace).and_then(|policy| policy.uploads);
-        self.object.as_ref().map_or(Uploads::Asked, |object| of_namespace.unwrap_or(object.uploads))
+        self.object.as_ref().map_or(Admission::Asked, |object| of_namespace.unwrap_or(object.uploads))
     }
 
     /// Which blocks of this namespace go to disk.
@@ -234,14 +200,32 @@ impl Config {
             bytes: policy.host_bytes,
             held_percent: policy.pin_percent.unwrap_or(HELD_PERCENT_MAX),
             ttl_ms: policy.ttl.map(|ttl| ttl.as_millis() as u64),
-            writes_back: to_disk || self.uploads_of(namespace) == Uploads::Evicted,
+            writes_back: to_disk || self.uploads_of(namespace) == Admission::Evicted,
+        }
+    }
+
+    /// Which copies go to which tier; `namespaces` in the order of their numbers.
+    pub fn admission_rules(&self, namespaces: &[String]) -> AdmissionRules {
+        let nvme = self.nvme.as_ref();
+        let rules = |name: &String| NamespaceRules {
+            nvme: self.admission_of(name),
+            object: self.uploads_of(name),
+            promote_after: (self.policies.get(name).and_then(|policy| policy.promote_after))
+                .or(nvme.map(|nvme| nvme.promote_after))
+                .unwrap_or(1),
+        };
+        AdmissionRules {
+            namespaces: namespaces.iter().map(rules).collect(),
+            reused_after: nvme.map_or(2, |nvme| nvme.reused_after),
+            counts: self.counts_requests(),
+            write_budget: nvme.and_then(|nvme| nvme.write_budget),
         }
     }
 
     /// True where it is to be known how many requests asked for a block.
     pub fn counts_requests(&self) -> bool {
         let Some(nvme) = &self.nvme else {
-            return self.namespaces().iter().any(|name| self.uploads_of(name) == Uploads::Reused);
+            return self.namespaces().iter().any(|name| self.uploads_of(name) == Admission::Reused);
         };
         nvme.write_budget.is_some()
             || nvme.promote_after > 1
@@ -249,7 +233,7 @@ impl Config {
             || self
                 .namespaces()
                 .iter()
-                .any(|name| self.admission_of(name) == Admission::Reused || self.uploads_of(name) == Uploads::Reused)
+                .any(|name| self.admission_of(name) == Admission::Reused || self.uploads_of(name) == Admission::Reused)
     }
 
     /// The namespaces, each once.

@@ -10,7 +10,7 @@ use kvstore_tiers::caps::{HELD_PERCENT_MAX, HOST_BYTES_MIN, TTL_MS_MAX, TTL_MS_M
 use kvstore_tiers::host::HostLimits;
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, Listener, NvmeConfig, ObjectConfig, Uploads, invalid};
+use super::{ConfigError, Listener, NvmeConfig, ObjectConfig, invalid};
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -44,7 +44,7 @@ pub struct NamespacePolicy {
     /// What is read from the bucket goes to disk once this many requests asked for it.
     pub promote_after: Option<u8>,
     /// Which of its blocks go to the bucket.
-    pub uploads: Option<Uploads>,
+    pub uploads: Option<Admission>,
     /// Bytes of its slabs in memory at most.
     pub host_bytes: Option<u64>,
     /// Bytes of its blocks on disk at most.

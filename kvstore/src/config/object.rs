@@ -3,11 +3,12 @@
 use std::str::FromStr;
 
 use bytesize::ByteSize;
+use kvstore_tiers::admission::Admission;
 use kvstore_tiers::host::HostLimits;
 use kvstore_tiers::object::{ObjectLimits, ObjectUrl};
 
 use super::raw::{RawObject, duration, size_or_auto};
-use super::{ConfigError, NvmeConfig, ObjectConfig, Uploads, invalid};
+use super::{ConfigError, NvmeConfig, ObjectConfig, invalid};
 
 impl RawObject {
     pub(super) fn check(
@@ -15,7 +16,7 @@ impl RawObject {
         host: &HostLimits,
         nvme: Option<&NvmeConfig>,
     ) -> Result<Option<ObjectConfig>, ConfigError> {
-        let uploads = Uploads::from_str(&self.upload).map_err(|problem| invalid("object.upload", problem))?;
+        let uploads = Admission::from_str(&self.upload).map_err(|problem| invalid("object.upload", problem))?;
         let stall = duration("object.stall", &self.stall)?;
         if self.url == "off" {
             return Ok(None);

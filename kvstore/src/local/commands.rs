@@ -4,19 +4,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvstore_plane::{Command, Completion, RecordHead, verbs as call};
-use kvstore_proto::v1::{GetStatus, Level, LookupRequest};
-use kvstore_tiers::SequenceHash;
-use kvstore_tiers::host::{HoldId, Leasing, RegisteredLayout};
-use kvstore_tiers::object::ReadBatch;
+use kvstore_proto::v1::{GetStatus, LookupRequest};
+use kvstore_tiers::host::{HoldId, LeasedBlock, Leasing, RegisteredLayout};
 use kvstore_tiers::residency::Priority;
+use kvstore_tiers::stack::{self, Asked, Level, Policy, Window, Wish};
+use kvstore_tiers::{BlockRef, SequenceHash};
 use prost::Message;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tonic::Status;
 
 use super::client::{LocalClient, Promoted, Task};
 use super::stage::{self, Batch, Piece};
 use crate::daemon::{Daemon, InFlight};
-use crate::verbs::promote::{Coming, Promoter};
 use crate::verbs::put::Target;
 use crate::verbs::{delete, lookup, pin, prefetch, register_layout};
 use crate::{caps, clock, telemetry, wire};
@@ -62,7 +62,7 @@ fn start(
         Command::Stage { layout, group, local, upload, deadline_ms, blocks } => {
             let (layout, group) = known(daemon, client, layout, group)?;
             let level = if local { Level::Local } else { Level::Memory };
-            let target = Target { layout, group, level, upload };
+            let target = Target { layout, group, wish: Wish { namespace: client.namespace(), level, upload } };
             let expires = Instant::now() + deadline(daemon, deadline_ms);
             let (daemon, runtime) = (Arc::clone(daemon), runtime.clone());
             Batch { daemon, runtime, target, expires, _call: call }.stage(client, tag, &blocks);
@@ -81,16 +81,14 @@ fn start(
         }
         Command::Hint { layout, group, hashes } => {
             let (layout, group) = known(daemon, client, layout, group)?;
-            let has_below = daemon.nvme.is_some() || daemon.object.is_some();
-            if let Some(task) = begin_task(client).ok().filter(|_| has_below) {
+            if let Some(task) = begin_task(client).ok().filter(|_| daemon.stack.has_below()) {
                 let deadline = Instant::now() + caps::HINT_TIME;
-                let daemon = Arc::clone(daemon);
-                let promoter = Promoter { daemon, layout, group, priority: Priority::Prefetch, deadline };
+                let stack = Arc::clone(&daemon.stack);
+                let promotion = stack::Promotion { stack, layout, group, priority: Priority::Prefetch, deadline };
                 runtime.spawn(async move {
-                    for hash in hashes {
-                        let coming = promoter.start(hash).await;
-                        drop(promoter.finish(hash, coming).await);
-                    }
+                    let policy = Policy { ahead: promotion.ahead(), ends_outranked: true, ends_full: false };
+                    let mut window = Window::new(&promotion, policy, asked(hashes));
+                    while let Some(_leased) = window.next().await {}
                     drop((task, call));
                 });
             }
@@ -206,72 +204,45 @@ struct Promotion {
 }
 
 impl Promotion {
-    async fn run(self, daemon: Arc<Daemon>, layout: Arc<RegisteredLayout>, group: u16, deadline: Instant) {
-        let mut ready = Vec::with_capacity(self.hashes.len());
-        let mut next = GetStatus::Hit;
-        let Ok(mut permits) = Arc::clone(&daemon.leasable).try_acquire_many_owned(self.hashes.len() as u32) else {
+    /// Brings as many of the leading blocks as there is room for: those that come are kept until the client has leased them.
+    async fn run(mut self, daemon: Arc<Daemon>, layout: Arc<RegisteredLayout>, group: u16, deadline: Instant) {
+        let hashes = std::mem::take(&mut self.hashes);
+        let most = hashes.len().min(caps::BLOCKS_PER_LEASE);
+        let Ok(permits) = Arc::clone(&daemon.leasable).try_acquire_many_owned(most as u32) else {
             let problem = "calls hold leases on too many blocks at once: try again later";
             return self.client.fail(self.tag, &Status::resource_exhausted(problem));
         };
-        match daemon.nvme.is_some() || daemon.object.is_some() {
-            false => {
-                for leasing in daemon.host.lease_run(&layout, group, &self.hashes, clock::now()) {
-                    match leasing {
-                        Leasing::Leased(block) => ready.push(block),
-                        other => {
-                            next = status_of(&other);
-                            break;
-                        }
-                    }
+        let stack = Arc::clone(&daemon.stack);
+        let promotion = stack::Promotion { stack, layout, group, priority: Priority::Demand, deadline };
+        promotion.search(&hashes).await;
+        let (mut ready, mut next) = (Vec::with_capacity(most), GetStatus::Hit);
+        let policy = Policy { ahead: usize::MAX, ends_outranked: false, ends_full: true };
+        let mut window = Window::new(&promotion, policy, asked(hashes.iter().copied().take(most)));
+        while let Some((_, hash, leasing)) = window.next().await {
+            let block = BlockRef { layout: &promotion.layout, group, hash };
+            match leasing {
+                Leasing::Leased(block) => ready.push(block),
+                Leasing::Miss if daemon.nvme.as_ref().is_some_and(|nvme| nvme.is_pinned(&block)) => {
+                    next = GetStatus::DataLoss;
+                    break;
+                }
+                other => {
+                    next = status_of(&other);
+                    break;
                 }
             }
-            true => {
-                let promoter = Promoter {
-                    daemon: Arc::clone(&daemon),
-                    layout: Arc::clone(&layout),
-                    group,
-                    priority: Priority::Demand,
-                    deadline,
-                };
-                // As many as there is room for: those that come are kept until the client has leased them.
-                let mut under_way = Vec::with_capacity(self.hashes.len());
-                if daemon.object.is_some() {
-                    promoter.below(&self.hashes).await;
-                }
-                let mut batch = ReadBatch::default();
-                for hash in &self.hashes {
-                    let coming = promoter.start_in(&mut batch, *hash).await;
-                    let no_room = matches!(coming, Coming::Later);
-                    if no_room && !under_way.is_empty() {
-                        break;
-                    }
-                    under_way.push((*hash, coming));
-                    if no_room {
-                        break;
-                    }
-                }
-                promoter.send(batch);
-                if under_way.len() < self.hashes.len() {
-                    next = GetStatus::InFlight;
-                }
-                for (hash, coming) in under_way {
-                    match promoter.finish(hash, coming).await {
-                        Leasing::Leased(block) => ready.push(block),
-                        Leasing::Miss if promoter.is_pinned(hash) => {
-                            next = GetStatus::DataLoss;
-                            break;
-                        }
-                        other => {
-                            next = status_of(&other);
-                            break;
-                        }
-                    }
-                    if self.client.is_gone() {
-                        return;
-                    }
-                }
+            if self.client.is_gone() {
+                return;
             }
         }
+        if next == GetStatus::Hit && ready.len() < hashes.len() {
+            // Those behind come in their turn.
+            next = GetStatus::InFlight;
+        }
+        self.keep(ready, permits, next);
+    }
+
+    fn keep(self, ready: Vec<LeasedBlock>, mut permits: OwnedSemaphorePermit, next: GetStatus) {
         let promoted = Completion::Promoted { ready: ready.len() as u32, next: next as u32 };
         if !ready.is_empty() && !self.client.is_gone() {
             let until = Instant::now() + caps::PROMOTED_KEPT;
@@ -281,6 +252,11 @@ impl Promotion {
         }
         self.client.complete(self.tag, &promoted);
     }
+}
+
+/// Blocks that are all yet to be brought.
+fn asked(hashes: impl IntoIterator<Item = SequenceHash>) -> impl Iterator<Item = Asked> {
+    hashes.into_iter().enumerate().map(|(index, hash)| Asked { index, hash, known: None })
 }
 
 fn status_of(leasing: &Leasing) -> GetStatus {

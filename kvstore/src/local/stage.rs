@@ -9,8 +9,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use kvstore_plane::{Completion, StageBlock};
-use kvstore_proto::v1::{Level, PutStatus};
+use kvstore_proto::v1::PutStatus;
+use kvstore_tiers::Tier;
 use kvstore_tiers::host::{BeginFill, BlockFill};
+use kvstore_tiers::stack::Level;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 use tonic::Status;
@@ -18,7 +20,6 @@ use tonic::Status;
 use super::client::{LocalClient, Task};
 use crate::daemon::{Daemon, InFlight};
 use crate::verbs::put::{self, Finished, Into, Target};
-use crate::verbs::room_below;
 use crate::{caps, clock, wire};
 
 /// What the blocks of one Stage command have in common.
@@ -91,12 +92,7 @@ impl Batch {
     fn stage_one(self: &Arc<Self>, client: &Arc<LocalClient>, tag: u64, block: &StageBlock) -> Result<(), Status> {
         let Self { daemon, target, .. } = &**self;
         put::checked_length(target, u64::from(block.length))?;
-        if target.waits_for_disk() && daemon.nvme.is_none() {
-            return Err(put::no_tier("LOCAL", "an Nvme tier"));
-        }
-        if target.upload && daemon.object.is_none() {
-            return Err(put::no_tier("DURABLE (upload)", "an object store (object.url)"));
-        }
+        put::check_tiers(daemon, &target.wish)?;
         {
             let stages = client.stages.lock();
             if stages.contains_key(&tag) {
@@ -110,7 +106,7 @@ impl Batch {
                 return Err(Status::resource_exhausted(problem));
             }
         }
-        if room_below::is_there(daemon, target) {
+        if daemon.stack.has_room(&target.wish) {
             let request = put::fill_request(target, block.hash, block.parent, block.length, self.expires);
             match daemon.host.begin_fill(&request, clock::now()) {
                 BeginFill::Fill(fill, ahead) => {
@@ -144,7 +140,7 @@ impl Batch {
     async fn wait_for_slot(self: Arc<Self>, client: Arc<LocalClient>, _task: Task, tag: u64, block: StageBlock) {
         let Self { daemon, target, .. } = &*self;
         let begun = tokio::time::timeout_at(self.expires, async {
-            if !room_below::wait_for(daemon, target).await {
+            if !daemon.stack.until_room(&target.wish).await {
                 return Ok(put::busy(daemon));
             }
             let request = put::fill_request(target, block.hash, block.parent, block.length, self.expires);
@@ -181,17 +177,18 @@ impl Batch {
 
     /// Answers for a block, once it is as safe as was asked.
     fn finish(self: &Arc<Self>, client: &Arc<LocalClient>, tag: u64, block: &StageBlock, finished: Finished) {
-        if block.tail && finished.level == Level::Memory {
+        if block.tail && finished.level.is_some() {
             self.daemon.host.refresh_chain(&self.target.layout, self.target.group, block.hash);
         }
-        let stored = |level: Level| Completion::Stored { status: finished.status as u32, level: level as u32 };
-        let Some(local) = finished.local.filter(|_| self.target.waits_for_disk()) else {
+        let stored =
+            |level| Completion::Stored { status: finished.status as u32, level: wire::level_message(level) as u32 };
+        let Some(local) = finished.copies.local.filter(|_| self.target.wish.awaits(Tier::Nvme)) else {
             return client.complete(tag, &stored(finished.level));
         };
         let Some(task) = client.begin_task() else {
             return client.complete(tag, &stored(finished.level));
         };
-        let (client, memory, on_disk) = (Arc::clone(client), stored(finished.level), stored(Level::Local));
+        let (client, memory, on_disk) = (Arc::clone(client), stored(finished.level), stored(Some(Level::Local)));
         let batch = Arc::clone(self);
         self.runtime.spawn(async move {
             let synced = local.await == Ok(true);

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use kvstore_tiers::SequenceHash;
-use kvstore_tiers::changes::ChangedTier;
+use kvstore_tiers::Tier;
 
 /// A block, as whoever puts it describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,16 +46,16 @@ pub struct Described {
     bytes_max: u64,
 }
 
-fn bit(tier: ChangedTier) -> u8 {
+fn bit(tier: Tier) -> u8 {
     match tier {
-        ChangedTier::Host => 1,
-        ChangedTier::Nvme => 2,
-        ChangedTier::Object => 4,
+        Tier::Host => 1,
+        Tier::Nvme => 2,
+        Tier::Object => 4,
     }
 }
 
 /// All of them.
-const TIERS: [ChangedTier; 3] = [ChangedTier::Host, ChangedTier::Nvme, ChangedTier::Object];
+const TIERS: [Tier; 3] = [Tier::Host, Tier::Nvme, Tier::Object];
 
 /// What is to be published.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,7 +63,7 @@ pub struct News {
     /// The block.
     pub block: Arc<Description>,
     /// Where.
-    pub tier: ChangedTier,
+    pub tier: Tier,
     /// It came; or it left.
     pub stored: bool,
 }
@@ -96,7 +96,7 @@ impl Described {
     }
 
     /// A block came or left; what others are to be told, if they do not know.
-    pub fn change(&mut self, name: u64, tier: ChangedTier, stored: bool) -> Option<News> {
+    pub fn change(&mut self, name: u64, tier: Tier, stored: bool) -> Option<News> {
         let known = self.blocks.get_mut(&name)?;
         if (known.published & bit(tier) != 0) == stored {
             return None;
@@ -130,13 +130,13 @@ mod tests {
     fn each_change_is_told_once_and_nothing_is_told_of_strangers() {
         let mut described = Described::new(1 << 20);
         let mut news = Vec::new();
-        assert_eq!(described.change(1, ChangedTier::Host, true), None);
+        assert_eq!(described.change(1, Tier::Host, true), None);
         described.describe(1, description(1), &mut news);
-        assert!(described.change(1, ChangedTier::Host, true).unwrap().stored);
-        assert_eq!(described.change(1, ChangedTier::Host, true), None);
+        assert!(described.change(1, Tier::Host, true).unwrap().stored);
+        assert_eq!(described.change(1, Tier::Host, true), None);
         described.describe(1, description(1), &mut news);
-        assert_eq!(described.change(1, ChangedTier::Host, true), None, "described again, it is where it was");
-        assert!(!described.change(1, ChangedTier::Host, false).unwrap().stored);
+        assert_eq!(described.change(1, Tier::Host, true), None, "described again, it is where it was");
+        assert!(!described.change(1, Tier::Host, false).unwrap().stored);
         assert_eq!((news.len(), described.len()), (0, 1));
     }
 
@@ -146,13 +146,13 @@ mod tests {
         let mut news = Vec::new();
         for name in 1..=3 {
             described.describe(name, description(name as u8), &mut news);
-            described.change(name, ChangedTier::Host, true);
-            described.change(name, ChangedTier::Nvme, true);
+            described.change(name, Tier::Host, true);
+            described.change(name, Tier::Nvme, true);
         }
         assert_eq!(news, []);
         described.describe(4, description(4), &mut news);
         let left: Vec<_> = news.iter().map(|news| (news.block.tokens[0], news.tier, news.stored)).collect();
-        assert_eq!(left, [(1, ChangedTier::Host, false), (1, ChangedTier::Nvme, false)]);
-        assert_eq!((described.change(1, ChangedTier::Host, false), described.len()), (None, 3));
+        assert_eq!(left, [(1, Tier::Host, false), (1, Tier::Nvme, false)]);
+        assert_eq!((described.change(1, Tier::Host, false), described.len()), (None, 3));
     }
 }

@@ -12,7 +12,8 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use bytes::Bytes;
 use kvstore_proto::zmtp::Endpoint;
-use kvstore_tiers::changes::{Change, ChangedTier, NamespaceTag};
+use kvstore_tiers::Tier;
+use kvstore_tiers::changes::{Change, NamespaceTag};
 use kvstore_tiers::host::{NamespaceId, RegisteredLayout, namespace_digest};
 use kvstore_tiers::residency::Presence;
 use kvstore_tiers::{BlockKind, SequenceHash};
@@ -176,9 +177,9 @@ impl Follower {
             let is =
                 |flags: &Option<Vec<bool>>| flags.as_ref().and_then(|flags| flags.get(at)).copied().unwrap_or(false);
             let tiers = [
-                (ChangedTier::Host, here.get(at) == Some(&Presence::Resident)),
-                (ChangedTier::Nvme, is(&on_disk)),
-                (ChangedTier::Object, is(&in_bucket)),
+                (Tier::Host, here.get(at) == Some(&Presence::Resident)),
+                (Tier::Nvme, is(&on_disk)),
+                (Tier::Object, is(&in_bucket)),
             ];
             for (tier, _) in tiers.into_iter().filter(|(_, is_there)| *is_there) {
                 news.extend(self.described.change(name, tier, true));
@@ -207,9 +208,9 @@ impl Follower {
 
     fn event(&self, news: &News) -> Event {
         let medium = match news.tier {
-            ChangedTier::Host => "CPU_PINNED",
-            ChangedTier::Nvme => "DISK",
-            ChangedTier::Object => "EXTERNAL",
+            Tier::Host => "CPU_PINNED",
+            Tier::Nvme => "DISK",
+            Tier::Object => "EXTERNAL",
         };
         let block = &news.block;
         let (block_hashes, group_idx) = (vec![self.hash(&block.hash)], u32::from(block.group));

@@ -16,9 +16,10 @@ use tonic::Status;
 use tonic::body::Body;
 use tonic::server::NamedService;
 
-use super::Context;
+use super::get_body::GetBody;
+use super::{Context, put_stream};
 use crate::caps;
-use crate::verbs::{get, put};
+use crate::verbs::get;
 use crate::wire;
 
 /// The service of one listener.
@@ -67,7 +68,7 @@ async fn answer_put(context: &Context, request: Request<Body>) -> Result<Respons
     let _call = context.enter()?;
     let started = Instant::now();
     let deadline = tokio::time::Instant::now() + context.deadline(request.headers());
-    let response = put::put(&context.daemon, context.namespace, request.into_body(), deadline).await?;
+    let response = put_stream::put(&context.daemon, context.namespace, request.into_body(), deadline).await?;
     metrics::histogram!("kvstore_put_seconds").record(started.elapsed().as_secs_f64());
     Ok(grpc(unary(&response)))
 }
@@ -85,8 +86,8 @@ async fn answer_get(context: &Context, request: Request<Body>) -> Result<Respons
     let asked = tokio::time::timeout_at(deadline, one_message(request.into_body()))
         .await
         .map_err(|_| Status::deadline_exceeded("the call's deadline passed before its request arrived"))??;
-    let body = get::get(&context.daemon, context.namespace, asked, deadline, call)?;
-    Ok(grpc(Body::new(body)))
+    let get = get::get(&context.daemon, context.namespace, asked, deadline)?;
+    Ok(grpc(Body::new(GetBody::new(&context.daemon, get, deadline, call))))
 }
 
 async fn one_message(mut body: Body) -> Result<GetRequest, Status> {

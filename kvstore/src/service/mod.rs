@@ -4,6 +4,8 @@ mod admin;
 mod blocks;
 mod data;
 mod events;
+mod get_body;
+mod put_stream;
 
 use std::sync::Arc;
 use std::time::Duration;

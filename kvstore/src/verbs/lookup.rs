@@ -4,33 +4,31 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvstore_proto::v1::{LookupRequest, LookupResponse, ReleaseTicketRequest, ReleaseTicketResponse};
+use kvstore_tiers::below::{Ask, Searching};
 use kvstore_tiers::caps::TICKET_TTL_MS_MAX;
 use kvstore_tiers::host::{HoldId, HoldKind, NamespaceId, RegisteredLayout};
-use kvstore_tiers::nvme::BlockRef;
-use kvstore_tiers::object::Searching;
 use kvstore_tiers::residency::Presence;
-use kvstore_tiers::{BootTime, GroupPresence, SequenceHash, readable_prefix};
+use kvstore_tiers::{BlockRef, BootTime, GroupPresence, Run, SequenceHash, Tier, TierSet, readable_prefix};
 use tonic::Status;
 
 use crate::daemon::{Daemon, random_hold_id};
-use crate::{admission, caps, clock, telemetry, wire};
+use crate::{caps, clock, telemetry, wire};
 
 /// One layer group of one shard that a look-up asks about.
 struct Part {
     layout: Arc<RegisteredLayout>,
     group: u16,
     presences: Vec<Presence>,
-    /// Which blocks are on disk.
-    on_disk: Vec<bool>,
-    /// Which are known to be in the bucket.
-    in_bucket: Vec<bool>,
+    below: Vec<TierSet>,
 }
 
 impl Part {
-    fn at(&self, block: usize) -> Option<wire::Places> {
-        let of = |flags: &[bool]| flags.get(block).copied().unwrap_or(false);
-        let (on_disk, in_bucket) = (of(&self.on_disk), of(&self.in_bucket));
-        Some(wire::Places { host: *self.presences.get(block)?, on_disk, in_bucket })
+    fn at(&self, block: usize) -> Option<wire::Located> {
+        Some(wire::Located { host: *self.presences.get(block)?, below: *self.below.get(block)? })
+    }
+
+    fn run<'a>(&'a self, hashes: &'a [SequenceHash]) -> Run<'a> {
+        Run { layout: &self.layout, group: self.group, hashes }
     }
 }
 
@@ -53,20 +51,22 @@ pub async fn lookup_patiently(
 
 /// True where a look-up may have to wait: it is then to be made by [`lookup_patiently`].
 pub fn may_wait(daemon: &Daemon, request: &LookupRequest) -> bool {
-    daemon.object.is_some() && request.search_wait_ms > 0
+    daemon.stack.has(Tier::Object) && request.search_wait_ms > 0
 }
 
 /// Starts to search the bucket for the blocks of which nothing is known.
 fn search(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) -> Result<Vec<Searching>, Status> {
-    let Some(object) = &daemon.object else { return Ok(Vec::new()) };
+    if !daemon.stack.has(Tier::Object) {
+        return Ok(Vec::new());
+    }
     let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
     let hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
     let parts = parts_of(daemon, &layout, request, &hashes)?.unwrap_or_default();
     let search = |part: &Part| {
-        let here = (0..hashes.len()).take_while(|block| part.at(*block).is_some_and(|places| places.is_here())).count();
-        object.search(&part.layout, part.group, hashes.get(here..)?, clock::now())
+        let here = (0..hashes.len()).take_while(|block| part.at(*block).is_some_and(|at| at.is_here())).count();
+        daemon.stack.search(&part.run(hashes.get(here..).unwrap_or_default()))
     };
-    Ok(parts.iter().filter_map(search).collect())
+    Ok(parts.iter().flat_map(search).collect())
 }
 
 /// Answers a look-up.
@@ -82,7 +82,7 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
     telemetry::add(&daemon.traffic.lookups, 1);
     let is_new = daemon.accesses.note(&layout, &hashes, clock::now());
     if is_new {
-        daemon.admitter.count(&layout, &hashes);
+        daemon.stack.count(&layout, &hashes);
     }
     let Some(parts) = parts_of(daemon, &layout, request, &hashes)? else {
         // There is no room to register every shard of the group: nothing is known of it.
@@ -94,8 +94,7 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
     for part in parts.iter().filter(|_| is_new) {
         let resident = part.presences.iter().take_while(|presence| **presence == Presence::Resident).count();
         let run = hashes.get(..resident).unwrap_or_default();
-        admission::admit_reused(daemon, &part.layout, part.group, run, &part.on_disk);
-        admission::upload_reused(daemon, &part.layout, part.group, run);
+        daemon.stack.asked_for(&part.run(run));
     }
     let searching = readable < hashes.len() && !search(daemon, namespace, request)?.is_empty();
     let mut response =
@@ -128,13 +127,9 @@ fn parts_of(
         for group in &groups {
             let (group, _) = wire::known_group(layout, *group)?;
             let presences = daemon.host.presence(&shard, group, hashes);
-            let on_disk = match &daemon.nvme {
-                Some(nvme) => nvme.look_up(&shard, group, hashes, clock::now()),
-                None => Vec::new(),
-            };
-            let in_bucket =
-                daemon.object.as_ref().map(|object| object.presence(&shard, group, hashes)).unwrap_or_default();
-            parts.push(Part { layout: Arc::clone(&shard), group, presences, on_disk, in_bucket });
+            let run = Run { layout: &shard, group, hashes };
+            let below = daemon.stack.below(&run, Ask::Want(clock::now()));
+            parts.push(Part { layout: Arc::clone(&shard), group, presences, below });
         }
     }
     Ok(Some(parts))
@@ -144,7 +139,7 @@ fn readable_blocks(layout: &RegisteredLayout, parts: &[Part]) -> usize {
     let present: Vec<Vec<bool>> = parts
         .iter()
         .map(|part| {
-            (0..part.presences.len()).map(|block| part.at(block).is_some_and(|places| places.is_readable())).collect()
+            (0..part.presences.len()).map(|block| part.at(block).is_some_and(|at| !at.tiers().is_empty())).collect()
         })
         .collect();
     let groups: Vec<_> = parts
@@ -204,7 +199,7 @@ fn hold_on_disk(
     expires: BootTime,
 ) -> Result<Option<()>, Status> {
     let Some(nvme) = &daemon.nvme else { return Ok(Some(())) };
-    let below = |part: &&Part, block: usize| part.at(block).is_some_and(|p| p.host != Presence::Resident && p.on_disk);
+    let below = |part: &&Part, block: usize| part.at(block).is_some_and(|at| at.tiers().fastest() == Some(Tier::Nvme));
     let blocks: Vec<BlockRef<'_>> = parts
         .iter()
         .flat_map(|part| {

@@ -8,12 +8,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use kvstore_proto::v1::{PinRequest, PinResponse, UnpinRequest, UnpinResponse};
-use kvstore_tiers::SequenceHash;
 use kvstore_tiers::caps::PIN_TTL_MS_MAX;
 use kvstore_tiers::host::{HoldId, HoldKind, NamespaceId, RegisteredLayout};
-use kvstore_tiers::nvme::BlockRef;
 use kvstore_tiers::object::Trouble;
 use kvstore_tiers::residency::Presence;
+use kvstore_tiers::{BlockRef, SequenceHash};
 use tonic::Status;
 
 use super::until_synced;

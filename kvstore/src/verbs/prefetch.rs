@@ -2,7 +2,7 @@
 //! blocks go first. A prefetch ends when each block is in memory or found in no tier, at its deadline, or when it is
 //! cancelled. A transfer in progress still completes.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ use kvstore_proto::v1::{
     CancelPrefetchRequest, CancelPrefetchResponse, PrefetchProgress, PrefetchRequest, PrefetchResponse, PrefetchState,
     WatchPrefetchRequest,
 };
+use kvstore_tiers::below::Ask;
 use kvstore_tiers::host::{HoldId, NamespaceId};
-use kvstore_tiers::object::ReadBatch;
 use kvstore_tiers::residency::{Presence, Priority};
-use kvstore_tiers::{BootTime, SequenceHash};
+use kvstore_tiers::stack::{Asked, Policy, Promotion, Window};
+use kvstore_tiers::{BootTime, Run, SequenceHash, TierSet};
 use parking_lot::Mutex;
 use tonic::Status;
 
-use super::promote::{Coming, Promoter};
 use crate::daemon::{Daemon, random_hold_id};
 use crate::{caps, clock, wire};
 
@@ -104,15 +104,14 @@ pub fn prefetch(
     }
     let id = random_hold_id();
     let deadline = clock::now().plus_ms(deadline_ms);
-    let has_below = daemon.nvme.is_some() || daemon.object.is_some();
-    let promoter = has_below.then(|| Promoter {
-        daemon: Arc::clone(daemon),
+    let promotion = daemon.stack.has_below().then(|| Promotion {
+        stack: Arc::clone(&daemon.stack),
         layout: Arc::clone(&layout),
         group,
         priority: Priority::Prefetch,
         deadline: tokio::time::Instant::now() + Duration::from_millis(deadline_ms),
     });
-    let running = promoter.is_some();
+    let running = promotion.is_some();
     let layout_digest = layout.digest;
     let prefetch = Prefetch { namespace, layout_digest, group, hashes: hashes.clone(), deadline, running, ended: None };
     let mut prefetches = daemon.prefetches.0.lock();
@@ -126,44 +125,33 @@ pub fn prefetch(
     }
     prefetches.insert(id, prefetch);
     drop(prefetches);
-    if let Some(promoter) = promoter {
-        tokio::spawn(bring(promoter, id, hashes));
+    if let Some(promotion) = promotion {
+        tokio::spawn(bring(Arc::clone(daemon), promotion, id, hashes));
     }
     Ok(PrefetchResponse { ticket: wire::hold_bytes(id) })
 }
 
 /// Brings the blocks in, in order, until all are there or nowhere or the prefetch has ended.
-async fn bring(promoter: Promoter, id: HoldId, hashes: Vec<SequenceHash>) {
-    let below = promoter.below(&hashes).await;
-    let presences = promoter.daemon.host.presence(&promoter.layout, promoter.group, &hashes);
-    let wanted = hashes.into_iter().zip(below).zip(presences);
+async fn bring(daemon: Arc<Daemon>, promotion: Promotion, id: HoldId, hashes: Vec<SequenceHash>) {
+    let below = promotion.below(&hashes).await;
+    let presences = daemon.host.presence(&promotion.layout, promotion.group, &hashes);
     // More than that would push out its own beginning, and all else.
-    let most = promoter.memory_blocks() / 2;
-    let mut wanted = wanted
+    let most = promotion.memory_blocks() / 2;
+    let wanted = hashes
+        .into_iter()
+        .zip(below)
+        .zip(presences)
         .filter(|((_, below), presence)| *below && *presence != Presence::Resident)
-        .map(|((hash, _), _)| hash)
-        .take(most);
-    let mut window = VecDeque::new();
-    let ahead = promoter.window();
-    let mut outranked = false;
-    while !promoter.daemon.prefetches.has_ended(id) && tokio::time::Instant::now() < promoter.deadline {
-        let mut batch = ReadBatch::default();
-        while window.len() < ahead
-            && (window.len() <= ahead / 2 || !batch.is_empty())
-            && !outranked
-            && let Some(hash) = wanted.next()
-        {
-            let coming = promoter.start_in(&mut batch, hash).await;
-            // What is hotter stays; and what follows is of no use without this one.
-            outranked = matches!(coming, Coming::Outranked);
-            window.push_back((hash, coming));
-        }
-        promoter.send(batch);
-        let Some((hash, coming)) = window.pop_front() else { break };
+        .take(most)
+        .enumerate()
+        .map(|(index, ((hash, _), _))| Asked { index, hash, known: None });
+    let policy = Policy { ahead: promotion.ahead(), ends_outranked: true, ends_full: false };
+    let mut window = Window::new(&promotion, policy, wanted);
+    while !daemon.prefetches.has_ended(id) && tokio::time::Instant::now() < promotion.deadline {
         // The lease ends at once: the block is there for whoever comes.
-        drop(promoter.finish(hash, coming).await);
+        let Some(_leased) = window.next().await else { break };
     }
-    promoter.daemon.prefetches.stop_running(id);
+    daemon.prefetches.stop_running(id);
 }
 
 /// The next report of a prefetch, and whether it is the last.
@@ -171,16 +159,10 @@ pub fn progress(daemon: &Daemon, namespace: NamespaceId, id: HoldId) -> Result<(
     let prefetch = daemon.prefetches.get(namespace, id)?;
     let layout = wire::known_layout(daemon, namespace, &prefetch.layout_digest)?;
     let presences = daemon.host.presence(&layout, prefetch.group, &prefetch.hashes);
-    let mut below = match &daemon.nvme {
-        Some(nvme) => nvme.presence(&layout, prefetch.group, &prefetch.hashes),
-        None => vec![false; presences.len()],
-    };
-    if let Some(object) = &daemon.object {
-        let in_bucket = object.presence(&layout, prefetch.group, &prefetch.hashes);
-        below.iter_mut().zip(in_bucket).for_each(|(below, in_bucket)| *below |= in_bucket);
-    }
+    let run = Run { layout: &layout, group: prefetch.group, hashes: &prefetch.hashes };
+    let below = daemon.stack.below(&run, Ask::Look);
     let count = |wanted| presences.iter().filter(|presence| **presence == wanted).count() as u32;
-    let nowhere = |(presence, below): &(&Presence, &bool)| **presence == Presence::Absent && !**below;
+    let nowhere = |(presence, below): &(&Presence, &TierSet)| **presence == Presence::Absent && below.is_empty();
     let missing = presences.iter().zip(&below).filter(nowhere).count() as u32;
     let now = clock::now();
     let state = match prefetch.ended {

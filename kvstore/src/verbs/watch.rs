@@ -12,7 +12,8 @@ use kvstore_proto::v1::{
     WatchChanges, WatchLayout, WatchRates, WatchRequest, WatchResponse, WatchSnapshot, WatchSnapshotEnd, WatchStart,
     WatchTier, WatchTierChanges, WatchTierRate,
 };
-use kvstore_tiers::changes::{Change, ChangeLog, ChangedTier, NamespaceTag};
+use kvstore_tiers::Tier;
+use kvstore_tiers::changes::{Change, ChangeLog, NamespaceTag};
 use kvstore_tiers::host::{NamespaceId, namespace_digest};
 use kvstore_tiers::meter::ReadRate;
 use tokio::sync::mpsc;
@@ -192,8 +193,7 @@ impl Follower {
     /// What the changes come to: the last of each block in each tier.
     fn by_tier(&self, changes: &[Change]) -> Vec<WatchTierChanges> {
         let ours = changes.iter().filter(|change| change.namespace == self.tag || change.namespace.0 == 0);
-        let last: HashMap<(ChangedTier, u64), bool> =
-            ours.map(|change| ((change.tier, change.name), change.stored)).collect();
+        let last: HashMap<(Tier, u64), bool> = ours.map(|change| ((change.tier, change.name), change.stored)).collect();
         let mut tiers: Vec<WatchTierChanges> = Vec::new();
         for ((tier, name), stored) in last {
             let tier = wire_tier(tier);
@@ -223,10 +223,10 @@ impl Follower {
     }
 }
 
-fn wire_tier(tier: ChangedTier) -> WatchTier {
+fn wire_tier(tier: Tier) -> WatchTier {
     match tier {
-        ChangedTier::Host => WatchTier::Host,
-        ChangedTier::Nvme => WatchTier::Nvme,
-        ChangedTier::Object => WatchTier::Object,
+        Tier::Host => WatchTier::Host,
+        Tier::Nvme => WatchTier::Nvme,
+        Tier::Object => WatchTier::Object,
     }
 }

@@ -126,7 +126,7 @@ pub fn section_bytes(group: &LayerGroup, block_bytes: u64) -> u32 {
     (layers * layer).min(block_bytes) as u32
 }
 
-/// A slot that a transfer fills. Given up by [`Self::end`] alone: dropped without it, the slot stays
+/// A slot that a transfer fills. Given up by [`Self::filled`] or [`Self::not_filled`] alone: dropped without them, the slot stays
 /// reserved for ever, which is a leak, but never one that the kernel writes into for somebody else.
 #[must_use]
 pub struct TransferFill {
@@ -136,24 +136,59 @@ pub struct TransferFill {
 }
 
 impl TransferFill {
-    /// The transfer is over and `fill` its memory: with `crc32` the block is whole and checked, and is
-    /// published, and leased for whoever waits for it; without, the slot is free again.
-    pub fn end(self, fill: SlotFill, crc32: Option<u32>) -> Option<LeasedBlock> {
-        let (length, ticket) = (fill.length() as u32, self.ticket);
-        drop(fill);
+    /// The transfer is over and `fill` its memory, which has the whole block, checked; `crc32` is the block's.
+    pub fn filled(self, fill: SlotFill, crc32: u32) -> FilledBlock {
+        let Self { tier, namespace, ticket } = self;
+        FilledBlock { tier, namespace, ticket: Some(ticket), length: fill.length() as u32, crc32 }
+    }
+
+    /// The transfer is over and `fill` its memory, which does not have the block: to be filled from elsewhere.
+    pub fn not_filled(self, mut fill: SlotFill) -> BlockFill {
+        fill.restart();
+        let Self { tier, namespace, ticket } = self;
+        BlockFill { tier, namespace, fill: Some((ticket, fill)), noted: BootTime::default() }
+    }
+}
+
+/// A block that is whole in its slot, and that nobody sees yet. Dropped before it is published, it is not there, and its slot
+/// is free.
+pub struct FilledBlock {
+    tier: Arc<HostTier>,
+    namespace: NamespaceId,
+    ticket: Option<FillTicket>,
+    length: u32,
+    crc32: u32,
+}
+
+impl FilledBlock {
+    /// Bytes of the block.
+    pub fn length(&self) -> u32 {
+        self.length
+    }
+
+    /// Makes it readable, and leases it for whoever waits for it. `tail`: it is the last of its request.
+    pub fn publish(mut self, tail: bool) -> (Publish, Option<LeasedBlock>) {
+        let Some(ticket) = self.ticket.take() else { return (Publish::Superseded, None) };
         let mut state = self.tier.state.lock();
-        let namespace = state.namespace_mut(self.namespace)?;
-        let Some(crc32) = crc32 else {
-            namespace.residency.abort(ticket);
-            return None;
-        };
-        let key = namespace.residency.key_of(&ticket)?;
-        match namespace.residency.publish(ticket, length, crc32, false) {
-            Publish::Published => match self.tier.lease_in(namespace, self.namespace, &key) {
-                Leasing::Leased(block) => Some(block),
-                _ => None,
+        let Some(namespace) = state.namespace_mut(self.namespace) else { return (Publish::Superseded, None) };
+        let key = namespace.residency.key_of(&ticket);
+        let published = namespace.residency.publish(ticket, self.length, self.crc32, tail);
+        match key.filter(|_| published == Publish::Published) {
+            Some(key) => match self.tier.lease_in(namespace, self.namespace, &key) {
+                Leasing::Leased(block) => (published, Some(block)),
+                _ => (published, None),
             },
-            Publish::Superseded => None,
+            None => (published, None),
+        }
+    }
+}
+
+impl Drop for FilledBlock {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket.take()
+            && let Some(namespace) = self.tier.state.lock().namespace_mut(self.namespace)
+        {
+            namespace.residency.abort(ticket);
         }
     }
 }
@@ -254,26 +289,24 @@ impl BlockFill {
     }
 
     /// The same, and leases the block, so that it is still there when it goes to disk.
-    pub fn commit_leased(mut self, tail: bool) -> (Publish, Option<LeasedBlock>) {
-        let Some((ticket, fill)) = self.fill.take() else { return (Publish::Superseded, None) };
-        let (length, crc32, complete) = (fill.length() as u32, fill.crc32(), fill.room() == 0);
-        drop(fill);
-        let mut state = self.tier.state.lock();
-        let Some(namespace) = state.namespace_mut(self.namespace) else { return (Publish::Superseded, None) };
-        if !complete {
-            namespace.residency.abort(ticket);
-            return (Publish::Superseded, None);
+    pub fn commit_leased(self, tail: bool) -> (Publish, Option<LeasedBlock>) {
+        match self.filled() {
+            Some(filled) => filled.publish(tail),
+            None => (Publish::Superseded, None),
         }
-        let key = namespace.residency.key_of(&ticket);
-        let published = namespace.residency.publish(ticket, length, crc32, tail);
-        let leased = match key.filter(|_| published == Publish::Published) {
-            Some(key) => self.tier.lease_in(namespace, self.namespace, &key),
-            None => Leasing::Miss,
-        };
-        match leased {
-            Leasing::Leased(block) => (published, Some(block)),
-            _ => (published, None),
-        }
+    }
+
+    /// The block, where it is complete; else its slot is free again.
+    pub fn filled(mut self) -> Option<FilledBlock> {
+        let (ticket, fill) = self.fill.take_if(|(_, fill)| fill.room() == 0)?;
+        let (length, crc32) = (fill.length() as u32, fill.crc32());
+        Some(FilledBlock {
+            tier: Arc::clone(&self.tier),
+            namespace: self.namespace,
+            ticket: Some(ticket),
+            length,
+            crc32,
+        })
     }
 }
 

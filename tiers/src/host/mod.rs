@@ -33,7 +33,7 @@ use crate::residency::{Delete, Presence, ResidencyCounts};
 
 pub use attached::{AttachError, Attached, ReadersView, StagingMemory};
 pub use demote::DemotingBlock;
-pub use fill::{BeginFill, BlockFill, FillRequest, TransferFill, section_bytes};
+pub use fill::{BeginFill, BlockFill, FillRequest, FilledBlock, TransferFill, section_bytes};
 pub use holds::{Held, HoldError, HoldId, HoldKind};
 pub use lease::{LeasedBlock, Leasing};
 pub use namespace::{LayoutGroup, NamespaceId, NamespaceLimits, RegisteredLayout, namespace_digest};

@@ -11,12 +11,13 @@ use parking_lot::RwLock;
 use super::attached::{AttachedReaders, SharedTable};
 use super::{Holds, HostStatus, PoolStatus, RegisterError, room};
 use crate::caps;
-use crate::changes::{Change, ChangeLog, ChangedTier, NamespaceTag};
+use crate::changes::{Change, ChangeLog, NamespaceTag};
 use crate::clock::BootTime;
 use crate::eviction::PolicyKind;
 use crate::layout::{LayerGroup, Layout, Shard};
 use crate::pool::PoolId;
 use crate::residency::{Readers, Residency, Watcher};
+use crate::tier::Tier;
 
 /// A namespace's place in the configuration.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -139,7 +140,7 @@ fn watcher(log: Arc<ChangeLog>, namespace: NamespaceTag, seeds: NameSeeds) -> Wa
             seeds.0.read().get(key.layout as usize).and_then(|groups| groups.get(usize::from(key.group)).copied());
         if let Some(seed) = seed {
             let name = key.hash.event_name(seed);
-            log.push(Change { name, namespace, tier: ChangedTier::Host, stored });
+            log.push(Change { name, namespace, tier: Tier::Host, stored });
         }
     })
 }

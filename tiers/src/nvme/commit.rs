@@ -7,10 +7,11 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use super::extents::Entry;
-use super::format::{Digest, Extent, IndexValue};
+use super::format::{Extent, IndexValue};
 use super::index::IndexBatch;
 use super::store::{State, Store, add};
 use super::write::{Commit, Framed, NoPlace, answer, is_no_space};
+use crate::block::Digest;
 use crate::caps;
 
 /// What was written is synced this often at least, so that a loss of power costs seconds.

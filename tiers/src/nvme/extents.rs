@@ -10,9 +10,11 @@ use hashbrown::HashTable;
 
 use std::sync::Arc;
 
-use super::format::{Digest, Extent, PAGE};
+use super::format::{Extent, PAGE};
+use crate::block::Digest;
 use crate::caps::NVME_SEGMENT_BYTES_MAX;
-use crate::changes::{Change, ChangeLog, ChangedTier, NamespaceTag};
+use crate::changes::{Change, ChangeLog, NamespaceTag};
+use crate::tier::Tier;
 
 const NONE: u32 = u32::MAX;
 const CHUNK: usize = 4096;
@@ -186,7 +188,7 @@ impl Extents {
     fn say(&self, entry: &Entry, stored: bool) {
         if let Some(changes) = &self.changes {
             let (name, namespace) = (entry.name, self.tags_of[usize::from(entry.namespace)]);
-            changes.push(Change { name, namespace, tier: ChangedTier::Nvme, stored });
+            changes.push(Change { name, namespace, tier: Tier::Nvme, stored });
         }
     }
 

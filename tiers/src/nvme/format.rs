@@ -1,8 +1,6 @@
 //! What a volume's file and its index hold, byte by byte: `docs/design/volume.md` draws it. Pure.
 
-use kvstore_plane::SequenceHash;
 use kvstore_transfer::frame::{FRAME_ALIGN, FrameIdentity};
-use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128_with_seed};
 
 use crate::caps::NVME_SEGMENT_BYTES_MAX;
 
@@ -29,58 +27,6 @@ pub enum FormatError {
     /// Flipped, torn or cut off.
     #[error("{0} does not match its checksum")]
     Checksum(&'static str),
-}
-
-/// Names a block on one volume: seeded XXH3-128 of namespace digest, layout digest, group, and hash.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
-pub struct Digest(pub u128);
-
-impl Digest {
-    /// Of the block `hash` in `group` of this layout and namespace.
-    pub fn of(seed: u64, namespace: &[u8; 32], layout: &[u8; 32], group: u16, hash: &SequenceHash) -> Self {
-        let (bytes, len) = padded(hash);
-        Self::of_parts(seed, namespace, layout, group, &bytes, len)
-    }
-
-    fn of_parts(seed: u64, namespace: &[u8; 32], layout: &[u8; 32], group: u16, hash: &[u8; 32], len: u8) -> Self {
-        let mut all = [0u8; 99];
-        let parts: [&[u8]; 5] = [namespace, layout, &group.to_le_bytes(), &[len], hash];
-        let bytes = parts.into_iter().flatten();
-        all.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
-        Self(xxh3_128_with_seed(&all, seed))
-    }
-
-    /// Of the block that a frame says it holds.
-    pub fn of_frame(seed: u64, identity: &FrameIdentity) -> Self {
-        let (hash, len) = identity.hash;
-        Self::of_parts(seed, &identity.namespace_digest, &identity.layout_digest, identity.group, &hash, len)
-    }
-
-    /// The tag of a frame's parent; 0 for a root.
-    pub fn parent_tag(seed: u64, identity: &FrameIdentity) -> u64 {
-        match identity.parent {
-            (_, 0) => 0,
-            (hash, len) => {
-                Self::of_parts(seed, &identity.namespace_digest, &identity.layout_digest, identity.group, &hash, len)
-                    .tag()
-            }
-        }
-    }
-
-    /// What draws the block to a volume: it goes to the one where this is greatest (rendezvous hashing).
-    pub fn weight(self, volume_id: &[u8; 16]) -> u64 {
-        xxh3_64_with_seed(volume_id, self.tag())
-    }
-
-    /// Half of it, by which children name their parent; never 0.
-    pub fn tag(self) -> u64 {
-        (self.0 as u64).max(1)
-    }
-}
-
-/// A hash, zero-padded, and its length.
-pub fn padded(hash: &SequenceHash) -> ([u8; 32], u8) {
-    (hash.padded(), hash.byte_len() as u8)
 }
 
 /// What events name the block that a frame holds.
@@ -347,31 +293,5 @@ mod tests {
         newer[0] = 9;
         assert_eq!(IndexValue::decode(&newer), Err(FormatError::Version("an index value", 9)));
         assert!(IndexValue::decode(&value.encode()[..30]).is_err());
-    }
-
-    #[test]
-    fn digests_differ_in_every_part() {
-        let hash = |bytes: &[u8]| SequenceHash::new(bytes).unwrap();
-        let digest = |seed, n: u8, l: u8, group, name: &[u8]| Digest::of(seed, &[n; 32], &[l; 32], group, &hash(name));
-        let base = digest(1, 1, 1, 1, b"a");
-        for other in [
-            digest(2, 1, 1, 1, b"a"),
-            digest(1, 2, 1, 1, b"a"),
-            digest(1, 1, 2, 1, b"a"),
-            digest(1, 1, 1, 2, b"a"),
-            digest(1, 1, 1, 1, b"a\0"),
-        ] {
-            assert_ne!(base, other);
-        }
-        let identity = FrameIdentity {
-            namespace_digest: [1; 32],
-            layout_digest: [1; 32],
-            group: 1,
-            kind: 1,
-            hash: padded(&hash(b"a")),
-            parent: padded(&hash(b"b")),
-        };
-        assert_eq!(Digest::of_frame(1, &identity), base);
-        assert_eq!(Digest::parent_tag(1, &identity), digest(1, 1, 1, 1, b"b").tag());
     }
 }

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::format::{Digest, PAGE};
+use super::format::PAGE;
 use super::store::Store;
 use super::write::Commit;
-use super::{BlockRef, NvmeTier, pins};
+use super::{NvmeTier, pins};
+use crate::block::{BlockRef, Digest};
 use crate::clock::BootTime;
 
 /// Too much would be pinned.

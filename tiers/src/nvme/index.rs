@@ -13,7 +13,8 @@ use kvstore_rocksdb::{
 use kvstore_transfer::volume::{Faults, Operation};
 use parking_lot::{Mutex, RwLock};
 
-use super::format::{Digest, IndexValue, SegmentClass, VOLUME_VERSION};
+use super::format::{IndexValue, SegmentClass, VOLUME_VERSION};
+use crate::block::Digest;
 use crate::caps;
 
 /// The index could not be read or written.

@@ -5,6 +5,7 @@
 //! What a caller gets here it gets at once, or through a channel: nothing in here waits for a disk on the
 //! caller's thread. `docs/design/volume.md` draws what is on the disk.
 
+mod below;
 mod commit;
 mod extents;
 mod flush;
@@ -13,7 +14,6 @@ mod hold;
 mod index;
 mod namespaces;
 mod pins;
-mod promote;
 mod read;
 mod rebuild;
 mod reclaim;
@@ -29,20 +29,18 @@ use std::sync::{Arc, Weak, mpsc};
 use std::thread::JoinHandle;
 
 use kvstore_plane::SequenceHash;
-use kvstore_transfer::frame::FrameIdentity;
 use kvstore_transfer::volume::{Faults, IoEngine};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, oneshot};
 
+use crate::block::{BlockRef, Digest, Run};
 use crate::changes::{ChangeLog, NamespaceTag};
 use crate::clock::BootTime;
-use crate::host::{HostTier, RegisteredLayout, section_bytes};
-use crate::layout::BlockKind;
+use crate::host::{HostTier, RegisteredLayout};
 use crate::meter::ReadMeter;
 use crate::residency::Delete;
 
 use extents::Extents;
-pub(crate) use format::{Digest, padded};
 use store::Store;
 use write::{Commit, Dirty, DirtyBytes, DirtyCount, Pending};
 
@@ -50,7 +48,6 @@ pub use format::{Extent, FormatError, IndexValue, SegmentClass, SegmentHeader, V
 pub use hold::PinRefused;
 pub use kvstore_transfer::volume::{Fault, IoEngine as NvmeEngine};
 pub use namespaces::NvmeNamespace;
-pub use promote::Promote;
 pub use status::{NvmeStatus, VolumeStatus};
 pub use store::{Health, OpenError, engine_of, index_bytes_of, usable_bytes};
 pub use verify::{VerifyOptions, VerifyReport, verify_folder};
@@ -82,8 +79,6 @@ pub(crate) struct Peers {
     dirty: Arc<DirtyCount>,
     /// Dirty bytes became fewer.
     cleaned: Notify,
-    /// A promotion ended.
-    promoted: Notify,
     /// What each namespace may have.
     namespaces: RwLock<Vec<NvmeNamespace>>,
     /// What comes and leaves.
@@ -98,7 +93,6 @@ impl Peers {
             stores: RwLock::new(Vec::new()),
             dirty,
             cleaned: Notify::new(),
-            promoted: Notify::new(),
             namespaces: RwLock::new(Vec::new()),
             changes,
             meter: Arc::default(),
@@ -153,17 +147,6 @@ pub enum WriteBack {
     Refused,
 }
 
-/// The blocks of a request: what all of them have in common.
-#[derive(Clone, Copy)]
-pub struct BlockRef<'a> {
-    /// The layout.
-    pub layout: &'a RegisteredLayout,
-    /// The layer group.
-    pub group: u16,
-    /// The block's name.
-    pub hash: SequenceHash,
-}
-
 impl NvmeTier {
     /// Opens every volume. Ready when it returns: what has to be found again is found in the background.
     pub fn open(options: &NvmeOptions, host: &Arc<HostTier>) -> Result<Arc<Self>, OpenError> {
@@ -200,32 +183,18 @@ impl NvmeTier {
     }
 
     fn digest(&self, store: &Store, block: &BlockRef<'_>) -> Digest {
-        let namespace = &block.layout.namespace_digest;
-        Digest::of(store.header.seed, namespace, &block.layout.digest, block.group, &block.hash)
+        block.digest(store.header.seed)
     }
 
     /// Which blocks of a prefix are on disk.
-    pub fn presence(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> Vec<bool> {
-        self.present(layout, group, hashes, |extents, digest| extents.get(digest).is_some())
+    pub fn presence(&self, layout: &Arc<RegisteredLayout>, group: u16, hashes: &[SequenceHash]) -> Vec<bool> {
+        self.present(&Run { layout, group, hashes }, |extents, digest| extents.get(digest).is_some())
     }
 
-    /// The same, for a request that wants them: they count as used now.
-    pub fn look_up(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash], now: BootTime) -> Vec<bool> {
-        let second = self.second(now);
-        self.present(layout, group, hashes, |extents, digest| extents.mark_used(digest, second))
-    }
-
-    fn present(
-        &self,
-        layout: &RegisteredLayout,
-        group: u16,
-        hashes: &[SequenceHash],
-        is_here: impl Fn(&mut Extents, Digest) -> bool,
-    ) -> Vec<bool> {
-        let mut found = vec![false; hashes.len()];
+    fn present(&self, run: &Run<'_>, is_here: impl Fn(&mut Extents, Digest) -> bool) -> Vec<bool> {
+        let mut found = vec![false; run.hashes.len()];
         for store in &self.stores {
-            let digest = |hash: &SequenceHash| self.digest(store, &BlockRef { layout, group, hash: *hash });
-            let digests: Vec<Digest> = hashes.iter().map(digest).collect();
+            let digests = run.digests(store.header.seed);
             let mut state = store.state.lock();
             if !state.health.left {
                 let here = digests.into_iter().map(|digest| is_here(&mut state.extents, digest));
@@ -233,16 +202,6 @@ impl NvmeTier {
             }
         }
         found
-    }
-
-    /// True where a block is on disk, or on its way there.
-    pub fn will_have(&self, layout: &RegisteredLayout, group: u16, hash: &SequenceHash) -> bool {
-        self.stores.iter().any(|store| {
-            let digest = self.digest(store, &BlockRef { layout, group, hash: *hash });
-            let state = store.state.lock();
-            let pending = state.pending.get(digest).is_some_and(|pending| !pending.cancelled);
-            !state.health.left && (pending || state.extents.get(digest).is_some())
-        })
     }
 
     /// Names for events of the namespace's blocks, a few at a time: from where `cursor` says on; `None` after the last.
@@ -254,16 +213,6 @@ impl NvmeTier {
             false => state.extents.names(namespace, from, crate::caps::NAMES_PER_LOCK, out),
         };
         Some(next.map_or((at + 1, 0), |next| (at, next)))
-    }
-
-    /// A request read these blocks: they are worth keeping.
-    pub fn touch(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) {
-        for store in &self.stores {
-            let digest = |hash: &SequenceHash| self.digest(store, &BlockRef { layout, group, hash: *hash });
-            let digests: Vec<Digest> = hashes.iter().map(digest).collect();
-            let mut state = store.state.lock();
-            digests.into_iter().for_each(|digest| state.extents.touch(digest));
-        }
     }
 
     // ------------------------------------------------------------------------------- writing
@@ -336,19 +285,11 @@ impl NvmeTier {
         parent: Option<SequenceHash>,
         sums: Vec<u32>,
     ) -> Option<Dirty> {
-        let group = block.layout.group(u32::from(block.group))?;
-        let identity = FrameIdentity {
-            namespace_digest: block.layout.namespace_digest,
-            layout_digest: block.layout.digest,
-            group: block.group,
-            kind: group.group.kind.number(),
-            hash: padded(&block.hash),
-            parent: parent.map_or(([0; 32], 0), |parent| padded(&parent)),
-        };
+        let identity = block.identity(parent)?;
         let demoting = self.host.begin_demote(block.layout, block.group, block.hash)?;
         let bytes = DirtyBytes::new(&self.peers.dirty, u64::from(demoting.length()));
-        let section_bytes = section_bytes(&group.group, group.block_bytes);
-        let parent_tag = parent_tag(store.header.seed, &identity);
+        let section_bytes = block.section_bytes();
+        let parent_tag = Digest::parent_tag(store.header.seed, &identity);
         Some(Dirty { digest, parent_tag, identity, section_bytes, sums, block: demoting, _bytes: bytes })
     }
 
@@ -372,7 +313,7 @@ impl NvmeTier {
     // ------------------------------------------------------------------------------- leaving
 
     /// Deletes blocks; what became of each.
-    pub fn delete(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> Vec<Delete> {
+    pub fn delete(&self, layout: &Arc<RegisteredLayout>, group: u16, hashes: &[SequenceHash]) -> Vec<Delete> {
         let mut outcome = vec![Delete::Absent; hashes.len()];
         for store in &self.stores {
             let mut gone = Vec::new();
@@ -437,12 +378,6 @@ impl NvmeTier {
         }
         self.stores.iter().for_each(|store| store.let_go());
     }
-}
-
-/// The tag of a frame's parent. Only blocks of full attention are lost with their parents: the others can
-/// be read without.
-fn parent_tag(seed: u64, identity: &FrameIdentity) -> u64 {
-    if identity.kind == BlockKind::Attention.number() { Digest::parent_tag(seed, identity) } else { 0 }
 }
 
 fn start(

@@ -10,11 +10,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::extents::Entry;
-use super::format::{Digest, PAGE};
+use super::format::PAGE;
 use super::index::IndexBatch;
 use super::store::{Store, add};
 use super::write::Commit;
 use super::{NvmeTier, Peers};
+use crate::block::Digest;
 use crate::caps;
 use crate::clock::BootTime;
 

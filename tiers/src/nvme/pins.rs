@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use super::format::{Digest, VOLUME_VERSION};
+use super::format::VOLUME_VERSION;
+use crate::block::Digest;
 use crate::caps;
 use crate::clock::BootTime;
 

@@ -4,41 +4,25 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use kvstore_transfer::frame::{FrameHeader, FrameIdentity};
+use kvstore_transfer::frame::FrameHeader;
 use kvstore_transfer::volume::{Direction, IoMemories, IoMemory, Transfer};
 use kvstore_transfer::{AlignedBytes, Lane, SlotFill};
 
 use super::extents::Entry;
-use super::format::{Digest, PAGE, life_of};
+use super::format::{PAGE, life_of};
 use super::store::{Store, add};
 use super::write::Commit;
-use crate::host::{LeasedBlock, TransferFill};
+use crate::below::{Arrived, NotRead, ReadDone, WhyNotRead};
+use crate::block::{Digest, Wanted, unpadded};
+use crate::host::TransferFill;
 
-/// What a reader asks for: what its frame must say.
-#[derive(Clone, Copy)]
-pub(super) struct Wanted {
-    pub namespace_digest: [u8; 32],
-    pub layout_digest: [u8; 32],
-    pub group: u16,
-    pub kind: u8,
-    pub hash: ([u8; 32], u8),
-    /// Bytes of a block, or the most where they vary.
-    pub block_bytes: u64,
-    pub varies: bool,
+/// A block on its way into a slot.
+pub(super) struct Reading {
+    pub entry: Entry,
+    pub wanted: Wanted,
+    pub ticket: TransferFill,
+    pub done: ReadDone,
 }
-
-impl Wanted {
-    fn is(&self, identity: &FrameIdentity, block_bytes: u64) -> bool {
-        let length = if self.varies { block_bytes <= self.block_bytes } else { block_bytes == self.block_bytes };
-        length
-            && self.namespace_digest == identity.namespace_digest
-            && self.layout_digest == identity.layout_digest
-            && (self.group, self.kind, self.hash) == (identity.group, identity.kind, identity.hash)
-    }
-}
-
-/// Told the block, leased; or nothing, where it could not be read or is damaged.
-pub(super) type ReadDone = Box<dyn FnOnce(Option<LeasedBlock>) + Send>;
 
 impl Store {
     /// Where a block lies, with its segment kept as it is until [`Self::end_read`].
@@ -57,23 +41,17 @@ impl Store {
         self.state.lock().segments.end_read(entry.extent.segment);
     }
 
-    /// Reads a block into the slot of `fill`, checks it, publishes it. After [`Self::begin_read`], whose end
-    /// it sees to. False where the lane is full: then nothing happens, and the slot is free again.
-    pub fn read(
-        self: &Arc<Self>,
-        entry: Entry,
-        wanted: Wanted,
-        fill: (TransferFill, SlotFill),
-        lane: Lane,
-        done: ReadDone,
-    ) -> bool {
-        let (ticket, mut slot) = fill;
+    /// Reads a block into its slot and checks it. After [`Self::begin_read`], whose end it sees to. Whoever waits is told so at
+    /// once where the lane is full.
+    pub fn read(self: &Arc<Self>, reading: Reading, mut slot: SlotFill, lane: Lane) {
+        let (entry, wanted) = (reading.entry, reading.wanted);
         let offset = self.offset_of(&entry.extent);
         // The payload's pages, and no more, go into the slot; a frame of another size is not this block's.
         let payload_bytes = (u64::from(entry.extent.pages) - 1) * PAGE;
         let fits = wanted.block_bytes.next_multiple_of(PAGE) == payload_bytes
             || wanted.varies && payload_bytes <= wanted.block_bytes.next_multiple_of(PAGE);
         let store = Arc::clone(self);
+        let tag = entry.digest.tag();
         let transfer = if entry.extent.apart && fits {
             slot.shorten(payload_bytes as usize);
             let memories = IoMemories {
@@ -84,70 +62,76 @@ impl Store {
                 let (IoMemory::Pages(head), Some(IoMemory::Fill(slot))) = (memories.head, memories.body) else {
                     return;
                 };
-                store.finish(entry, &wanted, result, Payload::Slot(head), ticket, slot, done);
+                store.finish(reading, result, &Payload::Slot(head), slot);
             };
-            Transfer { direction: Direction::Read, offset, memories, tag: entry.digest.tag(), done: Box::new(finish) }
+            Transfer { direction: Direction::Read, offset, memories, tag, done: Box::new(finish) }
         } else {
             let pages = AlignedBytes::zeroed(entry.extent.bytes() as usize);
             let finish = move |result: io::Result<()>, memories: IoMemories| {
                 let Some(pages) = memories.into_pages() else { return };
-                store.finish(entry, &wanted, result, Payload::Pages(pages), ticket, slot, done);
+                store.finish(reading, result, &Payload::Pages(pages), slot);
             };
-            let memories = IoMemories::pages(pages);
-            Transfer { direction: Direction::Read, offset, memories, tag: entry.digest.tag(), done: Box::new(finish) }
-        };
-        match self.volume.submit(lane, Box::new(transfer)) {
-            Ok(()) => true,
-            Err(transfer) => {
-                // The completion cleans up like after a failed read, but the device is not to blame.
-                let busy = io::Error::from(io::ErrorKind::WouldBlock);
-                let Transfer { done, memories, .. } = *transfer;
-                done(Err(busy), memories);
-                false
+            Transfer {
+                direction: Direction::Read,
+                offset,
+                memories: IoMemories::pages(pages),
+                tag,
+                done: Box::new(finish),
             }
+        };
+        if let Err(transfer) = self.volume.submit(lane, Box::new(transfer)) {
+            // The completion cleans up like after a failed read, but the device is not to blame.
+            let busy = io::Error::from(io::ErrorKind::WouldBlock);
+            let Transfer { done, memories, .. } = *transfer;
+            done(Err(busy), memories);
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the pieces of one transfer, each of another owner")]
-    fn finish(
-        self: &Arc<Self>,
-        entry: Entry,
-        wanted: &Wanted,
-        result: io::Result<()>,
-        payload: Payload,
-        ticket: TransferFill,
-        mut slot: SlotFill,
-        done: ReadDone,
-    ) {
+    fn finish(self: &Arc<Self>, reading: Reading, result: io::Result<()>, payload: &Payload, mut slot: SlotFill) {
+        let Reading { entry, wanted, ticket, done } = reading;
         let life = self.state.lock().segments.life(entry.extent.segment);
         let checked = match result {
             Ok(()) => {
                 self.read_errors.store(0, Ordering::Release);
-                check(&payload, wanted, life, &mut slot).ok_or(ReadProblem::Damaged)
+                check(payload, &wanted, life, &mut slot).ok_or(ReadProblem::Damaged)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ReadProblem::Busy),
             // A file that was cut off is damaged; the device under it works.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(ReadProblem::Damaged),
             Err(error) => Err(ReadProblem::Device(error)),
         };
-        drop(payload);
-        let block = ticket.end(slot, checked.as_ref().ok().copied());
         self.end_read(&entry);
-        match checked {
-            Ok(_) => {
+        let outcome = match checked {
+            Ok((crc32, header)) => {
                 add(&self.counters.read_blocks, 1);
                 add(&self.counters.read_bytes, entry.extent.bytes());
+                let parent = unpadded(&header.identity.parent);
+                // Those of the frame are bound to its identity: they are not the payload's alone.
+                Ok(Arrived { filled: ticket.filled(slot, crc32), sums: Vec::new(), parent })
             }
-            Err(ReadProblem::Busy) => {}
-            Err(ReadProblem::Damaged) => self.quarantine(&entry),
-            Err(ReadProblem::Device(error)) => {
+            Err(problem) => {
+                let why = self.not_read(&entry, problem);
+                Err(NotRead { fill: Some(ticket.not_filled(slot)), why })
+            }
+        };
+        done(outcome);
+    }
+
+    fn not_read(&self, entry: &Entry, problem: ReadProblem) -> WhyNotRead {
+        match problem {
+            ReadProblem::Busy => WhyNotRead::Busy,
+            ReadProblem::Damaged => {
+                self.quarantine(entry);
+                WhyNotRead::Damaged
+            }
+            ReadProblem::Device(error) => {
                 add(&self.counters.io_errors, 1);
                 tracing::warn!(%error, path = %self.path.display(), "a block cannot be read, so it is a miss");
                 self.note_device_error(&error);
-                self.forget(&entry);
+                self.forget(entry);
+                WhyNotRead::Failed
             }
         }
-        done(block);
     }
 
     /// A frame is not what its place should hold: it is not found any more.
@@ -185,9 +169,9 @@ enum Payload {
     Pages(AlignedBytes),
 }
 
-/// The block's CRC-32, where header and payload are those of the wanted block in this life of its segment;
+/// The block's CRC-32 and its header, where header and payload are those of the wanted block in this life of its segment;
 /// its bytes are in the slot then.
-fn check(payload: &Payload, wanted: &Wanted, life: Option<u64>, slot: &mut SlotFill) -> Option<u32> {
+fn check(payload: &Payload, wanted: &Wanted, life: Option<u64>, slot: &mut SlotFill) -> Option<(u32, FrameHeader)> {
     let (Payload::Slot(head) | Payload::Pages(head)) = payload;
     let header = FrameHeader::decode(head).ok()?;
     let current = life == Some(life_of(header.generation));
@@ -195,17 +179,18 @@ fn check(payload: &Payload, wanted: &Wanted, life: Option<u64>, slot: &mut SlotF
         return None;
     }
     slot.shorten(header.block_bytes as usize);
-    match payload {
-        Payload::Slot(_) if header.payload_offset() as u64 == PAGE => header.check(slot.transferred()).ok(),
-        Payload::Slot(_) => None,
+    let crc32 = match payload {
+        Payload::Slot(_) if header.payload_offset() as u64 == PAGE => header.check(slot.transferred()).ok()?,
+        Payload::Slot(_) => return None,
         Payload::Pages(pages) => {
             let start = header.payload_offset();
             let bytes = pages.get(start..start + header.block_bytes as usize)?;
             let crc32 = header.check(bytes).ok()?;
             slot.append(bytes).ok()?;
-            Some(crc32)
+            crc32
         }
-    }
+    };
+    Some((crc32, header))
 }
 
 /// Reads and checks one whole frame, without a slot: for reinsertion and verification. Blocks.

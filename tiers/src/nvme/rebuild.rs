@@ -8,10 +8,11 @@ use kvstore_transfer::{AlignedBytes, Lane, volume};
 
 use super::NvmeOptions;
 use super::extents::Entry;
-use super::format::{Digest, Extent, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of, life_of};
+use super::format::{Extent, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of, life_of};
 use super::index::IndexBatch;
 use super::read::read_frame;
 use super::store::{Store, add};
+use crate::block::Digest;
 
 /// Bytes that one read of a scan takes: the headers of small frames come many at a time.
 const WINDOW_BYTES: u64 = 64 << 10;
@@ -104,7 +105,7 @@ impl Store {
 
     fn found(&self, frame: &FrameHeader, extent: Extent, encoded: &[u8]) -> (Entry, IndexValue) {
         let digest = Digest::of_frame(self.header.seed, &frame.identity);
-        let parent_tag = super::parent_tag(self.header.seed, &frame.identity);
+        let parent_tag = Digest::parent_tag(self.header.seed, &frame.identity);
         let header_crc32 = FrameHeader::header_crc32(encoded);
         let (namespace, used) = {
             let mut state = self.state.lock();

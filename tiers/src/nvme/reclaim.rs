@@ -13,11 +13,12 @@ use kvstore_transfer::frame::FrameHeader;
 use kvstore_transfer::{AlignedBytes, Lane, volume};
 
 use super::extents::Entry;
-use super::format::{Digest, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of};
+use super::format::{IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of};
 use super::index::IndexBatch;
 use super::namespaces::Standings;
 use super::read::read_frame;
 use super::store::{State, Store, add};
+use crate::block::Digest;
 use crate::caps;
 
 /// Candidates whose blocks are looked at one by one.

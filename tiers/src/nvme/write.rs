@@ -17,8 +17,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use kvstore_transfer::frame::FrameIdentity;
 use tokio::sync::oneshot;
 
-use super::format::{Digest, Extent, IndexValue};
+use super::format::{Extent, IndexValue};
 use super::index::IndexError;
+use crate::block::Digest;
 use crate::host::DemotingBlock;
 
 /// Counts a block and its bytes as dirty while it lives.

@@ -15,10 +15,10 @@ use super::directory::Pack;
 use super::names::{BlockName, PackName};
 use super::pack::{Footer, PackedBlock};
 use super::requests::{Trouble, retried};
+use crate::block::Digest;
 use crate::caps;
 use crate::changes::NamespaceTag;
 use crate::host::RegisteredLayout;
-use crate::nvme::Digest;
 
 impl ObjectTier {
     /// Deletes blocks from the bucket, as far as this node knows where they are; those that it deleted. They are not uploaded

@@ -9,10 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use object_store::path::Path;
 
+use crate::block::Digest;
 use crate::caps::{OBJECT_ABSENT_MAX, OBJECT_DIRECTORY_BLOCKS_MAX};
-use crate::changes::{Change, ChangeLog, ChangedTier, NamespaceTag};
+use crate::changes::{Change, ChangeLog, NamespaceTag};
 use crate::clock::BootTime;
-use crate::nvme::Digest;
+use crate::tier::Tier;
 
 /// An object of the bucket, and the blocks in it.
 #[derive(Debug)]
@@ -87,7 +88,7 @@ impl Directory {
     fn say(&self, pack: &Pack, block: &Packed, stored: bool) {
         if let Some(changes) = &self.changes {
             let (name, namespace) = (block.name, pack.namespace);
-            changes.push(Change { name, namespace, tier: ChangedTier::Object, stored });
+            changes.push(Change { name, namespace, tier: Tier::Object, stored });
         }
     }
 

@@ -5,18 +5,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use kvstore_plane::{SequenceHash, SlotKey};
 use tokio::time::Instant;
 
 use super::ObjectTier;
 use super::upload::Batch;
+use crate::block::BlockRef;
 use crate::caps;
-use crate::host::{LeasedBlock, RegisteredLayout};
-use crate::nvme::{BlockRef, Promote};
+use crate::host::{LeasedBlock, Leasing};
 use crate::residency::Priority;
+use crate::stack::Promotion;
 
-/// How often an upload that waits for room in memory looks again.
-const BRING_POLL: Duration = Duration::from_millis(20);
 /// A hold on the disk lasts until its upload is done; this is longer than any outage that is waited for.
 const HOLD_MS: u64 = 30 * 24 * 3600 * 1000;
 
@@ -42,12 +40,13 @@ impl ObjectTier {
     /// Blocks that are not in memory are brought there.
     pub(super) async fn bring(&self, batch: &mut Batch) {
         let Batch { layout, group, members, .. } = batch;
-        let until = Instant::now() + Duration::from_millis(caps::OBJECT_STALL_MS * 2);
+        let deadline = Instant::now() + Duration::from_millis(caps::OBJECT_STALL_MS * 2);
+        let (stack, layout) = (Arc::clone(&self.above), Arc::clone(layout));
+        let promotion = Promotion { stack, layout, group: *group, priority: Priority::Writeback, deadline };
         for member in members.iter_mut().filter(|member| member.block.is_none()) {
-            let key = SlotKey { layout: layout.ordinal, group: *group, hash: member.hash };
-            let block = match self.host.lease_quietly(layout.namespace, &key) {
-                Some(block) => Some(block),
-                None => self.bring_from_disk(layout, *group, member.hash, until).await,
+            let block = match promotion.bring(member.hash).await {
+                Leasing::Leased(block) => Some(block),
+                Leasing::InFlight | Leasing::Miss => None,
             };
             member.block = block.map(|block| self.held(block));
         }
@@ -56,36 +55,6 @@ impl ObjectTier {
     pub(super) fn held(&self, block: LeasedBlock) -> Bytes {
         self.leased_bytes.fetch_add(block.len() as u64, Ordering::AcqRel);
         Bytes::from_owner(Held { block, count: Arc::clone(&self.leased_bytes) })
-    }
-
-    async fn bring_from_disk(
-        &self,
-        layout: &Arc<RegisteredLayout>,
-        group: u16,
-        hash: SequenceHash,
-        until: Instant,
-    ) -> Option<LeasedBlock> {
-        let nvme = self.nvme.as_ref()?;
-        let key = SlotKey { layout: layout.ordinal, group, hash };
-        while Instant::now() < until {
-            let now = (self.clock)();
-            let deadline = now.plus_ms(caps::OBJECT_STALL_MS);
-            match nvme.promote(&BlockRef { layout, group, hash }, Priority::Writeback, deadline, now) {
-                Promote::Started(block) => return tokio::time::timeout_at(until, block).await.ok()?.ok()?,
-                Promote::Absent => return self.host.lease_quietly(layout.namespace, &key),
-                Promote::Resident => {
-                    if let Some(block) = self.host.lease_quietly(layout.namespace, &key) {
-                        return Some(block);
-                    }
-                }
-                Promote::NeedsSlab(plan) => {
-                    let host = Arc::clone(&self.host);
-                    let _ = tokio::task::spawn_blocking(move || host.make_slab(plan)).await;
-                }
-                Promote::InFlight | Promote::Busy | Promote::Outranked => tokio::time::sleep(BRING_POLL).await,
-            }
-        }
-        None
     }
 
     /// The Nvme tier holds the blocks of a batch instead of leases, so that memory can turn over.

@@ -5,6 +5,7 @@
 //! are read into it, each checked before anyone sees it. Nothing in here waits on the caller's thread: requests are made by tasks
 //! of the runtime that the tier was opened in. `docs/design/object.md` has the formats and the arithmetic.
 
+mod below;
 mod collect;
 mod delete;
 mod directory;
@@ -22,8 +23,8 @@ mod write;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use kvstore_plane::SequenceHash;
@@ -33,13 +34,15 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::Instant;
 
+use crate::block::{BlockRef, Digest};
 use crate::caps;
 use crate::changes::NamespaceTag;
 use crate::clock::BootTime;
 use crate::host::{HostTier, RegisteredLayout};
 use crate::layout::BlockKind;
 use crate::meter::{ReadMeter, ReadRate};
-use crate::nvme::{Digest, NvmeTier};
+use crate::nvme::NvmeTier;
+use crate::stack::Stack;
 
 use directory::{Directory, Packed};
 use pack::PackedBlock;
@@ -53,9 +56,7 @@ use upload::Uploads;
 pub use collect::{CollectError, CollectRules, Collected, PackCount};
 pub use open::{ObjectUrl, OpenStoreError, Opened};
 pub use probe::Abilities;
-pub use read::ReadBatch;
 pub use requests::Trouble;
-pub use search::Searching;
 pub use upload::{Offer, Offered};
 
 /// What may change while it runs.
@@ -171,11 +172,15 @@ struct State {
 
 /// See the head of this file.
 pub struct ObjectTier {
+    /// Itself, for tasks.
+    this: Weak<Self>,
     bucket: Bucket,
     names: Names,
     checks_uploads: bool,
     host: Arc<HostTier>,
     nvme: Option<Arc<NvmeTier>>,
+    /// The faster tiers, from which blocks come.
+    above: Arc<Stack>,
     state: Mutex<State>,
     uploads: Mutex<Uploads>,
     limits: Mutex<ObjectLimits>,
@@ -188,8 +193,6 @@ pub struct ObjectTier {
     clock_ahead_ms: AtomicI64,
     reads: Arc<Semaphore>,
     prefetch_reads: Arc<Semaphore>,
-    /// A read ended.
-    promoted: Notify,
     /// An upload ended.
     uploaded: Notify,
     /// There is something to upload.
@@ -217,12 +220,14 @@ impl ObjectTier {
             }
             None => None,
         };
-        let tier = Arc::new(Self {
+        let tier = Arc::new_cyclic(|this| Self {
+            this: Weak::clone(this),
             bucket: Bucket::new(options.opened.store, options.stall),
             names: Names::new(&options.opened.prefix, &options.namespaces),
             checks_uploads: options.opened.checks_uploads,
             host: Arc::clone(host),
             nvme: nvme.cloned(),
+            above: Stack::new(host, nvme.cloned(), None, options.clock),
             state: Mutex::new(State {
                 directory: Directory::with_changes(Arc::clone(host.changes())),
                 searches: HashMap::new(),
@@ -238,7 +243,6 @@ impl ObjectTier {
             clock_ahead_ms: AtomicI64::new(0),
             reads: Arc::new(Semaphore::new(caps::OBJECT_READS_MAX)),
             prefetch_reads: Arc::new(Semaphore::new(caps::OBJECT_PREFETCH_READS_MAX)),
-            promoted: Notify::new(),
             uploaded: Notify::new(),
             work: Notify::new(),
             stopping: AtomicBool::new(false),
@@ -342,13 +346,13 @@ impl ObjectTier {
     }
 
     /// Bytes of a frame of a group whose blocks are all of one size.
-    fn frame_bytes(&self, layout: &RegisteredLayout, group: u16) -> Option<u64> {
-        let (sections, group_of) = (read::section_bytes_of(layout, group), layout.group(u32::from(group))?);
+    fn frame_bytes(&self, layout: &Arc<RegisteredLayout>, group: u16) -> Option<u64> {
+        let group_of = layout.group(u32::from(group))?;
         if group_of.group.kind.varies_in_length() || group_of.group.kind != BlockKind::Attention {
             return None;
         }
-        let hash = SequenceHash::new(&[0]).ok()?;
-        let identity = read::identity(layout, group, &hash, ([0; 32], 0))?;
+        let any = BlockRef { layout, group, hash: SequenceHash::new(&[0]).ok()? };
+        let (identity, sections) = (any.identity(None)?, any.section_bytes());
         let count = group_of.block_bytes.div_ceil(u64::from(sections));
         let header = FrameHeader::of_sums(identity, 0, group_of.block_bytes, sections, &vec![0; count as usize])?;
         Some(header.frame_bytes())
@@ -362,11 +366,6 @@ impl ObjectTier {
         let digests: Vec<Digest> = hashes.iter().map(|hash| self.digest(layout, group, hash)).collect();
         let state = self.state.lock();
         digests.into_iter().map(|digest| state.directory.has(digest)).collect()
-    }
-
-    /// Resolves after the next read ended: for those that wait for somebody else's.
-    pub fn promoted(&self) -> tokio::sync::futures::Notified<'_> {
-        self.promoted.notified()
     }
 
     /// Resolves after the next upload ended: for those that wait for room.

@@ -8,115 +8,61 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use futures::StreamExt;
-use kvstore_transfer::frame::{FrameHeader, FrameIdentity};
-use tokio::sync::oneshot;
+use kvstore_transfer::frame::FrameHeader;
 use tokio::time::Instant;
 
 use super::ObjectTier;
-use super::directory::{Pack, Packed, Place};
+use super::directory::{Pack, Packed};
 use super::requests::{Trouble, retried};
+use crate::below::{Arrived, NotRead, Read, ReadDone, ReadUrgency, WhyNotRead};
+use crate::block::{Block, Wanted, unpadded};
 use crate::caps;
-use crate::clock::BootTime;
-use crate::host::{BeginFill, BlockFill, FillRequest, LeasedBlock, RegisteredLayout, section_bytes};
-use crate::nvme::{BlockRef, Promote, padded};
-use crate::residency::{FlightSource, Priority, Publish, Urgency};
+use crate::host::BlockFill;
+use crate::residency::Priority;
 
-/// Reads that a caller has started and not sent yet: those that lie side by side become one request.
-#[derive(Default)]
-pub struct ReadBatch(Vec<Read>);
-
-impl ReadBatch {
-    /// True where there is nothing to send.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-}
-
-struct Read {
+/// A block that is on its way out of its pack.
+struct Reading {
     pack: Arc<Pack>,
     packed: Packed,
-    layout: Arc<RegisteredLayout>,
-    group: u16,
-    hash: kvstore_plane::SequenceHash,
+    block: Block,
+    wanted: Wanted,
     fill: BlockFill,
-    /// Where it is on its way to the disk, too, once it is here.
-    keep: bool,
-    done: oneshot::Sender<Option<LeasedBlock>>,
+    done: ReadDone,
+}
+
+impl Reading {
+    fn fails(self, why: WhyNotRead) {
+        (self.done)(Err(NotRead { fill: Some(self.fill), why }));
+    }
+
+    /// True where this block lies right behind the other in the same pack, and both fit one request that starts at `start`.
+    fn follows(&self, last: &Self, start: u64) -> bool {
+        Arc::ptr_eq(&last.pack, &self.pack)
+            && last.packed.offset + last.packed.frame_bytes == self.packed.offset
+            && self.packed.offset + self.packed.frame_bytes - start <= caps::OBJECT_READ_BYTES_MAX
+    }
 }
 
 impl ObjectTier {
-    /// Starts to bring a block into memory, as a part of `batch`. Never waits. Only blocks that are known to be in the bucket
-    /// are found: see [`Self::search`]. `keeps` is asked once it is on its way: whether it is to go to the disk, too.
-    #[expect(clippy::too_many_arguments, reason = "what a promotion is of, and what is to become of it")]
-    pub fn promote(
-        &self,
-        batch: &mut ReadBatch,
-        block: &BlockRef<'_>,
-        layout: &Arc<RegisteredLayout>,
-        priority: Priority,
-        keeps: impl FnOnce() -> bool,
-        deadline: BootTime,
-        now: BootTime,
-    ) -> Promote {
-        let Some(group) = block.layout.group(u32::from(block.group)) else { return Promote::Absent };
-        let digest = self.digest(block.layout, block.group, &block.hash);
-        let place = self.state.lock().directory.get(digest).cloned();
-        let Some((Place { pack, .. }, packed)) = place.and_then(|place| Some((place.clone(), place.packed()?))) else {
-            return Promote::Absent;
-        };
-        if self.bucket.is_away() {
-            return Promote::Absent;
-        }
-        let request = FillRequest {
-            layout: block.layout,
-            group: block.group,
-            hash: block.hash,
-            parent: None,
-            length: group.block_bytes as u32,
-            urgency: Urgency { source: FlightSource::Promotion, priority, deadline },
-        };
-        match self.host.begin_fill(&request, now) {
-            BeginFill::Fill(fill, ahead) => {
-                if let Some(plan) = ahead {
-                    self.host.drop_plan(plan);
-                }
-                let (done, coming) = oneshot::channel();
-                let (layout, group, hash) = (Arc::clone(layout), block.group, block.hash);
-                let keep = keeps();
-                batch.0.push(Read { pack, packed, layout, group, hash, fill, keep, done });
-                Promote::Started(coming)
+    /// See [`crate::below::Below::read`]: neighbours in a pack come together, in requests of some MiB. Only blocks that are known to
+    /// be in the bucket are found: see [`Self::search`].
+    pub(super) fn read_blocks(self: &Arc<Self>, reads: Vec<Read>, urgency: ReadUrgency) {
+        let mut runs: Vec<Vec<Reading>> = Vec::new();
+        for read in reads {
+            let Some(reading) = self.find(read) else { continue };
+            let follows = |run: &&mut Vec<Reading>| match (run.first(), run.last()) {
+                (Some(first), Some(last)) => reading.follows(last, first.packed.offset),
+                _ => false,
+            };
+            match runs.last_mut().filter(follows) {
+                Some(run) => run.push(reading),
+                None => runs.push(vec![reading]),
             }
-            BeginFill::Resident => Promote::Resident,
-            BeginFill::InFlight => Promote::InFlight,
-            BeginFill::NeedsSlab(plan) => Promote::NeedsSlab(plan),
-            BeginFill::Outranked => Promote::Outranked,
-            BeginFill::Busy | BeginFill::Wait => Promote::Busy,
-        }
-    }
-
-    /// Sends a batch: neighbours together, in requests of some MiB.
-    pub fn send(self: &Arc<Self>, batch: &mut ReadBatch, priority: Priority, deadline: Instant) {
-        let mut run: Vec<Read> = Vec::new();
-        let mut runs = Vec::new();
-        for read in batch.0.drain(..) {
-            let follows = run.last().is_some_and(|last| {
-                let (before, start) = (last.packed, run.first().map_or(0, |first| first.packed.offset));
-                Arc::ptr_eq(&last.pack, &read.pack)
-                    && before.offset + before.frame_bytes == read.packed.offset
-                    && read.packed.offset + read.packed.frame_bytes - start <= caps::OBJECT_READ_BYTES_MAX
-            });
-            if !follows && !run.is_empty() {
-                runs.push(std::mem::take(&mut run));
-            }
-            run.push(read);
-        }
-        if !run.is_empty() {
-            runs.push(run);
         }
         for run in runs {
             let tier = Arc::clone(self);
             self.runtime.spawn(async move {
-                let prefetches = (priority != Priority::Demand).then(|| Arc::clone(&tier.prefetch_reads));
+                let prefetches = (urgency.priority != Priority::Demand).then(|| Arc::clone(&tier.prefetch_reads));
                 let permits = async {
                     let prefetch = match prefetches {
                         Some(prefetches) => prefetches.acquire_owned().await.ok(),
@@ -124,48 +70,68 @@ impl ObjectTier {
                     };
                     (prefetch, Arc::clone(&tier.reads).acquire_owned().await.ok())
                 };
-                // Whoever waits gives up by then; the fills are given back.
-                if let Ok(_permits) = tokio::time::timeout_at(deadline, permits).await {
-                    tier.read_run(run, deadline).await;
+                // Whoever waits gives up by then; the slots are given back.
+                match tokio::time::timeout_at(urgency.deadline, permits).await {
+                    Ok(_permits) => tier.read_run(run, urgency.deadline).await,
+                    Err(_) => run.into_iter().for_each(|reading| reading.fails(WhyNotRead::Failed)),
                 }
-                tier.promoted.notify_waiters();
             });
         }
     }
 
-    async fn read_run(self: &Arc<Self>, run: Vec<Read>, deadline: Instant) {
-        let Some(pack) = run.first().map(|read| Arc::clone(&read.pack)) else { return };
-        let mut left = VecDeque::from(run);
-        while let (Some(first), Some(last)) = (left.front(), left.back()) {
-            let bytes = last.packed.offset + last.packed.frame_bytes - first.packed.offset;
-            let reading = self.meter.begin(bytes);
-            let read = retried!(self.bucket, deadline, bytes, self.read_once(&pack, &mut left));
-            match read {
-                Ok(()) => {
-                    reading.done();
-                    return;
-                }
-                Err(Trouble::Damaged(why)) => {
-                    // The block at the front is given up; those behind it are still worth a request.
-                    let Some(read) = left.pop_front() else { return };
-                    self.counts.corrupt_blocks.fetch_add(1, Ordering::Relaxed);
-                    tracing::warn!(pack = %pack.location, block = %read.hash, why, "a block in the bucket is damaged");
-                    self.state.lock().directory.note_damaged(&pack, read.packed.digest);
-                }
-                Err(Trouble::NotFound) => {
-                    self.state.lock().directory.remove(&pack);
-                    return;
-                }
-                Err(trouble) => {
-                    tracing::debug!(pack = %pack.location, %trouble, "blocks cannot be read from the bucket");
-                    return;
-                }
+    /// Where a block lies; whoever waits for one that is nowhere is told so.
+    fn find(&self, read: Read) -> Option<Reading> {
+        let Read { block, fill, done } = read;
+        let place = match self.bucket.is_away() {
+            true => None,
+            false => self.state.lock().directory.get(block.as_ref().digest(self.seed)).cloned(),
+        };
+        let found = place.and_then(|place| Some((place.packed()?, place.pack, Wanted::of(&block.as_ref())?)));
+        match found {
+            Some((packed, pack, wanted)) => Some(Reading { pack, packed, block, wanted, fill, done }),
+            None => {
+                done(Err(NotRead { fill: Some(fill), why: WhyNotRead::Absent }));
+                None
             }
         }
     }
 
+    async fn read_run(self: &Arc<Self>, run: Vec<Reading>, deadline: Instant) {
+        let Some(pack) = run.first().map(|reading| Arc::clone(&reading.pack)) else { return };
+        let mut left = VecDeque::from(run);
+        while let (Some(first), Some(last)) = (left.front(), left.back()) {
+            let bytes = last.packed.offset + last.packed.frame_bytes - first.packed.offset;
+            let metered = self.meter.begin(bytes);
+            let read = retried!(self.bucket, deadline, bytes, self.read_once(&pack, &mut left));
+            let why = match read {
+                Ok(()) => {
+                    metered.done();
+                    return;
+                }
+                Err(Trouble::Damaged(why)) => {
+                    // The block at the front is given up; those behind it are still worth a request.
+                    let Some(reading) = left.pop_front() else { return };
+                    self.counts.corrupt_blocks.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(pack = %pack.location, block = %reading.block.hash, why, "a block in the bucket is damaged");
+                    self.state.lock().directory.note_damaged(&pack, reading.packed.digest);
+                    reading.fails(WhyNotRead::Damaged);
+                    continue;
+                }
+                Err(Trouble::NotFound) => {
+                    self.state.lock().directory.remove(&pack);
+                    WhyNotRead::Absent
+                }
+                Err(trouble) => {
+                    tracing::debug!(pack = %pack.location, %trouble, "blocks cannot be read from the bucket");
+                    WhyNotRead::Failed
+                }
+            };
+            left.drain(..).for_each(|reading| reading.fails(why));
+        }
+    }
+
     /// One request for what is left of a run. What was read whole is taken off `left`.
-    async fn read_once(self: &Arc<Self>, pack: &Arc<Pack>, left: &mut VecDeque<Read>) -> Result<(), Trouble> {
+    async fn read_once(&self, pack: &Arc<Pack>, left: &mut VecDeque<Reading>) -> Result<(), Trouble> {
         let Some(first) = left.front_mut() else { return Ok(()) };
         first.fill.restart();
         let start = first.packed.offset;
@@ -205,22 +171,15 @@ impl ObjectTier {
     }
 
     /// A block is whole and checked.
-    fn finish(&self, read: Read, header: Option<FrameHeader>) {
-        let Read { layout, group, hash, fill, keep, done, .. } = read;
-        let sums = fill.section_sums();
-        let (published, leased) = fill.commit_leased(false);
-        if published == Publish::Published {
-            self.counts.read_blocks.fetch_add(1, Ordering::Relaxed);
-            if let (true, Some(nvme), Some(header)) = (keep, &self.nvme, header) {
-                let (bytes, length) = header.identity.parent;
-                let parent =
-                    bytes.get(..usize::from(length)).and_then(|bytes| kvstore_plane::SequenceHash::new(bytes).ok());
-                let block = BlockRef { layout: &layout, group, hash };
-                let _ = nvme.write_back(&block, parent, sums, false);
-            }
-        }
-        // Whoever waited may have left.
-        let _ = done.send(leased);
+    fn finish(&self, reading: Reading, header: Option<FrameHeader>) {
+        let sums = reading.fill.section_sums();
+        let parent = header.and_then(|header| unpadded(&header.identity.parent));
+        let outcome = match reading.fill.filled() {
+            Some(filled) => Ok(Arrived { filled, sums, parent }),
+            None => Err(NotRead { fill: None, why: WhyNotRead::Failed }),
+        };
+        self.counts.read_blocks.fetch_add(u64::from(outcome.is_ok()), Ordering::Relaxed);
+        (reading.done)(outcome);
     }
 }
 
@@ -239,7 +198,7 @@ struct Body {
 
 impl Body {
     /// Takes what of `chunk` belongs to this frame; the rest.
-    fn take<'a>(&mut self, read: &mut Read, chunk: &'a [u8]) -> Result<&'a [u8], Trouble> {
+    fn take<'a>(&mut self, read: &mut Reading, chunk: &'a [u8]) -> Result<&'a [u8], Trouble> {
         let frame_end = read.packed.offset + read.packed.frame_bytes;
         if self.header.is_none() {
             return self.take_head(read, chunk);
@@ -258,7 +217,7 @@ impl Body {
         Ok(rest)
     }
 
-    fn take_head<'a>(&mut self, read: &mut Read, chunk: &'a [u8]) -> Result<&'a [u8], Trouble> {
+    fn take_head<'a>(&mut self, read: &mut Reading, chunk: &'a [u8]) -> Result<&'a [u8], Trouble> {
         const FIRST: usize = 16;
         let damaged = |why: String| Trouble::Damaged(why);
         let wanted = match self.head.get(12..FIRST).and_then(|bytes| bytes.try_into().ok()) {
@@ -273,7 +232,9 @@ impl Body {
         self.at += head.len() as u64;
         if self.head.len() == wanted && wanted > FIRST {
             let header = FrameHeader::decode(&self.head).map_err(|error| damaged(error.to_string()))?;
-            if header.payload_offset() != self.head.len() || !is_wanted(&header, read) {
+            let wanted = read.wanted.is(&header.identity, header.block_bytes);
+            if header.payload_offset() != self.head.len() || header.frame_bytes() != read.packed.frame_bytes || !wanted
+            {
                 return Err(damaged("the frame belongs to another block".into()));
             }
             read.fill.shorten(header.block_bytes as usize);
@@ -283,9 +244,9 @@ impl Body {
     }
 
     /// The payload is complete: its checksums, taken while it was copied, are those of its frame.
-    fn check(&mut self, read: &Read) -> Result<(), Trouble> {
+    fn check(&mut self, read: &Reading) -> Result<(), Trouble> {
         let Some(header) = &self.header else { return Err(Trouble::Damaged("the frame has no header".into())) };
-        let section = section_bytes_of(&read.layout, read.group);
+        let section = read.block.as_ref().section_bytes();
         let sums = read.fill.section_sums();
         let expected = FrameHeader::of_sums(header.identity, header.generation, header.block_bytes, section, &sums);
         if expected.is_none_or(|expected| expected.sections != header.sections) {
@@ -294,37 +255,4 @@ impl Body {
         self.checked = true;
         Ok(())
     }
-}
-
-fn is_wanted(header: &FrameHeader, read: &Read) -> bool {
-    let Some(group) = read.layout.group(u32::from(read.group)) else { return false };
-    let length = if group.group.kind.varies_in_length() {
-        header.block_bytes <= group.block_bytes
-    } else {
-        header.block_bytes == group.block_bytes
-    };
-    let expected = identity(&read.layout, read.group, &read.hash, header.identity.parent);
-    length && header.frame_bytes() == read.packed.frame_bytes && expected == Some(header.identity)
-}
-
-/// What a block's frame says of it.
-pub(super) fn identity(
-    layout: &RegisteredLayout,
-    group: u16,
-    hash: &kvstore_plane::SequenceHash,
-    parent: ([u8; 32], u8),
-) -> Option<FrameIdentity> {
-    Some(FrameIdentity {
-        namespace_digest: layout.namespace_digest,
-        layout_digest: layout.digest,
-        group,
-        kind: layout.group(u32::from(group))?.group.kind.number(),
-        hash: padded(hash),
-        parent,
-    })
-}
-
-/// Bytes of the sections of a group's frames.
-pub(super) fn section_bytes_of(layout: &RegisteredLayout, group: u16) -> u32 {
-    layout.group(u32::from(group)).map_or(1, |group| section_bytes(&group.group, group.block_bytes))
 }

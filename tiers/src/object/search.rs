@@ -21,23 +21,13 @@ use super::directory::Pack;
 use super::names::{BlockName, GroupNames, PackName};
 use super::pack::{FOOTER_BYTES_MAX, Footer, PackError, PackedBlock, begins_pack};
 use super::requests::Trouble;
+use crate::below::Searching;
+use crate::block::Digest;
 use crate::caps;
 use crate::changes::NamespaceTag;
 use crate::clock::BootTime;
 use crate::host::RegisteredLayout;
 use crate::layout::BlockKind;
-use crate::nvme::Digest;
-
-/// A search that is under way; resolves when it ends, however it ends.
-pub struct Searching(watch::Receiver<()>);
-
-impl Searching {
-    /// Waits for the end.
-    pub async fn ended(mut self) {
-        // The sender is dropped at the end.
-        while self.0.changed().await.is_ok() {}
-    }
-}
 
 /// A chain, and what is known of it.
 struct Chain {
@@ -79,7 +69,7 @@ impl ObjectTier {
         let (first, last) = (starts.first().and_then(|at| digests.get(*at))?, digests.last()?);
         let key = Digest(first.0 ^ last.0.rotate_left(1));
         if let Some(running) = state.searches.get(&key) {
-            return Some(Searching(running.clone()));
+            return Some(Searching::new(running.clone()));
         }
         if state.searches.len() >= caps::OBJECT_SEARCHES_MAX * 4 {
             return None;
@@ -96,7 +86,7 @@ impl ObjectTier {
             tier.state.lock().searches.remove(&key);
             drop(ended);
         });
-        Some(Searching(running))
+        Some(Searching::new(running))
     }
 
     /// Blocks of a pack that a writer aims at. One, for kinds that are read without their prefix: a chain of them has holes.

@@ -18,9 +18,9 @@ use tokio::time::Instant;
 use super::ObjectTier;
 use super::log::Owed;
 use super::pack::begins_pack;
+use crate::block::{BlockRef, Digest};
 use crate::caps;
 use crate::host::{LeasedBlock, RegisteredLayout};
-use crate::nvme::Digest;
 
 /// A block that is to be in the bucket.
 pub struct Offer {
@@ -98,6 +98,11 @@ impl Uploads {
     /// Blocks that are offered and not uploaded.
     pub fn blocks(&self) -> usize {
         self.waiters.len()
+    }
+
+    /// True where this one is among them.
+    pub fn has(&self, digest: Digest) -> bool {
+        self.waiters.contains_key(&digest)
     }
 
     /// Since when the oldest waits.
@@ -230,7 +235,7 @@ impl ObjectTier {
         let full = uploads.waiters.len() >= caps::OBJECT_BACKLOG_BLOCKS_MAX
             || uploads.bytes + u64::from(length) > backlog_bytes;
         let leased = has_waited || self.leased_bytes.load(Ordering::Acquire) + u64::from(length) <= limits.upload_bytes;
-        let on_disk = || self.nvme.as_ref().is_some_and(|nvme| nvme.will_have(&layout, group, &hash));
+        let on_disk = || self.above.will_have(&BlockRef { layout: &layout, group, hash });
         if full || !(leased || on_disk()) {
             self.counts.refused_blocks.fetch_add(1, Ordering::Relaxed);
             return Offered::Full;
@@ -406,7 +411,7 @@ impl ObjectTier {
         // What was deleted or evicted meanwhile is nowhere any more; what failed is tried again.
         let (again, lost): (Vec<_>, Vec<_>) = left.into_iter().partition(|member| {
             member.block.is_some()
-                || self.nvme.as_ref().is_some_and(|nvme| nvme.will_have(&batch.layout, batch.group, &member.hash))
+                || self.above.will_have(&BlockRef { layout: &batch.layout, group: batch.group, hash: member.hash })
         });
         if !lost.is_empty() {
             self.counts.lost_blocks.fetch_add(lost.len() as u64, Ordering::Relaxed);

@@ -21,13 +21,12 @@ use super::directory::Pack;
 use super::names::{BlockName, PackName};
 use super::pack::{Footer, PackedBlock};
 use super::probe::now_ms;
-use super::read::{identity, section_bytes_of};
 use super::requests::{Trouble, retried};
 use super::upload::Member;
+use crate::block::{BlockRef, padded};
 use crate::caps;
 use crate::changes::NamespaceTag;
 use crate::host::RegisteredLayout;
-use crate::nvme::padded;
 
 /// Names under which the same blocks are tried, each a number behind the last: damaged and old ones are few.
 const REWRITES_MAX: u32 = 16;
@@ -203,16 +202,15 @@ fn is_sound(block: &PackedBlock, footer: &Footer, object: &[u8]) -> bool {
 }
 
 /// Frames the members of a run, without copying them.
-fn pack(layout: &RegisteredLayout, group: u16, run: &[Member], nonce: [u8; 16]) -> Option<Packing> {
+fn pack(layout: &Arc<RegisteredLayout>, group: u16, run: &[Member], nonce: [u8; 16]) -> Option<Packing> {
     let [a, b, c, d, e, f, g, h, ..] = nonce;
     let generation = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
-    let section = section_bytes_of(layout, group);
     let (mut pieces, mut blocks, mut bytes) =
         (Vec::with_capacity(run.len() * 3 + 1), Vec::with_capacity(run.len()), 0u64);
     for member in run {
         let block = member.block.clone()?;
-        let parent = member.parent.map_or(([0; 32], 0), |parent| padded(&parent));
-        let identity = identity(layout, group, &member.hash, parent)?;
+        let named = BlockRef { layout, group, hash: member.hash };
+        let (identity, section) = (named.identity(member.parent)?, named.section_bytes());
         let sums = if member.sums.is_empty() { sums_of(&block, section) } else { member.sums.clone() };
         let header = FrameHeader::of_sums(identity, generation, block.len() as u64, section, &sums)?;
         let frame_bytes = header.frame_bytes();

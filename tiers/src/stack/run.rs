@@ -1,0 +1,97 @@
+//! The window: the blocks of a call, in order, each waited for in turn while those behind it are on their way already.
+//!
+//! Half a window is started at a time: each start may wake a disk's thread, and few wake-ups cost less; and what lies side by
+//! side in the bucket comes with one request. A window never keeps more leases than its call may have: where there is no room
+//! for the block that is next, those of blocks further on are given back, and taken again in their turn.
+
+use std::collections::VecDeque;
+
+use kvstore_plane::SequenceHash;
+
+use super::promote::{Batch, Coming, Promotion};
+use crate::host::Leasing;
+
+/// A block that a call asks for.
+pub struct Asked {
+    /// Its place in the call.
+    pub index: usize,
+    /// Its name.
+    pub hash: SequenceHash,
+    /// Its answer, where that is known already; else it is brought.
+    pub known: Option<Leasing>,
+}
+
+/// How a window deals with what does not come at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    /// Blocks that are under way at once.
+    pub ahead: usize,
+    /// Ends once what would leave memory is worth more than what comes: for what is brought ahead of need.
+    pub ends_outranked: bool,
+    /// Ends before the first block for which there is no room, but for the first of all: what came so far is used first.
+    pub ends_full: bool,
+}
+
+/// See the head of this file.
+pub struct Window<'a> {
+    promotion: &'a Promotion,
+    policy: Policy,
+    left: VecDeque<Asked>,
+    under_way: VecDeque<(usize, SequenceHash, Coming)>,
+    /// Nothing more is started.
+    closed: bool,
+}
+
+impl<'a> Window<'a> {
+    /// The blocks of `asked`, in their order.
+    pub fn new(promotion: &'a Promotion, policy: Policy, asked: impl IntoIterator<Item = Asked>) -> Self {
+        let left = asked.into_iter().collect();
+        Self { promotion, policy, left, under_way: VecDeque::new(), closed: false }
+    }
+
+    /// The next block's place, name and answer; `None` after the last.
+    pub async fn next(&mut self) -> Option<(usize, SequenceHash, Leasing)> {
+        self.refill().await;
+        let (index, hash, coming) = self.under_way.pop_front()?;
+        if matches!(coming, Coming::Later) {
+            self.give_back();
+        }
+        let leasing = self.promotion.finish(hash, coming).await;
+        Some((index, hash, leasing))
+    }
+
+    async fn refill(&mut self) {
+        if self.closed || self.under_way.len() > self.policy.ahead / 2 {
+            return;
+        }
+        let mut batch = Batch::default();
+        while !self.closed
+            && self.under_way.len() < self.policy.ahead
+            && let Some(asked) = self.left.pop_front()
+        {
+            let coming = match asked.known {
+                Some(leasing) => Coming::Now(leasing),
+                None => self.promotion.start_in(&mut batch, asked.hash).await,
+            };
+            let full = self.policy.ends_full && matches!(coming, Coming::Later);
+            self.closed |= full || (self.policy.ends_outranked && matches!(coming, Coming::Outranked));
+            if !full || self.under_way.is_empty() {
+                self.under_way.push_back((asked.index, asked.hash, coming));
+            }
+        }
+        self.promotion.send(batch);
+    }
+
+    /// It may be this very call whose leases leave no room.
+    fn give_back(&mut self) {
+        let held = |leasing: &Leasing| matches!(leasing, Leasing::Leased(_));
+        for (_, _, coming) in &mut self.under_way {
+            if matches!(coming, Coming::Now(leasing) if held(leasing)) {
+                *coming = Coming::Later;
+            }
+        }
+        for asked in &mut self.left {
+            asked.known = asked.known.take().filter(|leasing| !held(leasing));
+        }
+    }
+}
