@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvstore::replay;
+use kvstore_tiers::below::Ask;
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::{
     BeginFill, FillRequest, HostLimits, HostOptions, HostTier, Leasing, NamespaceId, RegisteredLayout,
@@ -13,7 +14,7 @@ use kvstore_tiers::nvme::{NvmeEngine, NvmeOptions, NvmeTier, OpenError, WriteBac
 use kvstore_tiers::residency::{FlightSource, Priority, Publish, Urgency};
 use kvstore_tiers::stack::{Asked, Policy, Promotion, Stack, Window};
 use kvstore_tiers::{
-    BlockKind, BlockRef, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, SequenceHash, Shard,
+    BlockKind, BlockRef, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, Run, SequenceHash, Shard, TierSet,
 };
 use kvstore_transfer::volume::Faults;
 
@@ -149,6 +150,11 @@ impl Tiers {
     /// Block `id`, as both tiers name it.
     pub fn block(&self, id: u64) -> BlockRef<'_> {
         BlockRef { layout: &self.layout, group: 0, hash: hash(id) }
+    }
+
+    /// Asks the tiers below memory about blocks.
+    pub fn ask(&self, hashes: &[SequenceHash], ask: Ask) -> Vec<TierSet> {
+        self.stack.below(&Run { layout: &self.layout, group: 0, hashes }, ask)
     }
 
     /// Puts block `id` into memory; false where there is no room.

@@ -6,6 +6,7 @@ use kvstore_client::v1::{Level, StatusResponse};
 use kvstore_client::{Client, GroupRef, PutOptions};
 use kvstore_tests::tier::{Got, TierOptions, Tiers, hash, now};
 use kvstore_tests::{chain, hashes, two_namespaces, until};
+use kvstore_tiers::below::Ask;
 use kvstore_tiers::host::{NamespaceLimits, namespace_digest};
 use kvstore_tiers::nvme::{NvmeNamespace, NvmeTier};
 use kvstore_tiers::residency::Presence;
@@ -166,7 +167,7 @@ fn unused_blocks_leave_and_used_ones_keep_their_prefix() {
     tiers.host.tick(at(50));
     tiers.nvme.tick(at(50));
     assert!(matches!(tiers.get(9), Got::Memory(_)), "the last block of the first chain is read");
-    tiers.nvme.look_up(&tiers.layout, 0, &[hash(9)], at(50));
+    tiers.ask(&[hash(9)], Ask::Want(at(50)));
     tiers.host.tick(at(90));
     assert_eq!((in_memory(&tiers, 0..10), in_memory(&tiers, 100..110)), (10, 0));
     swept(&tiers.nvme, at(90), || on_the_disk(&tiers, 100..110) == 0);

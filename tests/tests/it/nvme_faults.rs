@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvstore_tests::tier::{Got, TierOptions, Tiers};
+use kvstore_tiers::below::Ask;
 use kvstore_transfer::frame::{FrameHeader, FrameIdentity};
 use kvstore_transfer::volume::{Fault, Faults};
 
@@ -332,7 +333,7 @@ fn what_moved_and_was_deleted_does_not_come_back_from_its_old_place() {
     for id in 0..1500 {
         assert!(tiers.put(id, false));
         // Some blocks are read all the time: they move on from segment to segment.
-        tiers.nvme.touch(&tiers.layout, 0, &[name(1), name(2), name(3)]);
+        tiers.ask(&[name(1), name(2), name(3)], Ask::Read);
         if id % 50 == 49 {
             tiers.settle();
             moved.push(tiers.nvme.status().volumes[0].reinserted_blocks);
