@@ -5,6 +5,8 @@
 pub mod azure;
 pub mod engine;
 pub mod fault_proxy;
+pub mod faulty_tier;
+pub mod memory;
 pub mod s3;
 pub mod tier;
 

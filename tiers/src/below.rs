@@ -15,7 +15,7 @@ use crate::clock::BootTime;
 use crate::host::{BlockFill, FilledBlock, LeasedBlock};
 use crate::residency::Priority;
 
-/// See the head of this file. [`crate::faulty`] has one that fails, for tests; `tests/` has one suite that all of them pass.
+/// See the head of this file. `tests/tests/it/tier_conformance.rs` is the suite that every tier passes.
 pub trait Below: Send + Sync {
     /// Which blocks it has, as far as it knows. A tier that does not answer has none.
     fn presence(&self, run: &Run<'_>, ask: Ask) -> Known;

@@ -165,6 +165,8 @@ impl Bringing {
             let leasings = match leasings.take() {
                 Some(leasings) => leasings,
                 None => {
+                    // Those of blocks that were not there: calls that wait must not hold what others wait for.
+                    drop(permits.split(permits.num_permits()));
                     let Some(more) = self.permits_for(part.len(), &send).await else { return };
                     permits = more;
                     self.lease(part)

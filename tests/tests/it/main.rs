@@ -25,5 +25,7 @@ mod residency_model;
 mod router_events;
 mod router_proxy;
 mod shared_memory;
+mod stack;
+mod tier_conformance;
 mod watch;
 mod write_back;
