@@ -132,7 +132,7 @@ impl Promoter {
             None => caps::PROMOTIONS_PER_CALL,
             Some(_) => ((caps::OBJECT_WINDOW_BYTES / block_bytes) as usize)
                 .min(memory)
-                .clamp(caps::PROMOTIONS_PER_CALL, caps::BLOCKS_PER_GET_MAX),
+                .clamp(caps::PROMOTIONS_PER_CALL, caps::BLOCKS_PER_GET_WINDOW),
         }
     }
 

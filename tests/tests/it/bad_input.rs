@@ -127,8 +127,8 @@ async fn every_mistake_has_its_code_and_its_name() {
     };
     assert!(matches!(lookup(vec![]).await, Err(Error::Invalid(m)) if m.contains("sequence_hashes")));
     assert!(matches!(lookup(vec![Bytes::new()]).await, Err(Error::Invalid(m)) if m.contains("1 to 32")));
-    assert!(matches!(lookup(hashes(0..70_000)).await, Err(Error::Busy(m)) if m.contains("65536")));
-    assert!(matches!(client.get(&group, &hashes(0..5000)).await, Err(Error::Busy(m)) if m.contains("4096")));
+    assert!(matches!(lookup(hashes(0..70_000)).await, Err(Error::Invalid(m)) if m.contains("65536")));
+    assert!(matches!(client.get(&group, &hashes(0..70_000)).await, Err(Error::Invalid(m)) if m.contains("65536")));
     assert!(matches!(client.pin(&group, &hashes([1]), 0).await, Err(Error::Invalid(m)) if m.contains("ttl_ms")));
     assert!(matches!(client.unpin(Bytes::from_static(b"x")).await, Err(Error::Invalid(m)) if m.contains("pin")));
     let layout = replay::layout("", 1, v1::BlockKind::Attention);
