@@ -4,9 +4,10 @@
 use std::path::Path;
 
 use anyhow::Context as _;
+use bytes::Bytes;
 use kvstore::replay;
 use kvstore_client::v1::{LookupRequest, PutStatus};
-use kvstore_client::{PutOptions, PutSlice};
+use kvstore_client::{GroupRef, PutOptions, PutSlice};
 
 use crate::figure::{self, median};
 use crate::local::{Daemon, hashes, seconds};
@@ -16,19 +17,22 @@ const BLOCKS: usize = 65_536;
 /// Blocks of a prompt that nobody calls long.
 const SHORT: usize = 1024;
 
+fn put(daemon: &Daemon, group: &GroupRef, names: &[Bytes]) -> anyhow::Result<()> {
+    let content = replay::content(1, BLOCK_BYTES);
+    let parts: [&[u8]; 1] = [&content];
+    let blocks: Vec<_> = names.iter().map(|hash| PutSlice { hash, parent: None, parts: &parts }).collect();
+    let stored = daemon.runtime.block_on(daemon.client.put_from(group, &blocks, PutOptions::default()))?;
+    anyhow::ensure!(stored.iter().all(|result| result.status() == PutStatus::Stored), "a block was not stored");
+    Ok(())
+}
+
 /// Measures the group.
 pub fn measure(binary: &Path, rounds: usize) -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let daemon = Daemon::start(binary, folder.path())?;
     let group = daemon.group(BLOCK_BYTES)?;
     let names = hashes(1, BLOCKS);
-    let content = replay::content(1, BLOCK_BYTES);
-    let parts: [&[u8]; 1] = [&content];
-    for names in names.chunks(SHORT) {
-        let blocks: Vec<_> = names.iter().map(|hash| PutSlice { hash, parent: None, parts: &parts }).collect();
-        let stored = daemon.runtime.block_on(daemon.client.put_from(&group, &blocks, PutOptions::default()))?;
-        anyhow::ensure!(stored.iter().all(|result| result.status() == PutStatus::Stored), "a block was not stored");
-    }
+    put(&daemon, &group, &names)?;
     let request = || LookupRequest {
         layout_digest: group.layout_digest.clone(),
         groups: vec![group.group],

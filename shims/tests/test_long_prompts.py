@@ -4,9 +4,9 @@ import hashlib
 import time
 from types import SimpleNamespace
 
+import fakes
 import numpy
 import pytest
-import vllm_fakes
 from conftest import BLOCK_TOKENS, register
 
 import kvstore
@@ -98,15 +98,15 @@ def test_pages_of_a_long_prompt(roomy, names, content, plane):
     assert numpy.array_equal(into[:10_000], content[:10_000])
 
 
-def test_more_than_a_ticket_may_hold_is_found_all_the_same(tmp_path, names, content):
+def test_more_than_a_ticket_may_hold_is_found_all_the_same(tmp_path, names):
     """A ticket holds at most half of the memory. A look-up of a longer prompt was answered Busy, each time, and an engine that
     asked for a ticket never found the prompt."""
     daemon = Daemon(tmp_path, "nvme.paths=off", "host.bytes=320MiB")
     try:
         client = kvstore.Client(daemon.address)
-        kind = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=SIZE // BLOCK_TOKENS)
+        kind = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=4096 // BLOCK_TOKENS)
         layout = client.register_layout("held", dtype="uint8", block_tokens=BLOCK_TOKENS, groups=[kind])
-        assert all_stored(layout.group().put_from(names, content))
+        assert all_stored(layout.group().put_from(names, [bytes(4096)] * BLOCKS))
         found = layout.look_up_and_hold(names, 30.0)
         assert (found.blocks, found.in_memory, found.ticket) == (BLOCKS, BLOCKS, None)
         found = layout.look_up_and_hold(names[:1000], 30.0)
@@ -116,25 +116,28 @@ def test_more_than_a_ticket_may_hold_is_found_all_the_same(tmp_path, names, cont
 
 
 @pytest.fixture
-def connector():
-    if not vllm_fakes.install():
-        pytest.skip("vLLM or torch is installed: see tests/engines")
-    try:
-        from kvstore.vllm import messages, options, pages, scheduler, worker
+def faked():
+    if not fakes.install():
+        pytest.skip("vLLM, transformers or torch is installed: see tests/engines")
+    yield
+    fakes.uninstall()
 
-        yield SimpleNamespace(messages=messages, options=options, pages=pages, scheduler=scheduler, worker=worker)
-    finally:
-        vllm_fakes.uninstall()
+
+@pytest.fixture
+def connector(faked):
+    from kvstore.vllm import messages, options, pages, scheduler, worker
+
+    return SimpleNamespace(messages=messages, options=options, pages=pages, scheduler=scheduler, worker=worker)
 
 
 class Engine:
     """Both sides of the connector, around a cache in CPU memory."""
 
     def __init__(self, connector, address: str, blocks: int, share: float):
-        engine, cache = vllm_fakes.config(blocks, BLOCK_TOKENS)
+        engine, cache = fakes.config(blocks, BLOCK_TOKENS)
         options = connector.options.Options(address=address, lookup_deadline=5.0, deadline=60.0, pending_share=share)
         self.memory = numpy.zeros((blocks, SIZE), dtype=numpy.uint8)
-        self.pool = vllm_fakes.Pool(blocks)
+        self.pool = fakes.Pool(blocks)
         kind = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=SIZE // BLOCK_TOKENS, order="opaque")
         layout = connector.messages.RankLayout("long", b"", "uint8", BLOCK_TOKENS, (kind,), (0, 1), b"")
         self.scheduler = connector.scheduler.SchedulerSide(engine, cache, options)
@@ -148,7 +151,7 @@ class Engine:
         """Computes a request in one step, and saves it; how many of its tokens came from the store."""
         tokens, waits = self.scheduler.matched_tokens(request, 0)
         self.scheduler.allocated(request, SimpleNamespace(get_block_ids=lambda: [places]), tokens)
-        self.worker.bind(self.scheduler.plan(vllm_fakes.step(request, places, tokens)))
+        self.worker.bind(self.scheduler.plan(fakes.step(request, places, tokens)))
         self.worker.start_loads()
         self.worker.wait_for_layer("layer")
         compute(tokens // BLOCK_TOKENS)
@@ -165,10 +168,10 @@ class Engine:
         return tokens
 
 
-@pytest.mark.parametrize("plane_and_disk", ["memory", "disk"])
-def test_a_long_prompt_runs_through_the_connector_of_vllm(tmp_path, connector, names, content, plane_and_disk):
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_long_prompt_runs_through_the_connector_of_vllm(tmp_path, connector, names, content, where):
     disk = [f"nvme.paths={tmp_path}/nvme", "nvme.bytes=2GiB", "host.bytes=64MiB"]
-    settings = ["nvme.paths=off", "host.bytes=320MiB"] if plane_and_disk == "memory" else disk
+    settings = ["nvme.paths=off", "host.bytes=320MiB"] if where == "memory" else disk
     daemon = Daemon(tmp_path, *settings)
     try:
         first = Engine(connector, daemon.address, BLOCKS + 8192, share=0.9)
@@ -177,7 +180,7 @@ def test_a_long_prompt_runs_through_the_connector_of_vllm(tmp_path, connector, n
             assert computed == 0
             first.memory[:BLOCKS] = content
 
-        assert first.run(vllm_fakes.request("first", names, BLOCK_TOKENS), list(range(BLOCKS)), compute) == 0
+        assert first.run(fakes.request("first", names, BLOCK_TOKENS), list(range(BLOCKS)), compute) == 0
         assert first.worker.stats().data["saved_blocks"] == BLOCKS
         first.worker.shutdown()
         second = Engine(connector, daemon.address, BLOCKS + 8192, share=0.9)
@@ -187,7 +190,7 @@ def test_a_long_prompt_runs_through_the_connector_of_vllm(tmp_path, connector, n
             # The last token is computed, whatever is stored.
             assert computed == BLOCKS - 1
 
-        tokens = second.run(vllm_fakes.request("second", names, BLOCK_TOKENS), places, compute_the_rest)
+        tokens = second.run(fakes.request("second", names, BLOCK_TOKENS), places, compute_the_rest)
         assert tokens == (BLOCKS - 1) * BLOCK_TOKENS
         assert numpy.array_equal(second.memory[places[: BLOCKS - 1]], content[: BLOCKS - 1])
         second.worker.shutdown()
@@ -199,6 +202,33 @@ def test_the_beginning_of_a_prompt_that_is_too_long_to_save_at_once_is_saved(roo
     """A step that computed more blocks than may wait to be saved saved none of them."""
     engine = Engine(connector, roomy.address, BLOCKS, share=0.25)
     engine.memory[:] = content
-    engine.run(vllm_fakes.request("long", names, BLOCK_TOKENS), list(range(BLOCKS)), lambda computed: None)
+    engine.run(fakes.request("long", names, BLOCK_TOKENS), list(range(BLOCKS)), lambda computed: None)
     assert engine.worker.stats().data["saved_blocks"] == BLOCKS // 4
     engine.worker.shutdown()
+
+
+def test_a_session_of_a_million_tokens_is_saved(roomy, faked):
+    """The tokens of a long session took more than the MiB that a saved state has for them, and `save_state` refused it."""
+    from kvstore import transformers
+
+    attached = transformers.Attached.__new__(transformers.Attached)
+    client = kvstore.Client(roomy.address)
+
+    def states(room: int) -> kvstore.Group:
+        kind = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=room, kind="recurrent_state")
+        return client.register_layout("states", dtype="uint8", block_tokens=16, groups=[kind]).group()
+
+    short = states(transformers.STATE_BYTES)
+    attached._groups = lambda: (short, short)
+    attached._long_states = lambda: states(transformers.LONG_STATE_BYTES)
+    attached._tokens, attached._layers, attached._level, attached._stored = 16, 0, "memory", set()
+    attached._model = SimpleNamespace(config=None, device="cpu")
+    for tokens in (list(range(1_000_000)), [1, 2, 3], list(range(2_000_000))):
+        sequences = fakes.Sequences(tokens)
+        attached.save_state("session", SimpleNamespace(sequences=sequences, past_key_values=fakes.DynamicCache()))
+        state = attached.load_state("session")
+        assert state.tokens == tokens and state.generators == {"cpu": b"generator"}
+    assert attached.load_state("another") is None
+    with pytest.raises(kvstore.Invalid, match="too many tokens"):
+        sequences = fakes.Sequences(list(range(3_000_000)))
+        attached.save_state("session", SimpleNamespace(sequences=sequences, past_key_values=fakes.DynamicCache()))

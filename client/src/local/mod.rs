@@ -84,12 +84,11 @@ impl Attachment {
         request: &impl Message,
         deadline_ms: u32,
     ) -> Result<Option<M>, Error> {
-        let request = request.encode_to_vec();
-        let fits = request.len() + 64 <= self.view().submissions().payload_bytes_max();
+        let fits = request.encoded_len() + 64 <= self.view().submissions().payload_bytes_max();
         if !fits || !self.can(capabilities::CALL) {
             return Ok(None);
         }
-        match self.call(&Command::Call { verb, deadline_ms, request }).await? {
+        match self.call(&Command::Call { verb, deadline_ms, request: request.encode_to_vec() }).await? {
             Completion::Response(response) => M::decode(&*response)
                 .map(Some)
                 .map_err(|error| Error::Other(format!("the daemon's answer cannot be read: {error}"))),

@@ -80,9 +80,9 @@ impl Reading {
         if promoted.ready == 0 {
             return Ok(Step::Missing(promoted));
         }
-        let Ok(leases) = self.local.lease_promoted(self.part(self.done, promoted.ready)).await else {
-            return Ok(Step::PageFull);
-        };
+        // More may have come than a window has: the rest is leased from memory, in its turn.
+        let now = self.part(self.done, promoted.ready.min(self.window));
+        let Ok(leases) = self.local.lease_promoted(now).await else { return Ok(Step::PageFull) };
         match leases.is_empty() {
             true => Ok(Step::Elsewhere),
             false => self.leased(leases).await,

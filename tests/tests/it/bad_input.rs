@@ -301,11 +301,12 @@ async fn memory_stays_flat_whatever_clients_send() {
             task.await.unwrap();
         }
     };
-    flood(6).await;
+    // Until the allocator has what these calls need at most: those of 5,000 blocks take some.
+    flood(12).await;
     let before = resident_bytes();
     flood(30).await;
     let grown = resident_bytes().saturating_sub(before);
-    assert!(grown < 64 << 20, "{grown} bytes more after five times the calls");
+    assert!(grown < 64 << 20, "{grown} bytes more after three times as many calls");
     assert!(daemon.mapped() <= 16 << 20);
     assert_eq!(daemon.running.daemon.host.status().flights, 0);
 }

@@ -1,4 +1,4 @@
-"""What the connector uses of vLLM and torch, for tests of its own classes where neither is installed."""
+"""What the shims use of vLLM, transformers and torch, for tests of their own classes where none of these is installed."""
 
 import importlib.abc
 import importlib.machinery
@@ -8,7 +8,8 @@ import types
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-FAKED = ("vllm", "torch")
+FAKED = ("vllm", "torch", "transformers")
+SHIMS = ("kvstore.vllm", "kvstore.transformers")
 
 
 @dataclass
@@ -28,7 +29,30 @@ def yield_req_data(output):
         yield new.req_id, new.block_ids, False
 
 
+class DynamicCache:
+    """A cache of no tokens."""
+
+    def __init__(self, config=None):
+        self.layers = []
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+class Sequences:
+    """One sequence of tokens, as a tensor of two dimensions."""
+
+    def __init__(self, tokens: list[int]):
+        self._tokens, self.shape = tokens, (1, len(tokens))
+
+    def __getitem__(self, at: int):
+        return SimpleNamespace(tolist=lambda: self._tokens)
+
+
 _KNOWN = {
+    "DynamicCache": DynamicCache,
+    "cuda": SimpleNamespace(is_available=lambda: False),
+    "get_rng_state": lambda: SimpleNamespace(numpy=lambda: memoryview(b"generator")),
     "KVConnectorTransferResults": TransferResults,
     "KVConnectorStats": Stats,
     "ECConnectorStats": Stats,
@@ -60,7 +84,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> bool:
-    """Makes `kvstore.vllm` importable. False where the real ones are installed: those have tests of their own."""
+    """Makes the shims importable. False where a real one is installed: those have tests of their own."""
     if any(importlib.util.find_spec(name) is not None for name in FAKED):
         return False
     sys.meta_path.append(_Finder())
@@ -70,7 +94,7 @@ def install() -> bool:
 def uninstall() -> None:
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
     for name in list(sys.modules):
-        if name.partition(".")[0] in FAKED or name == "kvstore.vllm" or name.startswith("kvstore.vllm."):
+        if name.partition(".")[0] in FAKED or name.startswith(SHIMS):
             del sys.modules[name]
 
 
