@@ -32,16 +32,20 @@ const LEASES_EACH: usize = 100;
 /// Names the folder of a process that this one starts.
 const HELPER: &str = "KVSTORE_BENCH_HELPER";
 
-struct Daemon {
-    runtime: Runtime,
-    client: Client,
+/// A daemon in a process of its own, and a client of its local plane.
+pub struct Daemon {
+    /// What the client's calls run on.
+    pub runtime: Runtime,
+    /// The client.
+    pub client: Client,
     address: String,
     http: String,
     server: Process,
 }
 
 impl Daemon {
-    fn start(daemon: &Path, folder: &Path) -> anyhow::Result<Self> {
+    /// Starts it, with 2 GiB of memory.
+    pub fn start(daemon: &Path, folder: &Path) -> anyhow::Result<Self> {
         let socket = folder.join("kvstore.sock");
         let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let mut command = Command::new(daemon);
@@ -55,7 +59,8 @@ impl Daemon {
         Ok(Self { runtime, client, address, http: port.to_string(), server })
     }
 
-    fn group(&self, block_bytes: usize) -> anyhow::Result<GroupRef> {
+    /// The group of a layout with blocks of this size.
+    pub fn group(&self, block_bytes: usize) -> anyhow::Result<GroupRef> {
         let layout = replay::layout("kvstore local benches", block_bytes as u32, BlockKind::Attention);
         Ok(self.runtime.block_on(self.client.register_layout(layout))?.group(0))
     }
@@ -70,7 +75,8 @@ impl Daemon {
     }
 }
 
-fn hashes(chain: u64, blocks: usize) -> Vec<Bytes> {
+/// The names of a chain's blocks.
+pub fn hashes(chain: u64, blocks: usize) -> Vec<Bytes> {
     (0..blocks as u64).map(|at| replay::sequence_hash(chain << 20 | at)).collect()
 }
 
@@ -88,7 +94,8 @@ fn unpin(cores: usize) {
     let _ = sched_setaffinity(None, &set);
 }
 
-fn seconds(work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<f64> {
+/// How long `work` takes.
+pub fn seconds(work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<f64> {
     let started = Instant::now();
     work()?;
     Ok(started.elapsed().as_secs_f64())

@@ -69,22 +69,26 @@ impl Client {
         hashes: &[Bytes],
         options: GetOptions,
     ) -> Result<Vec<GetOutcome>, Error> {
-        let whole = options.layers.is_none() && options.heads.is_none();
-        if whole
-            && !hashes.is_empty()
-            && let Some(local) = self.local_group(group).await?
-        {
-            let ticket = ticket_number(&options.ticket)?;
-            let hashes = sequence_hashes(hashes)?;
-            let read = self.within(local.get(&hashes, &options, ticket, self.deadline_ms())).await?;
-            if let LocalRead::Done(outcomes) = read {
-                return Ok(outcomes);
+        self.within(async {
+            let whole = options.layers.is_none() && options.heads.is_none();
+            let mut read = Vec::new();
+            if whole
+                && !hashes.is_empty()
+                && let Some(local) = self.local_group(group).await?
+            {
+                let ticket = ticket_number(&options.ticket)?;
+                match local.get(sequence_hashes(hashes)?, &options, ticket, self.deadline_ms()).await? {
+                    LocalRead::Done(outcomes) => return Ok(outcomes),
+                    LocalRead::Partly(outcomes) => read = outcomes,
+                }
             }
-        }
-        let mut sink = Collect { outcomes: Vec::with_capacity(hashes.len()), filling: None };
-        self.run_get(group, hashes, options, &mut sink).await?;
-        sink.finish();
-        Ok(sink.outcomes)
+            let first = read.len();
+            let mut sink = Collect { outcomes: read, filling: None };
+            self.run_get(group, (hashes, first), options, &mut sink).await?;
+            sink.finish();
+            Ok(sink.outcomes)
+        })
+        .await
     }
 
     /// Reads whole blocks into `buffers`, one a hash, each as long as a block. How many leading blocks
@@ -102,25 +106,30 @@ impl Client {
                 hashes.len()
             )));
         }
-        if let Some(local) = self.local_group(group).await? {
-            let hashes = sequence_hashes(hashes)?;
-            if let LocalRead::Done(blocks) = self.within(local.get_into(&hashes, buffers, self.deadline_ms())).await? {
-                return Ok(blocks);
+        self.within(async {
+            let mut first = 0;
+            if let Some(local) = self.local_group(group).await? {
+                match local.get_into(sequence_hashes(hashes)?, buffers, self.deadline_ms()).await? {
+                    LocalRead::Done(blocks) => return Ok(blocks),
+                    LocalRead::Partly(blocks) => first = blocks,
+                }
             }
-        }
-        let options = GetOptions { leading_run: true, ..GetOptions::default() };
-        let mut sink = CopyInto { buffers, blocks: 0, filled: 0, lost: None };
-        self.run_get(group, hashes, options, &mut sink).await?;
-        match sink.lost {
-            Some(at) => Err(crate::local::data_loss(at)),
-            None => Ok(sink.blocks),
-        }
+            let options = GetOptions { leading_run: true, ..GetOptions::default() };
+            let mut sink = CopyInto { buffers, blocks: first, filled: 0, lost: None };
+            self.run_get(group, (hashes, first), options, &mut sink).await?;
+            match sink.lost {
+                Some(at) => Err(crate::local::data_loss(at)),
+                None => Ok(sink.blocks),
+            }
+        })
+        .await
     }
 
+    /// Reads the blocks from `first` on over gRPC.
     async fn run_get(
         &self,
         group: &GroupRef,
-        hashes: &[Bytes],
+        (hashes, first): (&[Bytes], usize),
         options: GetOptions,
         sink: &mut impl Sink,
     ) -> Result<(), Error> {
@@ -128,7 +137,7 @@ impl Client {
         let request = v1::GetRequest {
             layout_digest: group.layout_digest.clone(),
             group: group.group,
-            sequence_hashes: hashes.to_vec(),
+            sequence_hashes: hashes.get(first..).unwrap_or_default().to_vec(),
             layers: options.layers.map(wire_range),
             heads: options.heads.map(wire_range),
             ticket: options.ticket,
@@ -136,19 +145,16 @@ impl Client {
         };
         let message = data_stream::message(&request);
         let start = || self.stream("/kvstore.v1.BlockData/Get", Body::new(http_body_util::Full::new(message.clone())));
-        self.within(async {
-            let response = match start().await {
-                Err(Error::NotFound(why)) => {
-                    if !self.register_again(&group.layout_digest).await? {
-                        return Err(Error::NotFound(why));
-                    }
-                    start().await?
+        let response = match start().await {
+            Err(Error::NotFound(why)) => {
+                if !self.register_again(&group.layout_digest).await? {
+                    return Err(Error::NotFound(why));
                 }
-                response => response?,
-            };
-            receive(response.into_body(), sink).await
-        })
-        .await
+                start().await?
+            }
+            response => response?,
+        };
+        receive(response.into_body(), first, sink).await
     }
 }
 
@@ -198,7 +204,7 @@ impl Coming {
     }
 }
 
-async fn receive(mut body: Incoming, sink: &mut impl Sink) -> Result<(), Error> {
+async fn receive(mut body: Incoming, first: usize, sink: &mut impl Sink) -> Result<(), Error> {
     let mut decoder = PartDecoder::new();
     let mut coming: Option<Coming> = None;
     let mut ended = false;
@@ -218,7 +224,7 @@ async fn receive(mut body: Incoming, sink: &mut impl Sink) -> Result<(), Error> 
                 Part::Message(v1::GetResponse { part: Some(Wire::Data(bytes)) }) => take(&mut coming, &bytes, sink)?,
                 Part::Message(v1::GetResponse { part: Some(Wire::Block(block)) }) => {
                     no_bytes_missing(coming.as_ref())?;
-                    coming = announce(&block, sink)?;
+                    coming = announce(&block, first, sink)?;
                 }
                 Part::Message(_) => return Err(Error::Other("the daemon sent an empty message".into())),
             }
@@ -244,8 +250,8 @@ fn no_bytes_missing(coming: Option<&Coming>) -> Result<(), Error> {
     }
 }
 
-fn announce(block: &v1::GetBlock, sink: &mut impl Sink) -> Result<Option<Coming>, Error> {
-    let index = block.index as usize;
+fn announce(block: &v1::GetBlock, first: usize, sink: &mut impl Sink) -> Result<Option<Coming>, Error> {
+    let index = first + block.index as usize;
     if block.status() != v1::GetStatus::Hit {
         sink.other(index, block.status());
         return Ok(None);

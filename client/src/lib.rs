@@ -16,8 +16,13 @@
 //! by its deadline ([`Client::with_deadline`]) and can be cancelled by dropping its future: what a cancelled
 //! put had completed stays, the rest is not there. Bytes that come back are checked against the checksum
 //! under which they were stored.
+//!
+//! A call takes the 65,536 blocks of a prompt of a million tokens: where that is more than the client should hold at a time, it
+//! works in windows. [`Error::Busy`] means that the same call can succeed later; what can never succeed is
+//! [`Error::Invalid`], and names the bound.
 
 mod admin;
+mod caps;
 mod connection;
 mod error;
 mod get;
@@ -36,7 +41,7 @@ pub use kvstore_plane::stream_copy;
 #[doc(inline)]
 pub use kvstore_plane::{GroupRun, event_name, usable_prefix, window_blocks};
 pub use kvstore_proto::v1;
-pub use local::{LeasedBlock, Leases};
+pub use local::{LeaseWindows, LeasedBlock, Leases};
 pub use put::{PutBlock, PutOptions, PutSlice};
 pub use verbs::{GroupRef, RegisteredLayout};
 pub use watch::{Watch, WatchEvent};

@@ -12,6 +12,7 @@ use tonic::Status;
 use tonic::body::Body;
 use tower::Service;
 
+use crate::caps::PUT_WINDOW_BYTES;
 use crate::{Client, Error, GroupRef};
 
 /// Bytes of one `data` message.
@@ -101,7 +102,7 @@ impl Client {
     }
 
     /// Stores blocks from borrowed memory; the outcome of each, in order. Over the local plane nothing is copied but into the
-    /// daemon's memory; over gRPC each block is copied once more, since the connection keeps what it sends.
+    /// daemon's memory; over gRPC each block is copied once more, since the connection keeps what it sends: 64 MiB at a time.
     pub async fn put_from(
         &self,
         group: &GroupRef,
@@ -109,18 +110,31 @@ impl Client {
         options: PutOptions,
     ) -> Result<Vec<v1::PutResult>, Error> {
         let deadline_ms = self.deadline_ms();
-        if options.level != v1::Level::Durable
-            && let Some(local) = self.local_group(group).await?
-            && let Some(results) = self.within(local.put_from(blocks, options, deadline_ms)).await?
-        {
-            return Ok(results);
-        }
-        let owned = |block: &PutSlice<'_>| PutBlock {
-            hash: Bytes::copy_from_slice(block.hash),
-            parent: block.parent.map(Bytes::copy_from_slice),
-            bytes: block.parts.concat().into(),
-        };
-        self.put_with(group, blocks.iter().map(owned).collect(), options).await
+        self.within(async {
+            if options.level != v1::Level::Durable
+                && let Some(local) = self.local_group(group).await?
+                && let Some(results) = local.put_from(blocks, options, deadline_ms).await?
+            {
+                return Ok(results);
+            }
+            let owned = |block: &PutSlice<'_>| PutBlock {
+                hash: Bytes::copy_from_slice(block.hash),
+                parent: block.parent.map(Bytes::copy_from_slice),
+                bytes: block.parts.concat().into(),
+            };
+            let (mut results, mut rest) = (Vec::with_capacity(blocks.len()), blocks);
+            loop {
+                let (now, later) = rest.split_at(window(rest));
+                let more_follows = options.more_follows || !later.is_empty();
+                let options = PutOptions { more_follows, ..options };
+                results.extend(self.put_with(group, now.iter().map(owned).collect(), options).await?);
+                rest = later;
+                if rest.is_empty() {
+                    return Ok(results);
+                }
+            }
+        })
+        .await
     }
 
     async fn put_over_grpc(
@@ -169,6 +183,16 @@ impl Client {
     }
 }
 
+/// Leading blocks that are copied for one call: at least one, unless there is none.
+fn window(blocks: &[PutSlice<'_>]) -> usize {
+    let mut bytes = 0;
+    let fits = |block: &&PutSlice<'_>| {
+        bytes += block.parts.iter().map(|part| part.len()).sum::<usize>();
+        bytes <= PUT_WINDOW_BYTES
+    };
+    blocks.iter().take_while(fits).count().max(1).min(blocks.len())
+}
+
 /// A block's frames: its announcement together with the head of its first bytes, then bytes and heads.
 fn block_frames(block: PutBlock, options: PutOptions) -> Vec<Bytes> {
     let announcement = v1::PutBlock {
@@ -215,5 +239,22 @@ pub(crate) fn check_trailers(trailers: Option<&http::HeaderMap>) -> Result<(), E
     match trailers.and_then(Status::from_header_map) {
         Some(status) if status.code() != tonic::Code::Ok => Err(status.into()),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A put from borrowed memory copied the whole prompt before it sent the first block: gigabytes beside the engine's own.
+    #[test]
+    fn what_one_call_copies_is_bounded() {
+        let mib = vec![0u8; 1 << 20];
+        let parts = [&*mib; 30];
+        let block = PutSlice { hash: b"x", parent: None, parts: &parts };
+        assert_eq!([0, 1, 2].map(|blocks| window(&vec![block; blocks])), [0, 1, 2]);
+        assert_eq!(window(&[block; 100]), 2, "60 MiB");
+        let large = [&*mib; 100];
+        assert_eq!(window(&[PutSlice { parts: &large, ..block }; 3]), 1, "one goes, however large it is");
     }
 }

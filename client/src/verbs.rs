@@ -11,6 +11,7 @@ use kvstore_proto::v1::{
 use prost::Message;
 use tonic::{Request, Response, Status};
 
+use crate::caps::DESCRIBE_BYTES;
 use crate::connection::Connection;
 use crate::{Client, Error};
 
@@ -133,16 +134,33 @@ impl Client {
         tokens: &[u32],
         adapter: Option<&str>,
     ) -> Result<bool, Error> {
-        let request = DescribeBlocksRequest {
-            layout_digest: group.layout_digest.clone(),
-            group: group.group,
-            sequence_hashes: hashes.to_vec(),
-            parent_hash: parent.cloned().unwrap_or_default(),
-            tokens: tokens.to_vec(),
-            adapter: adapter.unwrap_or_default().to_owned(),
-        };
-        self.within(async { Ok(self.blocks().await?.describe_blocks(self.request(request)).await?.into_inner().taken) })
-            .await
+        // A block's tokens take up to five bytes each, beside its name: those of a long prompt are more than one message may have.
+        let each = tokens.len() / hashes.len().max(1);
+        let window = (DESCRIBE_BYTES / (40 + 5 * each)).max(1);
+        let whole = hashes.len() <= window || tokens.len() != each * hashes.len();
+        let window = if whole { hashes.len().max(1) } else { window };
+        self.within(async {
+            let (mut first, mut taken) = (0, true);
+            loop {
+                let end = (first + window).min(hashes.len());
+                let parent = first.checked_sub(1).and_then(|before| hashes.get(before)).or(parent);
+                let request = DescribeBlocksRequest {
+                    layout_digest: group.layout_digest.clone(),
+                    group: group.group,
+                    sequence_hashes: hashes.get(first..end).unwrap_or_default().to_vec(),
+                    parent_hash: parent.cloned().unwrap_or_default(),
+                    tokens: if whole { tokens } else { tokens.get(first * each..end * each).unwrap_or_default() }
+                        .to_vec(),
+                    adapter: adapter.unwrap_or_default().to_owned(),
+                };
+                taken &= self.blocks().await?.describe_blocks(self.request(request)).await?.into_inner().taken;
+                first = end;
+                if first >= hashes.len() || !taken {
+                    return Ok(taken);
+                }
+            }
+        })
+        .await
     }
 
     /// How far a prefix can be used, and where its blocks are.

@@ -4,12 +4,12 @@ use std::time::Duration;
 
 /// Hashes of one look-up, pin, prefetch or delete: a prompt of a million tokens in blocks of 16.
 pub const HASHES_PER_LOOKUP_MAX: usize = 65_536;
-/// Blocks of one get: a prompt of a million tokens in blocks of 16.
-pub const BLOCKS_PER_GET_MAX: usize = 65_536;
-/// Blocks that one get leases together: bounds what one call keeps from being evicted.
-pub const BLOCKS_PER_LEASE: usize = 4096;
-/// Blocks of one put: bounds the reply.
-pub const BLOCKS_PER_PUT_MAX: usize = 65_536;
+/// Blocks of one get: the same prompt; its hashes are one message.
+pub const BLOCKS_PER_GET_MAX: usize = HASHES_PER_LOOKUP_MAX;
+/// Blocks that a get leases together: this bounds what one call keeps from being evicted.
+pub const BLOCKS_PER_GET_WINDOW: usize = 4096;
+/// Blocks of one put: the same prompt; bounds the reply.
+pub const BLOCKS_PER_PUT_MAX: usize = HASHES_PER_LOOKUP_MAX;
 /// Bytes of a control message: 65,536 hashes of 32 bytes with their tags, and room.
 pub const CONTROL_MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Connections of one listener: engines of a node have a few each. Times the connection's window below,
@@ -19,9 +19,9 @@ pub const CONNECTIONS_MAX: usize = 256;
 pub const STREAMS_PER_CONNECTION_MAX: u32 = 256;
 /// Put and get calls at once, of all connections: each may keep a fill or leases.
 pub const DATA_CALLS_MAX: usize = 1024;
-/// Leases that gets hold at once: a multiple of the largest call, so that a few slow readers do not stop
+/// Leases that gets hold at once: a multiple of a call's largest window, so that a few slow readers do not stop
 /// everyone; the rest of the tier can always turn over.
-pub const LEASED_BLOCKS_MAX: usize = 4 * BLOCKS_PER_LEASE;
+pub const LEASED_BLOCKS_MAX: usize = 4 * BLOCKS_PER_GET_WINDOW;
 /// What a peer may send on one stream before it is read: hides the latency of a wake-up, bounds memory.
 pub const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 /// The same for all streams of a connection.
@@ -97,8 +97,10 @@ pub const VERIFY_BATCH: usize = 64;
 pub const NVME_BYTES_AUTO_MAX: u64 = 64 << 30;
 /// Lines of a trace of a replay at most, and blocks of one of its requests.
 pub const TRACE_REQUESTS_MAX: usize = 10_000_000;
-/// See [`TRACE_REQUESTS_MAX`].
-pub const TRACE_BLOCKS_PER_REQUEST_MAX: usize = BLOCKS_PER_GET_MAX;
+/// See [`TRACE_REQUESTS_MAX`]: what one look-up takes.
+pub const TRACE_BLOCKS_PER_REQUEST_MAX: usize = HASHES_PER_LOOKUP_MAX;
+/// Blocks that a replay gets or puts in one call: small ones would be so many that their buffers cost more than they hold.
+pub const REPLAY_BATCH_BLOCKS: usize = 4096;
 /// Connections to the local plane at once, those included that have yet to say what they want: as many as there may be
 /// attachments, and some.
 pub const LOCAL_PEERS_MAX: usize = kvstore_tiers::caps::ATTACHMENTS_MAX + 64;

@@ -179,8 +179,9 @@ pub fn hashes(bytes: &[Bytes], max: usize) -> Result<Vec<SequenceHash>, Status> 
         return Err(invalid("sequence_hashes", "the list is empty: name at least one block"));
     }
     if bytes.len() > max {
-        let problem = format!("sequence_hashes: the call names {} blocks, but it may name at most {max}", bytes.len());
-        return Err(Status::resource_exhausted(problem));
+        // Not a bound that waiting would help with.
+        let problem = format!("the call names {} blocks, but it may name at most {max}", bytes.len());
+        return Err(invalid("sequence_hashes", problem));
     }
     bytes.iter().map(|bytes| hash("sequence_hashes", bytes)).collect()
 }

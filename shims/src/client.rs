@@ -10,7 +10,7 @@ use pyo3::types::{PyBytes, PyList, PyTuple};
 
 use crate::buffer::Buffers;
 use crate::errors::raise;
-use crate::leases::Leases;
+use crate::leases::{LeaseWindows, Leases};
 use crate::pages::{self, Pages};
 use crate::runtime::{awaitable, wait};
 
@@ -430,6 +430,11 @@ impl Group {
         awaitable(py, async move { client.leases(&group, &hashes).await }, |py, leases| {
             Ok(Py::new(py, Leases::new(leases))?.into_any())
         })
+    }
+
+    fn lease_windows(&self, py: Python<'_>, hashes: &Bound<'_, PyAny>, window: usize) -> PyResult<LeaseWindows> {
+        let hashes = hashes_of(hashes)?;
+        wait(py, self.client.lease_windows(&self.group, &hashes, window)).map(LeaseWindows::new).map_err(raise)
     }
 
     fn hint(&self, hashes: &Bound<'_, PyAny>) -> PyResult<()> {

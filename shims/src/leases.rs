@@ -12,6 +12,8 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
 use crate::buffer::{PyBuffer_FillInfo, RawBuffer, WRITABLE};
+use crate::errors::raise;
+use crate::runtime::block_on;
 
 /// The leading blocks of a prefix, readable in place. The blocks do not change until this object and every view of it have been
 /// deleted, or until `release()` or the end of a `with` block. Both of these fail while views are alive.
@@ -70,6 +72,31 @@ impl Leases {
             return Err(PyBufferError::new_err(problem));
         }
         Ok(())
+    }
+}
+
+/// The leading blocks of a prefix, window by window.
+#[pyclass(frozen, module = "kvstore")]
+pub struct LeaseWindows {
+    windows: std::sync::Mutex<kvstore_client::LeaseWindows>,
+}
+
+impl LeaseWindows {
+    pub fn new(windows: kvstore_client::LeaseWindows) -> Self {
+        Self { windows: std::sync::Mutex::new(windows) }
+    }
+}
+
+#[pymethods]
+impl LeaseWindows {
+    /// Leases the blocks that follow. Returns None behind the last block that can be read.
+    fn next(&self, py: Python<'_>) -> PyResult<Option<Leases>> {
+        py.detach(|| {
+            let windows = self.windows.lock();
+            let mut windows =
+                windows.map_err(|_| PyRuntimeError::new_err("a thread panicked while it used the windows"))?;
+            Ok(block_on(windows.next()).map_err(raise)?.map(Leases::new))
+        })
     }
 }
 

@@ -16,6 +16,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<client::Client>()?;
     module.add_class::<client::Group>()?;
     module.add_class::<leases::Leases>()?;
+    module.add_class::<leases::LeaseWindows>()?;
     module.add_class::<pages::Pages>()?;
     module.add_class::<pages::PagesLoad>()?;
     errors::add(module)

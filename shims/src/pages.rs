@@ -16,6 +16,8 @@ use crate::runtime::{block_on, spawn_blocking};
 
 /// Blocks that are leased at a time: a process has some thousand lease words, and several loads share them.
 const BLOCKS_PER_STEP: usize = 256;
+/// Blocks of a put at a time: each has a slice for each region, 16 bytes of a hundred layers' regions.
+const BLOCKS_PER_PUT: usize = 2048;
 /// Without the local plane, blocks come by way of a buffer of this size.
 const BOUNCE_BYTES: usize = 32 << 20;
 /// From this many bytes on, pages are written past the cache, and by two threads.
@@ -157,28 +159,48 @@ impl Pages {
     /// Reads the leading blocks of a prefix into pages, and says after which region, once the last blocks are on their way.
     /// How many blocks were read.
     fn load(&self, load: &Load, done: &(impl Fn(usize) + Sync)) -> Result<usize, Error> {
-        let Load { client, group, hashes, numbers } = load;
-        let local = client.is_local();
-        let step = if local { BLOCKS_PER_STEP } else { (BOUNCE_BYTES / self.block_bytes).clamp(1, BLOCKS_PER_STEP) };
-        let mut bounce = if local { Vec::new() } else { vec![0; step.min(hashes.len()) * self.block_bytes] };
-        let mut loaded = 0;
-        for (names, numbers) in hashes.chunks(step).zip(numbers.chunks(step)) {
-            let is_last = loaded + names.len() == hashes.len();
-            let say = |region| {
+        if !load.client.is_local() {
+            return self.load_copies(load, 0, done);
+        }
+        let mut windows = match block_on(load.client.lease_windows(&load.group, &load.hashes, BLOCKS_PER_STEP)) {
+            // The daemon drains, and takes calls over gRPC alone.
+            Err(Error::Unsupported(_)) => return self.load_copies(load, 0, done),
+            windows => windows?,
+        };
+        // Each window's leases end before the next one is asked for.
+        while let Some(leases) = block_on(windows.next())? {
+            let first = windows.done() - leases.len();
+            let is_last = windows.done() == load.hashes.len();
+            let numbers = load.numbers.get(first..windows.done()).unwrap_or_default();
+            self.scatter(&leases.iter().collect::<Vec<_>>(), numbers, &|region| {
                 if is_last {
                     done(region);
                 }
-            };
-            let got = if local {
-                let leases = block_on(client.leases(group, names))?;
-                self.scatter(&leases.iter().collect::<Vec<_>>(), numbers, &say)?;
-                leases.len()
-            } else {
-                let mut buffers: Vec<_> = bounce.chunks_exact_mut(self.block_bytes).take(names.len()).collect();
-                let got = block_on(client.get_into(group, names, &mut buffers))?;
-                self.scatter(&buffers.iter().take(got).map(|buffer| &**buffer).collect::<Vec<_>>(), numbers, &say)?;
-                got
-            };
+            })?;
+        }
+        match windows.ended_at_unmapped() {
+            true => self.load_copies(load, windows.done(), done),
+            false => Ok(windows.done()),
+        }
+    }
+
+    /// The same from block `first` on, by way of a buffer.
+    fn load_copies(&self, load: &Load, first: usize, done: &(impl Fn(usize) + Sync)) -> Result<usize, Error> {
+        let step = (BOUNCE_BYTES / self.block_bytes).clamp(1, BLOCKS_PER_STEP);
+        let mut bounce = vec![0; step.min(load.hashes.len() - first) * self.block_bytes];
+        let mut loaded = first;
+        while loaded < load.hashes.len() {
+            let end = (loaded + step).min(load.hashes.len());
+            let names = load.hashes.get(loaded..end).unwrap_or_default();
+            let numbers = load.numbers.get(loaded..end).unwrap_or_default();
+            let mut buffers: Vec<_> = bounce.chunks_exact_mut(self.block_bytes).take(names.len()).collect();
+            let got = block_on(load.client.get_into(&load.group, names, &mut buffers))?;
+            let is_last = loaded + got == load.hashes.len();
+            self.scatter(&buffers.iter().take(got).map(|buffer| &**buffer).collect::<Vec<_>>(), numbers, &|region| {
+                if is_last {
+                    done(region);
+                }
+            })?;
             loaded += got;
             if got < names.len() {
                 break;
@@ -245,20 +267,42 @@ pub fn put(
 ) -> PyResult<Vec<v1::PutResult>> {
     pages.check(hashes.len(), numbers)?;
     py.detach(|| {
-        let parts: Vec<Vec<&[u8]>> = numbers
-            .iter()
-            .map(|number| pages.regions.iter().map(|region| pages.page(region, *number)).collect())
-            .collect();
-        let parents = std::iter::once(parent).chain(hashes.iter().map(|hash| Some(&**hash)));
-        let blocks: Vec<PutSlice<'_>> = hashes
-            .iter()
-            .zip(parents)
-            .zip(&parts)
-            .map(|((hash, parent), parts)| PutSlice { hash, parent, parts })
-            .collect();
-        block_on(client.put_from(group, &blocks, options))
+        let until = Instant::now() + client.deadline();
+        let mut results = Vec::with_capacity(hashes.len());
+        loop {
+            let first = results.len();
+            let end = (first + BLOCKS_PER_PUT).min(hashes.len());
+            let (names, numbers) = (hashes.get(first..end), numbers.get(first..end));
+            let parent = first.checked_sub(1).and_then(|before| hashes.get(before)).map(AsRef::as_ref).or(parent);
+            let options = PutOptions { more_follows: options.more_follows || end < hashes.len(), ..options };
+            let client = client.with_deadline(until.saturating_duration_since(Instant::now()));
+            let window = (names.unwrap_or_default(), numbers.unwrap_or_default());
+            results.extend(put_window((&client, group), window, pages, parent, options)?);
+            if results.len() < end || end == hashes.len() {
+                return Ok(results);
+            }
+        }
     })
     .map_err(raise)
+}
+
+fn put_window(
+    (client, group): (&Client, &GroupRef),
+    (hashes, numbers): (&[Bytes], &[u32]),
+    pages: &Pages,
+    parent: Option<&[u8]>,
+    options: PutOptions,
+) -> Result<Vec<v1::PutResult>, Error> {
+    let parts: Vec<Vec<&[u8]>> =
+        numbers.iter().map(|number| pages.regions.iter().map(|region| pages.page(region, *number)).collect()).collect();
+    let parents = std::iter::once(parent).chain(hashes.iter().map(|hash| Some(&**hash)));
+    let blocks: Vec<PutSlice<'_>> = hashes
+        .iter()
+        .zip(parents)
+        .zip(&parts)
+        .map(|((hash, parent), parts)| PutSlice { hash, parent, parts })
+        .collect();
+    block_on(client.put_from(group, &blocks, options))
 }
 
 /// A load into pages that runs in the background.

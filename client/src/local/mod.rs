@@ -9,6 +9,7 @@ mod put;
 mod read;
 mod socket;
 mod staging;
+mod windows;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,20 +23,23 @@ use prost::Message;
 pub(crate) use attachment::{Attachment, LocalLayout};
 pub(crate) use fork::forks;
 pub use read::{LeasedBlock, Leases};
+pub use windows::LeaseWindows;
 
+use crate::caps::{BLOCKS_PER_HINT_MAX, BLOCKS_PER_STEP, LEASES_PER_WINDOW_MAX, MISSES_MAX};
 use crate::{Client, Error, GetOptions, GetOutcome, GroupRef, PutBlock, PutOptions, PutSlice};
-use calls::failure;
+use calls::{Waiting, failure};
 use copy::{Copy, copy_all};
 use put::{LocalPut, PutInto};
+use windows::{Reading, Step};
 
-/// Blocks that one step of a get leases and copies: the rest of the lease page is for others of this process.
-const BLOCKS_PER_STEP: usize = 256;
-/// Blocks that one PROMOTE asks for: what the disks do at once, twice.
-const BLOCKS_PER_PROMOTE: usize = 64;
 /// A promoted block that cannot be leased yet is tried again after this long ...
 const PROMOTED_PAUSE_FIRST: Duration = Duration::from_micros(50);
 /// ... and twice as long each time, up to this: 100 ms in all.
 const PROMOTED_PAUSE_MAX: Duration = Duration::from_millis(50);
+/// A promotion that finds too many leases in all calls is asked for again after this long ...
+const BUSY_PAUSE_FIRST: Duration = Duration::from_millis(1);
+/// ... and twice as long each time, up to this: a quarter of a second in all.
+const BUSY_PAUSE_MAX: Duration = Duration::from_millis(128);
 
 /// A group, as the local plane names it.
 #[derive(Clone)]
@@ -43,6 +47,8 @@ pub(crate) struct LocalGroup {
     pub(crate) attachment: Arc<Attachment>,
     layout: u32,
     group: u16,
+    /// Of a block, at most.
+    block_bytes: u64,
 }
 
 /// What names a block: an engine's bytes, checked as they are used, or checked before.
@@ -78,12 +84,11 @@ impl Attachment {
         request: &impl Message,
         deadline_ms: u32,
     ) -> Result<Option<M>, Error> {
-        let request = request.encode_to_vec();
-        let fits = request.len() + 64 <= self.view().submissions().payload_bytes_max();
+        let fits = request.encoded_len() + 64 <= self.view().submissions().payload_bytes_max();
         if !fits || !self.can(capabilities::CALL) {
             return Ok(None);
         }
-        match self.call(&Command::Call { verb, deadline_ms, request }).await? {
+        match self.call(&Command::Call { verb, deadline_ms, request: request.encode_to_vec() }).await? {
             Completion::Response(response) => M::decode(&*response)
                 .map(Some)
                 .map_err(|error| Error::Other(format!("the daemon's answer cannot be read: {error}"))),
@@ -126,9 +131,9 @@ impl Client {
         let layouts = attachment.layouts.load();
         let layout = layouts.get(&group.layout_digest)?;
         // A group that the layout has not is refused by the daemon, over gRPC.
-        let ordinal = layout.block_bytes.get(group.group as usize).map(|_| layout.ordinal)?;
+        let (ordinal, block_bytes) = (layout.ordinal, *layout.block_bytes.get(group.group as usize)?);
         drop(layouts);
-        Some(LocalGroup { attachment, layout: ordinal, group: group.group as u16 })
+        Some(LocalGroup { attachment, layout: ordinal, group: group.group as u16, block_bytes })
     }
 
     /// The group on the local plane; `None` where its calls go over gRPC.
@@ -153,10 +158,10 @@ impl Client {
 
     /// Leases the leading blocks of a prefix that are in memory now: fewer than asked where one is not. Never waits, and never
     /// asks the daemon. `None` where the local plane is not attached, or the group was not used on it before: see
-    /// [`Self::leases`].
+    /// [`Self::leases`], which has the same bound.
     pub fn leases_now(&self, group: &GroupRef, hashes: &[Bytes]) -> Option<Result<Leases, Error>> {
         let local = self.local_group_now(group)?;
-        Some(local.attachment.lease_run(local.layout, local.group, hashes))
+        Some(fit_the_page(hashes.len()).and_then(|()| local.attachment.lease_run(local.layout, local.group, hashes)))
     }
 
     /// Reads whole blocks into buffers, where all of them are in memory now: without waiting, and without asking the daemon.
@@ -177,31 +182,34 @@ impl Client {
     /// Leases the leading blocks of a prefix, to be read where they lie; what is in a lower tier alone is brought into memory
     /// first. Fewer blocks than asked where one is nowhere, or on its way. Needs the local plane. Blocks stay as they are until
     /// the leases are dropped.
+    ///
+    /// A process can hold leases on 8,192 blocks. More in one call are [`Error::Invalid`]: read them with
+    /// [`Self::lease_windows`]. Where other leases of this process leave no room, it is [`Error::Busy`].
     pub async fn leases(&self, group: &GroupRef, hashes: &[Bytes]) -> Result<Leases, Error> {
-        let unsupported =
-            || Error::Unsupported("leases need the local plane; connect to a Unix socket of this node".into());
-        let local = self.local_group(group).await?.ok_or_else(unsupported)?;
-        let hashes = sequence_hashes(hashes)?;
+        fit_the_page(hashes.len())?;
+        let local = self.local_group_for_leases(group).await?;
+        let mut leases = local.lease_run(&[])?;
+        let window = hashes.len().max(1);
+        let mut reading = Reading::new(local, sequence_hashes(hashes)?, window, self.deadline_ms());
         self.within(async {
-            let mut leases = local.lease_run(&hashes)?;
-            while leases.len() < hashes.len() {
-                let rest = hashes.get(leases.len()..).unwrap_or_default();
-                let rest = rest.get(..rest.len().min(BLOCKS_PER_PROMOTE)).unwrap_or_default();
-                let (promoted, _kept) = local.promote(rest, 0, self.deadline_ms()).await?;
-                if promoted.ready == 0 {
-                    promoted.check(leases.len())?;
-                    break;
-                }
-                let more = local.lease_promoted(rest.get(..promoted.ready).unwrap_or_default()).await?;
-                let all = more.len() == promoted.ready;
-                leases.join(more);
-                if !all {
-                    break;
+            loop {
+                match reading.step().await? {
+                    Step::Blocks(more) => leases.join(more),
+                    Step::Missing(promoted) => break promoted.check(reading.done()),
+                    Step::PageFull => break Err(page_full()),
+                    Step::Elsewhere | Step::Whole => break Ok(()),
                 }
             }
-            Ok(leases)
         })
-        .await
+        .await?;
+        Ok(leases)
+    }
+
+    /// The group on the local plane, for what only the local plane can do.
+    async fn local_group_for_leases(&self, group: &GroupRef) -> Result<LocalGroup, Error> {
+        let unsupported =
+            || Error::Unsupported("leases need the local plane; connect to a Unix socket of this node".into());
+        self.local_group(group).await?.ok_or_else(unsupported)
     }
 
     /// How many leading blocks of a prefix are in memory, as far as the local plane tells; `None` without it.
@@ -212,9 +220,11 @@ impl Client {
     }
 
     /// Says that blocks of a prefix will be read soon: they are brought into memory when nothing else is to be done. Worth
-    /// nothing, and nothing lost, without the local plane.
+    /// nothing, and nothing lost, without the local plane. Of a long prefix, the first 2,048 blocks are hinted: a read brings
+    /// the others ahead of need by itself, and [`Self::prefetch`] brings all.
     pub fn hint(&self, group: &GroupRef, hashes: &[Bytes]) -> Result<(), Error> {
         let Some(local) = self.local_group_now(group) else { return Ok(()) };
+        let hashes = hashes.get(..hashes.len().min(BLOCKS_PER_HINT_MAX)).unwrap_or_default();
         for hashes in sequence_hashes(hashes)?.chunks(HASHES_PER_PROMOTE_MAX) {
             let command = Command::Hint { layout: local.layout, group: local.group, hashes: hashes.to_vec() };
             local.attachment.submit_if_room(u64::MAX, &command);
@@ -227,8 +237,9 @@ impl Client {
 pub(crate) enum LocalRead<T> {
     /// This.
     Done(T),
-    /// The daemon has blocks in memory that this process cannot map, for lack of descriptors perhaps: gRPC can read them.
-    Elsewhere,
+    /// This much of it, and gRPC can read the rest: the daemon has blocks in memory that this process cannot map, for lack of
+    /// descriptors perhaps; or other leases of this process fill its page; or many blocks are missing.
+    Partly(T),
 }
 
 /// What a promotion came to.
@@ -280,25 +291,35 @@ impl LocalGroup {
         self.attachment.lease_run(self.layout, self.group, hashes)
     }
 
-    /// Has blocks brought into memory.
-    async fn promote(
-        &self,
-        hashes: &[SequenceHash],
-        ticket: u128,
-        deadline_ms: u32,
-    ) -> Result<(Promoted, Kept), Error> {
+    /// How many leading blocks are in memory: a look.
+    fn resident_run(&self, hashes: &[SequenceHash]) -> usize {
+        self.attachment.resident_run(self.layout, self.group, hashes)
+    }
+
+    /// Starts to have blocks brought into memory.
+    async fn promote(&self, hashes: &[SequenceHash], ticket: u128, deadline_ms: u32) -> Result<Promoting, Error> {
         let waiting = self.attachment.wait_for(1);
         let (layout, group) = (self.layout, self.group);
         let command = Command::Promote { layout, group, deadline_ms, ticket, hashes: hashes.to_vec() };
         self.attachment.submit(waiting.first(), &command).await?;
         let kept = Kept { attachment: Arc::clone(&self.attachment), tag: waiting.first() };
-        match waiting.next().await?.1 {
-            Completion::Promoted { ready, next } => {
-                let next = v1::GetStatus::try_from(next as i32).unwrap_or(v1::GetStatus::Miss);
-                Ok((Promoted { ready: (ready as usize).min(hashes.len()), next }, kept))
+        Ok(Promoting { waiting, kept })
+    }
+
+    /// Has blocks brought into memory. Where calls have too many leases, it waits a moment for some to end.
+    async fn promote_patiently(
+        &self,
+        hashes: &[SequenceHash],
+        ticket: u128,
+        deadline_ms: u32,
+    ) -> Result<(Promoted, Kept), Error> {
+        let mut pause = BUSY_PAUSE_FIRST;
+        loop {
+            match self.promote(hashes, ticket, deadline_ms).await?.ended(hashes.len()).await {
+                Err(Error::Busy(_)) if pause <= BUSY_PAUSE_MAX => tokio::time::sleep(pause).await,
+                ended => return ended,
             }
-            Completion::Failed { code, message } => Err(failure(code, message)),
-            _ => Err(Error::Other("the daemon sent the answer to another command".into())),
+            pause *= 2;
         }
     }
 
@@ -317,42 +338,35 @@ impl LocalGroup {
         }
     }
 
-    /// Reads whole blocks into buffers; how many leading ones were read. Fewer than `ready` may be: those the daemon has in
-    /// memory and this process cannot map, which are to be read over gRPC.
+    /// Reads whole blocks into buffers; how many leading ones were read.
     pub(crate) async fn get_into(
-        &self,
-        hashes: &[SequenceHash],
+        self,
+        hashes: Vec<SequenceHash>,
         buffers: &mut [&mut [u8]],
         deadline_ms: u32,
     ) -> Result<LocalRead<usize>, Error> {
-        let mut done = 0;
-        while done < hashes.len() {
-            let rest = hashes.get(done..).unwrap_or_default();
-            let step = rest.get(..rest.len().min(BLOCKS_PER_STEP)).unwrap_or_default();
-            let leases = self.lease_run(step)?;
-            if !leases.is_empty() {
-                done += copy_out(&leases, buffers.get_mut(done..).unwrap_or_default(), done)?;
-                continue;
+        let mut reading = Reading::new(self, hashes, BLOCKS_PER_STEP, deadline_ms);
+        loop {
+            match reading.step().await? {
+                Step::Blocks(leases) => {
+                    let first = reading.done() - leases.len();
+                    copy_out(&leases, buffers.get_mut(first..).unwrap_or_default(), first)?;
+                }
+                Step::Missing(promoted) => {
+                    promoted.check(reading.done())?;
+                    return Ok(LocalRead::Done(reading.done()));
+                }
+                Step::Elsewhere | Step::PageFull => return Ok(LocalRead::Partly(reading.done())),
+                Step::Whole => return Ok(LocalRead::Done(reading.done())),
             }
-            let step = rest.get(..rest.len().min(BLOCKS_PER_PROMOTE)).unwrap_or_default();
-            let (promoted, _kept) = self.promote(step, 0, deadline_ms).await?;
-            if promoted.ready == 0 {
-                promoted.check(done)?;
-                break;
-            }
-            let leases = self.lease_promoted(step.get(..promoted.ready).unwrap_or_default()).await?;
-            if leases.is_empty() {
-                return Ok(LocalRead::Elsewhere);
-            }
-            done += copy_out(&leases, buffers.get_mut(done..).unwrap_or_default(), done)?;
         }
-        Ok(LocalRead::Done(done))
     }
 
-    /// The outcome of each block; hits are leased, not copied.
+    /// The outcome of each block. Hits are leased, up to a bound, and copied beyond it: a result that is kept takes at most half
+    /// of the process's leases.
     pub(crate) async fn get(
-        &self,
-        hashes: &[SequenceHash],
+        self,
+        hashes: Vec<SequenceHash>,
         options: &GetOptions,
         ticket: u128,
         deadline_ms: u32,
@@ -361,31 +375,31 @@ impl LocalGroup {
         if ticket != 0 {
             // Redeems it: an error where its time is over.
             let first = hashes.get(..1).unwrap_or_default();
-            drop(self.promote(first, ticket, deadline_ms).await?);
+            drop(self.promote_patiently(first, ticket, deadline_ms).await?);
         }
-        while outcomes.len() < hashes.len() {
-            let rest = hashes.get(outcomes.len()..).unwrap_or_default();
-            let leases = self.lease_run(rest)?;
-            if !leases.is_empty() {
-                outcomes.extend(leases.into_blocks().into_iter().map(hit));
-                continue;
-            }
-            let step = rest.get(..rest.len().min(BLOCKS_PER_PROMOTE)).unwrap_or_default();
-            let (promoted, _kept) = self.promote(step, 0, deadline_ms).await?;
-            let leases = self.lease_promoted(step.get(..promoted.ready).unwrap_or_default()).await?;
-            if leases.is_empty() {
-                if promoted.ready > 0 {
-                    return Ok(LocalRead::Elsewhere);
+        let attachment = Arc::clone(&self.attachment);
+        let mut reading = Reading::new(self, hashes, BLOCKS_PER_STEP, deadline_ms);
+        let mut misses = 0;
+        loop {
+            match reading.step().await? {
+                Step::Blocks(leases) if attachment.leased() <= LEASES_PER_WINDOW_MAX => {
+                    outcomes.extend(leases.into_blocks().into_iter().map(hit));
                 }
-                outcomes.push(promoted.outcome());
-                if options.leading_run {
-                    break;
+                Step::Blocks(leases) => outcomes.extend(leases.iter().map(Bytes::copy_from_slice).map(GetOutcome::Hit)),
+                Step::Missing(promoted) => {
+                    outcomes.push(promoted.outcome());
+                    if options.leading_run {
+                        return Ok(LocalRead::Done(outcomes));
+                    }
+                    misses += 1;
+                    if reading.skip() && misses > MISSES_MAX {
+                        return Ok(LocalRead::Partly(outcomes));
+                    }
                 }
-                continue;
+                Step::Elsewhere | Step::PageFull => return Ok(LocalRead::Partly(outcomes)),
+                Step::Whole => return Ok(LocalRead::Done(outcomes)),
             }
-            outcomes.extend(leases.into_blocks().into_iter().map(hit));
         }
-        Ok(LocalRead::Done(outcomes))
     }
 
     pub(crate) async fn put(
@@ -436,6 +450,45 @@ impl LocalGroup {
         };
         self.attachment.put(into, &blocks).await.map(Some)
     }
+}
+
+/// A promotion under way. Dropped, what it brought may leave again.
+pub(crate) struct Promoting {
+    waiting: Waiting,
+    kept: Kept,
+}
+
+impl Promoting {
+    /// What it came to, and what keeps the blocks until they are leased; of `count` blocks.
+    async fn ended(self, count: usize) -> Result<(Promoted, Kept), Error> {
+        match self.waiting.next().await?.1 {
+            Completion::Promoted { ready, next } => {
+                let next = v1::GetStatus::try_from(next as i32).unwrap_or(v1::GetStatus::Miss);
+                Ok((Promoted { ready: (ready as usize).min(count), next }, self.kept))
+            }
+            Completion::Failed { code, message } => Err(failure(code, message)),
+            _ => Err(Error::Other("the daemon sent the answer to another command".into())),
+        }
+    }
+}
+
+/// Refuses what no lease page has room for: waiting would not help.
+fn fit_the_page(blocks: usize) -> Result<(), Error> {
+    let most = kvstore_plane::caps::LEASES_PER_CLIENT;
+    if blocks <= most {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!(
+        "{blocks} blocks were asked for, but a process can hold leases on at most {most} blocks; read them in windows, with lease_windows, or copy them, with get_into"
+    )))
+}
+
+/// The error where other leases of this process take all words.
+fn page_full() -> Error {
+    Error::Busy(format!(
+        "this process holds leases on {} blocks, which is the most it may hold; drop some of them",
+        kvstore_plane::caps::LEASES_PER_CLIENT
+    ))
 }
 
 fn hit(block: LeasedBlock) -> GetOutcome {

@@ -11,6 +11,7 @@ use super::attachment::Attachment;
 use super::calls::{Waiting, failure};
 use super::staging::Place;
 use crate::Error;
+use crate::caps::UNSYNCED_MAX;
 
 /// Blocks that one put has staged and not brought yet: enough that the daemon is never waited for.
 const STAGED_AHEAD: usize = 8;
@@ -45,6 +46,8 @@ struct Putting<'a> {
     attachment: &'a Arc<Attachment>,
     waiting: Waiting,
     results: Vec<Option<Result<v1::PutResult, Error>>>,
+    /// How many of them are there.
+    decided: usize,
     /// Which blocks have a slot.
     has_slot: Vec<bool>,
     staged: usize,
@@ -60,7 +63,7 @@ impl Attachment {
         let waiting = self.wait_for(blocks.len() as u64);
         let results = blocks.iter().map(|_| None).collect();
         let has_slot = vec![false; blocks.len()];
-        let mut putting = Putting { attachment: self, waiting, results, has_slot, staged: 0 };
+        let mut putting = Putting { attachment: self, waiting, results, decided: 0, has_slot, staged: 0 };
         for (at, block) in blocks.iter().enumerate() {
             putting.stage_ahead(into, blocks, at).await?;
             putting.bring(at, block).await?;
@@ -79,6 +82,10 @@ impl<'a> Putting<'a> {
         let ahead = self.staged.saturating_sub(at);
         if self.staged >= blocks.len() || ahead > STAGED_AHEAD / 2 {
             return Ok(());
+        }
+        while into.local && self.staged - self.decided >= UNSYNCED_MAX {
+            let (tag, completion) = self.waiting.next().await?;
+            self.file(tag, completion);
         }
         let end = (at + STAGED_AHEAD).min(blocks.len()).min(self.staged + BLOCKS_PER_STAGE_MAX);
         let last = blocks.len() - 1;
@@ -109,8 +116,9 @@ impl<'a> Putting<'a> {
             Completion::Failed { code, message } => Err(failure(code, message)),
             _ => return,
         };
-        if let Some(place) = self.results.get_mut(at) {
-            place.get_or_insert(decided);
+        if let Some(place @ None) = self.results.get_mut(at) {
+            *place = Some(decided);
+            self.decided += 1;
         }
     }
 
@@ -195,7 +203,7 @@ impl<'a> Putting<'a> {
     }
 
     async fn until_decided(&mut self) -> Result<Vec<v1::PutResult>, Error> {
-        while self.results.iter().any(Option::is_none) {
+        while self.decided < self.results.len() {
             let (tag, completion) = self.waiting.next().await?;
             self.file(tag, completion);
         }

@@ -9,9 +9,9 @@ use arc_swap::Guard;
 use kvstore_plane::{NO_HASH, SequenceHash, SlotEntry, SlotKey, SlotRef, TableView, announce};
 use smallvec::SmallVec;
 
-use super::Name;
 use super::attachment::{Attachment, Slabs, WordPool};
 use super::mapping::MappedSlab;
+use super::{Name, page_full};
 use crate::Error;
 
 /// Keys whose cache lines are loaded side by side, and that one fence serves.
@@ -157,6 +157,12 @@ impl Attachment {
         taken
     }
 
+    /// Blocks that this process has leased through it.
+    pub(super) fn leased(&self) -> usize {
+        let pool = self.words.lock();
+        pool.used as usize - pool.free.len()
+    }
+
     fn fresh_word(&self, pool: &mut WordPool) -> Option<u32> {
         let (leases, word) = (self.view().leases(), pool.used);
         if word as usize >= leases.capacity() {
@@ -226,10 +232,7 @@ impl Attachment {
             let taken = self.take_words(chunk.len(), &mut words);
             let words = words.get(..taken).unwrap_or_default();
             if words.is_empty() && leases.is_empty() {
-                return Err(Error::Busy(format!(
-                    "this process holds leases on {} blocks, which is the most it may hold; drop some of them",
-                    kvstore_plane::caps::LEASES_PER_CLIENT
-                )));
+                return Err(page_full());
             }
             let before = leases.held.len();
             let whole = self.lease_chunk::<N>(layout, group, chunk, words, &mut leases);

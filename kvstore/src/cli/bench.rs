@@ -24,7 +24,7 @@ pub struct Bench {
     #[arg(long, default_value = "1MiB", value_parser = parse_block_bytes, value_name = "SIZE")]
     block_bytes: u32,
     /// The number of blocks in a round.
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     blocks: u32,
     /// The number of rounds. The medians are reported.
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=1000))]

@@ -207,7 +207,7 @@ impl Promotion {
     /// Brings as many of the leading blocks as there is room for: those that come are kept until the client has leased them.
     async fn run(mut self, daemon: Arc<Daemon>, layout: Arc<RegisteredLayout>, group: u16, deadline: Instant) {
         let hashes = std::mem::take(&mut self.hashes);
-        let most = hashes.len().min(caps::BLOCKS_PER_LEASE);
+        let most = hashes.len().min(caps::BLOCKS_PER_GET_WINDOW);
         let Ok(permits) = Arc::clone(&daemon.leasable).try_acquire_many_owned(most as u32) else {
             let problem = "calls hold leases on too many blocks at once: try again later";
             return self.client.fail(self.tag, &Status::resource_exhausted(problem));

@@ -8,6 +8,7 @@ use kvstore_client::{Client, GroupRef, PutBlock, PutOptions};
 use serde::Serialize;
 
 use super::content::{content, layout, sequence_hash, wrong_bytes};
+use crate::caps::REPLAY_BATCH_BLOCKS;
 use crate::trace::TraceRequest;
 
 /// The bits of a block's residency that stand for memory and disk.
@@ -190,7 +191,7 @@ impl Driver<'_> {
     }
 
     fn batch_blocks(&self) -> usize {
-        (BATCH_BYTES / self.options.block_bytes as usize).max(1)
+        (BATCH_BYTES / self.options.block_bytes as usize).clamp(1, REPLAY_BATCH_BLOCKS)
     }
 
     /// Reads the first `count` blocks; how many came.

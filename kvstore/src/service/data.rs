@@ -99,7 +99,7 @@ async fn one_message(mut body: Body) -> Result<GetRequest, Status> {
         if received > caps::CONTROL_MESSAGE_BYTES_MAX {
             let problem =
                 format!("the request is too large: it may have at most {} bytes", caps::CONTROL_MESSAGE_BYTES_MAX);
-            return Err(Status::resource_exhausted(problem));
+            return Err(Status::invalid_argument(problem));
         }
         decoder.push(bytes);
         match decoder.next_part::<GetRequest>().map_err(|error| Status::invalid_argument(error.to_string()))? {

@@ -87,7 +87,7 @@ pub fn get(
         .ranges(layout.layout.block_tokens, layers, heads)
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
     check_ticket(daemon, namespace, &request.ticket)?;
-    let leases = hashes.len().min(caps::BLOCKS_PER_LEASE);
+    let leases = hashes.len().min(caps::BLOCKS_PER_GET_WINDOW);
     let permits = Arc::clone(&daemon.leasable).try_acquire_many_owned(leases as u32).map_err(|_| {
         telemetry::add(&daemon.traffic.busy, 1);
         Status::resource_exhausted(format!(
@@ -161,7 +161,7 @@ impl Bringing {
         };
         let mut leasings = Some(leasings);
         let mut start = 0;
-        for part in self.hashes.chunks(caps::BLOCKS_PER_LEASE) {
+        for part in self.hashes.chunks(caps::BLOCKS_PER_GET_WINDOW) {
             let leasings = match leasings.take() {
                 Some(leasings) => leasings,
                 None => {

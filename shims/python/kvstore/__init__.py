@@ -5,6 +5,8 @@ blocks byte-compatible. A :class:`Group` of the layout puts and gets blocks by t
 own node, the client reads blocks in place, in shared memory. A read of a block in memory does not wake the daemon.
 
 A miss is a value, not an error. Every call ends by the client's deadline, and releases the GIL while it waits and copies.
+Calls take up to 65,536 blocks: a prompt of a million tokens in blocks of 16. Busy means that the same call can succeed later;
+a request that can never succeed raises Invalid, whose message names the bound.
 Most calls have an ``_async`` twin that is awaited. A child of ``os.fork()`` can keep using the client, which then attaches
 again. The child cannot read the blocks that its parent leased.
 """
@@ -12,6 +14,7 @@ again. The child cannot read the blocks that its parent leased.
 from __future__ import annotations
 
 import os as _os
+from collections.abc import Iterator as _Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -252,6 +255,14 @@ class Layout:
         found = self._client.lookup(self.digest, groups or [], hashes, all_shards, hold, search_wait)
         return Lookup(*found)
 
+    def look_up_and_hold(self, hashes, seconds: float, *, all_shards: bool = False) -> Lookup:
+        """As :meth:`lookup` with ``hold``, for prefixes of any length. If the daemon cannot hold so many blocks now (tickets and
+        pins may have half of its memory), the blocks are found but not held, and ``ticket`` is None."""
+        try:
+            return self.lookup(hashes, all_shards=all_shards, hold=seconds)
+        except Busy:
+            return self.lookup(hashes, all_shards=all_shards)
+
     def group(self, number: int = 0) -> Group:
         """Returns one of the layout's layer groups."""
         return self.groups[number]
@@ -371,16 +382,33 @@ class Group:
         """Returns the leading blocks as read-only memoryviews, without a copy. Needs the local plane.
 
         A leased block does not change until its views and the Leases have been released. Use a ``with`` block, and release the
-        views inside it.
+        views inside it. A process can lease 8,192 blocks at once. Raises Invalid if ``hashes`` are more; :meth:`lease_windows`
+        reads longer prefixes. Raises Busy while other leases of the process leave no room.
         """
         return self._native.leases(hashes)
+
+    def lease_windows(self, hashes, *, window: int = 256) -> _Iterator[Leases]:
+        """Yields the leading blocks of a prefix of any length, at most ``window`` blocks (1 to 4096) at a time: see :meth:`leases`.
+
+        While you use a window, the daemon brings into memory what the next one lacks. Release a window's leases before you ask
+        for the next one::
+
+            for leases in group.lease_windows(hashes):
+                with leases:
+                    ...
+        """
+        windows = self._native.lease_windows(hashes, window)
+        while (leases := windows.next()) is not None:
+            yield leases
+            del leases
 
     async def leases_async(self, hashes) -> Leases:
         """See :meth:`leases`."""
         return await self._native.leases_async(hashes)
 
     def hint(self, hashes) -> None:
-        """Tells the daemon that blocks will be read soon. The call takes a microsecond, and the daemon may ignore it."""
+        """Tells the daemon that blocks will be read soon. The call takes a microsecond, and the daemon may ignore it. Of a long
+        prefix, only the first 2,048 blocks are told; :meth:`prefetch` brings all of it."""
         self._native.hint(hashes)
 
     def prefetch(self, hashes, *, deadline: float = 10.0) -> Prefetch:

@@ -38,6 +38,8 @@ logger = logging.getLogger("kvstore.transformers")
 AWAY_SECONDS = 1.0
 # Of a saved state beside its last, unfinished block: tokens and the generators' states.
 STATE_BYTES = 1 << 20
+# The same of a long session: two million tokens. Each takes a slot of this size in the daemon's memory, so short ones do not.
+LONG_STATE_BYTES = 16 << 20
 _STATE_VERSION = 1
 # Of a configuration, what does not change what is computed.
 _SAYS_NOTHING = {"_name_or_path", "name_or_path", "transformers_version", "architectures"}
@@ -116,6 +118,7 @@ class Attached:
         self._weights = _name_weights(model, weights_version)
         self._group: kvstore.Group | None = None
         self._states: kvstore.Group | None = None
+        self._long_states = None
         self._away_until = 0.0
         self._said = False
         self._stored: set[bytes] = set()
@@ -292,15 +295,18 @@ class Attached:
             tail=[len(part) for part in tail],
             generators={key: value.hex() for key, value in generators.items()},
         )
-        encoded = json.dumps(header).encode()
+        encoded = json.dumps(header, separators=(",", ":")).encode()
         state = struct.pack("<Q", len(encoded)) + encoded + b"".join(tail)
-        if len(state) > groups[1].block_bytes:
+        by_size = self._state_groups(groups[1])
+        into = next((one for one in by_size if len(state) <= one.block_bytes), None)
+        if into is None:
             raise kvstore.Invalid(
-                f"output: it has too many tokens: its state of {len(state)} bytes is larger than {groups[1].block_bytes}"
+                f"output: it has too many tokens: its state of {len(state)} bytes is larger than {by_size[-1].block_bytes}"
             )
         # A name stands for what was saved under it last.
-        groups[1].delete([_state_name(name)])
-        (result,) = groups[1].put_from([_state_name(name)], [state], level=self._level)
+        for one in by_size:
+            one.delete([_state_name(name)])
+        (result,) = into.put_from([_state_name(name)], [state], level=self._level)
         if result.status not in ("stored", "joined"):
             raise kvstore.Busy(f"the state was not stored ({result.status}); try again")
 
@@ -310,12 +316,10 @@ class Attached:
         groups = self._groups()
         if groups is None:
             raise kvstore.Unavailable("no daemon answered a moment ago; try again in a second")
-        with groups[1].leases([_state_name(name)]) as views:
-            if not len(views):
-                return None
-            view = views[0]
-            state = bytes(view)
-            view.release()
+        found = (one.get([_state_name(name)]) for one in self._state_groups(groups[1]))
+        state = next((blocks[0] for blocks in found if blocks), None)
+        if state is None:
+            return None
         (length,) = struct.unpack_from("<Q", state)
         header = json.loads(state[8 : 8 + length])
         if header["version"] != _STATE_VERSION:
@@ -354,12 +358,24 @@ class Attached:
                     head_bytes=self._width * self._dtype.itemsize,
                     order="layer_plane_head_token",
                 )
-                size = self._block_bytes + STATE_BYTES
-                state = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=size, kind="recurrent_state")
+
+                def states(room: int) -> kvstore.Group:
+                    size = self._block_bytes + room
+                    state = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=size, kind="recurrent_state")
+                    return client.register_layout(name, groups=[state], extra=b"transformers state 1", **common).group()
+
                 made = client.register_layout(name, groups=[blocks], extra=b"transformers 1", **common).group()
-                states = client.register_layout(name, groups=[state], extra=b"transformers state 1", **common).group()
-                self._group, self._states, self._said = made, states, False
+                self._group, self._states, self._said = made, states(STATE_BYTES), False
+                self._long_states = lambda: states(LONG_STATE_BYTES)
         return None if self._group is None or time.monotonic() < self._away_until else (self._group, self._states)
+
+    def _state_groups(self, short: kvstore.Group) -> list[kvstore.Group]:
+        """Returns the groups that states are stored in, the one for short ones first."""
+        try:
+            return [short, self._long_states()]
+        except (kvstore.Invalid, kvstore.Busy):
+            # The daemon's memory has no room for a slot of that size, or for slots of another size.
+            return [short]
 
     @contextlib.contextmanager
     def _failing(self):

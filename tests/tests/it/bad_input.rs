@@ -127,8 +127,8 @@ async fn every_mistake_has_its_code_and_its_name() {
     };
     assert!(matches!(lookup(vec![]).await, Err(Error::Invalid(m)) if m.contains("sequence_hashes")));
     assert!(matches!(lookup(vec![Bytes::new()]).await, Err(Error::Invalid(m)) if m.contains("1 to 32")));
-    assert!(matches!(lookup(hashes(0..70_000)).await, Err(Error::Busy(m)) if m.contains("65536")));
-    assert!(matches!(client.get(&group, &hashes(0..5000)).await, Err(Error::Busy(m)) if m.contains("4096")));
+    assert!(matches!(lookup(hashes(0..70_000)).await, Err(Error::Invalid(m)) if m.contains("65536")));
+    assert!(matches!(client.get(&group, &hashes(0..70_000)).await, Err(Error::Invalid(m)) if m.contains("65536")));
     assert!(matches!(client.pin(&group, &hashes([1]), 0).await, Err(Error::Invalid(m)) if m.contains("ttl_ms")));
     assert!(matches!(client.unpin(Bytes::from_static(b"x")).await, Err(Error::Invalid(m)) if m.contains("pin")));
     let layout = replay::layout("", 1, v1::BlockKind::Attention);
@@ -301,11 +301,12 @@ async fn memory_stays_flat_whatever_clients_send() {
             task.await.unwrap();
         }
     };
-    flood(6).await;
+    // Until the allocator has what these calls need at most: those of 5,000 blocks take some.
+    flood(12).await;
     let before = resident_bytes();
     flood(30).await;
     let grown = resident_bytes().saturating_sub(before);
-    assert!(grown < 64 << 20, "{grown} bytes more after five times the calls");
+    assert!(grown < 64 << 20, "{grown} bytes more after three times as many calls");
     assert!(daemon.mapped() <= 16 << 20);
     assert_eq!(daemon.running.daemon.host.status().flights, 0);
 }

@@ -13,6 +13,7 @@ mod litmus;
 mod local;
 mod local_hostile;
 mod local_processes;
+mod long_prompts;
 mod namespaces;
 mod nvme;
 mod nvme_faults;

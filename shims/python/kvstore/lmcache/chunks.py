@@ -58,13 +58,14 @@ class Chunks:
         """Returns how many leading chunks are stored."""
         return self._call(0, lambda registered: registered.group().lookup(hashes))
 
-    def hold(self, hashes: list[bytes], seconds: float) -> list[tuple[int, int, bytes]]:
-        """Finds runs of stored chunks and holds each for ``seconds``: (first, count, ticket)."""
+    def hold(self, hashes: list[bytes], seconds: float) -> list[tuple[int, int, bytes | None]]:
+        """Finds runs of stored chunks and holds each for ``seconds``: (first, count, ticket). The ticket is None if the daemon
+        cannot hold the run."""
 
         def find(registered: kvstore.Layout):
             runs, at = [], 0
             while at < len(hashes):
-                found = registered.lookup(hashes[at:], hold=seconds)
+                found = registered.look_up_and_hold(hashes[at:], seconds)
                 if found.blocks:
                     runs.append((at, found.blocks, found.ticket))
                     at += found.blocks

@@ -192,11 +192,12 @@ class KvStoreL2Adapter(L2AdapterInterface):
             for of, there in self._by_layout(keys, [length] * len(keys), places).items():
                 hashes = [_hash(keys[at]) for at in there]
                 for first, count, ticket in Chunks(self._store, of).hold(hashes, HOLD_SECONDS):
-                    held = _Ticket(ticket, count, time.monotonic() + HOLD_SECONDS)
+                    held = _Ticket(ticket, count, time.monotonic() + HOLD_SECONDS) if ticket else None
                     with self._lock:
                         for at in there[first : first + count]:
                             found.set(at)
-                            self._tickets[keys[at]].append(held)
+                            if held is not None:
+                                self._tickets[keys[at]].append(held)
         return found
 
     def _forget_ended(self) -> None:

@@ -212,7 +212,7 @@ class SchedulerSide:
     def _look_up_in(self, rank_layout: RankLayout, names: list[bytes]) -> kvstore.Lookup | None:
         layout = self._store.layout(rank_layout, self._version)
         try:
-            return layout.lookup(names, all_shards=True, hold=HOLD_SECONDS) if layout else None
+            return layout.look_up_and_hold(names, HOLD_SECONDS, all_shards=True) if layout else None
         except kvstore.Error as error:
             self._store.failed(error)
             return None
@@ -295,8 +295,10 @@ class SchedulerSide:
         if ready <= start:
             return
         tracked.saved = ready
-        if self._pending + (ready - start) * len(self._groups) > self._pending_max:
-            # The store is slower than the engine: what does not fit is recomputed some day.
+        # The store is slower than the engine: what does not fit is recomputed some day. Of a long prompt that a step computes
+        # as a whole, the beginning may fit.
+        ready = min(ready, start + (self._pending_max - self._pending) // len(self._groups))
+        if ready <= start:
             return
         runs, kept = [], []
         for at in range(len(self._groups)):

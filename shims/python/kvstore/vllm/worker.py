@@ -289,15 +289,16 @@ class WorkerSide:
     def _save(self, save: Save, version: bytes, mark: Any) -> None:
         for run in save.runs:
             # A block counts once all its shards are stored.
-            kept = [collections.Counter() for _ in run.hashes]
+            there, fresh = [0] * len(run.hashes), [False] * len(run.hashes)
             for at, pages in enumerate(self._pages[run.group]):
                 for block, result in enumerate(self._save_part(run, at, pages, version, mark, save.upload)):
-                    kept[block][result.status] += 1
-            stored = sum(statuses["stored"] > 0 and _is_whole(statuses, self.layout.parts) for statuses in kept)
-            whole = sum(_is_whole(statuses, self.layout.parts) for statuses in kept)
+                    there[block] += result.status in ("stored", "present", "joined")
+                    fresh[block] |= result.status == "stored"
+            whole = sum(parts == self.layout.parts for parts in there)
+            stored = sum(parts == self.layout.parts and is_new for parts, is_new in zip(there, fresh))
             self._count("saved_blocks", stored)
             self._count("present_blocks", whole - stored)
-            self._count("dropped_blocks", len(kept) - whole)
+            self._count("dropped_blocks", len(there) - whole)
 
     def _save_part(self, run: BlockRun, at: int, pages, version: bytes, mark: Any, upload: bool) -> list[kvstore.PutResult]:
         layout, results = self._store.layout(self.layout.part(at), version), []
@@ -365,7 +366,3 @@ class WorkerSide:
     def _count(self, name: str, count: float) -> None:
         with self._lock:
             self._stats.add(name, count)
-
-
-def _is_whole(statuses: collections.Counter, parts: int) -> bool:
-    return statuses["stored"] + statuses["present"] + statuses["joined"] == parts
