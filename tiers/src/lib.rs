@@ -6,6 +6,7 @@
 pub mod admission;
 pub mod caps;
 pub mod changes;
+pub mod claim;
 mod clock;
 pub mod eviction;
 pub mod host;

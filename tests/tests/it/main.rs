@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod blocks;
+mod claim;
 mod compat;
 mod concurrency;
 mod decoders;
