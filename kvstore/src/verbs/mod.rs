@@ -11,7 +11,6 @@ pub mod promote;
 pub mod put;
 pub mod register_layout;
 pub mod room_below;
-pub mod status;
 pub mod verify;
 pub mod watch;
 
