@@ -3,7 +3,7 @@
   audit build-costs help
 
 # Figures to measure: grpc, index, eviction, nvme, restart, local, object, advise, routing, or several with commas.
-FIGURES ?= grpc,index,eviction,nvme,restart,local,object,advise,routing
+FIGURES ?= grpc,index,eviction,nvme,restart,local,object,advise,routing,idle
 TARGET := $(or $(CARGO_TARGET_DIR),$(shell cargo metadata --no-deps --format-version 1 2>/dev/null | sed 's/.*"target_directory":"\([^"]*\)".*/\1/'),target)
 # A folder on the disk that nvme and restart measure; needs 20 GiB.
 DISK ?= $(TARGET)
