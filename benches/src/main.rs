@@ -8,6 +8,7 @@ mod advise;
 mod eviction;
 mod figure;
 mod grpc;
+mod idle;
 mod index;
 mod local;
 mod long;
@@ -26,7 +27,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Measure the figures of one group.
 #[derive(Parser)]
 struct Arguments {
-    /// The group: grpc, index, eviction, nvme, restart, local, long, object, advise or routing.
+    /// The group: grpc, index, eviction, nvme, restart, local, long, object, advise, routing or idle.
     #[arg(long)]
     group: String,
     /// Rounds of each paired measurement.
@@ -62,8 +63,9 @@ fn main() -> anyhow::Result<()> {
         }
         "advise" => advise::measure(&arguments.daemon, &arguments.trace, arguments.rounds),
         "routing" => routing::measure(&arguments.trace, arguments.rounds),
+        "idle" => idle::measure(&arguments.daemon, &arguments.disk),
         other => {
-            let valid = "grpc, index, eviction, nvme, restart, local, long, object, advise, routing";
+            let valid = "grpc, index, eviction, nvme, restart, local, long, object, advise, routing, idle";
             anyhow::bail!("unknown group {other:?}: valid are {valid}")
         }
     }

@@ -264,7 +264,10 @@ async fn read_blocks(address: std::net::SocketAddr, prefix: &str) -> anyhow::Res
     anyhow::ensure!(tier.object.presence(&tier.layout, 0, &hashes).iter().all(|found| *found), "not all were found");
     let (started, cpu) = (Instant::now(), own_cpu_seconds());
     let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
-    let (stack, layout) = (Stack::new(&tier.host, None, Some(Arc::clone(&tier.object)), now), Arc::clone(&tier.layout));
+    let (stack, layout) = (
+        Stack::new(&tier.host, [(kvstore_tiers::Tier::Object, Arc::clone(&tier.object) as _)], now),
+        Arc::clone(&tier.layout),
+    );
     let promotion = Promotion { stack, layout, group: 0, priority: Priority::Demand, deadline };
     let policy = Policy { ahead: WINDOW, ends_outranked: false, ends_full: false };
     let asked = hashes.into_iter().enumerate().map(|(index, hash)| Asked { index, hash, known: None });

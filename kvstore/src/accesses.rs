@@ -3,10 +3,9 @@
 use std::collections::VecDeque;
 
 use kvstore_proto::v1::{AccessedChain, AccessesChunk};
-use kvstore_tiers::admission::block_name as name;
 use kvstore_tiers::host::RegisteredLayout;
 use kvstore_tiers::sampled::SampledAccesses;
-use kvstore_tiers::{BootTime, SequenceHash};
+use kvstore_tiers::{BootTime, SequenceHash, block_name as name};
 use parking_lot::Mutex;
 
 use crate::{advise, caps};

@@ -84,8 +84,12 @@ pub const PREFETCHES_MAX: usize = 4096;
 pub const PREFETCH_HASHES_MAX: usize = 1 << 20;
 /// How long an ended prefetch can still be watched.
 pub const PREFETCH_KEPT: Duration = Duration::from_secs(60);
-/// Background work of the Host tier happens this often.
+/// Background work of the tiers happens this often ...
 pub const TICK: Duration = Duration::from_millis(100);
+/// ... and this often while nothing happens: pins and namespaces' times end by the second ...
+pub const TICK_QUIET: Duration = Duration::from_secs(1);
+/// ... once this many ticks had nothing to do: two seconds, in which uploads that were put off have begun.
+pub const TICKS_UNTIL_QUIET: u32 = 20;
 /// Verifications at once: each reads all memory.
 pub const VERIFICATIONS_MAX: usize = 1;
 /// Collections of the bucket's garbage at once: each lists all of it.

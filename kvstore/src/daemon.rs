@@ -1,27 +1,29 @@
-//! The daemon's state and its background work: it ticks, reloads and drains. This file does not know the wire types.
+//! The daemon's state: what all calls share. Knows no listener, no request and no reply.
 
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
-use kvstore_tiers::host::{HoldId, HostOptions, HostTier, NamespaceId, NamespaceLimits, namespace_digest};
-use kvstore_tiers::nvme::{NvmeNamespace, NvmeOptions, NvmeTier, OpenError};
-use kvstore_tiers::object::{ObjectOptions, ObjectTier, OpenObjectError};
+use kvstore_tiers::Tier;
+use kvstore_tiers::below::Below;
+use kvstore_tiers::host::{HostTier, NamespaceId};
+use kvstore_tiers::nvme::NvmeTier;
+use kvstore_tiers::object::ObjectTier;
 use kvstore_tiers::stack::Stack;
-use parking_lot::Mutex;
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Semaphore, watch};
 
 use crate::accesses::Accesses;
-use crate::caps;
-use crate::clock;
-use crate::config::{self, Change, Config, ConfigError, NamespacePolicy, NvmeConfig, ObjectConfig, RawConfig};
-use crate::publisher::Describing;
-use crate::telemetry::{LogControl, Traffic};
-use crate::verbs::prefetch::Prefetches;
+use crate::calls::Calls;
+use crate::config::{Change, Config, ConfigError};
+use crate::describing::Describing;
+use crate::log::LogControl;
+use crate::open::{self, OpenTiers, StartError};
+use crate::prefetches::Prefetches;
+use crate::sources::{InForce, Sources};
+use crate::telemetry::Traffic;
+use crate::{caps, clock, copy_rate};
+
+pub use crate::calls::InFlight;
+pub use crate::random::random_hold_id;
 
 /// Everything that calls share.
 pub struct Daemon {
@@ -39,6 +41,8 @@ pub struct Daemon {
     pub accesses: Accesses,
     /// Memory and the tiers below it: what moves between them.
     pub stack: Arc<Stack>,
+    /// Calls in flight.
+    pub calls: Arc<Calls>,
     /// Put and get calls that may still start.
     pub data_calls: Arc<Semaphore>,
     /// Blocks that gets may still lease.
@@ -53,50 +57,12 @@ pub struct Daemon {
     pub started: Instant,
     /// Grows with every start.
     pub epoch: u64,
-    config: ArcSwap<Config>,
-    sources: Mutex<Sources>,
+    in_force: InForce,
     namespaces: Vec<String>,
-    draining: AtomicBool,
-    in_flight: AtomicU64,
-    idle: Notify,
     log: LogControl,
     stopping: watch::Sender<bool>,
     describing: OnceLock<Describing>,
     copy_rate: OnceLock<f64>,
-}
-
-/// Where the configuration comes from, to read it again.
-pub struct Sources {
-    /// The file.
-    pub file: Option<PathBuf>,
-    /// `--set` flags.
-    pub settings: Vec<String>,
-    /// `--listen` flags.
-    pub listen: Vec<String>,
-    /// What is in force, as written.
-    pub raw: RawConfig,
-}
-
-impl Sources {
-    /// Reads file, environment and flags anew.
-    pub fn read(&self) -> Result<RawConfig, ConfigError> {
-        let mut raw = config::load_raw(self.file.as_deref(), std::env::vars(), &self.settings)?;
-        if !self.listen.is_empty() {
-            raw.listen_on(&self.listen);
-        }
-        Ok(raw)
-    }
-}
-
-/// Keeps a call counted as in flight.
-pub struct InFlight(Arc<Daemon>);
-
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        if self.0.in_flight.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.idle.notify_waiters();
-        }
-    }
 }
 
 impl Daemon {
@@ -105,29 +71,10 @@ impl Daemon {
     pub fn new(config: Config, sources: Sources, log: LogControl) -> Result<Arc<Self>, StartError> {
         let namespaces = config.namespaces();
         let epoch = clock::now().0;
-        let seed = random_u128() as u64;
-        let options = HostOptions {
-            limits: config.host,
-            huge_pages: config.huge_pages,
-            policy: config.eviction,
-            seed,
-            epoch,
-            bytes_ceiling: config::memory_bytes(),
-        };
-        let host = HostTier::new(options, &namespaces);
-        host.set_namespace_limits(limits_of(&config, &namespaces));
-        let nvme = match &config.nvme {
-            Some(nvme) => Some(NvmeTier::open(&nvme_options(nvme), &host)?),
-            None => None,
-        };
-        if let Some(nvme) = &nvme {
-            nvme.set_namespaces(nvme_namespaces(&config));
-        }
-        let object = match &config.object {
-            Some(object) => Some(open_object(object, &config, &namespaces, &host, nvme.as_ref())?),
-            None => None,
-        };
-        let stack = Stack::new(&host, nvme.clone(), object.clone(), clock::now);
+        let OpenTiers { host, nvme, object } = open::open_tiers(&config, &namespaces, epoch)?;
+        let disk = nvme.clone().map(|nvme| (Tier::Nvme, nvme as Arc<dyn Below>));
+        let bucket = object.clone().map(|object| (Tier::Object, object as Arc<dyn Below>));
+        let stack = Stack::new(&host, disk.into_iter().chain(bucket), clock::now);
         stack.set_rules(config.admission_rules(&namespaces));
         Ok(Arc::new(Self {
             host,
@@ -137,6 +84,7 @@ impl Daemon {
             prefetches: Prefetches::default(),
             accesses: Accesses::default(),
             stack,
+            calls: Arc::default(),
             data_calls: Arc::new(Semaphore::new(caps::DATA_CALLS_MAX)),
             leasable: Arc::new(Semaphore::new(caps::LEASED_BLOCKS_MAX)),
             verifications: Arc::new(Semaphore::new(caps::VERIFICATIONS_MAX)),
@@ -144,12 +92,8 @@ impl Daemon {
             watches: Arc::new(Semaphore::new(caps::WATCHES_MAX)),
             started: Instant::now(),
             epoch,
-            config: ArcSwap::from_pointee(config),
-            sources: Mutex::new(sources),
+            in_force: InForce::new(config, sources),
             namespaces,
-            draining: AtomicBool::new(false),
-            in_flight: AtomicU64::new(0),
-            idle: Notify::new(),
             log,
             stopping: watch::Sender::new(false),
             describing: OnceLock::new(),
@@ -159,12 +103,12 @@ impl Daemon {
 
     /// The configuration in force.
     pub fn config(&self) -> Arc<Config> {
-        self.config.load_full()
+        self.in_force.config()
     }
 
     /// The same, as TOML, without secrets.
     pub fn config_toml(&self) -> String {
-        self.sources.lock().raw.without_secrets().to_toml()
+        self.in_force.toml()
     }
 
     /// The namespaces' names, in the order of their numbers.
@@ -179,41 +123,28 @@ impl Daemon {
 
     /// Reads the configuration's sources again and applies what may change live: all or nothing.
     pub fn reload(&self) -> Result<Vec<Change>, ConfigError> {
-        let mut sources = self.sources.lock();
-        let raw = sources.read()?;
-        self.apply(&mut sources, raw)
+        self.in_force.reload(|new| self.apply(new))
     }
 
     /// Changes keys that may change live: all or nothing.
     pub fn set_config(&self, values: &[(String, String)]) -> Result<Vec<Change>, ConfigError> {
-        let mut sources = self.sources.lock();
-        let mut raw = sources.raw.clone();
-        for (key, value) in values {
-            raw.set(key, value)?;
-        }
-        self.apply(&mut sources, raw)
+        self.in_force.set(values, |new| self.apply(new))
     }
 
-    fn apply(&self, sources: &mut Sources, raw: RawConfig) -> Result<Vec<Change>, ConfigError> {
-        let new = raw.check()?;
-        let changes = config::changes(&self.config.load(), &new)?;
+    fn apply(&self, new: &Config) {
         self.host.set_limits(new.host);
-        self.host.set_namespace_limits(limits_of(&new, &self.namespaces));
+        self.host.set_namespace_limits(open::host_limits(new, &self.namespaces));
         if let (Some(tier), Some(nvme)) = (&self.nvme, &new.nvme) {
             tier.set_limits(nvme.bytes, nvme.dirty_bytes);
-            tier.set_namespaces(nvme_namespaces(&new));
+            tier.set_namespaces(open::nvme_namespaces(new));
         }
         self.stack.set_rules(new.admission_rules(&self.namespaces));
         if let (Some(tier), Some(object)) = (&self.object, &new.object) {
             tier.set_limits(object.limits);
         }
         self.log.set_level(&new.log_level);
-        self.config.store(Arc::new(new));
-        sources.raw = raw;
-        for change in &changes {
-            tracing::info!(key = change.key, from = change.from, to = change.to, "configuration changed");
-        }
-        Ok(changes)
+        // Smaller bounds are reached in the background.
+        self.calls.wake();
     }
 
     /// Turns true when those who follow the daemon's blocks are to be sent away.
@@ -238,141 +169,21 @@ impl Daemon {
 
     /// Bytes a second that one thread copies in memory: measured at the first call, for some 20 ms.
     pub fn copy_rate(&self) -> f64 {
-        *self.copy_rate.get_or_init(|| {
-            let from = vec![1u8; caps::COPY_MEASURED_BYTES];
-            let mut to = vec![0u8; caps::COPY_MEASURED_BYTES];
-            let copy = |_| {
-                let started = Instant::now();
-                to.copy_from_slice(std::hint::black_box(&from));
-                std::hint::black_box(&to);
-                started.elapsed()
-            };
-            let fastest = (0..4).map(copy).min().unwrap_or_default();
-            from.len() as f64 / fastest.as_secs_f64().max(1e-9)
-        })
+        *self.copy_rate.get_or_init(copy_rate::measure)
     }
 
     /// Counts a call as in flight; `None` while draining.
-    pub fn enter(self: &Arc<Self>) -> Option<InFlight> {
-        self.in_flight.fetch_add(1, Ordering::AcqRel);
-        let guard = InFlight(Arc::clone(self));
-        (!self.is_draining()).then_some(guard)
+    pub fn enter(&self) -> Option<InFlight> {
+        self.calls.enter()
     }
 
     /// True once new work is refused.
     pub fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Acquire)
+        self.calls.is_draining()
     }
 
     /// Refuses new work and waits up to `deadline` for what is in flight. What is left then.
     pub async fn drain(&self, deadline: Duration) -> u64 {
-        if !self.draining.swap(true, Ordering::AcqRel) {
-            tracing::info!("the daemon is draining: it refuses new calls");
-        }
-        let wait = async {
-            loop {
-                let idle = self.idle.notified();
-                tokio::pin!(idle);
-                idle.as_mut().enable();
-                if self.in_flight.load(Ordering::Acquire) == 0 {
-                    return;
-                }
-                idle.await;
-            }
-        };
-        let _ = tokio::time::timeout(deadline, wait).await;
-        self.in_flight.load(Ordering::Acquire)
+        self.calls.drain(deadline).await
     }
-
-    /// Background work, until the runtime ends.
-    pub async fn tick_forever(self: Arc<Self>) {
-        let mut ticks = tokio::time::interval(caps::TICK);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
-        loop {
-            ticks.tick().await;
-            let daemon = Arc::clone(&self);
-            // Shrinking unmaps slabs, which takes milliseconds each.
-            let tick = move || {
-                daemon.host.tick(clock::now());
-                daemon.nvme.iter().for_each(|nvme| nvme.tick(clock::now()));
-                daemon.object.iter().for_each(|object| object.tick());
-            };
-            if let Err(error) = tokio::task::spawn_blocking(tick).await {
-                tracing::error!(%error, "the background work of the tiers failed; trying again");
-            }
-            self.prefetches.forget_old(clock::now());
-        }
-    }
-}
-
-/// What each namespace may have of the memory, in their order.
-fn limits_of(config: &Config, namespaces: &[String]) -> impl Iterator<Item = NamespaceLimits> {
-    namespaces.iter().map(|name| config.host_limits_of(name))
-}
-
-/// What each namespace may have of the disks.
-fn nvme_namespaces(config: &Config) -> Vec<NvmeNamespace> {
-    let of = |(name, policy): (&String, &NamespacePolicy)| NvmeNamespace {
-        digest: namespace_digest(name),
-        bytes: policy.nvme_bytes,
-        ttl_ms: policy.ttl.map(|ttl| ttl.as_millis() as u64),
-    };
-    config.policies.iter().map(of).collect()
-}
-
-/// Why a daemon cannot start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// A disk.
-    #[error(transparent)]
-    Nvme(#[from] OpenError),
-    /// The object store.
-    #[error("cannot open the object store of object.url")]
-    Object(#[from] OpenObjectError),
-}
-
-fn open_object(
-    object: &ObjectConfig,
-    config: &Config,
-    namespaces: &[String],
-    host: &Arc<HostTier>,
-    nvme: Option<&Arc<NvmeTier>>,
-) -> Result<Arc<ObjectTier>, OpenObjectError> {
-    let options = ObjectOptions {
-        opened: object.url.open()?,
-        namespaces: namespaces.to_vec(),
-        limits: object.limits,
-        stall: object.stall,
-        log_folder: config.nvme.as_ref().and_then(|nvme| nvme.paths.first().cloned()),
-        seed: random_u128() as u64,
-        clock: clock::now,
-    };
-    ObjectTier::open(options, host, nvme)
-}
-
-/// What the Nvme tier is made with.
-pub fn nvme_options(config: &NvmeConfig) -> NvmeOptions {
-    NvmeOptions {
-        paths: config.paths.clone(),
-        bytes: config.bytes,
-        index_bytes: config.index_bytes,
-        dirty_bytes: config.dirty_bytes,
-        engine: config.engine,
-        boot_id: config::boot_id(),
-        now: clock::now(),
-        faults: None,
-    }
-}
-
-/// A name that another client cannot guess.
-pub fn random_hold_id() -> HoldId {
-    HoldId(random_u128())
-}
-
-/// SipHash under a key from the system's random source, of a counter: distinct, and not to be guessed.
-fn random_u128() -> u128 {
-    static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
-    static COUNTER: AtomicU64 = AtomicU64::new(0);
-    let count = COUNTER.fetch_add(1, Ordering::Relaxed);
-    u128::from(KEY.hash_one((count, 0u8))) << 64 | u128::from(KEY.hash_one((count, 1u8)))
 }

@@ -10,11 +10,8 @@ use axum::{Router, response::Response};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use kvstore_tiers::nvme::VolumeStatus;
-
 use crate::daemon::Daemon;
-use crate::telemetry;
-use crate::verbs::status;
+use crate::status;
 
 /// Serves `/metrics`, `/healthz` and `/readyz` until `stop` says so.
 pub async fn serve(daemon: Arc<Daemon>, listener: TcpListener, mut stop: watch::Receiver<bool>) -> std::io::Result<()> {
@@ -30,7 +27,7 @@ pub async fn serve(daemon: Arc<Daemon>, listener: TcpListener, mut stop: watch::
 }
 
 async fn metrics(State(daemon): State<Arc<Daemon>>) -> Response {
-    let text = telemetry::render(&daemon);
+    let text = status::metrics::render(&status::status(&daemon));
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
@@ -41,33 +38,7 @@ async fn healthz() -> &'static str {
 
 /// Whether new work is taken, and how each tier does: 200 or 503.
 async fn readyz(State(daemon): State<Arc<Daemon>>) -> Response {
-    let host = daemon.host.status();
-    let body = serde_json::json!({
-        "state": status::state(&daemon),
-        "tiers": {
-            "host": {
-                "ready": host.bytes_mapped <= host.bytes_max,
-                "bytes_mapped": host.bytes_mapped,
-                "bytes_max": host.bytes_max,
-                "quarantined": telemetry::get(&daemon.traffic.quarantined),
-            },
-            "nvme": daemon.nvme.as_ref().map(|nvme| {
-                let volumes = nvme.status().volumes;
-                let volume = |volume: &VolumeStatus| serde_json::json!({
-                    "path": volume.path, "ready": volume.state == "SERVING", "state": volume.state,
-                    "reason": volume.reason,
-                });
-                volumes.iter().map(volume).collect::<Vec<_>>()
-            }),
-            "object": daemon.object.as_ref().map(|object| {
-                let object = object.status();
-                serde_json::json!({
-                    "ready": object.state == "SERVING", "state": object.state, "reason": object.reason,
-                    "backlog_bytes": object.backlog_bytes, "backlog_bytes_max": object.backlog_bytes_max,
-                })
-            }),
-        }
-    });
+    let body = status::ready(&status::status(&daemon));
     let code = if daemon.is_draining() { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
     (code, [(header::CONTENT_TYPE, "application/json")], format!("{body}\n")).into_response()
 }

@@ -6,14 +6,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use kvstore_tiers::claim::Claim;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::daemon::{Daemon, Sources};
+use crate::daemon::Daemon;
 use crate::publisher::Publisher;
-use crate::{caps, http, local, publisher, server, telemetry};
+use crate::sources::Sources;
+use crate::{caps, http, listeners, local, log, publisher, status, tick};
 
 /// A daemon that stops writes back this long at most: half of what Kubernetes gives a pod by default.
 const WRITE_BACK_WITHIN: Duration = Duration::from_secs(15);
@@ -36,8 +38,8 @@ pub struct Running {
     plane: Option<local::Plane>,
     /// Events over ZeroMQ, where they are published.
     pub publisher: Option<Publisher>,
-    /// Let go after all else: fields are dropped in order.
-    _owned: Vec<server::Owned>,
+    /// The right to its sockets. Let go after all else: fields are dropped in order.
+    _claims: Vec<Claim>,
 }
 
 /// How a daemon is started.
@@ -57,8 +59,8 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
         Sources { file: options.file, settings: options.settings, listen: options.listen, raw: Default::default() };
     sources.raw = sources.read()?;
     let config = sources.raw.check()?;
-    let log = telemetry::start_logging(&config.log_level, config.log_format);
-    telemetry::start_metrics();
+    let log = log::start_logging(&config.log_level, config.log_format);
+    status::metrics::start();
     let opening = config.clone();
     let daemon = tokio::task::spawn_blocking(move || Daemon::new(opening, sources, log)).await??;
     if let Some(nvme) = &daemon.nvme {
@@ -70,33 +72,11 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
     }
     let (stop, stopping) = watch::channel(false);
     let mut tasks = JoinSet::new();
-    let mut addresses = Vec::new();
-    let (mut planes, mut owned) = (Vec::new(), Vec::new());
-    let mut bound = Vec::new();
-    for listener in &config.listeners {
-        let mut one = server::bind(listener, config.local_plane).await?;
-        if let Some(plane) = one.plane.take() {
-            planes.push((plane, daemon.namespace(&listener.namespace).context("the namespace is not configured")?));
-        }
-        owned.extend(one.owned.take());
-        bound.push(one);
-    }
-    let plane = local::start(&daemon, planes).context("cannot start the local plane")?;
-    for (one, listener) in bound.into_iter().zip(&config.listeners) {
-        tracing::info!(address = one.address, namespace = listener.namespace, "listening");
-        addresses.push(one.address.clone());
-        tasks.spawn(server::serve(Arc::clone(&daemon), one, stopping.clone()));
-    }
-    let mut http_address = None;
-    if let Some(address) = config.http {
-        let listener = TcpListener::bind(address).await.with_context(|| {
-            format!("cannot serve metrics on {address} (choose another address with --set http.address=127.0.0.1:0, or turn them off with --set http.address=off)")
-        })?;
-        http_address = Some(listener.local_addr()?);
-        tracing::info!(address = %listener.local_addr()?, "serving metrics and health");
-        let (daemon, stopping) = (Arc::clone(&daemon), stopping.clone());
-        tasks.spawn(async move { Ok(http::serve(daemon, listener, stopping).await?) });
-    }
+    let Listening { addresses, plane, claims } = listen(&daemon, &mut tasks, &stopping).await?;
+    let http = match config.http {
+        Some(address) => Some(serve_http(&daemon, address, &mut tasks, &stopping).await?),
+        None => None,
+    };
     let publisher = match &config.publisher {
         Some(publisher) => Some(publisher::start(&daemon, publisher).await?),
         None => None,
@@ -104,12 +84,61 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
     for endpoint in publisher.iter().flat_map(|publisher| &publisher.endpoints) {
         tracing::info!(endpoint, "publishing events");
     }
-    tokio::spawn(Arc::clone(&daemon).tick_forever());
+    tokio::spawn(tick::tick_forever(Arc::clone(&daemon)));
     tokio::spawn(Arc::clone(&daemon.stack).write_back_forever());
     if daemon.object.is_some() {
         tokio::spawn(crate::verbs::collect::collect_forever(Arc::clone(&daemon)));
     }
-    Ok(Running { daemon, addresses, http: http_address, stop, tasks, plane: Some(plane), publisher, _owned: owned })
+    Ok(Running { daemon, addresses, http, stop, tasks, plane: Some(plane), publisher, _claims: claims })
+}
+
+/// The listeners of a daemon, which are served.
+struct Listening {
+    addresses: Vec<String>,
+    plane: local::Plane,
+    claims: Vec<Claim>,
+}
+
+/// Binds all listeners, and then serves them: where one cannot be had, nobody has been served.
+async fn listen(
+    daemon: &Arc<Daemon>,
+    tasks: &mut JoinSet<anyhow::Result<()>>,
+    stopping: &watch::Receiver<bool>,
+) -> anyhow::Result<Listening> {
+    let config = daemon.config();
+    let (mut planes, mut claims, mut bound) = (Vec::new(), Vec::new(), Vec::new());
+    for listener in &config.listeners {
+        let mut one = listeners::bind(listener, config.local_plane).await?;
+        if let Some(plane) = one.plane.take() {
+            planes.push((plane, one.caller(daemon)?));
+        }
+        claims.extend(one.claim.take());
+        bound.push(one);
+    }
+    let plane = local::start(daemon, planes).context("cannot start the local plane")?;
+    let mut addresses = Vec::new();
+    for (one, listener) in bound.into_iter().zip(&config.listeners) {
+        tracing::info!(address = one.address, namespace = listener.namespace, "listening");
+        addresses.push(one.address.clone());
+        tasks.spawn(listeners::serve(Arc::clone(daemon), one, stopping.clone()));
+    }
+    Ok(Listening { addresses, plane, claims })
+}
+
+async fn serve_http(
+    daemon: &Arc<Daemon>,
+    address: SocketAddr,
+    tasks: &mut JoinSet<anyhow::Result<()>>,
+    stopping: &watch::Receiver<bool>,
+) -> anyhow::Result<SocketAddr> {
+    let listener = TcpListener::bind(address).await.with_context(|| {
+        format!("cannot serve metrics on {address} (choose another address with --set http.address=127.0.0.1:0, or turn them off with --set http.address=off)")
+    })?;
+    let address = listener.local_addr()?;
+    tracing::info!(%address, "serving metrics and health");
+    let (daemon, stopping) = (Arc::clone(daemon), stopping.clone());
+    tasks.spawn(async move { Ok(http::serve(daemon, listener, stopping).await?) });
+    Ok(address)
 }
 
 impl Running {

@@ -14,7 +14,8 @@ use kvstore_tiers::nvme::{NvmeEngine, NvmeOptions, NvmeTier, OpenError, WriteBac
 use kvstore_tiers::residency::{FlightSource, Priority, Publish, Urgency};
 use kvstore_tiers::stack::{Asked, Policy, Promotion, Stack, Window};
 use kvstore_tiers::{
-    BlockKind, BlockRef, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, Run, SequenceHash, Shard, TierSet,
+    BlockKind, BlockRef, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, Run, SequenceHash, Shard, Tier,
+    TierSet,
 };
 use kvstore_transfer::volume::Faults;
 
@@ -142,7 +143,7 @@ impl Tiers {
             extra: Vec::new(),
         };
         let layout = host.register_layout(NamespaceId(0), layout).unwrap();
-        let stack = Stack::new(&host, Some(Arc::clone(&nvme)), None, now);
+        let stack = Stack::new(&host, [(Tier::Nvme, Arc::clone(&nvme) as _)], now);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         Ok(Self { host, nvme, stack, layout, block_bytes: options.block_bytes, runtime })
     }

@@ -6,10 +6,7 @@
 //! a day that a drive is to take: as it runs short, only blocks go that save the most computing for each byte, which is how often
 //! they are asked for, times what it costs to compute them again: the more, the more tokens they attend to.
 
-use kvstore_plane::{SequenceHash, SlotKey};
-
 use crate::clock::BootTime;
-use crate::host::RegisteredLayout;
 
 /// Which blocks of a namespace are copied to a tier, beside those that somebody demands there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -45,13 +42,6 @@ impl std::str::FromStr for Admission {
         let known = all.into_iter().find(|admission| admission.name() == name);
         known.ok_or_else(|| format!("{name:?} is not \"asked\", \"reused\", \"evicted\" or \"all\""))
     }
-}
-
-/// A block's name in counts and samples: the same for all groups of a layout, which come and go together.
-pub fn block_name(layout: &RegisteredLayout, hash: &SequenceHash) -> u64 {
-    let seed = |digest: &[u8; 32]| digest.first_chunk().map_or(0, |front| u64::from_le_bytes(*front));
-    let seed = seed(&layout.digest) ^ seed(&layout.namespace_digest).rotate_left(1);
-    SlotKey { layout: 0, group: 0, hash: *hash }.table_hash(seed)
 }
 
 /// Counters of a row: 1 MiB a row. Names beyond a few hundred thousand between two halvings are told apart less well, and a few

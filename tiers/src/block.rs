@@ -174,6 +174,13 @@ impl Digest {
     }
 }
 
+/// A block's name in counts and samples: the same for all groups of a layout, which come and go together.
+pub fn block_name(layout: &RegisteredLayout, hash: &SequenceHash) -> u64 {
+    let seed = |digest: &[u8; 32]| digest.first_chunk().map_or(0, |front| u64::from_le_bytes(*front));
+    let seed = seed(&layout.digest) ^ seed(&layout.namespace_digest).rotate_left(1);
+    SlotKey { layout: 0, group: 0, hash: *hash }.table_hash(seed)
+}
+
 /// A hash, zero-padded, and its length: as frames hold it.
 pub fn padded(hash: &SequenceHash) -> ([u8; 32], u8) {
     (hash.padded(), hash.byte_len() as u8)

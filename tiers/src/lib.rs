@@ -8,6 +8,7 @@ pub mod below;
 mod block;
 pub mod caps;
 pub mod changes;
+pub mod claim;
 mod clock;
 pub mod eviction;
 pub mod host;
@@ -23,7 +24,7 @@ pub mod simulate;
 pub mod stack;
 pub mod tier;
 
-pub use block::{Block, BlockRef, Digest, Run, Wanted};
+pub use block::{Block, BlockRef, Digest, Run, Wanted, block_name};
 pub use clock::BootTime;
 pub use kvstore_plane::{InvalidHash, SEQUENCE_HASH_BYTES_MAX, SequenceHash, SlotKey};
 pub use kvstore_transfer::{HugePages, Slab, crc32};

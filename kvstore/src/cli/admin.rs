@@ -10,7 +10,7 @@ use serde_json::json;
 use super::Target;
 use super::output::{bytes, print_json};
 use crate::config::NvmeConfig;
-use crate::daemon::nvme_options;
+use crate::open::nvme_options;
 
 /// Check every block, in memory and on disk, against its checksums.
 #[derive(clap::Args, Debug)]

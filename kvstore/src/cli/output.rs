@@ -2,24 +2,34 @@
 
 use comfy_table::{Table, presets};
 
-/// Prints a table of name and value.
-pub(super) fn print_pairs(pairs: &[(&str, String)]) {
+/// A table of name and value.
+pub(super) fn pairs<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     for (name, value) in pairs {
-        table.add_row([*name, value.as_str()]);
+        table.add_row([name, value]);
     }
-    println!("{}", table.trim_fmt());
+    format!("{}\n", table.trim_fmt())
 }
 
-/// Prints a table with a head.
-pub(super) fn print_table(head: &[&str], rows: Vec<Vec<String>>) {
+/// Prints a table of name and value.
+pub(super) fn print_pairs(of: &[(&str, String)]) {
+    print!("{}", pairs(of.iter().map(|(name, value)| (*name, value.as_str()))));
+}
+
+/// A table with a head.
+pub(super) fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED).set_header(head.iter().copied());
     for row in rows {
         table.add_row(row);
     }
-    println!("{table}");
+    format!("{table}\n")
+}
+
+/// Prints a table with a head.
+pub(super) fn print_table(head: &[&str], rows: Vec<Vec<String>>) {
+    print!("{}", table(head, rows));
 }
 
 /// Prints a value as JSON.

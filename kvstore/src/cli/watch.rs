@@ -12,6 +12,7 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Gauge, Paragraph, Sparkline};
 
 use super::output::bytes;
+use crate::status::{Node, fill};
 
 /// Points of a flow that are shown.
 const HISTORY: usize = 240;
@@ -32,52 +33,25 @@ struct View {
     trouble: Option<String>,
 }
 
-/// Amounts a second, between two looks.
-#[derive(Clone, Copy, Default, PartialEq, Debug)]
+/// What happened between two looks, a second.
+#[derive(Clone, Default)]
 struct Rates {
-    put_bytes: u64,
-    get_bytes: u64,
-    lookups: u64,
-    hits_percent: f64,
-    busy: u64,
-    evicted: u64,
-    nvme_written: u64,
-    nvme_read: u64,
-    object_written: u64,
-    object_read: u64,
-    requests: u64,
+    before: v1::StatusResponse,
+    now: v1::StatusResponse,
+    seconds: f64,
 }
 
 impl Rates {
-    fn between(before: &v1::StatusResponse, now: &v1::StatusResponse, seconds: f64) -> Self {
-        let rate = |of: &dyn Fn(&v1::StatusResponse) -> u64| {
-            // A daemon that restarted counts anew.
-            (of(now).saturating_sub(of(before)) as f64 / seconds.max(0.001)) as u64
-        };
-        let traffic =
-            |of: fn(&v1::Traffic) -> u64| move |status: &v1::StatusResponse| of(&status.traffic.unwrap_or_default());
-        let volumes = |of: fn(&v1::VolumeStatus) -> u64| {
-            move |status: &v1::StatusResponse| {
-                status.nvme.iter().flat_map(|nvme| nvme.volumes.iter()).map(of).sum::<u64>()
-            }
-        };
-        let object = |of: fn(&v1::ObjectTierStatus) -> u64| {
-            move |status: &v1::StatusResponse| status.object.as_ref().map_or(0, of)
-        };
-        let (hits, misses) = (rate(&traffic(|t| t.get_hits)), rate(&traffic(|t| t.get_misses)));
-        Self {
-            put_bytes: rate(&traffic(|t| t.put_bytes)),
-            get_bytes: rate(&traffic(|t| t.get_bytes)),
-            lookups: rate(&traffic(|t| t.lookups)),
-            hits_percent: if hits + misses == 0 { 0.0 } else { 100.0 * hits as f64 / (hits + misses) as f64 },
-            busy: rate(&traffic(|t| t.busy)),
-            evicted: rate(&|status| status.host.as_ref().map_or(0, |host| host.evicted)),
-            nvme_written: rate(&volumes(|volume| volume.device_written_bytes)),
-            nvme_read: rate(&volumes(|volume| volume.read_bytes)),
-            object_written: rate(&object(|object| object.written_bytes)),
-            object_read: rate(&object(|object| object.read_bytes)),
-            requests: rate(&object(|object| object.requests)),
-        }
+    /// Of a count, by its name in the status.
+    fn of(&self, name: &str) -> u64 {
+        let count = |status| Node::of(status).number(name);
+        // A daemon that restarted counts anew.
+        (count(&self.now).saturating_sub(count(&self.before)) as f64 / self.seconds.max(0.001)) as u64
+    }
+
+    fn hits_percent(&self) -> f64 {
+        let (hits, misses) = (self.of("traffic.get_hits"), self.of("traffic.get_misses"));
+        if hits + misses == 0 { 0.0 } else { 100.0 * hits as f64 / (hits + misses) as f64 }
     }
 }
 
@@ -94,9 +68,9 @@ impl View {
         let now = Look { at: Instant::now(), status };
         if let Some(last) = &self.last {
             let seconds = now.at.duration_since(last.at).as_secs_f64();
-            self.rates = Rates::between(&last.status, &now.status, seconds);
-            for (flow, value) in [(&mut self.put, self.rates.put_bytes), (&mut self.get, self.rates.get_bytes)] {
-                flow.push_back(value);
+            self.rates = Rates { before: last.status.clone(), now: now.status.clone(), seconds };
+            for (flow, name) in [(&mut self.put, "traffic.put_bytes"), (&mut self.get, "traffic.get_bytes")] {
+                flow.push_back(self.rates.of(name));
                 flow.drain(..flow.len().saturating_sub(HISTORY));
             }
         }
@@ -108,13 +82,13 @@ impl View {
             let text = self.trouble.clone().unwrap_or_else(|| "waiting for the daemon ...".into());
             return frame.render_widget(Paragraph::new(text), frame.area());
         };
-        let status = &look.status;
-        let volumes = status.nvme.as_ref().map_or(0, |nvme| nvme.volumes.len()) as u16;
-        let object = if status.object.is_some() { 3 } else { 0 };
+        let root = Node::of(&look.status);
+        let volumes = root.nodes("nvme").first().map_or(&[][..], |nvme| nvme.nodes("volumes"));
+        let object = if look.status.object.is_some() { 3 } else { 0 };
         let [head, host, nvme, bucket, flows, put, get, foot] = Layout::vertical([
             Constraint::Length(2),
             Constraint::Length(3),
-            Constraint::Length(volumes * 3),
+            Constraint::Length(volumes.len() as u16 * 3),
             Constraint::Length(object),
             Constraint::Length(8),
             Constraint::Min(3),
@@ -122,35 +96,20 @@ impl View {
             Constraint::Length(1),
         ])
         .areas(frame.area());
-        self.draw_head(frame, head, status);
-        let memory = status.host.clone().unwrap_or_default();
-        let used = format!("{} of {}, {} blocks", bytes(memory.bytes_used), bytes(memory.bytes_max), memory.blocks);
-        gauge(frame, host, "host", (memory.bytes_used, memory.bytes_max), used);
-        let areas = Layout::vertical(vec![Constraint::Length(3); usize::from(volumes)]).split(nvme);
-        for (volume, area) in status.nvme.iter().flat_map(|nvme| &nvme.volumes).zip(areas.iter()) {
-            let used = format!(
-                "{} of {}, {} blocks; queued {} demand, {} prefetch, {} write-back",
-                bytes(volume.disk_bytes),
-                bytes(volume.bytes_max),
-                volume.blocks,
-                volume.queued_demand,
-                volume.queued_prefetch,
-                volume.queued_writeback
-            );
-            let title = format!("nvme {} {}", volume.path, volume.state);
-            gauge(frame, *area, &title, (volume.disk_bytes, volume.bytes_max), used);
+        draw_head(frame, head, &root);
+        for memory in root.nodes("host") {
+            let used = fill("{bytes_used} of {bytes_max}, {blocks} blocks", memory);
+            gauge(frame, host, "host", (memory.number("bytes_used"), memory.number("bytes_max")), used);
         }
-        if let Some(object) = &status.object {
-            let used = format!(
-                "{} of {} to upload, oldest waiting {} s; {} writing, {} reading",
-                bytes(object.backlog_bytes),
-                bytes(object.backlog_bytes_max),
-                object.backlog_age_ms / 1000,
-                object.writes,
-                object.reads
-            );
-            let title = format!("object {} {} {}", object.url, object.state, object.reason);
-            gauge(frame, bucket, &title, (object.backlog_bytes, object.backlog_bytes_max), used);
+        let areas = Layout::vertical(vec![Constraint::Length(3); volumes.len()]).split(nvme);
+        for (volume, area) in volumes.iter().zip(areas.iter()) {
+            let used = fill(VOLUME, volume);
+            let sizes = (volume.number("disk_bytes"), volume.number("bytes_max"));
+            gauge(frame, *area, &fill("nvme {path} {state}", volume), sizes, used);
+        }
+        for object in root.nodes("object") {
+            let sizes = (object.number("backlog_bytes"), object.number("backlog_bytes_max"));
+            gauge(frame, bucket, &fill("object {url} {state} {reason}", object), sizes, fill(OBJECT, object));
         }
         frame.render_widget(Paragraph::new(self.flows()).block(Block::bordered().title("per second")), flows);
         flow(frame, put, "put", &self.put, Color::Green);
@@ -162,32 +121,39 @@ impl View {
         frame.render_widget(foot_line, foot);
     }
 
-    fn draw_head(&self, frame: &mut Frame<'_>, area: Rect, status: &v1::StatusResponse) {
-        let uptime = Duration::from_secs(status.uptime_ms / 1000);
-        let state =
-            if status.state == "SERVING" { status.state.clone().green() } else { status.state.clone().yellow() };
-        let head = Line::from(vec![
-            Span::from(format!("kvstore {} ", status.version)).bold(),
-            state,
-            Span::from(format!("  up {}  {}", humantime::format_duration(uptime), status.listeners.join(", "))),
-        ]);
-        frame.render_widget(head, area);
-    }
-
     fn flows(&self) -> Vec<Line<'static>> {
-        let rates = &self.rates;
+        let rate = |name: &str| self.rates.of(name);
+        let amount = |name: &str| bytes(rate(name));
         let line = |name: &'static str, value: String| {
             Line::from(vec![Span::from(format!("{name:<10}")).dim(), Span::from(value)])
         };
+        let both = |written: &str, read: &str| format!("{:>12} written, {} read", amount(written), amount(read));
+        let (hits, lookups) = (self.rates.hits_percent(), rate("traffic.lookups"));
         vec![
-            line("put", format!("{:>12}    get {:>12}", bytes(rates.put_bytes), bytes(rates.get_bytes))),
-            line("hits", format!("{:>11.1}%    look-ups {:>7}", rates.hits_percent, rates.lookups)),
-            line("evicted", format!("{:>12}    busy {:>11}", rates.evicted, rates.busy)),
-            line("nvme", format!("{:>12} written, {} read", bytes(rates.nvme_written), bytes(rates.nvme_read))),
-            line("object", format!("{:>12} written, {} read", bytes(rates.object_written), bytes(rates.object_read))),
-            line("requests", format!("{:>12} to the object store", rates.requests)),
+            line("put", format!("{:>12}    get {:>12}", amount("traffic.put_bytes"), amount("traffic.get_bytes"))),
+            line("hits", format!("{hits:>11.1}%    look-ups {lookups:>7}")),
+            line("evicted", format!("{:>12}    busy {:>11}", rate("host.evicted"), rate("traffic.busy"))),
+            line("nvme", both("nvme.volumes.device_written_bytes", "nvme.volumes.read_bytes")),
+            line("object", both("object.written_bytes", "object.read_bytes")),
+            line("requests", format!("{:>12} to the object store", rate("object.requests"))),
         ]
     }
+}
+
+const VOLUME: &str = "{disk_bytes} of {bytes_max}, {blocks} blocks; queued {queued_demand} demand, {queued_prefetch} prefetch, \
+                      {queued_writeback} write-back";
+const OBJECT: &str = "{backlog_bytes} of {backlog_bytes_max} to upload, oldest waiting {backlog_age_ms:seconds} s; \
+                      {writes} writing, {reads} reading";
+
+fn draw_head(frame: &mut Frame<'_>, area: Rect, root: &Node<'_>) {
+    let state = root.text("state").to_owned();
+    let state = if state == "SERVING" { state.green() } else { state.yellow() };
+    let head = Line::from(vec![
+        Span::from(fill("kvstore {version} ", root)).bold(),
+        state,
+        Span::from(fill("  up {uptime_ms}  {listeners}", root)),
+    ]);
+    frame.render_widget(head, area);
 }
 
 fn gauge(frame: &mut Frame<'_>, area: Rect, title: &str, (used, most): (u64, u64), label: String) {
@@ -276,9 +242,10 @@ mod tests {
     fn every_tier_and_its_flows_are_shown() {
         let mut view = View::default();
         view.look(Ok(status(0)));
-        let rates = Rates::between(&status(0), &status(8 << 20), 2.0);
-        assert_eq!((rates.put_bytes, rates.hits_percent), (4 << 20, 100.0));
-        assert_eq!(Rates::between(&status(5), &status(1), 1.0).put_bytes, 0, "a daemon that restarted");
+        let rates = Rates { before: status(0), now: status(8 << 20), seconds: 2.0 };
+        assert_eq!((rates.of("traffic.put_bytes"), rates.hits_percent()), (4 << 20, 100.0));
+        let restarted = Rates { before: status(5), now: status(1), seconds: 1.0 };
+        assert_eq!(restarted.of("traffic.put_bytes"), 0, "a daemon that restarted");
         view.rates = rates;
         view.look(Err(kvstore_client::Error::Unavailable("gone".into())));
         for (width, height) in [(100, 40), (20, 5)] {

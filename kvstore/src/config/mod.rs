@@ -14,6 +14,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kvstore_proto::zmtp::Endpoint;
 use kvstore_tiers::HugePages;
 use kvstore_tiers::admission::Admission;
 use kvstore_tiers::caps::HELD_PERCENT_MAX;
@@ -22,8 +23,6 @@ use kvstore_tiers::host::{HostLimits, NamespaceLimits};
 use kvstore_tiers::nvme::NvmeEngine;
 use kvstore_tiers::object::{ObjectLimits, ObjectUrl};
 use kvstore_tiers::stack::{AdmissionRules, NamespaceRules};
-
-use crate::publisher::PublisherConfig;
 
 pub use live::{Change, changes};
 pub use machine::{boot_id, default_socket, memory_bytes};
@@ -140,6 +139,23 @@ pub struct ObjectConfig {
     pub keep_age: Option<Duration>,
     /// The oldest goes until no more is left.
     pub keep_bytes: Option<u64>,
+}
+
+/// Which events are published over ZeroMQ, and where.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PublisherConfig {
+    /// The PUB socket.
+    pub events: Endpoint,
+    /// The ROUTER socket.
+    pub replay: Option<Endpoint>,
+    /// The topic of all messages.
+    pub topic: String,
+    /// Whose blocks.
+    pub namespace: String,
+    /// Bytes of descriptions.
+    pub bytes: u64,
+    /// Hashes are bytes, not their last 64 bits.
+    pub hash_bytes: bool,
 }
 
 /// A checked configuration.

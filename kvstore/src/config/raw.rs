@@ -19,9 +19,8 @@ use kvstore_tiers::nvme;
 use serde::{Deserialize, Serialize};
 
 use super::namespaces::{self, RawNamespace, Tiers};
-use super::{Address, Config, ConfigError, Listener, LogFormat, NvmeConfig, invalid, machine};
+use super::{Address, Config, ConfigError, Listener, LogFormat, NvmeConfig, PublisherConfig, invalid, machine};
 use crate::caps::{self, NVME_BYTES_AUTO_MAX};
-use crate::publisher::PublisherConfig;
 
 /// Every key, as text that has yet to be checked.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use kvstore_plane::caps::DATAGRAM_BYTES_MAX;
 use kvstore_plane::{FromClient, FromDaemon, PLANE_VERSION, Welcome, capabilities, fall_asleep, wake_up};
-use kvstore_tiers::host::NamespaceId;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use tokio::runtime::Handle;
@@ -18,6 +17,7 @@ use super::client::LocalClient;
 use super::peer::{AttachedPeer, Peer, PeerState};
 use super::socket::{self, Now, PlaneListener};
 use super::stage;
+use crate::caller::Caller;
 use crate::caps;
 use crate::daemon::Daemon;
 
@@ -60,7 +60,7 @@ impl Stop {
 }
 
 /// Serves the local plane on `listeners`.
-pub fn start(daemon: &Arc<Daemon>, listeners: Vec<(PlaneListener, NamespaceId)>) -> io::Result<Plane> {
+pub fn start(daemon: &Arc<Daemon>, listeners: Vec<(PlaneListener, Caller)>) -> io::Result<Plane> {
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let stop = Arc::new(Stop { wake, stopped: AtomicBool::new(false) });
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -117,7 +117,7 @@ struct Server {
     runtime: Handle,
     stop: Arc<Stop>,
     epoll: OwnedFd,
-    listeners: Vec<(PlaneListener, NamespaceId)>,
+    listeners: Vec<(PlaneListener, Caller)>,
     peers: HashMap<u32, Peer>,
     next: u32,
     /// Clients whose rings are looked at without a kick.
@@ -199,11 +199,11 @@ impl Server {
         if self.paused_until.is_some() {
             return;
         }
-        let Some((listener, namespace)) = self.listeners.get(number as usize) else { return };
-        let namespace = *namespace;
+        let Some((listener, caller)) = self.listeners.get(number as usize) else { return };
+        let caller = *caller;
         let accepted = listener.accept().and_then(|socket| match socket {
             None => Ok(()),
-            Some(socket) => self.greet(socket, namespace),
+            Some(socket) => self.greet(socket, caller),
         });
         if let Err(error) = accepted {
             tracing::warn!(%error, "cannot accept a client of the local plane; trying again");
@@ -220,7 +220,12 @@ impl Server {
         }
     }
 
-    fn greet(&mut self, socket: OwnedFd, namespace: NamespaceId) -> io::Result<()> {
+    fn greet(&mut self, socket: OwnedFd, caller: Caller) -> io::Result<()> {
+        if let Err(refused) = caller.check_blocks() {
+            let refused = FromDaemon::Refused(refused.message().to_owned());
+            let _ = socket::send(&socket, &refused.encode(), &[]);
+            return Ok(());
+        }
         if self.peers.len() >= caps::LOCAL_PEERS_MAX {
             let refused = FromDaemon::Refused(format!(
                 "{} clients are connected, which is the maximum: try again later",
@@ -247,7 +252,7 @@ impl Server {
         self.add(socket.as_fd(), Source::Socket, number, EventFlags::IN | EventFlags::RDHUP)?;
         self.add(process.as_fd(), Source::Process, number, EventFlags::IN)?;
         let state = PeerState::Greeting(socket, Instant::now() + caps::LOCAL_HELLO_WITHIN);
-        self.peers.insert(number, Peer { namespace, process, state });
+        self.peers.insert(number, Peer { namespace: caller.namespace, process, state });
         Ok(())
     }
 

@@ -5,10 +5,10 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use kvstore_plane::caps::{DATAGRAM_BYTES_MAX, DESCRIPTORS_MAX};
+use kvstore_tiers::claim::{self, SocketFile};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     SocketAddrUnix, SocketFlags, SocketType,
@@ -28,28 +28,25 @@ pub fn plane_path(grpc_socket: &Path) -> PathBuf {
 /// A bound listener, whose file goes with it.
 pub struct PlaneListener {
     socket: OwnedFd,
-    path: PathBuf,
+    #[expect(dead_code, reason = "it removes the socket's file when it goes")]
+    file: SocketFile,
 }
 
 impl PlaneListener {
     /// Listens at `path`, in a folder that was checked to be private. What a daemon that was killed left there goes:
     /// the caller owns the gRPC socket's path and this one beside it.
-    pub fn bind(path: PathBuf) -> io::Result<Self> {
+    pub fn bind(path: &Path) -> anyhow::Result<Self> {
         let socket = rustix::net::socket_with(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
             SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
             None,
         )?;
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        rustix::net::bind(&socket, &SocketAddrUnix::new(&path)?)?;
-        let listener = Self { socket, path };
-        std::fs::set_permissions(&listener.path, std::fs::Permissions::from_mode(0o600))?;
-        rustix::net::listen(&listener.socket, BACKLOG)?;
-        Ok(listener)
+        claim::clear_dead_socket(path)?;
+        rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+        let file = SocketFile::of(path)?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        Ok(Self { socket, file })
     }
 
     /// The next connection of this user or of root, if one waits.
@@ -71,12 +68,6 @@ impl PlaneListener {
 impl AsFd for PlaneListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
-    }
-}
-
-impl Drop for PlaneListener {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 

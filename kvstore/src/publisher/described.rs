@@ -3,30 +3,14 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use kvstore_tiers::SequenceHash;
 use kvstore_tiers::Tier;
 
-/// A block, as whoever puts it describes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Description {
-    /// What engines go by.
-    pub hash: SequenceHash,
-    /// The block before it.
-    pub parent: Option<SequenceHash>,
-    /// Its tokens.
-    pub tokens: Box<[u32]>,
-    /// The layer group.
-    pub group: u16,
-    /// The adapter's name.
-    pub adapter: Option<Arc<str>>,
-}
+use crate::describing::Description;
 
-impl Description {
-    /// Bytes that it takes here.
-    fn bytes(&self) -> u64 {
-        // Two maps' entries, and the tokens.
-        200 + self.tokens.len() as u64 * 4
-    }
+/// Bytes that a description takes here.
+fn bytes_of(description: &Description) -> u64 {
+    // Two maps' entries, and the tokens.
+    200 + description.tokens.len() as u64 * 4
 }
 
 struct Known {
@@ -80,16 +64,16 @@ impl Described {
         let mut published = 0;
         if let Some(known) = self.blocks.remove(&name) {
             self.order.remove(&known.order);
-            self.bytes -= known.description.bytes();
+            self.bytes -= bytes_of(&known.description);
             published = known.published;
         }
-        self.bytes += description.bytes();
+        self.bytes += bytes_of(&description);
         self.order.insert(self.next, name);
         self.blocks.insert(name, Known { description: Arc::new(description), order: self.next, published });
         while self.bytes > self.bytes_max {
             let Some((_, oldest)) = self.order.pop_first() else { break };
             let Some(known) = self.blocks.remove(&oldest) else { continue };
-            self.bytes -= known.description.bytes();
+            self.bytes -= bytes_of(&known.description);
             let left = TIERS.into_iter().filter(|tier| known.published & bit(*tier) != 0);
             news.extend(left.map(|tier| News { block: Arc::clone(&known.description), tier, stored: false }));
         }
@@ -119,6 +103,8 @@ impl Described {
 
 #[cfg(test)]
 mod tests {
+    use kvstore_tiers::SequenceHash;
+
     use super::*;
 
     fn description(at: u8) -> Description {

@@ -11,10 +11,9 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use kvstore_proto::zmtp::Endpoint;
 use kvstore_tiers::Tier;
 use kvstore_tiers::changes::{Change, NamespaceTag};
-use kvstore_tiers::host::{NamespaceId, RegisteredLayout, namespace_digest};
+use kvstore_tiers::host::{RegisteredLayout, namespace_digest};
 use kvstore_tiers::residency::Presence;
 use kvstore_tiers::{BlockKind, SequenceHash};
 use serde::Serialize;
@@ -22,51 +21,12 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::caps;
+use crate::config::PublisherConfig;
 use crate::daemon::Daemon;
+use crate::describing::{Describing, Descriptions};
 
-pub use described::Description;
 use described::{Described, News};
-use sockets::{Outbox, Service};
-
-/// What is published where.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct PublisherConfig {
-    /// The PUB socket.
-    pub events: Endpoint,
-    /// The ROUTER socket.
-    pub replay: Option<Endpoint>,
-    /// The topic of all messages.
-    pub topic: String,
-    /// Whose blocks.
-    pub namespace: String,
-    /// Bytes of descriptions.
-    pub bytes: u64,
-    /// Hashes are bytes, not their last 64 bits.
-    pub hash_bytes: bool,
-}
-
-/// Blocks of one layout's group, as a client describes them.
-pub struct Batch {
-    /// The layout.
-    pub layout: Arc<RegisteredLayout>,
-    /// The blocks.
-    pub blocks: Vec<Description>,
-}
-
-/// The way to a publisher that runs.
-#[derive(Clone)]
-pub struct Describing {
-    /// Whose blocks it publishes.
-    pub namespace: NamespaceId,
-    sender: mpsc::Sender<Batch>,
-}
-
-impl Describing {
-    /// Describes blocks that are stored, or are about to be. False where too many descriptions wait: then these are not published.
-    pub fn describe(&self, batch: Batch) -> bool {
-        self.sender.try_send(batch).is_ok()
-    }
-}
+use sockets::{Published, SocketKind};
 
 /// A publisher that runs.
 pub struct Publisher {
@@ -84,10 +44,10 @@ impl Drop for Publisher {
 /// Starts to publish.
 pub async fn start(daemon: &Arc<Daemon>, config: &PublisherConfig) -> anyhow::Result<Publisher> {
     let namespace = daemon.namespace(&config.namespace).context("the namespace is not configured")?;
-    let outbox = Outbox::new(config.topic.clone());
+    let published = Published::new(config.topic.clone());
     let (mut endpoints, mut tasks) = (Vec::new(), Vec::new());
-    let services = [(Some(&config.events), Service::Publish), (config.replay.as_ref(), Service::Replay)];
-    for (endpoint, service) in services.into_iter().filter_map(|(endpoint, service)| Some((endpoint?, service))) {
+    let wanted = [(Some(&config.events), SocketKind::Publish), (config.replay.as_ref(), SocketKind::Replay)];
+    for (endpoint, kind) in wanted.into_iter().filter_map(|(endpoint, kind)| Some((endpoint?, kind))) {
         let bound = sockets::bind(endpoint).await;
         let bound = bound.with_context(|| {
             format!(
@@ -95,16 +55,16 @@ pub async fn start(daemon: &Arc<Daemon>, config: &PublisherConfig) -> anyhow::Re
             )
         })?;
         endpoints.push(bound.endpoint());
-        tasks.push(tokio::spawn(sockets::serve(bound, Arc::clone(&outbox), service)));
+        tasks.push(tokio::spawn(sockets::serve(bound, Arc::clone(&published), kind)));
     }
-    let (sender, receiver) = mpsc::channel(caps::DESCRIPTIONS_WAITING_MAX);
-    daemon.set_describing(Describing { namespace, sender });
+    let (describing, receiver) = Describing::new(namespace);
+    daemon.set_describing(describing);
     let follower = Follower {
         daemon: Arc::clone(daemon),
         tag: NamespaceTag::of(&namespace_digest(&config.namespace)),
         described: Described::new(config.bytes),
         layouts: Vec::new(),
-        outbox,
+        published,
         hash_bytes: config.hash_bytes,
     };
     tasks.push(tokio::spawn(follower.follow(receiver)));
@@ -117,12 +77,12 @@ struct Follower {
     described: Described,
     /// Layouts of blocks that were described.
     layouts: Vec<Arc<RegisteredLayout>>,
-    outbox: Arc<Outbox>,
+    published: Arc<Published>,
     hash_bytes: bool,
 }
 
 impl Follower {
-    async fn follow(mut self, mut descriptions: mpsc::Receiver<Batch>) {
+    async fn follow(mut self, mut descriptions: mpsc::Receiver<Descriptions>) {
         let log = Arc::clone(self.daemon.host.changes());
         let mut next = log.follow();
         let mut changes: Vec<Change> = Vec::new();
@@ -148,7 +108,7 @@ impl Follower {
                         Err(_) => {
                             // More happened than is kept: others start anew.
                             self.described.forget_places();
-                            self.outbox.publish(payload(&[Event::AllBlocksCleared]));
+                            self.published.publish(payload(&[Event::AllBlocksCleared]));
                             next = log.follow();
                             tracing::warn!("the publisher missed events, so it told its followers to forget this node's blocks");
                         }
@@ -160,7 +120,7 @@ impl Follower {
     }
 
     /// Blocks that are there already are told at once; what happens meanwhile comes with the next changes.
-    fn describe(&mut self, batch: &Batch, news: &mut Vec<News>) {
+    fn describe(&mut self, batch: &Descriptions, news: &mut Vec<News>) {
         let layout = &batch.layout;
         if !self.layouts.iter().any(|known| known.digest == layout.digest) {
             self.layouts.push(Arc::clone(layout));
@@ -201,7 +161,7 @@ impl Follower {
     fn publish(&self, news: &[News]) {
         for part in news.chunks(caps::EVENTS_PER_MESSAGE_MAX) {
             let events: Vec<Event> = part.iter().map(|news| self.event(news)).collect();
-            self.outbox.publish(payload(&events));
+            self.published.publish(payload(&events));
             metrics::counter!("kvstore_published_events_total").increment(events.len() as u64);
         }
     }

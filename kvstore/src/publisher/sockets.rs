@@ -3,12 +3,11 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use kvstore_proto::zmtp::{Connection, Endpoint, ZmtpError, encode};
+use kvstore_tiers::claim::{self, Claim, SocketFile};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
@@ -24,7 +23,7 @@ struct Messages {
 }
 
 /// The last messages. Shared by `Arc`.
-pub struct Outbox {
+pub struct Published {
     messages: Mutex<Messages>,
     /// The number of the next one.
     next: watch::Sender<u64>,
@@ -36,7 +35,7 @@ pub struct Outbox {
 /// It was published too long ago.
 struct Gone;
 
-impl Outbox {
+impl Published {
     /// Empty: numbers begin at 0 with the daemon's life.
     pub fn new(topic: String) -> Arc<Self> {
         Self::bounded(topic, (caps::PUBLISHED_KEPT, caps::PUBLISHED_BYTES_KEPT))
@@ -74,48 +73,31 @@ impl Outbox {
 }
 
 /// A socket that is bound.
-pub enum Bound {
+pub enum BoundSocket {
     /// TCP.
     Tcp(TcpListener),
-    /// A Unix socket, and its file, which goes with it.
-    Ipc(UnixListener, SocketFile),
-}
-
-/// Removes a socket's file.
-pub struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
+    /// A Unix socket, its file, which goes with it, and the right to the path.
+    Ipc(UnixListener, SocketFile, #[expect(dead_code, reason = "held until the socket is gone")] Claim),
 }
 
 /// Binds an endpoint.
-pub async fn bind(endpoint: &Endpoint) -> io::Result<Bound> {
+pub async fn bind(endpoint: &Endpoint) -> anyhow::Result<BoundSocket> {
     match endpoint {
-        Endpoint::Tcp(host, port) => Ok(Bound::Tcp(TcpListener::bind((host.as_str(), *port)).await?)),
+        Endpoint::Tcp(host, port) => Ok(BoundSocket::Tcp(TcpListener::bind((host.as_str(), *port)).await?)),
         Endpoint::Ipc(path) => {
-            if let Ok(found) = path.symlink_metadata() {
-                use std::os::unix::fs::FileTypeExt;
-                if !found.file_type().is_socket() || std::os::unix::net::UnixStream::connect(path).is_ok() {
-                    return Err(io::ErrorKind::AddrInUse.into());
-                }
-                // A daemon that was killed left it.
-                std::fs::remove_file(path)?;
-            }
-            let listener = UnixListener::bind(path)?;
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-            Ok(Bound::Ipc(listener, SocketFile(path.clone())))
+            let claim = Claim::beside(path)?;
+            let (listener, file) = claim::listen(path)?;
+            Ok(BoundSocket::Ipc(UnixListener::from_std(listener)?, file, claim))
         }
     }
 }
 
-impl Bound {
+impl BoundSocket {
     /// Where it is: a port 0 is the chosen one.
     pub fn endpoint(&self) -> String {
         match self {
             Self::Tcp(listener) => listener.local_addr().map_or_else(|_| "tcp".into(), |at| format!("tcp://{at}")),
-            Self::Ipc(_, file) => format!("ipc://{}", file.0.display()),
+            Self::Ipc(_, file, _) => format!("ipc://{}", file.path().display()),
         }
     }
 }
@@ -125,7 +107,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
 
 /// What is done with a connection.
 #[derive(Clone, Copy)]
-pub enum Service {
+pub enum SocketKind {
     /// PUB.
     Publish,
     /// ROUTER.
@@ -133,16 +115,18 @@ pub enum Service {
 }
 
 /// Serves a socket until the future is dropped.
-pub async fn serve(bound: Bound, outbox: Arc<Outbox>, service: Service) {
+pub async fn serve(bound: BoundSocket, published: Arc<Published>, kind: SocketKind) {
     let peers = Arc::new(Semaphore::new(caps::PUBLISHER_PEERS_MAX));
     let mut connections = tokio::task::JoinSet::new();
     loop {
         let accepted: io::Result<Box<dyn Stream>> = match &bound {
-            Bound::Tcp(listener) => listener.accept().await.map(|(stream, _)| {
+            BoundSocket::Tcp(listener) => listener.accept().await.map(|(stream, _)| {
                 let _ = stream.set_nodelay(true);
                 Box::new(stream) as Box<dyn Stream>
             }),
-            Bound::Ipc(listener, _) => listener.accept().await.map(|(stream, _)| Box::new(stream) as Box<dyn Stream>),
+            BoundSocket::Ipc(listener, ..) => {
+                listener.accept().await.map(|(stream, _)| Box::new(stream) as Box<dyn Stream>)
+            }
         };
         while connections.try_join_next().is_some() {}
         let Ok(stream) = accepted else {
@@ -151,12 +135,12 @@ pub async fn serve(bound: Bound, outbox: Arc<Outbox>, service: Service) {
         };
         // One too many is hung up on.
         let Ok(permit) = Arc::clone(&peers).try_acquire_owned() else { continue };
-        let outbox = Arc::clone(&outbox);
+        let published = Arc::clone(&published);
         connections.spawn(async move {
             let _permit = permit;
-            let ended = match service {
-                Service::Publish => publish_to(stream, &outbox).await,
-                Service::Replay => replay_to(stream, &outbox).await,
+            let ended = match kind {
+                SocketKind::Publish => publish_to(stream, &published).await,
+                SocketKind::Replay => replay_to(stream, &published).await,
             };
             if let Err(error) = ended {
                 tracing::debug!(%error, "a follower of the published events left");
@@ -171,9 +155,9 @@ async fn greet(stream: Box<dyn Stream>, kind: &str) -> Result<Connection<Box<dyn
     tokio::time::timeout(caps::PUBLISHER_STALL, greeting).await.map_err(late)?
 }
 
-async fn publish_to(stream: Box<dyn Stream>, outbox: &Outbox) -> Result<(), ZmtpError> {
+async fn publish_to(stream: Box<dyn Stream>, published: &Published) -> Result<(), ZmtpError> {
     let mut peer = greet(stream, "PUB").await?;
-    let mut next = outbox.next.subscribe();
+    let mut next = published.next.subscribe();
     let mut topics: Vec<Bytes> = Vec::new();
     // What is published from now on.
     let mut number = *next.borrow_and_update();
@@ -189,15 +173,15 @@ async fn publish_to(stream: Box<dyn Stream>, outbox: &Outbox) -> Result<(), Zmtp
                 }
                 next.borrow_and_update();
                 loop {
-                    let payload = match outbox.get(number) {
+                    let payload = match published.get(number) {
                         Ok(Some(payload)) => payload,
                         Ok(None) => break,
                         Err(Gone) => {
                             return Err(ZmtpError::Protocol("the subscriber was too slow and was disconnected".into()));
                         }
                     };
-                    if topics.iter().any(|topic| outbox.topic.as_bytes().starts_with(topic)) {
-                        let message = encode(&[outbox.topic.as_bytes(), &number.to_be_bytes(), &payload]);
+                    if topics.iter().any(|topic| published.topic.as_bytes().starts_with(topic)) {
+                        let message = encode(&[published.topic.as_bytes(), &number.to_be_bytes(), &payload]);
                         let problem = "the subscriber took nothing for too long and was disconnected";
                         let late = |_| ZmtpError::Protocol(problem.into());
                         tokio::time::timeout(caps::PUBLISHER_STALL, peer.send_encoded(&message)).await.map_err(late)??;
@@ -232,17 +216,17 @@ fn subscribe(topics: &mut Vec<Bytes>, frames: &[Bytes]) -> Result<(), ZmtpError>
 }
 
 /// Answers `[..., "", first number]` with `["", number, payload]` for each message that is kept, and -1 at the end.
-async fn replay_to(stream: Box<dyn Stream>, outbox: &Outbox) -> Result<(), ZmtpError> {
+async fn replay_to(stream: Box<dyn Stream>, published: &Published) -> Result<(), ZmtpError> {
     let mut peer = greet(stream, "ROUTER").await?;
     while let Some(frames) = peer.receive().await? {
         let asked = frames.last().and_then(|frame| frame.as_ref().try_into().ok()).map(u64::from_be_bytes);
         let Some(from) = asked else {
             return Err(ZmtpError::Protocol("a request for a replay must be a number of 8 bytes".into()));
         };
-        let mut number = from.max(outbox.first());
-        let end = *outbox.next.borrow();
+        let mut number = from.max(published.first());
+        let end = *published.next.borrow();
         while number < end {
-            match outbox.get(number) {
+            match published.get(number) {
                 Ok(Some(payload)) => {
                     let message = encode(&[b"", &number.to_be_bytes(), &payload]);
                     let late = |_| ZmtpError::Protocol("the peer took nothing for too long".into());
@@ -250,7 +234,7 @@ async fn replay_to(stream: Box<dyn Stream>, outbox: &Outbox) -> Result<(), ZmtpE
                 }
                 Ok(None) => break,
                 Err(Gone) => {
-                    number = outbox.first();
+                    number = published.first();
                     continue;
                 }
             }
@@ -266,10 +250,10 @@ mod tests {
     use super::*;
 
     async fn subscriber(
-        outbox: &Arc<Outbox>,
+        published: &Arc<Published>,
     ) -> (Connection<tokio::io::DuplexStream>, tokio::task::JoinHandle<Result<(), ZmtpError>>) {
         let (ours, theirs) = tokio::io::duplex(2048);
-        let publishing = Arc::clone(outbox);
+        let publishing = Arc::clone(published);
         let task = tokio::spawn(async move { publish_to(Box::new(ours), &publishing).await });
         let mut peer = Connection::handshake(theirs, "SUB", 1 << 20).await.unwrap();
         peer.send(&[b"\x01"]).await.unwrap();
@@ -280,11 +264,11 @@ mod tests {
     /// What a slow subscriber does not take is kept for as long as replays are, and then it is cut off; a quick one beside it loses nothing.
     #[tokio::test]
     async fn who_is_slow_is_cut_off_and_keeps_nobody_waiting() {
-        let outbox = Outbox::bounded("t".into(), (20, 1 << 20));
-        let (mut slow, slow_ended) = subscriber(&outbox).await;
-        let (mut quick, _quick) = subscriber(&outbox).await;
+        let published = Published::bounded("t".into(), (20, 1 << 20));
+        let (mut slow, slow_ended) = subscriber(&published).await;
+        let (mut quick, _quick) = subscriber(&published).await;
         for number in 0..200u64 {
-            outbox.publish(Bytes::from(vec![number as u8; 500]));
+            published.publish(Bytes::from(vec![number as u8; 500]));
             let frames = quick.receive().await.unwrap().unwrap();
             assert_eq!(frames[1].as_ref(), number.to_be_bytes());
         }
@@ -299,19 +283,19 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_takes_nothing_is_cut_off_in_time() {
-        let outbox = Outbox::bounded("t".into(), (1000, 1 << 20));
-        let (_silent, ended) = subscriber(&outbox).await;
-        (0..10).for_each(|_| outbox.publish(Bytes::from(vec![0; 500])));
+        let published = Published::bounded("t".into(), (1000, 1 << 20));
+        let (_silent, ended) = subscriber(&published).await;
+        (0..10).for_each(|_| published.publish(Bytes::from(vec![0; 500])));
         let error = ended.await.unwrap().unwrap_err();
         assert!(error.to_string().contains("took nothing"), "{error}");
     }
 
     #[test]
-    fn the_outbox_is_bounded_by_messages_and_by_bytes() {
-        let outbox = Outbox::bounded("t".into(), (10, 1000));
-        (0..5).for_each(|_| outbox.publish(Bytes::from(vec![0; 300])));
-        assert!(outbox.get(1).is_err() && outbox.get(2).is_ok_and(|payload| payload.is_some()));
-        (0..50).for_each(|_| outbox.publish(Bytes::from_static(b"x")));
-        assert_eq!((outbox.first(), outbox.get(55).is_ok_and(|payload| payload.is_none())), (45, true));
+    fn what_is_kept_is_bounded_by_messages_and_by_bytes() {
+        let published = Published::bounded("t".into(), (10, 1000));
+        (0..5).for_each(|_| published.publish(Bytes::from(vec![0; 300])));
+        assert!(published.get(1).is_err() && published.get(2).is_ok_and(|payload| payload.is_some()));
+        (0..50).for_each(|_| published.publish(Bytes::from_static(b"x")));
+        assert_eq!((published.first(), published.get(55).is_ok_and(|payload| payload.is_none())), (45, true));
     }
 }

@@ -18,7 +18,8 @@ use tonic::{Request, Response, Status};
 use super::Context;
 use crate::caps;
 use crate::config::{Change, ConfigError};
-use crate::verbs::{collect, status, verify};
+use crate::status;
+use crate::verbs::{collect, verify};
 
 type Answer<T> = Result<Response<T>, Status>;
 

@@ -24,15 +24,15 @@ type Answer<T> = Result<Response<T>, Status>;
 impl Blocks for Context {
     async fn register_layout(&self, request: Request<RegisterLayoutRequest>) -> Answer<RegisterLayoutResponse> {
         let _call = self.enter()?;
-        register_layout::register_layout(&self.daemon, self.namespace, request.into_inner()).map(Response::new)
+        register_layout::register_layout(&self.daemon, self.caller.namespace, request.into_inner()).map(Response::new)
     }
 
     async fn lookup(&self, request: Request<LookupRequest>) -> Answer<LookupResponse> {
         let _call = self.enter()?;
         let started = Instant::now();
         let answer = match lookup::may_wait(&self.daemon, request.get_ref()) {
-            true => lookup::lookup_patiently(&self.daemon, self.namespace, request.get_ref()).await,
-            false => lookup::lookup(&self.daemon, self.namespace, request.get_ref()),
+            true => lookup::lookup_patiently(&self.daemon, self.caller.namespace, request.get_ref()).await,
+            false => lookup::lookup(&self.daemon, self.caller.namespace, request.get_ref()),
         };
         metrics::histogram!("kvstore_lookup_seconds").record(started.elapsed().as_secs_f64());
         answer.map(Response::new)
@@ -40,12 +40,12 @@ impl Blocks for Context {
 
     async fn release_ticket(&self, request: Request<ReleaseTicketRequest>) -> Answer<ReleaseTicketResponse> {
         let _call = self.enter()?;
-        lookup::release_ticket(&self.daemon, self.namespace, request.get_ref()).map(Response::new)
+        lookup::release_ticket(&self.daemon, self.caller.namespace, request.get_ref()).map(Response::new)
     }
 
     async fn prefetch(&self, request: Request<PrefetchRequest>) -> Answer<PrefetchResponse> {
         let _call = self.enter()?;
-        prefetch::prefetch(&self.daemon, self.namespace, request.get_ref()).map(Response::new)
+        prefetch::prefetch(&self.daemon, self.caller.namespace, request.get_ref()).map(Response::new)
     }
 
     type WatchPrefetchStream = Pin<Box<dyn Stream<Item = Result<PrefetchProgress, Status>> + Send>>;
@@ -54,14 +54,14 @@ impl Blocks for Context {
         let call = self.enter()?;
         let deadline = tokio::time::Instant::now() + self.deadline(request.metadata().as_ref());
         let id = prefetch::watched(request.get_ref())?;
-        prefetch::progress(&self.daemon, self.namespace, id)?;
+        prefetch::progress(&self.daemon, self.caller.namespace, id)?;
         let (sender, receiver) = mpsc::channel(1);
         let context = self.clone();
         tokio::spawn(async move {
             let _call = call;
             let watch = async {
                 loop {
-                    let report = prefetch::progress(&context.daemon, context.namespace, id);
+                    let report = prefetch::progress(&context.daemon, context.caller.namespace, id);
                     let last = report.as_ref().map_or(true, |(_, last)| *last);
                     let sent = sender.send(report.map(|(progress, _)| progress)).await;
                     if last || sent.is_err() {
@@ -81,26 +81,26 @@ impl Blocks for Context {
 
     async fn cancel_prefetch(&self, request: Request<CancelPrefetchRequest>) -> Answer<CancelPrefetchResponse> {
         let _call = self.enter()?;
-        prefetch::cancel(&self.daemon, self.namespace, request.get_ref()).map(Response::new)
+        prefetch::cancel(&self.daemon, self.caller.namespace, request.get_ref()).map(Response::new)
     }
 
     async fn pin(&self, request: Request<PinRequest>) -> Answer<PinResponse> {
         let _call = self.enter()?;
-        pin::pin(&self.daemon, self.namespace, request.get_ref()).await.map(Response::new)
+        pin::pin(&self.daemon, self.caller.namespace, request.get_ref()).await.map(Response::new)
     }
 
     async fn unpin(&self, request: Request<UnpinRequest>) -> Answer<UnpinResponse> {
         let _call = self.enter()?;
-        pin::unpin(&self.daemon, self.namespace, request.get_ref()).map(Response::new)
+        pin::unpin(&self.daemon, self.caller.namespace, request.get_ref()).map(Response::new)
     }
 
     async fn describe_blocks(&self, request: Request<DescribeBlocksRequest>) -> Answer<DescribeBlocksResponse> {
         let _call = self.enter()?;
-        describe::describe(&self.daemon, self.namespace, request.into_inner()).map(Response::new)
+        describe::describe(&self.daemon, self.caller.namespace, request.into_inner()).map(Response::new)
     }
 
     async fn delete(&self, request: Request<DeleteRequest>) -> Answer<DeleteResponse> {
         let _call = self.enter()?;
-        delete::delete(&self.daemon, self.namespace, request.get_ref()).await.map(Response::new)
+        delete::delete(&self.daemon, self.caller.namespace, request.get_ref()).await.map(Response::new)
     }
 }

@@ -68,7 +68,7 @@ async fn answer_put(context: &Context, request: Request<Body>) -> Result<Respons
     let _call = context.enter()?;
     let started = Instant::now();
     let deadline = tokio::time::Instant::now() + context.deadline(request.headers());
-    let response = put_stream::put(&context.daemon, context.namespace, request.into_body(), deadline).await?;
+    let response = put_stream::put(&context.daemon, context.caller.namespace, request.into_body(), deadline).await?;
     metrics::histogram!("kvstore_put_seconds").record(started.elapsed().as_secs_f64());
     Ok(grpc(unary(&response)))
 }
@@ -86,7 +86,7 @@ async fn answer_get(context: &Context, request: Request<Body>) -> Result<Respons
     let asked = tokio::time::timeout_at(deadline, one_message(request.into_body()))
         .await
         .map_err(|_| Status::deadline_exceeded("the call's deadline passed before its request arrived"))??;
-    let get = get::get(&context.daemon, context.namespace, asked, deadline)?;
+    let get = get::get(&context.daemon, context.caller.namespace, asked, deadline)?;
     Ok(grpc(Body::new(GetBody::new(&context.daemon, get, deadline, call))))
 }
 

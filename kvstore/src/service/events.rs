@@ -25,7 +25,7 @@ impl Events for Context {
             ))
         })?;
         let (sender, receiver) = mpsc::channel(1);
-        let follower = Follower::new(self.daemon.clone(), self.namespace, sender);
+        let follower = Follower::new(self.daemon.clone(), self.caller.namespace, sender);
         tokio::spawn(async move {
             follower.follow(request.into_inner()).await;
             drop(permit);

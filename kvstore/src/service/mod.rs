@@ -13,11 +13,12 @@ use std::time::Duration;
 use kvstore_proto::v1::admin_server::AdminServer;
 use kvstore_proto::v1::blocks_server::BlocksServer;
 use kvstore_proto::v1::events_server::EventsServer;
-use kvstore_tiers::host::NamespaceId;
 use tonic::Status;
+use tonic::service::interceptor::InterceptedService;
 use tonic::service::{Routes, RoutesBuilder};
 use tonic_health::pb::health_server::{Health, HealthServer};
 
+use crate::caller::Caller;
 use crate::caps;
 use crate::daemon::{Daemon, InFlight};
 use crate::wire;
@@ -26,12 +27,13 @@ use crate::wire;
 #[derive(Clone)]
 pub(crate) struct Context {
     pub(crate) daemon: Arc<Daemon>,
-    /// Whoever comes through this listener uses this namespace.
-    pub(crate) namespace: NamespaceId,
+    /// Whoever comes through this listener.
+    pub(crate) caller: Caller,
 }
 
 impl Context {
     fn enter(&self) -> Result<InFlight, Status> {
+        self.caller.check_blocks()?;
         self.daemon.enter().ok_or_else(wire::draining)
     }
 
@@ -53,8 +55,16 @@ pub(crate) fn routes<H: Health>(context: &Context, health: HealthServer<H>) -> a
             .max_decoding_message_size(caps::CONTROL_MESSAGE_BYTES_MAX)
             .max_encoding_message_size(caps::CONTROL_MESSAGE_BYTES_MAX),
     );
-    routes.add_service(AdminServer::new(context.clone()).max_decoding_message_size(caps::CONTROL_MESSAGE_BYTES_MAX));
-    routes.add_service(EventsServer::new(context.clone()).max_decoding_message_size(caps::CONTROL_MESSAGE_BYTES_MAX));
+    let caller = context.caller;
+    // The one place where it is decided who administers the daemon.
+    routes.add_service(InterceptedService::new(
+        AdminServer::new(context.clone()).max_decoding_message_size(caps::CONTROL_MESSAGE_BYTES_MAX),
+        move |request| caller.check_admin().map(|()| request),
+    ));
+    routes.add_service(InterceptedService::new(
+        EventsServer::new(context.clone()).max_decoding_message_size(caps::CONTROL_MESSAGE_BYTES_MAX),
+        move |request| caller.check_blocks().map(|()| request),
+    ));
     routes.add_service(data::BlockDataService::new(context.clone()));
     routes.add_service(reflection);
     routes.add_service(health);

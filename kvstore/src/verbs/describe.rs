@@ -7,7 +7,7 @@ use kvstore_tiers::host::NamespaceId;
 use tonic::Status;
 
 use crate::daemon::Daemon;
-use crate::publisher::{Batch, Description};
+use crate::describing::{Description, Descriptions};
 use crate::{caps, wire};
 
 /// Bytes of an adapter's name.
@@ -54,5 +54,5 @@ pub fn describe(
             Description { hash, parent: parent.replace(hash), tokens, group, adapter }
         })
         .collect();
-    Ok(DescribeBlocksResponse { taken: describing.describe(Batch { layout, blocks }) })
+    Ok(DescribeBlocksResponse { taken: describing.describe(Descriptions { layout, blocks }) })
 }

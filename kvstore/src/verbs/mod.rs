@@ -9,7 +9,6 @@ pub mod pin;
 pub mod prefetch;
 pub mod put;
 pub mod register_layout;
-pub mod status;
 pub mod verify;
 pub mod watch;
 

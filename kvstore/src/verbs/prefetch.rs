@@ -2,7 +2,6 @@
 //! blocks go first. A prefetch ends when each block is in memory or found in no tier, at its deadline, or when it is
 //! cancelled. A transfer in progress still completes.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,68 +13,16 @@ use kvstore_tiers::below::Ask;
 use kvstore_tiers::host::{HoldId, NamespaceId};
 use kvstore_tiers::residency::{Presence, Priority};
 use kvstore_tiers::stack::{Asked, Policy, Promotion, Window};
-use kvstore_tiers::{BootTime, Run, SequenceHash, TierSet};
-use parking_lot::Mutex;
+use kvstore_tiers::{Run, SequenceHash, TierSet};
 use tonic::Status;
 
 use crate::daemon::{Daemon, random_hold_id};
+use crate::prefetches::Prefetch;
 use crate::{caps, clock, wire};
 
 /// How often a running prefetch looks whether blocks on their way have come.
 const POLL: Duration = Duration::from_millis(20);
 const DEADLINE_MS_DEFAULT: u64 = 10_000;
-
-/// Prefetches, running and lately ended.
-#[derive(Default)]
-pub struct Prefetches(Mutex<HashMap<HoldId, Prefetch>>);
-
-#[derive(Clone)]
-struct Prefetch {
-    namespace: NamespaceId,
-    layout_digest: [u8; 32],
-    group: u16,
-    hashes: Vec<SequenceHash>,
-    deadline: BootTime,
-    /// Blocks are being brought.
-    running: bool,
-    ended: Option<(PrefetchState, BootTime)>,
-}
-
-impl Prefetches {
-    /// Forgets what ended a while ago, or was never watched to its end.
-    pub fn forget_old(&self, now: BootTime) {
-        let kept_ms = caps::PREFETCH_KEPT.as_millis() as u64;
-        self.0.lock().retain(|_, prefetch| {
-            let end = prefetch.ended.map_or(prefetch.deadline, |(_, at)| at.min(prefetch.deadline));
-            now.ms_since(end) < kept_ms
-        });
-    }
-
-    fn get(&self, namespace: NamespaceId, id: HoldId) -> Result<Prefetch, Status> {
-        let found = self.0.lock().get(&id).filter(|prefetch| prefetch.namespace == namespace).cloned();
-        found.ok_or_else(|| {
-            Status::not_found("ticket: there is no such prefetch, or it ended a while ago: start a new one")
-        })
-    }
-
-    /// The bringing is over.
-    fn stop_running(&self, id: HoldId) {
-        if let Some(prefetch) = self.0.lock().get_mut(&id) {
-            prefetch.running = false;
-        }
-    }
-
-    fn has_ended(&self, id: HoldId) -> bool {
-        self.0.lock().get(&id).is_none_or(|prefetch| prefetch.ended.is_some())
-    }
-
-    /// Ends a prefetch, if it has not ended; the state in which it ended.
-    fn end(&self, id: HoldId, state: PrefetchState, now: BootTime) -> Option<PrefetchState> {
-        let mut prefetches = self.0.lock();
-        let prefetch = prefetches.get_mut(&id)?;
-        Some(prefetch.ended.get_or_insert((state, now)).0)
-    }
-}
 
 /// Starts a prefetch.
 pub fn prefetch(
@@ -114,7 +61,7 @@ pub fn prefetch(
     let running = promotion.is_some();
     let layout_digest = layout.digest;
     let prefetch = Prefetch { namespace, layout_digest, group, hashes: hashes.clone(), deadline, running, ended: None };
-    let mut prefetches = daemon.prefetches.0.lock();
+    let mut prefetches = daemon.prefetches.lock();
     let kept: usize = prefetches.values().map(|prefetch| prefetch.hashes.len()).sum();
     if prefetches.len() >= caps::PREFETCHES_MAX || kept + prefetch.hashes.len() > caps::PREFETCH_HASHES_MAX {
         let (most, hashes) = (caps::PREFETCHES_MAX, caps::PREFETCH_HASHES_MAX);

@@ -71,7 +71,7 @@ async fn the_local_plane_is_there_before_the_grpc_socket() {
     assert_eq!(made, ["a.sock.lock", "a.sock.plane", "a.sock"]);
     running.shut_down().await;
     let left: Vec<_> = folder.path().read_dir().unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(left, ["a.sock.lock"], "a stopped daemon leaves the lock's empty file alone");
+    assert_eq!(left, ["a.sock.lock"], "a stopped daemon leaves the lock's file alone");
 }
 
 /// Two daemons that are started at once beside what a killed one left: each removed the other's socket. One serves now, both

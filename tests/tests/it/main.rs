@@ -5,15 +5,18 @@
 
 mod bad_input;
 mod blocks;
+mod claim;
 mod compat;
 mod concurrency;
 mod decoders;
 mod eviction_conformance;
+mod idle;
 mod litmus;
 mod local;
 mod local_hostile;
 mod local_processes;
 mod long_prompts;
+mod modules;
 mod namespaces;
 mod nvme;
 mod nvme_faults;

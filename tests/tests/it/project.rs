@@ -65,12 +65,27 @@ fn arrows_between_crates_point_one_way() {
 fn the_table_of_metrics_is_complete() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/metrics.md");
     let table = std::fs::read_to_string(path).unwrap();
-    for (name, kind, _) in kvstore::telemetry::METRICS {
-        assert!(
-            table.lines().any(|line| line.starts_with(&format!("| `{name}` | {kind} |"))),
-            "{name} is not in docs/metrics.md"
-        );
+    let metrics = kvstore::status::metrics::all();
+    for (name, kind, help) in &metrics {
+        let row = format!("| `{name}` | {} | {help} |", kind.name());
+        assert!(table.lines().any(|line| line == row), "docs/metrics.md has no line {row}");
     }
     let listed = table.lines().filter(|line| line.starts_with("| `kvstore_")).count();
-    assert_eq!(listed, kvstore::telemetry::METRICS.len(), "docs/metrics.md lists a metric that does not exist");
+    assert_eq!(listed, metrics.len(), "docs/metrics.md lists a metric that does not exist");
+}
+
+/// ARCHITECTURE.md named files that did not exist. A name without a folder is of a file that the text has just spoken of.
+#[test]
+fn files_that_the_architecture_names_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let text = std::fs::read_to_string(root.join("ARCHITECTURE.md")).unwrap();
+    let names = text.split('`').skip(1).step_by(2);
+    let in_a_folder = |name: &&str| {
+        let first = name.split('/').next().unwrap_or_default();
+        name.contains('/') && (root.join(first).is_dir() || name.ends_with(".rs"))
+    };
+    for name in names.filter(in_a_folder) {
+        let found = ["", "router/src"].iter().any(|folder| root.join(folder).join(name).exists());
+        assert!(found, "ARCHITECTURE.md names {name}, which does not exist");
+    }
 }

@@ -34,7 +34,7 @@ impl Two {
         let (disk, bucket) = (FaultyTier::new(&memory.host), FaultyTier::new(&memory.host));
         let below: [(Tier, Arc<dyn Below>); 2] =
             [(Tier::Nvme, Arc::clone(&disk) as _), (Tier::Object, Arc::clone(&bucket) as _)];
-        let stack = Stack::of(&memory.host, below.into_iter(), now);
+        let stack = Stack::new(&memory.host, below, now);
         Self { memory, disk, bucket, stack }
     }
 

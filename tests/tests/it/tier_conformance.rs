@@ -32,7 +32,7 @@ struct Setup {
 impl Setup {
     fn promotion(&self) -> Promotion {
         let below = [(self.which, Arc::clone(&self.tier))];
-        let stack = Stack::of(&self.memory.host, below.into_iter(), now);
+        let stack = Stack::new(&self.memory.host, below, now);
         let layout = Arc::clone(&self.memory.layout);
         Promotion { stack, layout, group: 0, priority: Priority::Demand, deadline: Instant::now() + WITHIN }
     }

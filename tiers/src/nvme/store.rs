@@ -5,9 +5,6 @@
 //! the index is only written.
 
 use std::collections::HashSet;
-use std::fs::File;
-use std::io::Write as _;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -15,7 +12,6 @@ use std::sync::{Arc, mpsc};
 use kvstore_transfer::volume::{self, Faults, FaultyVolume, IoEngine, Volume, VolumeFile};
 use kvstore_transfer::{AlignedBytes, Lane};
 use parking_lot::{Condvar, Mutex};
-use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use super::extents::{Entry, Extents};
 use super::format::{FormatError, IndexValue, PAGE, SEGMENTS_AT, SegmentHeader, VolumeHeader, life_of};
@@ -26,6 +22,7 @@ use super::segments::Segments;
 use super::write::{Commit, PendingBlocks, WriteQueue};
 use super::{NvmeOptions, Peers};
 use crate::caps;
+use crate::claim::{self, Claim, ClaimError};
 
 /// A volume cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -166,7 +163,7 @@ pub(super) struct Store {
     pub read_errors: AtomicU32,
     pub peers: Arc<Peers>,
     pub bytes_max: AtomicU64,
-    lock: File,
+    lock: Claim,
 }
 
 /// Bytes of a segment, on a volume of `bytes`: a power of two, 128 to 256 to a volume, within bounds.
@@ -358,7 +355,7 @@ impl Store {
             state.health.reason = Some("closed".into());
         }
         self.index.close();
-        if let Err(error) = rustix::fs::flock(self.lock.as_fd(), FlockOperation::Unlock) {
+        if let Err(error) = self.lock.let_go() {
             tracing::warn!(%error, path = %self.path.display(), "the folder cannot be unlocked");
         }
     }
@@ -397,26 +394,14 @@ fn first_life(header: &VolumeHeader) -> u64 {
     header.seed >> 26
 }
 
-fn take_lock(path: &Path) -> Result<File, OpenError> {
-    let io = |step: &'static str, path: &Path| {
-        let path = path.to_owned();
-        move |cause: std::io::Error| OpenError::Io { step, path, cause }
+fn take_lock(path: &Path) -> Result<Claim, OpenError> {
+    let refused = |error| match error {
+        ClaimError::Taken { path, pid } => OpenError::Locked { path, pid: pid.unwrap_or_default() },
+        ClaimError::Io { step, path, cause } => OpenError::Io { step, path, cause },
+        other => OpenError::Io { step: "take", path: path.to_owned(), cause: std::io::Error::other(other) },
     };
-    std::fs::create_dir_all(path).map_err(io("make the folder", path))?;
-    let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
-    std::fs::set_permissions(path, private).map_err(io("make private", path))?;
-    let lock_path = path.join("lock");
-    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let lock = rustix::fs::open(&lock_path, flags, Mode::RUSR | Mode::WUSR)
-        .map_err(|error| io("open", &lock_path)(error.into()))?;
-    if rustix::fs::flock(lock.as_fd(), FlockOperation::NonBlockingLockExclusive).is_err() {
-        let pid = std::fs::read_to_string(&lock_path).unwrap_or_default().trim().to_owned();
-        return Err(OpenError::Locked { path: path.to_owned(), pid });
-    }
-    let mut lock = File::from(lock);
-    let named = lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id()));
-    named.map_err(io("write", &lock_path))?;
-    Ok(lock)
+    claim::own_folder(path).map_err(refused)?;
+    Claim::take(&path.join("lock"), path).map_err(refused)
 }
 
 fn make_header(volume: &dyn Volume, bytes: u64, seed: Option<u64>) -> std::io::Result<VolumeHeader> {

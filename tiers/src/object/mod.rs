@@ -43,6 +43,7 @@ use crate::layout::BlockKind;
 use crate::meter::{ReadMeter, ReadRate};
 use crate::nvme::NvmeTier;
 use crate::stack::Stack;
+use crate::tier::Tier;
 
 use directory::{Directory, Packed};
 use pack::PackedBlock;
@@ -227,7 +228,7 @@ impl ObjectTier {
             checks_uploads: options.opened.checks_uploads,
             host: Arc::clone(host),
             nvme: nvme.cloned(),
-            above: Stack::new(host, nvme.cloned(), None, options.clock),
+            above: Stack::new(host, nvme.map(|nvme| (Tier::Nvme, Arc::clone(nvme) as _)), options.clock),
             state: Mutex::new(State {
                 directory: Directory::with_changes(Arc::clone(host.changes())),
                 searches: HashMap::new(),

@@ -3,8 +3,8 @@
 
 use kvstore_plane::SequenceHash;
 
-use crate::admission::{Depths, Frequencies, Worth, WriteBudget, block_name, recompute_cost};
-use crate::block::BlockRef;
+use crate::admission::{Depths, Frequencies, Worth, WriteBudget, recompute_cost};
+use crate::block::{BlockRef, block_name};
 use crate::clock::BootTime;
 use crate::host::{NamespaceId, RegisteredLayout};
 use crate::tier::Tier;

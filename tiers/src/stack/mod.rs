@@ -25,8 +25,6 @@ use crate::below::{Ask, Below, Known, Searching};
 use crate::block::{BlockRef, Run};
 use crate::clock::BootTime;
 use crate::host::{HostTier, NamespaceId};
-use crate::nvme::NvmeTier;
-use crate::object::ObjectTier;
 use crate::tier::{Tier, TierSet};
 
 pub use admit::{Admission, AdmissionRules, NamespaceRules, Occasion};
@@ -55,27 +53,15 @@ pub struct Stack {
 }
 
 impl Stack {
-    /// Memory, and those of the tiers below it that there are. Everything is admitted until [`Self::set_rules`] says otherwise.
+    /// Memory, and the tiers below it, fast to slow. Everything is admitted until [`Self::set_rules`] says otherwise.
     pub fn new(
         host: &Arc<HostTier>,
-        nvme: Option<Arc<NvmeTier>>,
-        object: Option<Arc<ObjectTier>>,
-        clock: fn() -> BootTime,
-    ) -> Arc<Self> {
-        let nvme = nvme.map(|nvme| (Tier::Nvme, nvme as Arc<dyn Below>));
-        let object = object.map(|object| (Tier::Object, object as Arc<dyn Below>));
-        Self::of(host, nvme.into_iter().chain(object), clock)
-    }
-
-    /// Memory, and any tiers below it, fast to slow.
-    pub fn of(
-        host: &Arc<HostTier>,
-        below: impl Iterator<Item = (Tier, Arc<dyn Below>)>,
+        below: impl IntoIterator<Item = (Tier, Arc<dyn Below>)>,
         clock: fn() -> BootTime,
     ) -> Arc<Self> {
         Arc::new(Self {
             host: Arc::clone(host),
-            below: below.map(|(tier, store)| Lower { tier, store }).collect(),
+            below: below.into_iter().map(|(tier, store)| Lower { tier, store }).collect(),
             admitter: Mutex::new(admit::Admitter::new(clock())),
             landed: Notify::new(),
             not_admitted: AtomicU64::new(0),

@@ -1,9 +1,7 @@
 //! Listeners: sockets, their folders, the bound on connections, and the servers behind them.
 
-use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
@@ -14,12 +12,14 @@ use futures::stream;
 use kvstore_proto::v1::admin_server::AdminServer;
 use kvstore_proto::v1::blocks_server::BlocksServer;
 use kvstore_proto::v1::events_server::EventsServer;
+use kvstore_tiers::claim::{self, Claim, ClaimError, SocketFile};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
+use crate::caller::{Caller, Proof, Rights};
 use crate::caps;
 use crate::config::{Address, Listener};
 use crate::daemon::Daemon;
@@ -27,126 +27,96 @@ use crate::local::{PlaneListener, plane_path};
 use crate::service::{self, Context};
 
 /// A listener that is bound and not yet served.
-pub struct Bound {
+pub struct BoundListener {
     /// Where, as clients name it: a TCP port 0 is the chosen one here.
     pub address: String,
     /// The local plane's listener beside it.
     pub plane: Option<PlaneListener>,
     /// Held until both sockets are gone.
-    pub owned: Option<Owned>,
+    pub claim: Option<Claim>,
     listener: Listener,
     socket: Socket,
 }
 
-/// The right to a Unix socket's path and to what lies beside it. Its file stays: removed, two daemons could each lock one.
-#[derive(Debug)]
-pub struct Owned(#[expect(dead_code, reason = "closing it lets the lock go")] File);
+impl BoundListener {
+    /// Whoever comes through it.
+    pub fn caller(&self, daemon: &Daemon) -> anyhow::Result<Caller> {
+        let namespace = daemon.namespace(&self.listener.namespace).context("the namespace is not configured")?;
+        let proof = match &self.socket {
+            Socket::Unix(..) => Proof::Socket,
+            Socket::Tcp(_) => Proof::Loopback,
+        };
+        Ok(Caller { namespace, proof, rights: Rights::ALL })
+    }
+}
 
 enum Socket {
     Unix(UnixListener, SocketFile),
     Tcp(TcpListener),
 }
 
-/// Removes the socket's file when the daemon ends.
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
 /// Binds a listener and, where `local_plane` says so, the local plane's beside a Unix socket. The socket's folder is made,
 /// and must be this user's alone.
-pub async fn bind(listener: &Listener, local_plane: bool) -> anyhow::Result<Bound> {
+pub async fn bind(listener: &Listener, local_plane: bool) -> anyhow::Result<BoundListener> {
     let listener = listener.clone();
     match &listener.address {
         Address::Unix(path) => {
             let address = format!("unix:{}", path.display());
-            let (owned, plane, socket) =
-                bind_unix(path, local_plane).await.with_context(|| format!("cannot listen on {address}"))?;
-            let socket = Socket::Unix(socket, SocketFile(path.clone()));
-            Ok(Bound { address, plane, owned: Some(owned), listener, socket })
+            let (claim, plane, socket) =
+                bind_unix(path, local_plane).with_context(|| format!("cannot listen on {address}"))?;
+            Ok(BoundListener { address, plane, claim: Some(claim), listener, socket })
         }
         Address::Tcp(address) => {
             let socket = TcpListener::bind(address).await;
             let socket =
                 socket.with_context(|| format!("cannot listen on {address} (choose another address with --listen)"))?;
             let address = format!("http://{}", socket.local_addr()?);
-            Ok(Bound { address, plane: None, owned: None, listener, socket: Socket::Tcp(socket) })
+            Ok(BoundListener { address, plane: None, claim: None, listener, socket: Socket::Tcp(socket) })
         }
     }
 }
 
-async fn bind_unix(path: &Path, local_plane: bool) -> anyhow::Result<(Owned, Option<PlaneListener>, UnixListener)> {
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-    check_private(folder)?;
-    let owned = own(path)?;
-    if path.symlink_metadata().is_ok() {
-        anyhow::ensure!(UnixStream::connect(path).await.is_err(), TAKEN);
-        // Nobody answers: a daemon that was killed left it.
-        std::fs::remove_file(path)?;
-    }
+fn bind_unix(path: &Path, local_plane: bool) -> anyhow::Result<(Claim, Option<PlaneListener>, Socket)> {
+    claim::private_folder(path.parent().unwrap_or(Path::new("/")))?;
+    let claim = Claim::beside(path).map_err(taken)?;
+    claim::clear_dead_socket(path).map_err(taken)?;
     // Before the other, so that whoever finds a daemon finds its local plane.
     let plane = if local_plane { bind_plane(path).context("cannot listen for the local plane")? } else { None };
-    let socket = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok((owned, plane, socket))
+    let (socket, file) = claim::listen(path).map_err(taken)?;
+    Ok((claim, plane, Socket::Unix(UnixListener::from_std(socket)?, file)))
 }
 
-const TAKEN: &str = "another daemon serves there: stop it, or choose another socket with --listen";
-
-/// Takes the right to `path` until it is dropped or the process ends.
-fn own(path: &Path) -> anyhow::Result<Owned> {
-    let mut lock = path.as_os_str().to_owned();
-    lock.push(".lock");
-    let mut options = File::options();
-    options.create(true).truncate(false).write(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
-    let file = options.open(&lock).with_context(|| format!("cannot open {}", Path::new(&lock).display()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(Owned(file)),
-        Err(TryLockError::WouldBlock) => anyhow::bail!(TAKEN),
-        Err(TryLockError::Error(error)) => {
-            Err(error).with_context(|| format!("cannot lock {}", Path::new(&lock).display()))
+/// What an operator can do where another daemon has the path.
+fn taken(error: ClaimError) -> anyhow::Error {
+    match error {
+        ClaimError::Taken { pid, .. } => {
+            let process = pid.map(|pid| format!(" (process {pid})")).unwrap_or_default();
+            anyhow::anyhow!("another daemon serves there{process}: stop it, or choose another socket with --listen")
         }
+        other => other.into(),
     }
 }
 
-fn bind_plane(path: &Path) -> io::Result<Option<PlaneListener>> {
+fn bind_plane(path: &Path) -> anyhow::Result<Option<PlaneListener>> {
     let path = plane_path(path);
     // sun_path has 108 bytes with its final zero.
     if path.as_os_str().len() > 107 {
         tracing::warn!(path = %path.display(), "a listener has no local plane, because the path of its socket would be longer than 107 bytes");
         return Ok(None);
     }
-    PlaneListener::bind(path).map(Some)
-}
-
-/// The kernel does not protect sockets in folders that others may write to.
-fn check_private(folder: &Path) -> anyhow::Result<()> {
-    let metadata = folder.symlink_metadata()?;
-    let (mode, owner) = (metadata.mode() & 0o777, metadata.uid());
-    let me = rustix::process::geteuid().as_raw();
-    anyhow::ensure!(metadata.is_dir(), "{} is not a folder (symbolic links are not followed)", folder.display());
-    anyhow::ensure!(
-        owner == me && mode & 0o022 == 0,
-        "{} must belong to user {me} and be writable only by that user, but it belongs to user {owner} and has mode {mode:o}: chmod 700 it, or choose another folder",
-        folder.display()
-    );
-    Ok(())
+    PlaneListener::bind(&path).map(Some)
 }
 
 /// Serves a listener until `stop` says so; calls under way are finished.
-pub async fn serve(daemon: Arc<Daemon>, bound: Bound, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
-    let namespace = daemon.namespace(&bound.listener.namespace).context("the namespace is not configured")?;
+pub async fn serve(daemon: Arc<Daemon>, bound: BoundListener, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
+    let caller = bound.caller(&daemon)?;
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<BlocksServer<Context>>().await;
     health.set_serving::<AdminServer<Context>>().await;
     health.set_serving::<EventsServer<Context>>().await;
     health.set_service_status("kvstore.v1.BlockData", tonic_health::ServingStatus::Serving).await;
     let reporting = tokio::spawn(report_health(Arc::clone(&daemon), health));
-    let routes = service::routes(&Context { daemon, namespace }, health_service)?;
+    let routes = service::routes(&Context { daemon, caller }, health_service)?;
     let connections = Arc::new(Semaphore::new(caps::CONNECTIONS_MAX));
     let server = Server::builder()
         .initial_stream_window_size(caps::STREAM_WINDOW_BYTES)
@@ -203,9 +173,7 @@ async fn accept_own(socket: &UnixListener) -> io::Result<UnixStream> {
 
 /// gRPC health follows the daemon: NOT_SERVING while it drains.
 async fn report_health(daemon: Arc<Daemon>, health: tonic_health::server::HealthReporter) {
-    while !daemon.is_draining() {
-        tokio::time::sleep(caps::TICK).await;
-    }
+    daemon.calls.until_draining().await;
     health.set_not_serving::<BlocksServer<Context>>().await;
     health.set_service_status("kvstore.v1.BlockData", tonic_health::ServingStatus::NotServing).await;
     health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
