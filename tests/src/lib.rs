@@ -5,6 +5,7 @@
 pub mod azure;
 pub mod engine;
 pub mod fault_proxy;
+pub mod object;
 pub mod s3;
 pub mod tier;
 

@@ -151,3 +151,12 @@ pub const OBJECT_BACKLOG_BLOCKS_MAX: usize = 1 << 18;
 pub const OBJECT_HEAD_BYTES_MAX: usize = 64 << 10;
 /// An object lives at least this long after it was written, whatever a collector wants.
 pub const OBJECT_GRACE_MS: i64 = 3600 * 1000;
+/// Packs that a collector says it deletes, and then deletes together: a second or a few, for which a pin of their blocks waits, and
+/// 40 KB that name them.
+pub const OBJECT_COLLECT_BATCH: usize = 256;
+/// Pins in the bucket, of all nodes, that a collector heeds: some 100 bytes of memory each. Where there are more, it deletes nothing.
+pub const OBJECT_REFERENCES_MAX: usize = 1 << 18;
+/// Blocks that these name, each as often as it is named: 128 MiB.
+pub const OBJECT_REFERRED_BLOCKS_MAX: usize = 1 << 22;
+/// Packs that are read at once to prove them before an acknowledgement rests on them: 8 MiB of memory each.
+pub const OBJECT_PROOFS_MAX: usize = 8;

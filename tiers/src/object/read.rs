@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::ObjectTier;
 use super::directory::{Pack, Packed, Place};
-use super::requests::{Trouble, retried};
+use crate::bucket::{Trouble, retried};
 use crate::caps;
 use crate::clock::BootTime;
 use crate::host::{BeginFill, BlockFill, FillRequest, LeasedBlock, RegisteredLayout, section_bytes};
