@@ -34,6 +34,8 @@ use crate::nvme::padded;
 const REWRITES_MAX: u32 = 16;
 static PADDING: [u8; FRAME_ALIGN] = [0; FRAME_ALIGN];
 
+/// What was written is read back so often, where it comes damaged: a byte may flip on its way.
+const CONFIRMATIONS: usize = 2;
 /// An object that says that it was written later than it can be now, by more than this, is no younger than any other: clocks of
 /// the servers of one store differ by less.
 const SKEW_MS: i64 = 5 * 60 * 1000;
@@ -147,25 +149,20 @@ impl ObjectTier {
         deadline: Instant,
     ) -> Result<Option<ObjectMeta>, Trouble> {
         let footer_at = packing.bytes - packing.footer_bytes.len() as u64;
-        let start = if self.checks_uploads { footer_at } else { 0 };
-        let (read, meta) = self.bucket.read(location, start..packing.bytes, deadline).await?;
-        let expected =
-            if self.checks_uploads { std::slice::from_ref(&packing.footer_bytes) } else { &packing.pieces[..] };
-        let mut rest = &read[..];
-        let mut is_next = |piece: &Bytes| match rest.split_at_checked(piece.len()) {
-            Some((read, behind)) => {
-                rest = behind;
-                read == piece
-            }
-            None => false,
+        let (start, expected) = match self.checks_uploads {
+            true => (footer_at, std::slice::from_ref(&packing.footer_bytes)),
+            false => (0, &packing.pieces[..]),
         };
-        let same = meta.size == packing.bytes && expected.iter().all(&mut is_next) && rest.is_empty();
-        if !same {
-            tracing::error!(%location, "the store holds other bytes than were sent to it; the blocks are written again under another name");
-            let _ = self.bucket.delete(location, deadline).await;
+        for _ in 0..CONFIRMATIONS {
+            let (read, meta) = self.bucket.read(location, start..packing.bytes, deadline).await?;
+            if meta.size == packing.bytes && is_made_of(&read, expected) {
+                self.bucket.clock.note(written.start, written.end, meta.last_modified.timestamp_millis());
+                return Ok(Some(meta));
+            }
         }
-        self.bucket.clock.note(written.start, written.end, meta.last_modified.timestamp_millis());
-        Ok(same.then_some(meta))
+        tracing::error!(%location, "the store holds other bytes than were sent to it; the blocks are written again under another name");
+        let _ = self.bucket.delete(location, deadline).await;
+        Ok(None)
     }
 
     /// Whose the object is that is there already.
@@ -206,6 +203,11 @@ enum Whose {
     Sound(ObjectMeta),
     /// Damaged, or so old that it may be collected soon.
     Unsound,
+}
+
+fn is_made_of(bytes: &[u8], pieces: &[Bytes]) -> bool {
+    let rest = pieces.iter().try_fold(bytes, |rest, piece| rest.strip_prefix(&piece[..]));
+    rest.is_some_and(<[u8]>::is_empty)
 }
 
 fn same_blocks(one: &Footer, other: &Footer) -> bool {
