@@ -7,6 +7,7 @@ pub mod engine;
 pub mod fault_proxy;
 pub mod faulty_tier;
 pub mod memory;
+pub mod object;
 pub mod s3;
 pub mod tier;
 

@@ -166,3 +166,12 @@ pub const PROMOTIONS_PER_CALL_MAX: usize = 4096;
 pub const OBJECT_WINDOW_BYTES: u64 = 64 << 20;
 /// How long a call waits for dirty blocks to be written, or uploaded, before it is answered Busy.
 pub const ROOM_BELOW_WITHIN: Duration = Duration::from_secs(5);
+/// Packs that a collector says it deletes, and then deletes together: a second or a few, for which a pin of their blocks waits, and
+/// 40 KB that name them.
+pub const OBJECT_COLLECT_BATCH: usize = 256;
+/// Pins in the bucket, of all nodes, that a collector heeds: some 100 bytes of memory each. Where there are more, it deletes nothing.
+pub const OBJECT_REFERENCES_MAX: usize = 1 << 18;
+/// Blocks that these name, each as often as it is named: 128 MiB.
+pub const OBJECT_REFERRED_BLOCKS_MAX: usize = 1 << 22;
+/// Packs that are read at once to prove them before an acknowledgement rests on them: 8 MiB of memory each.
+pub const OBJECT_PROOFS_MAX: usize = 8;

@@ -1,11 +1,12 @@
 //! Placement: which blocks are where, which stay and which go.
 //!
-//! Owns layouts, residency, eviction, the Host, Nvme and Object tiers. Knows nothing of the network, of configuration
+//! Owns layouts, residency, eviction, the Host, Nvme and Object tiers, and the bucket that the last stands on. Knows nothing of the network, of configuration
 //! files, or of who asks.
 
 pub mod admission;
 pub mod below;
 mod block;
+pub mod bucket;
 pub mod caps;
 pub mod changes;
 pub mod claim;

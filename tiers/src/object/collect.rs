@@ -1,27 +1,26 @@
 //! Collecting garbage: packs go by age, or oldest first until so many bytes are left; never what a reference in the bucket names.
 //!
-//! One collector at a time holds the lease, a chain of create-only objects `collector/<n>`. The bucket is listed twice, and
-//! nothing of it is kept but a histogram: the first pass tells how old what has to go is, the second deletes it. An acknowledgement
-//! rests only on objects that are younger than half the grace period, and no object goes before all of it is over, so that what was
-//! acknowledged stays at least for the other half.
+//! One collector at a time holds the lease. The bucket is listed twice, and nothing of it is kept but a histogram: the first pass
+//! tells how old what has to go is, the second deletes it. An acknowledgement rests only on objects that are younger than half the
+//! grace period, and no object goes before all of it is over, so that what was acknowledged stays at least for the other half. How
+//! old an object is, the store's own clock says, as of the beginning of the collection; the wall clock of this machine has no part
+//! in it.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
-use kvstore_plane::SequenceHash;
+use futures::stream::BoxStream;
+use object_store::ObjectMeta;
 use object_store::path::Path;
-use object_store::{ObjectMeta, PutPayload};
-use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::ObjectTier;
-use super::names::{BlockName, GroupNames};
-use super::probe::now_ms;
-use super::requests::{Trouble, retried};
+use super::names::BlockName;
+use super::references::References;
+use crate::bucket::{Lease, LeaseError, LeaseTerm, Trouble};
 use crate::caps;
-use crate::host::RegisteredLayout;
 
 /// What is to go.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -77,303 +76,282 @@ pub enum CollectError {
     Held(u64),
     /// The store cannot keep two collectors apart.
     #[error(
-        "the object store does not refuse a second create, so two collectors could run at once; garbage cannot be collected in it"
+        "the object store does not refuse a second create, or does not list what was just written, so two collectors could run at once, or miss a pin; garbage cannot be collected in it"
     )]
     NoLease,
-    /// It took longer than the lease.
-    #[error("the collector's lease is about to end; the next collection deletes the rest")]
-    TooLong,
+    /// The lease ended, or another took it.
+    #[error("the collector's lease ended before the collection did; the next collection deletes the rest")]
+    LeaseLost,
+    /// Without the store's time nothing can be told to be old.
+    #[error("the object store does not say when objects were written; garbage cannot be collected in it")]
+    NoTime,
+    /// What was just acknowledged looks old.
+    #[error(
+        "the object store's clock was set ahead, so that new objects look old; garbage is not collected for an hour"
+    )]
+    ClockJumped,
+    /// Not all of them can be heeded.
+    #[error("there are {0} in the bucket, which is too many to heed; nothing is deleted until there are fewer")]
+    TooManyReferences(String),
     /// The store.
     #[error(transparent)]
     Store(#[from] Trouble),
 }
 
-#[derive(Serialize, Deserialize)]
-struct Lease {
-    holder: String,
-    expires_ms: i64,
+impl From<LeaseError> for CollectError {
+    fn from(error: LeaseError) -> Self {
+        match error {
+            LeaseError::Held(left_ms) => Self::Held(left_ms / 1000 + 1),
+            LeaseError::Lost => Self::LeaseLost,
+            LeaseError::NoTime => Self::NoTime,
+            LeaseError::Store(trouble) => Self::Store(trouble),
+        }
+    }
 }
 
-/// A promise in the bucket that blocks stay: a pin's.
-#[derive(Serialize, Deserialize)]
-struct Reference {
-    version: u32,
-    /// By the store's clock.
-    expires_ms: i64,
-    /// Below the root: namespace, layout, group.
-    folder: String,
-    blocks: Vec<String>,
-}
-
-/// A lease lasts so long ...
-const LEASE_MS: i64 = 10 * 60 * 1000;
-/// ... and its holder stops this much before.
-const LEASE_MARGIN: Duration = Duration::from_secs(60);
+/// A collector that was killed holds the next one up for so long; what it sent in its last moment has a minute to arrive.
+const TERM: LeaseTerm = LeaseTerm { ms: 5 * 60 * 1000, margin_ms: 60 * 1000 };
 /// Namespaces that are told apart in a report.
 const NAMESPACES_TOLD: usize = 4096;
-/// Bytes of a reference, or of a lease, at most: 65,536 names of 35 bytes.
-const REFERENCE_BYTES_MAX: u64 = 4 << 20;
 /// Deletions at once.
 const DELETES_AT_ONCE: usize = 16;
 /// Ages are told apart to this many milliseconds, up to so many steps: three years.
 const AGE_STEP_MS: i64 = 3600 * 1000;
 const AGE_STEPS: usize = 26_280;
-/// References that are read at most: as many pins as a namespace may have.
-const REFERENCES_MAX: usize = caps::HOLDS_MAX;
 
-/// What is referred to, by group.
-type Referenced = HashMap<Path, HashSet<BlockName>>;
+type Report<'a> = &'a mut (dyn FnMut(&Collected) + Send);
 
 impl ObjectTier {
-    fn store_now_ms(&self) -> i64 {
-        now_ms() + self.clock_ahead_ms.load(std::sync::atomic::Ordering::Relaxed)
-    }
-
     /// Collects. `report` is told how far it is, now and then.
     pub async fn collect(
         self: &Arc<Self>,
         rules: &CollectRules,
         report: &mut (dyn FnMut(&Collected) + Send),
     ) -> Result<Collected, CollectError> {
-        let until = Instant::now() + Duration::from_millis(LEASE_MS as u64) - LEASE_MARGIN;
-        let lease = if rules.dry_run { None } else { Some(self.take_collector_lease().await?) };
-        let collected = self.collect_under_lease(rules, until, report).await;
-        if let Some(lease) = lease {
-            self.end_collector_lease(lease).await;
+        let able = self.abilities.lock().is_some_and(|able| able.creates_once && able.lists_own_writes);
+        if !able && !rules.dry_run {
+            return Err(CollectError::NoLease);
         }
-        collected
+        let name = format!("{:032x}", self.next_id());
+        crate::bucket::measure(&self.bucket, self.names.root(), &name, self.soon()).await?;
+        if !rules.dry_run && self.bucket.clock.jumped_within(self.bucket.now(), caps::OBJECT_GRACE_MS as u64) {
+            return Err(CollectError::ClockJumped);
+        }
+        let lease = match rules.dry_run {
+            true => None,
+            false => Some(Lease::take(&self.bucket, &self.collector_folder(), &name, TERM, self.soon()).await?),
+        };
+        let mut collection = Collection {
+            tier: self,
+            rules,
+            lease,
+            references: References::default(),
+            collected: Collected::default(),
+            batches: 0,
+            is_unsure: false,
+        };
+        let outcome = collection.run(report).await;
+        let Collection { lease, collected, is_unsure, .. } = collection;
+        // A deletion of which nothing is known may still come: until its lease is over, nothing rests on what it is of.
+        if let Some(lease) = lease.filter(|_| !is_unsure) {
+            lease.end(&self.bucket, self.soon()).await;
+        }
+        outcome.map(|()| collected)
     }
 
-    async fn collect_under_lease(
-        self: &Arc<Self>,
-        rules: &CollectRules,
-        until: Instant,
-        report: &mut (dyn FnMut(&Collected) + Send),
-    ) -> Result<Collected, CollectError> {
-        let listed_ms = self.store_now_ms();
-        let mut collected = Collected::default();
-        let referenced = self.references(listed_ms, until).await?;
-        let mut by_age = vec![0u64; AGE_STEPS];
-        let folder = match &rules.namespace {
-            Some(namespace) => self.names.root().clone().join(format!("ns={namespace}")),
-            None => self.names.root().clone(),
-        };
-        let mut objects = self.bucket.stream(&folder);
-        while let Some(object) = next_object(&mut objects, until).await? {
-            let Some((namespace, _)) = self.names.split(&object.location) else { continue };
-            if rules.except.contains(&namespace) {
-                continue;
+    fn soon(&self) -> Instant {
+        Instant::now() + self.bucket.stall() * 4
+    }
+}
+
+/// A listing of the whole of a folder, object by object.
+pub(super) struct Listing {
+    objects: BoxStream<'static, Result<ObjectMeta, Trouble>>,
+    patience: Duration,
+}
+
+impl Listing {
+    /// Of this folder.
+    pub fn of(tier: &ObjectTier, folder: &Path) -> Self {
+        Self { objects: tier.bucket.stream(folder), patience: tier.bucket.stall() * 4 }
+    }
+
+    /// The next object. A listing that breaks off is not taken up again: whoever needs all of it begins anew.
+    pub async fn next(&mut self) -> Result<Option<ObjectMeta>, Trouble> {
+        match tokio::time::timeout(self.patience, self.objects.next()).await {
+            Ok(object) => object.transpose(),
+            Err(_) => Err(Trouble::Failed(format!("a listing brought nothing within {:?}", self.patience))),
+        }
+    }
+}
+
+/// What became of a pack.
+enum Fate {
+    /// It went, or would.
+    Gone,
+    /// It is referred to.
+    Referenced,
+    /// It was written again since it was listed.
+    Young,
+}
+
+/// A collection that is under way.
+struct Collection<'a> {
+    tier: &'a ObjectTier,
+    rules: &'a CollectRules,
+    /// None for a dry run.
+    lease: Option<Lease>,
+    references: References,
+    collected: Collected,
+    batches: u64,
+    /// A deletion was not answered.
+    is_unsure: bool,
+}
+
+impl Collection<'_> {
+    async fn run(&mut self, report: Report<'_>) -> Result<(), CollectError> {
+        let tier = self.tier;
+        if let Some(lease) = &self.lease {
+            tier.forget_doomed_before(lease.epoch()).await?;
+        }
+        let now_ms = tier.bucket.clock.earliest_ms(tier.bucket.now()).ok_or(CollectError::NoTime)?;
+        self.references.read_new(tier).await?;
+        let by_age = self.survey(now_ms, report).await?;
+        self.collected.deleting = true;
+        let Some(cutoff_ms) = cutoff_ms(self.rules, &by_age, now_ms) else { return Ok(()) };
+        let mut listing = Listing::of(tier, &self.folder());
+        loop {
+            let batch = self.next_batch(&mut listing, cutoff_ms).await?;
+            if batch.is_empty() {
+                return Ok(());
             }
-            let known = collected.found.len() < NAMESPACES_TOLD || collected.found.contains_key(&namespace);
-            collected.found.entry(if known { namespace } else { "(others)".into() }).or_default().add(object.size);
-            if let Some(bytes) = by_age.get_mut(age_step(listed_ms, &object)) {
+            self.delete_batch(&batch, cutoff_ms).await?;
+            report(&self.collected);
+        }
+    }
+
+    fn folder(&self) -> Path {
+        let root = self.tier.names.root().clone();
+        match &self.rules.namespace {
+            Some(namespace) => root.join(format!("ns={namespace}")),
+            None => root,
+        }
+    }
+
+    async fn keep_lease(&mut self) -> Result<(), CollectError> {
+        match &mut self.lease {
+            Some(lease) => Ok(lease.renew_if_due(&self.tier.bucket, self.tier.soon()).await?),
+            None => Ok(()),
+        }
+    }
+
+    /// The namespace of an object, where it is a pack that the rules are about.
+    fn concerns(&self, object: &ObjectMeta) -> Option<String> {
+        let (namespace, _) = self.tier.names.split(&object.location)?;
+        (!self.rules.except.contains(&namespace)).then_some(namespace)
+    }
+
+    /// Counts what there is: bytes, by their age.
+    async fn survey(&mut self, now_ms: i64, report: Report<'_>) -> Result<Vec<u64>, CollectError> {
+        let mut by_age = vec![0u64; AGE_STEPS];
+        let mut listing = Listing::of(self.tier, &self.folder());
+        while let Some(object) = listing.next().await? {
+            self.keep_lease().await?;
+            let Some(namespace) = self.concerns(&object) else { continue };
+            let found = &mut self.collected.found;
+            let known = found.len() < NAMESPACES_TOLD || found.contains_key(&namespace);
+            found.entry(if known { namespace } else { "(others)".into() }).or_default().add(object.size);
+            if let Some(bytes) = by_age.get_mut(age_step(now_ms, &object)) {
                 *bytes += object.size;
             }
-            report(&collected);
+            report(&self.collected);
         }
-        collected.deleting = true;
-        let Some(cutoff_ms) = cutoff_ms(rules, &by_age, listed_ms) else { return Ok(collected) };
-        let mut objects = self.bucket.stream(&folder);
-        loop {
-            let mut batch = Vec::new();
-            while batch.len() < DELETES_AT_ONCE
-                && let Some(object) = next_object(&mut objects, until).await?
-            {
-                let namespace = self.names.split(&object.location).map(|(namespace, _)| namespace);
-                let is_pack = namespace.is_some_and(|namespace| !rules.except.contains(&namespace));
-                if is_pack && object.last_modified.timestamp_millis() <= cutoff_ms {
-                    batch.push(object);
-                }
-            }
-            if batch.is_empty() {
-                return Ok(collected);
-            }
-            let going = batch.iter().map(|object| self.collect_one(object, &referenced, rules.dry_run, until));
-            for (object, outcome) in batch.iter().zip(futures::future::join_all(going).await) {
-                let count = match outcome {
-                    Ok(true) => &mut collected.deleted,
-                    Ok(false) => &mut collected.referenced,
-                    Err(trouble) => {
-                        tracing::debug!(%trouble, pack = %object.location, "a pack cannot be collected");
-                        &mut collected.failed
-                    }
-                };
-                count.add(object.size);
-            }
-            report(&collected);
-        }
+        Ok(by_age)
     }
 
-    /// True where the pack went, or would; false where it is referred to.
-    async fn collect_one(
-        &self,
-        object: &ObjectMeta,
-        referenced: &Referenced,
-        dry_run: bool,
-        until: Instant,
-    ) -> Result<bool, Trouble> {
-        if let Some((_, folder)) = self.names.split(&object.location)
-            && let Some(blocks) = referenced.get(&folder)
+    async fn next_batch(&mut self, listing: &mut Listing, cutoff_ms: i64) -> Result<Vec<ObjectMeta>, CollectError> {
+        let mut batch = Vec::new();
+        while batch.len() < caps::OBJECT_COLLECT_BATCH
+            && let Some(object) = listing.next().await?
         {
-            let footer = match self.footer_of(object, until).await {
+            self.keep_lease().await?;
+            if self.concerns(&object).is_some() && object.last_modified.timestamp_millis() <= cutoff_ms {
+                batch.push(object);
+            }
+        }
+        Ok(batch)
+    }
+
+    /// Says what is about to go, looks for references that came meanwhile, and deletes: see `doomed`.
+    async fn delete_batch(&mut self, batch: &[ObjectMeta], cutoff_ms: i64) -> Result<(), CollectError> {
+        self.keep_lease().await?;
+        let Some(epoch) = self.lease.as_ref().map(Lease::epoch) else {
+            return self.delete_doomed(batch, cutoff_ms).await;
+        };
+        self.batches += 1;
+        let mark = self.tier.doom(epoch, self.batches, batch).await?;
+        let outcome = match self.references.read_new(self.tier).await {
+            Ok(()) => self.delete_doomed(batch, cutoff_ms).await,
+            Err(error) => Err(error),
+        };
+        // What may still be deleted stays doomed until the lease is over.
+        if !self.is_unsure {
+            self.tier.bucket.delete(&mark, self.tier.soon()).await?;
+        }
+        outcome
+    }
+
+    async fn delete_doomed(&mut self, batch: &[ObjectMeta], cutoff_ms: i64) -> Result<(), CollectError> {
+        let going: Vec<_> = batch.iter().map(|object| self.delete_one(object, cutoff_ms)).collect();
+        let fates: Vec<_> = futures::stream::iter(going).buffered(DELETES_AT_ONCE).collect().await;
+        let mut is_lost = false;
+        for (object, fate) in batch.iter().zip(fates) {
+            let count = match fate {
+                Ok(Fate::Gone) => &mut self.collected.deleted,
+                Ok(Fate::Referenced) => &mut self.collected.referenced,
+                Ok(Fate::Young) => continue,
+                Err(Trouble::Fenced) => {
+                    is_lost = true;
+                    continue;
+                }
+                Err(trouble) => {
+                    tracing::debug!(%trouble, pack = %object.location, "a pack cannot be collected");
+                    self.is_unsure = true;
+                    &mut self.collected.failed
+                }
+            };
+            count.add(object.size);
+        }
+        if is_lost { Err(CollectError::LeaseLost) } else { Ok(()) }
+    }
+
+    async fn delete_one(&self, object: &ObjectMeta, cutoff_ms: i64) -> Result<Fate, Trouble> {
+        let tier = self.tier;
+        if let Some((_, group)) = tier.names.split(&object.location)
+            && let Some(blocks) = self.references.of(&group)
+        {
+            let footer = match tier.footer_of(object, tier.soon()).await {
                 Ok(footer) => footer,
-                Err(Trouble::NotFound) => return Ok(true),
+                Err(Trouble::NotFound) => return Ok(Fate::Gone),
                 // What is in it cannot be told: it stays, for what refers to it may still be read.
                 Err(trouble) => return Err(trouble),
             };
             if footer.blocks.iter().any(|block| blocks.contains(&BlockName::of(&block.hash))) {
-                return Ok(false);
+                return Ok(Fate::Referenced);
             }
         }
-        if !dry_run {
-            self.bucket.delete(&object.location, until).await?;
+        let Some(lease) = &self.lease else { return Ok(Fate::Gone) };
+        // It may have been deleted and written again, under its name, since it was listed.
+        match tier.bucket.head(&object.location, tier.soon()).await {
+            Ok(meta) if meta.last_modified.timestamp_millis() > cutoff_ms => return Ok(Fate::Young),
+            Ok(_) => {}
+            Err(Trouble::NotFound) => return Ok(Fate::Gone),
+            Err(trouble) => return Err(trouble),
         }
-        Ok(true)
-    }
-
-    // ------------------------------------------------------------------------------- the lease
-
-    async fn take_collector_lease(&self) -> Result<Path, CollectError> {
-        if self.abilities.lock().is_none_or(|abilities| !abilities.creates_once) {
-            return Err(CollectError::NoLease);
-        }
-        let deadline = Instant::now() + self.bucket.stall() * 4;
-        let folder = self.names.root().clone().join("collector");
-        let taken = self.bucket.list(&folder, caps::OBJECT_BRANCHES_MAX, deadline).await?;
-        let number = |location: &Path| location.filename()?.parse::<u64>().ok();
-        let last = taken.iter().filter_map(|object| Some((number(&object.location)?, object))).max_by_key(|(n, _)| *n);
-        if let Some((_, object)) = last {
-            let (bytes, _) =
-                self.bucket.read(&object.location, 0..object.size.min(REFERENCE_BYTES_MAX), deadline).await?;
-            let left =
-                serde_json::from_slice::<Lease>(&bytes).map_or(0, |lease| lease.expires_ms - self.store_now_ms());
-            if left > 0 {
-                return Err(CollectError::Held(left as u64 / 1000 + 1));
-            }
-        }
-        let next = last.map_or(1, |(number, _)| number + 1);
-        let location = folder.clone().join(format!("{next:020}"));
-        let holder = format!("{:032x}", self.next_id());
-        let lease = Lease { holder, expires_ms: self.store_now_ms() + LEASE_MS };
-        let body = serde_json::to_vec(&lease).unwrap_or_default();
-        let payload = || PutPayload::from(body.clone());
-        match retried!(self.bucket, deadline, 0, self.bucket.create(&location, payload())) {
-            Ok(()) => {}
-            Err(Trouble::Exists) => {
-                // Another was faster; or an own try's answer was lost.
-                let (there, _) = self.bucket.read(&location, 0..body.len() as u64, deadline).await?;
-                if there != body {
-                    return Err(CollectError::Held(LEASE_MS as u64 / 1000));
-                }
-            }
-            Err(trouble) => return Err(trouble.into()),
-        }
-        for object in taken {
-            // Leases that ended; the highest stays, so that numbers only rise.
-            let _ = self.bucket.delete(&object.location, deadline).await;
-        }
-        Ok(location)
-    }
-
-    /// Overwritten as ended, not deleted: its number must not be taken again.
-    async fn end_collector_lease(&self, location: Path) {
-        let deadline = Instant::now() + self.bucket.stall() * 2;
-        let body = serde_json::to_vec(&Lease { holder: String::new(), expires_ms: 0 }).unwrap_or_default();
-        let overwrite = object_store::PutMode::Overwrite;
-        let payload = || PutPayload::from(body.clone());
-        let ended = retried!(self.bucket, deadline, 0, self.bucket.put(&location, payload(), overwrite.clone()));
-        if let Err(trouble) = ended {
-            tracing::debug!(%trouble, "the collector's lease could not be ended early; it ends at its time");
-        }
-    }
-
-    // ------------------------------------------------------------------------------- references
-
-    /// Blocks stay in the bucket for `ttl_ms`, whatever a collector wants: told to the bucket under the name `id`.
-    pub async fn refer(
-        &self,
-        id: u128,
-        layout: &Arc<RegisteredLayout>,
-        group: u16,
-        hashes: &[SequenceHash],
-        ttl_ms: u64,
-    ) -> Result<(), Trouble> {
-        let folder = self.names.group(layout, group).below(self.names.root());
-        let reference = Reference {
-            version: 1,
-            expires_ms: self.store_now_ms() + ttl_ms as i64,
-            folder,
-            blocks: hashes.iter().map(|hash| BlockName::of(hash).to_string()).collect(),
-        };
-        let body = serde_json::to_vec(&reference).map_err(|error| Trouble::Failed(error.to_string()))?;
-        let deadline = Instant::now() + self.bucket.stall() * 4;
-        let (location, mode) = (self.reference_at(id), object_store::PutMode::Overwrite);
-        let payload = || PutPayload::from(body.clone());
-        let put =
-            retried!(self.bucket, deadline, body.len() as u64, self.bucket.put(&location, payload(), mode.clone()));
-        put.map(drop)
-    }
-
-    /// Ends a reference before its time, in the background. Where that fails, it ends by its time.
-    pub fn end_reference(self: &Arc<Self>, id: u128) {
-        let tier = Arc::clone(self);
-        self.runtime.spawn(async move {
-            let deadline = Instant::now() + tier.bucket.stall() * 4;
-            if let Err(trouble) = tier.bucket.delete(&tier.reference_at(id), deadline).await {
-                tracing::debug!(%trouble, "a reference in the bucket could not be ended early; it ends at its time");
-            }
-        });
-    }
-
-    fn reference_at(&self, id: u128) -> Path {
-        self.names.root().clone().join("refs").join(format!("{id:032x}"))
-    }
-
-    /// What is referred to now. References whose time is over are deleted.
-    async fn references(&self, now_ms: i64, until: Instant) -> Result<Referenced, Trouble> {
-        let mut referenced = Referenced::new();
-        let folder = self.names.root().clone().join("refs");
-        for object in self.bucket.list(&folder, REFERENCES_MAX, until).await? {
-            if object.size > REFERENCE_BYTES_MAX {
-                return Err(Trouble::Damaged(format!(
-                    "the reference {} has {} bytes, which is too many",
-                    object.location, object.size
-                )));
-            }
-            let (bytes, _) = match self.bucket.read(&object.location, 0..object.size, until).await {
-                Err(Trouble::NotFound) => continue,
-                read => read?,
-            };
-            // One that cannot be read may protect anything: better nothing is collected.
-            let reference: Reference = serde_json::from_slice(&bytes).map_err(|error| {
-                Trouble::Damaged(format!("the reference {} cannot be read: {error}", object.location))
-            })?;
-            if reference.version != 1 {
-                let problem = format!(
-                    "the reference {} has version {}, which this build does not know",
-                    object.location, reference.version
-                );
-                return Err(Trouble::Unsupported(problem));
-            }
-            if reference.expires_ms <= now_ms {
-                let _ = self.bucket.delete(&object.location, until).await;
-                continue;
-            }
-            let group = GroupNames::at(self.names.root(), &reference.folder);
-            let blocks = reference.blocks.iter().filter_map(|block| BlockName::parse(block));
-            referenced.entry(group).or_default().extend(blocks);
-        }
-        Ok(referenced)
-    }
-}
-
-async fn next_object(
-    objects: &mut futures::stream::BoxStream<'_, Result<ObjectMeta, Trouble>>,
-    until: Instant,
-) -> Result<Option<ObjectMeta>, CollectError> {
-    match tokio::time::timeout_at(until, objects.next()).await {
-        Ok(object) => Ok(object.transpose()?),
-        Err(_) => Err(CollectError::TooLong),
+        let left = Duration::from_millis(lease.left_ms(tier.bucket.now()));
+        let deadline = tier.soon().min(Instant::now() + left);
+        tier.bucket.delete_while(&object.location, deadline, || lease.holds(tier.bucket.now())).await?;
+        Ok(Fate::Gone)
     }
 }
 

@@ -1,43 +1,48 @@
 //! Deleting: a pack without some of its blocks. The others are written to packs of their own first, frame by frame as they are;
 //! then the old one goes. Copies in packs that this node does not know of, another's branches, go with the collector.
+//!
+//! An answer OK is a promise: the blocks do not come back, whatever is killed afterwards. So an upload that is being written just
+//! now is waited for, that it is not owed any more is on the disk first, and a store that cannot be searched is an error.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use kvstore_plane::SequenceHash;
-use object_store::PutPayload;
+use kvstore_transfer::frame::FrameHeader;
+use object_store::ObjectMeta;
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::ObjectTier;
 use super::directory::Pack;
-use super::names::{BlockName, PackName};
 use super::pack::{Footer, PackedBlock};
-use super::requests::{Trouble, retried};
+use super::proof::is_sound;
+use super::write::Packing;
 use crate::block::Digest;
+use crate::bucket::Trouble;
 use crate::caps;
-use crate::changes::NamespaceTag;
 use crate::host::RegisteredLayout;
+
+/// A pack that comes damaged is read so often: what was damaged on its way comes right.
+const READS_MAX: usize = 3;
 
 impl ObjectTier {
     /// Deletes blocks from the bucket, as far as this node knows where they are; those that it deleted. They are not uploaded
-    /// any more, either.
+    /// any more, either. Where the future is dropped, some may be deleted.
     pub async fn delete(
         self: &Arc<Self>,
         layout: &Arc<RegisteredLayout>,
         group: u16,
         hashes: &[SequenceHash],
     ) -> Result<HashSet<SequenceHash>, Trouble> {
-        self.cancel(layout, group, hashes);
-        if let Some(searching) = self.search(layout, group, hashes, (self.clock)()) {
-            searching.ended().await;
-        }
+        self.until_not_uploaded(layout, group, hashes).await?;
         let digests: Vec<Digest> = hashes.iter().map(|hash| self.digest(layout, group, hash)).collect();
         let unwanted: HashSet<Digest> = digests.iter().copied().collect();
         let mut deleted = HashSet::new();
         // A block may be in a second pack, which shows once the first is gone.
         for _ in 0..caps::OBJECT_BRANCHES_MAX {
+            self.search_anew(layout, group, hashes).await?;
             let mut packs: BTreeMap<String, Arc<Pack>> = BTreeMap::new();
             {
                 let state = self.state.lock();
@@ -49,13 +54,53 @@ impl ObjectTier {
                 }
             }
             if packs.is_empty() {
-                break;
+                return Ok(deleted);
             }
             for pack in packs.values() {
+                let deadline = Instant::now() + self.write_time(pack.bytes);
+                for other in self.packs_beside(layout, group, pack, deadline).await? {
+                    if other.blocks.iter().any(|block| unwanted.contains(&block.digest)) {
+                        self.without(layout, group, &other, &unwanted).await?;
+                    }
+                }
                 self.without(layout, group, pack, &unwanted).await?;
             }
         }
-        Ok(deleted)
+        Err(Trouble::Failed("there are too many objects with these blocks to delete them in one call".into()))
+    }
+
+    /// Blocks that wait to be uploaded are not, and those that are being written just now are in the bucket, or not. A restart
+    /// does not upload them either.
+    async fn until_not_uploaded(
+        self: &Arc<Self>,
+        layout: &Arc<RegisteredLayout>,
+        group: u16,
+        hashes: &[SequenceHash],
+    ) -> Result<(), Trouble> {
+        let unwanted: HashSet<SequenceHash> = hashes.iter().copied().collect();
+        let deadline = Instant::now() + self.write_time(2 * caps::OBJECT_PACK_BYTES);
+        loop {
+            let cancelled = self.uploads.lock().cancel(layout, group, &unwanted);
+            for batch in cancelled {
+                self.drop_batch(batch);
+            }
+            let digests = hashes.iter().map(|hash| self.digest(layout, group, hash));
+            let under_way: Vec<oneshot::Receiver<bool>> = self.uploads.lock().unwanted(digests);
+            if under_way.is_empty() {
+                break;
+            }
+            for upload in under_way {
+                // However it ended. One that failed may wait for its next try by now, and is cancelled.
+                if tokio::time::timeout_at(deadline, upload).await.is_err() {
+                    return Err(Trouble::Failed("some of the blocks are being uploaded just now".into()));
+                }
+            }
+        }
+        let tier = Arc::clone(self);
+        let synced = tokio::task::spawn_blocking(move || tier.sync_log()).await;
+        synced.map_err(std::io::Error::other).flatten().map_err(|error| {
+            Trouble::Failed(format!("the upload log cannot be written, so a restart would upload the blocks: {error}"))
+        })
     }
 
     async fn without(
@@ -65,29 +110,63 @@ impl ObjectTier {
         pack: &Arc<Pack>,
         unwanted: &HashSet<Digest>,
     ) -> Result<(), Trouble> {
-        let deadline = Instant::now()
-            + Duration::from_millis(caps::OBJECT_STALL_MS * u64::from(caps::OBJECT_TRIES_MAX) + pack.bytes / 1000);
-        if !pack.blocks.iter().all(|block| unwanted.contains(&block.digest)) {
-            let (object, meta) = match self.bucket.read(&pack.location, 0..pack.bytes, deadline).await {
+        let deadline = Instant::now() + self.write_time(pack.bytes);
+        let wanted = pack.blocks.iter().filter(|block| !unwanted.contains(&block.digest)).count();
+        if wanted > 0 {
+            let read = self.read_wanted(layout, group, pack, unwanted, deadline).await;
+            let (object, blocks) = match read {
                 Err(Trouble::NotFound) => {
                     self.state.lock().directory.remove(pack);
                     return Ok(());
                 }
                 read => read?,
             };
-            // A footer that is damaged tells no names: the rest is lost with what is to go.
-            if let Ok(footer) = Footer::decode(&object, meta.size) {
-                let wanted = |block: &&PackedBlock| !unwanted.contains(&self.digest(layout, group, &block.hash));
-                for run in
-                    footer.blocks.chunk_by(|a, b| wanted(&a) == wanted(&b)).filter(|run| run.iter().all(|b| wanted(&b)))
-                {
-                    self.write_again(layout, group, &object, &footer, run, deadline).await?;
-                }
+            if blocks.len() < wanted {
+                let lost = wanted - blocks.len();
+                tracing::warn!(pack = %pack.location, lost, "damaged blocks go with the blocks that are deleted");
+            }
+            let follows = |a: &PackedBlock, b: &PackedBlock| a.offset + a.frame_bytes == b.offset;
+            for run in blocks.chunk_by(follows) {
+                self.write_again(layout, group, &object, run, deadline).await?;
             }
         }
         self.bucket.delete(&pack.location, deadline).await?;
         self.state.lock().directory.remove(pack);
         Ok(())
+    }
+
+    /// A pack's bytes, and those of its blocks that stay and are what their frames say, which need no footer for that. It is read
+    /// again where one is not.
+    async fn read_wanted(
+        &self,
+        layout: &Arc<RegisteredLayout>,
+        group: u16,
+        pack: &Pack,
+        unwanted: &HashSet<Digest>,
+        deadline: Instant,
+    ) -> Result<(Bytes, Vec<PackedBlock>), Trouble> {
+        let footer = footer_of(layout, group, [0; 16], Vec::new());
+        let wanted: Vec<_> = pack.blocks.iter().filter(|block| !unwanted.contains(&block.digest)).collect();
+        let mut best = (Bytes::new(), Vec::new());
+        for _ in 0..READS_MAX {
+            let (object, _): (Bytes, ObjectMeta) = self.bucket.read(&pack.location, 0..pack.bytes, deadline).await?;
+            let sound = |packed: &&super::directory::Packed| {
+                let frame = object.get(packed.offset as usize..);
+                let (bytes, length) = FrameHeader::decode(frame?).ok()?.identity.hash;
+                let hash = SequenceHash::new(bytes.get(..usize::from(length))?).ok()?;
+                let block = PackedBlock { hash, offset: packed.offset, frame_bytes: packed.frame_bytes };
+                let ours = self.digest(layout, group, &hash) == packed.digest && is_sound(&block, &footer, frame);
+                ours.then_some(block)
+            };
+            let blocks: Vec<PackedBlock> = wanted.iter().copied().filter_map(|packed| sound(&packed)).collect();
+            if best.0.is_empty() || blocks.len() > best.1.len() {
+                best = (object, blocks);
+            }
+            if best.1.len() == wanted.len() {
+                break;
+            }
+        }
+        Ok(best)
     }
 
     /// Some neighbouring frames of an object, as a pack of their own.
@@ -96,7 +175,6 @@ impl ObjectTier {
         layout: &Arc<RegisteredLayout>,
         group: u16,
         object: &Bytes,
-        footer: &Footer,
         run: &[PackedBlock],
         deadline: Instant,
     ) -> Result<(), Trouble> {
@@ -104,36 +182,14 @@ impl ObjectTier {
         let range = first.offset as usize..(last.offset + last.frame_bytes) as usize;
         let moved = |block: &PackedBlock| PackedBlock { offset: block.offset - first.offset, ..*block };
         let nonce = self.next_id().to_le_bytes();
-        let new = Footer { nonce, blocks: run.iter().map(moved).collect(), ..footer.clone() };
-        let tail = Bytes::from(new.encode());
-        let bytes = range.len() as u64 + tail.len() as u64;
-        let names = self.names.group(layout, group);
-        let (first, last) = (BlockName::of(&first.hash), BlockName::of(&last.hash));
-        for rewrite in 0..caps::OBJECT_TRIES_MAX {
-            let location = names.pack(&PackName { first, last, rewrite });
-            let payload = || [object.slice(range.clone()), tail.clone()].into_iter().collect::<PutPayload>();
-            match retried!(self.bucket, deadline, bytes, self.bucket.create(&location, payload())) {
-                Ok(()) => {
-                    let written_ms = super::probe::now_ms();
-                    let blocks = new.blocks.iter().map(|block| self.packed(layout, group, block)).collect();
-                    let namespace = NamespaceTag::of(&layout.namespace_digest);
-                    self.state.lock().directory.insert(&Pack::new(location, bytes, written_ms, blocks, namespace));
-                    return Ok(());
-                }
-                Err(Trouble::Exists) => {}
-                Err(trouble) => return Err(trouble),
-            }
-        }
-        Err(Trouble::Failed("too many objects already have these blocks".into()))
+        let footer = footer_of(layout, group, nonce, run.iter().map(moved).collect());
+        let footer_bytes = Bytes::from(footer.encode());
+        let bytes = range.len() as u64 + footer_bytes.len() as u64;
+        let pieces = vec![object.slice(range), footer_bytes.clone()];
+        self.store_packing(layout, &Packing { pieces, bytes, footer, footer_bytes }, deadline).await
     }
+}
 
-    /// Blocks that wait to be uploaded are not.
-    fn cancel(&self, layout: &Arc<RegisteredLayout>, group: u16, hashes: &[SequenceHash]) {
-        let unwanted: HashSet<SequenceHash> = hashes.iter().copied().collect();
-        let cancelled = self.uploads.lock().cancel(layout, group, &unwanted);
-        for batch in cancelled {
-            self.drop_batch(batch);
-        }
-        self.delete_once_written(layout, group, hashes);
-    }
+fn footer_of(layout: &RegisteredLayout, group: u16, nonce: [u8; 16], blocks: Vec<PackedBlock>) -> Footer {
+    Footer { namespace_digest: layout.namespace_digest, layout_digest: layout.digest, group, nonce, blocks }
 }

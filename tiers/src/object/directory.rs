@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use object_store::path::Path;
+use parking_lot::Mutex;
 
+use super::proof::Proof;
 use crate::block::Digest;
 use crate::caps::{OBJECT_ABSENT_MAX, OBJECT_DIRECTORY_BLOCKS_MAX};
 use crate::changes::{Change, ChangeLog, NamespaceTag};
@@ -29,6 +31,7 @@ pub struct Pack {
     /// Whose it is.
     pub namespace: NamespaceTag,
     asked: AtomicBool,
+    proof: Mutex<Proof>,
 }
 
 /// A block in a pack.
@@ -48,7 +51,18 @@ impl Pack {
     /// A pack of these blocks.
     pub fn new(location: Path, bytes: u64, written_ms: i64, blocks: Vec<Packed>, namespace: NamespaceTag) -> Arc<Self> {
         let blocks = blocks.into();
-        Arc::new(Self { location, bytes, written_ms, blocks, namespace, asked: AtomicBool::new(false) })
+        let (asked, proof) = (AtomicBool::new(false), Mutex::new(Proof::None));
+        Arc::new(Self { location, bytes, written_ms, blocks, namespace, asked, proof })
+    }
+
+    /// What this daemon knows of its bytes.
+    pub(super) fn proof(&self) -> Proof {
+        *self.proof.lock()
+    }
+
+    /// ... from now on.
+    pub(super) fn set_proof(&self, proof: Proof) {
+        *self.proof.lock() = proof;
     }
 }
 
@@ -175,6 +189,11 @@ impl Directory {
             self.absent.clear();
         }
         self.absent.insert(digest, until);
+    }
+
+    /// It is not known any more whether a pack begins with this block.
+    pub fn forget_absence(&mut self, digest: Digest) {
+        self.absent.remove(&digest);
     }
 
     /// True where it was found lately that no pack begins with this block.

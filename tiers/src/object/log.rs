@@ -2,7 +2,11 @@
 //!
 //! Records are appended as blocks come and as they are done; what is left is written anew when the log has grown far beyond it. A
 //! record that was cut off or flipped, and all behind it, are left out: those blocks are on this node alone. The blocks' bytes
-//! are the Nvme tier's. Written to the page cache at once, so that a kill loses nothing, and synced once a second.
+//! are the Nvme tier's. Written to the page cache at once, so that a kill loses nothing, and synced ten times a second where something
+//! was written, and before a deletion is answered.
+//!
+//! After a write that failed the end of the file may be torn, and what came behind would be left out; after a sync that failed, its
+//! pages may be gone. Such a file is not written any more: what is owed, which memory knows, is written into a new one.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -63,6 +67,8 @@ pub struct UploadLog {
     file: File,
     bytes: u64,
     unsynced: bool,
+    /// A write or a sync failed: the file is not to be trusted.
+    broken: bool,
     layouts: Vec<(String, Layout)>,
     numbers: HashMap<[u8; 64], u32>,
     owed: HashMap<Key, (u64, Owed)>,
@@ -74,21 +80,27 @@ impl UploadLog {
     pub fn open(folder: &Path) -> io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let path = folder.join("uploads");
-        let mut log = Self {
-            file: open_file(&path, false)?,
+        let mut log = Self::empty(open_file(&path, false)?, path);
+        let mut all = Vec::new();
+        log.file.read_to_end(&mut all)?;
+        log.replay(&all);
+        log.forget_layouts();
+        log.compact()?;
+        Ok(log)
+    }
+
+    fn empty(file: File, path: PathBuf) -> Self {
+        Self {
+            file,
             path,
             bytes: 0,
             unsynced: false,
+            broken: false,
             layouts: Vec::new(),
             numbers: HashMap::new(),
             owed: HashMap::new(),
             next: 0,
-        };
-        let mut all = Vec::new();
-        log.file.read_to_end(&mut all)?;
-        log.replay(&all);
-        log.compact()?;
-        Ok(log)
+        }
     }
 
     fn replay(&mut self, all: &[u8]) {
@@ -178,16 +190,36 @@ impl UploadLog {
     }
 
     fn write(&mut self, record: &Record) -> io::Result<()> {
+        if self.broken {
+            self.compact()?;
+        }
         let bytes = encode(record)?;
-        self.file.write_all(&bytes)?;
+        if let Err(error) = self.file.write_all(&bytes) {
+            self.broken = true;
+            return Err(error);
+        }
         self.bytes += bytes.len() as u64;
         self.unsynced = true;
         Ok(())
     }
 
-    /// A file to sync, where something was written since the last call: to be synced without holding anybody up.
-    pub fn take_unsynced(&mut self) -> Option<File> {
-        std::mem::take(&mut self.unsynced).then(|| self.file.try_clone().ok()).flatten()
+    /// The file cannot be relied on any more.
+    pub fn distrust(&mut self) {
+        self.broken = true;
+    }
+
+    /// A file to sync, where something was written since the last call: to be synced without holding anybody up. A log that could
+    /// not be written is written anew first.
+    pub fn take_unsynced(&mut self) -> io::Result<Option<File>> {
+        if self.broken {
+            self.compact()?;
+        }
+        if !self.unsynced {
+            return Ok(None);
+        }
+        let file = self.file.try_clone()?;
+        self.unsynced = false;
+        Ok(Some(file))
     }
 
     /// True where most of the log is of no use any more.
@@ -196,34 +228,47 @@ impl UploadLog {
         self.bytes > COMPACT_FROM_BYTES && self.bytes > needed * COMPACT_FACTOR
     }
 
-    /// Writes what is needed into a new log, and puts that in place of the old one.
-    pub fn compact(&mut self) -> io::Result<()> {
-        let (owed, layouts) = (self.owed(), std::mem::take(&mut self.layouts));
-        let used: std::collections::BTreeSet<u32> = owed.iter().map(|owed| owed.layout).collect();
-        let new_path = self.path.with_extension("new");
-        self.file = open_file(&new_path, true)?;
-        self.file.write_all(MAGIC)?;
-        self.bytes = MAGIC.len() as u64;
-        self.owed.clear();
+    /// Forgets layouts of which nothing is owed. Gives the others new numbers.
+    fn forget_layouts(&mut self) {
+        let used: std::collections::BTreeSet<u32> = self.owed.values().map(|(_, owed)| owed.layout).collect();
         self.numbers.clear();
         let mut renumbered = HashMap::new();
-        for (number, (namespace, layout)) in (0u32..).zip(&layouts) {
+        for (number, (namespace, layout)) in (0u32..).zip(std::mem::take(&mut self.layouts)) {
             if used.contains(&number) {
-                renumbered.insert(number, self.number(namespace, layout)?);
+                let new = self.layouts.len() as u32;
+                renumbered.insert(number, new);
+                self.numbers.insert(name_of(&namespace, &layout), new);
+                self.layouts.push((namespace, layout));
             }
         }
-        for owed in owed {
-            if let Some(layout) = renumbered.get(&owed.layout) {
-                self.add(Owed { layout: *layout, ..owed })?;
-            }
+        let owed = std::mem::take(&mut self.owed).into_values();
+        let renumber = |(at, owed): (u64, Owed)| {
+            let layout = *renumbered.get(&owed.layout)?;
+            Some(((layout, owed.group, owed.hash), (at, Owed { layout, ..owed })))
+        };
+        self.owed = owed.filter_map(renumber).collect();
+    }
+
+    /// Writes what is needed into a new log, and puts that in place of the old one. Where that fails, this is as it was.
+    pub fn compact(&mut self) -> io::Result<()> {
+        let new_path = self.path.with_extension("new");
+        let mut new = Self::empty(open_file(&new_path, true)?, self.path.clone());
+        new.file.write_all(MAGIC)?;
+        new.bytes = MAGIC.len() as u64;
+        for (namespace, layout) in &self.layouts {
+            new.number(namespace, layout)?;
         }
-        self.file.sync_all()?;
+        for owed in self.owed() {
+            new.add(owed)?;
+        }
+        new.file.sync_all()?;
         std::fs::rename(&new_path, &self.path)?;
-        if let Some(folder) = self.path.parent() {
-            File::open(folder)?.sync_all()?;
-        }
-        self.unsynced = false;
-        Ok(())
+        // Until its name is on the disk, a power cut may bring back the old one.
+        let named = self.path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all());
+        new.unsynced = false;
+        new.broken = named.is_err();
+        *self = new;
+        named
     }
 }
 
@@ -290,10 +335,61 @@ mod tests {
         SequenceHash::new(&id.to_be_bytes()).unwrap()
     }
 
+    fn folder(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("kvstore-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&folder);
+        folder
+    }
+
+    fn full() -> File {
+        OpenOptions::new().write(true).open("/dev/full").unwrap()
+    }
+
+    /// A full disk tore the end of the log. What was appended behind the tear was left out at the next start: an upload that was
+    /// owed was forgotten, and one that was done, or deleted, was made again.
+    #[test]
+    fn what_comes_after_a_write_that_failed_is_not_lost_behind_it() {
+        let folder = folder("torn-upload-log");
+        let mut log = UploadLog::open(&folder).unwrap();
+        let layout = log.number("a", &layout("m")).unwrap();
+        let owed = |id| Owed { layout, group: 0, hash: hash(id), parent: None, length: 9 };
+        (0..3).for_each(|id| log.add(owed(id)).unwrap());
+        let whole = std::mem::replace(&mut log.file, full());
+        assert!(log.done(layout, 0, hash(0)).is_err());
+        // Half of that record is in the file.
+        (&whole).write_all(&[200, 0, 0, 0, 1, 2]).unwrap();
+        log.file = whole;
+        log.add(owed(7)).unwrap();
+        log.done(layout, 0, hash(1)).unwrap();
+        log.take_unsynced().unwrap().unwrap().sync_data().unwrap();
+        drop(log);
+        let left: Vec<_> = UploadLog::open(&folder).unwrap().owed().iter().map(|owed| owed.hash).collect();
+        assert_eq!(left, [2, 7].map(hash));
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    /// A log that could not be written anew forgot all that it knew.
+    #[test]
+    fn a_log_that_cannot_be_written_anew_stays_as_it_was_and_says_so() {
+        let folder = folder("lost-upload-log");
+        let mut log = UploadLog::open(&folder).unwrap();
+        let layout = log.number("a", &layout("m")).unwrap();
+        let owed = |id| Owed { layout, group: 0, hash: hash(id), parent: None, length: 9 };
+        (0..3).for_each(|id| log.add(owed(id)).unwrap());
+        std::fs::remove_dir_all(&folder).unwrap();
+        log.distrust();
+        assert!(log.take_unsynced().is_err() && log.done(layout, 0, hash(0)).is_err());
+        std::fs::create_dir_all(&folder).unwrap();
+        assert!(log.take_unsynced().unwrap().is_none(), "written anew, and synced");
+        drop(log);
+        let left: Vec<_> = UploadLog::open(&folder).unwrap().owed().iter().map(|owed| owed.hash).collect();
+        assert_eq!(left, [1, 2].map(hash));
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
     #[test]
     fn what_is_owed_is_found_again_whatever_became_of_the_end() {
-        let folder = std::env::temp_dir().join(format!("kvstore-upload-log-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&folder);
+        let folder = folder("upload-log");
         let mut log = UploadLog::open(&folder).unwrap();
         let (a, b) = (log.number("a", &layout("m")).unwrap(), log.number("b", &layout("m")).unwrap());
         assert_ne!(a, b);

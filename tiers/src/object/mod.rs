@@ -9,21 +9,23 @@ mod below;
 mod collect;
 mod delete;
 mod directory;
+mod doomed;
 mod keep;
 mod log;
 pub mod names;
-mod open;
 pub mod pack;
-mod probe;
+mod proof;
 mod read;
-mod requests;
+mod references;
 mod search;
+#[cfg(test)]
+mod tests;
 mod upload;
 mod write;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -35,6 +37,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::Instant;
 
 use crate::block::{BlockRef, Digest};
+use crate::bucket::Bucket;
 use crate::caps;
 use crate::changes::NamespaceTag;
 use crate::clock::BootTime;
@@ -51,13 +54,11 @@ use pack::PackedBlock;
 pub use directory::Pack;
 use log::{Owed, UploadLog};
 use names::Names;
-use requests::Bucket;
+use proof::Resting;
 use upload::Uploads;
 
+pub use crate::bucket::{Abilities, ObjectUrl, OpenStoreError, Opened, Trouble};
 pub use collect::{CollectError, CollectRules, Collected, PackCount};
-pub use open::{ObjectUrl, OpenStoreError, Opened};
-pub use probe::Abilities;
-pub use requests::Trouble;
 pub use upload::{Offer, Offered};
 
 /// What may change while it runs.
@@ -184,6 +185,8 @@ pub struct ObjectTier {
     above: Arc<Stack>,
     state: Mutex<State>,
     uploads: Mutex<Uploads>,
+    /// Blocks whose acknowledgement waits until the pack that has them is proven, by the pack.
+    proving: Mutex<HashMap<usize, Vec<Resting>>>,
     limits: Mutex<ObjectLimits>,
     log: Option<Mutex<UploadLog>>,
     leased_bytes: Arc<AtomicU64>,
@@ -191,9 +194,9 @@ pub struct ObjectTier {
     meter: Arc<ReadMeter>,
     abilities: Mutex<Option<Abilities>>,
     refused: Mutex<Option<String>>,
-    clock_ahead_ms: AtomicI64,
     reads: Arc<Semaphore>,
     prefetch_reads: Arc<Semaphore>,
+    proofs: Semaphore,
     /// An upload ended.
     uploaded: Notify,
     /// There is something to upload.
@@ -223,7 +226,7 @@ impl ObjectTier {
         };
         let tier = Arc::new_cyclic(|this| Self {
             this: Weak::clone(this),
-            bucket: Bucket::new(options.opened.store, options.stall),
+            bucket: Bucket::new(options.opened.store, options.stall, options.clock),
             names: Names::new(&options.opened.prefix, &options.namespaces),
             checks_uploads: options.opened.checks_uploads,
             host: Arc::clone(host),
@@ -234,6 +237,7 @@ impl ObjectTier {
                 searches: HashMap::new(),
             }),
             uploads: Mutex::default(),
+            proving: Mutex::default(),
             limits: Mutex::new(options.limits),
             log,
             leased_bytes: Arc::default(),
@@ -241,9 +245,9 @@ impl ObjectTier {
             meter: Arc::default(),
             abilities: Mutex::new(None),
             refused: Mutex::new(None),
-            clock_ahead_ms: AtomicI64::new(0),
             reads: Arc::new(Semaphore::new(caps::OBJECT_READS_MAX)),
             prefetch_reads: Arc::new(Semaphore::new(caps::OBJECT_PREFETCH_READS_MAX)),
+            proofs: Semaphore::new(caps::OBJECT_PROOFS_MAX),
             uploaded: Notify::new(),
             work: Notify::new(),
             stopping: AtomicBool::new(false),
@@ -271,7 +275,7 @@ impl ObjectTier {
         while !self.stopping.load(Ordering::Acquire) {
             let name = format!("{:032x}", self.next_id());
             let deadline = Instant::now() + self.bucket.stall() * 4;
-            match probe::probe(&self.bucket, self.names.root(), &name, deadline).await {
+            match crate::bucket::probe(&self.bucket, self.names.root(), &name, deadline).await {
                 Ok(abilities) => {
                     let does_what_is_needed = abilities.reads_own_writes && abilities.creates_once;
                     for lack in abilities.lacks() {
@@ -281,7 +285,6 @@ impl ObjectTier {
                         }
                     }
                     tracing::info!(root = %self.names.root(), "the object store answers; the probe has tried reads, creates and updates");
-                    self.clock_ahead_ms.store(abilities.clock_ahead_ms, Ordering::Relaxed);
                     *self.abilities.lock() = Some(abilities);
                     *self.refused.lock() = None;
                     return;
@@ -396,7 +399,7 @@ impl ObjectTier {
         }
         self.stopping.store(true, Ordering::Release);
         self.work.notify_waiters();
-        self.sync_log();
+        self.sync_log_or_say();
     }
 
     /// The tier at this moment.
@@ -455,20 +458,34 @@ impl ObjectTier {
         let (Some(log), Some(namespace)) = (&self.log, self.namespaces.get(layout.namespace.0)) else { return };
         let mut log = log.lock();
         let done = log.number(namespace, &layout.layout).and_then(|number| {
-            for hash in hashes {
-                log.done(number, group, hash)?;
-            }
-            if log.has_grown() { log.compact() } else { Ok(()) }
+            // Each, even where the file cannot be written: what is known here is what a new file will say.
+            let all = hashes.fold(Ok(()), |all, hash| {
+                let one = log.done(number, group, hash);
+                all.and(one)
+            });
+            if log.has_grown() { log.compact() } else { all }
         });
         if let Err(error) = done {
             tracing::warn!(%error, "the upload log cannot be written; a restart uploads these blocks again");
         }
     }
 
-    fn sync_log(&self) {
-        let Some(log) = &self.log else { return };
-        let file = log.lock().take_unsynced();
-        if let Some(Err(error)) = file.map(|file| file.sync_data()) {
+    /// What was written to the log is on the disk. One that could not be written, or synced, is written anew.
+    fn sync_log(&self) -> std::io::Result<()> {
+        let Some(log) = &self.log else { return Ok(()) };
+        let unsynced = log.lock().take_unsynced()?;
+        let Some(file) = unsynced else { return Ok(()) };
+        if let Err(error) = file.sync_data() {
+            // Its pages count as clean now: a second sync would succeed without them.
+            let mut log = log.lock();
+            log.distrust();
+            log.compact().map_err(|_| error)?;
+        }
+        Ok(())
+    }
+
+    fn sync_log_or_say(&self) {
+        if let Err(error) = self.sync_log() {
             tracing::warn!(%error, "the upload log cannot be synced");
         }
     }

@@ -13,9 +13,9 @@ use tokio::time::Instant;
 
 use super::ObjectTier;
 use super::directory::{Pack, Packed};
-use super::requests::{Trouble, retried};
 use crate::below::{Arrived, NotRead, Read, ReadDone, ReadUrgency, WhyNotRead};
 use crate::block::{Block, Wanted, unpadded};
+use crate::bucket::{Trouble, retried};
 use crate::caps;
 use crate::host::BlockFill;
 use crate::residency::Priority;

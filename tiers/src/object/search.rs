@@ -17,12 +17,12 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::ObjectTier;
-use super::directory::Pack;
+use super::directory::{Directory, Pack};
 use super::names::{BlockName, GroupNames, PackName};
 use super::pack::{FOOTER_BYTES_MAX, Footer, PackError, PackedBlock, begins_pack};
-use super::requests::Trouble;
 use crate::below::Searching;
 use crate::block::Digest;
+use crate::bucket::Trouble;
 use crate::caps;
 use crate::changes::NamespaceTag;
 use crate::clock::BootTime;
@@ -37,6 +37,8 @@ struct Chain {
     hashes: Vec<SequenceHash>,
     digests: Vec<Digest>,
     places: HashMap<BlockName, usize>,
+    /// Nothing is looked for behind a block that is nowhere.
+    ends_at_gap: bool,
 }
 
 impl ObjectTier {
@@ -54,18 +56,7 @@ impl ObjectTier {
         }
         let digests: Vec<Digest> = hashes.iter().map(|hash| self.digest(layout, group, hash)).collect();
         let mut state = self.state.lock();
-        let per_pack = self.blocks_per_pack(layout, group);
-        let mut starts = Vec::new();
-        let mut known_before = true;
-        for (at, (hash, digest)) in hashes.iter().zip(&digests).enumerate() {
-            let known = state.directory.has(*digest);
-            // A pack may begin behind what is known, and where a block's name says so.
-            let may_begin = known_before || begins_pack(hash, per_pack);
-            if !known && may_begin && !state.directory.is_absent(*digest, now) {
-                starts.push(at);
-            }
-            known_before = known;
-        }
+        let starts = starts(&state.directory, hashes, &digests, self.blocks_per_pack(layout, group), now);
         let (first, last) = (starts.first().and_then(|at| digests.get(*at))?, digests.last()?);
         let key = Digest(first.0 ^ last.0.rotate_left(1));
         if let Some(running) = state.searches.get(&key) {
@@ -77,16 +68,67 @@ impl ObjectTier {
         let (ended, running) = watch::channel(());
         state.searches.insert(key, running.clone());
         drop(state);
-        let places = hashes.iter().map(BlockName::of).zip(0..).collect();
-        let names = self.names.group(layout, group);
-        let chain = Chain { layout: Arc::clone(layout), group, names, hashes: hashes.to_vec(), digests, places };
+        let chain = self.chain_of(layout, group, hashes);
         let tier = Arc::clone(self);
         self.runtime.spawn(async move {
-            tier.search_now(&chain, starts, now).await;
+            if let Err(trouble) = tier.search_now(&chain, starts, now).await {
+                tracing::debug!(%trouble, "the bucket cannot be searched");
+            }
             tier.state.lock().searches.remove(&key);
             drop(ended);
         });
         Some(Searching::new(running))
+    }
+
+    fn chain_of(&self, layout: &Arc<RegisteredLayout>, group: u16, hashes: &[SequenceHash]) -> Chain {
+        let digests = hashes.iter().map(|hash| self.digest(layout, group, hash)).collect();
+        let places = hashes.iter().map(BlockName::of).zip(0..).collect();
+        let names = self.names.group(layout, group);
+        let ends_at_gap = self.blocks_per_pack(layout, group) > 1;
+        Chain { layout: Arc::clone(layout), group, names, hashes: hashes.to_vec(), digests, places, ends_at_gap }
+    }
+
+    /// Looks for blocks whatever was found lately, behind gaps, too, and fails where that cannot be done: for whoever promises that
+    /// they are gone.
+    pub(super) async fn search_anew(
+        self: &Arc<Self>,
+        layout: &Arc<RegisteredLayout>,
+        group: u16,
+        hashes: &[SequenceHash],
+    ) -> Result<(), Trouble> {
+        let chain = Chain { ends_at_gap: false, ..self.chain_of(layout, group, hashes) };
+        let starts = {
+            let mut state = self.state.lock();
+            chain.digests.iter().for_each(|digest| state.directory.forget_absence(*digest));
+            let per_pack = self.blocks_per_pack(layout, group);
+            starts(&state.directory, hashes, &chain.digests, per_pack, (self.clock)())
+        };
+        self.search_now(&chain, starts, (self.clock)()).await
+    }
+
+    /// Packs in the folder of `pack`, which begin with the same block: branches, and the same blocks written again.
+    pub(super) async fn packs_beside(
+        &self,
+        layout: &Arc<RegisteredLayout>,
+        group: u16,
+        pack: &Pack,
+        deadline: Instant,
+    ) -> Result<Vec<Arc<Pack>>, Trouble> {
+        let chain = self.chain_of(layout, group, &[]);
+        let folder = pack.location.prefix_match(self.names.root()).into_iter().flatten();
+        let mut folder: Vec<_> = folder.collect();
+        folder.pop();
+        let folder = folder.into_iter().fold(self.names.root().clone(), |folder, part| folder.join(part));
+        let mut beside = Vec::new();
+        for object in self.bucket.list(&folder, caps::OBJECT_BRANCHES_MAX, deadline).await? {
+            if object.location != pack.location
+                && chain.names.parse(&object.location).is_some()
+                && let Some(other) = self.pack_by_footer(&chain, &object, deadline).await?
+            {
+                beside.push(other);
+            }
+        }
+        Ok(beside)
     }
 
     /// Blocks of a pack that a writer aims at. One, for kinds that are read without their prefix: a chain of them has holes.
@@ -100,9 +142,8 @@ impl ObjectTier {
     }
 
     /// Lists place after place, more of them at once the more is found, up to the first gap: attention reads nothing behind one.
-    async fn search_now(self: &Arc<Self>, chain: &Chain, starts: Vec<usize>, now: BootTime) {
+    async fn search_now(self: &Arc<Self>, chain: &Chain, starts: Vec<usize>, now: BootTime) -> Result<(), Trouble> {
         let deadline = Instant::now() + std::time::Duration::from_millis(caps::OBJECT_STALL_MS * 2);
-        let ends_at_gap = self.blocks_per_pack(&chain.layout, chain.group) > 1;
         let (mut waiting, mut listed) = (BTreeSet::from_iter(starts), HashSet::new());
         let mut under_way = FuturesUnordered::new();
         let (mut at_once, mut gap) = (2, usize::MAX);
@@ -116,23 +157,20 @@ impl ObjectTier {
                     under_way.push(async move { (at, self.packs_at(chain, at, hash, deadline).await) });
                 }
             }
-            let Some((at, found)) = under_way.next().await else { return };
+            let Some((at, found)) = under_way.next().await else { return Ok(()) };
             match found {
                 Ok(0) => {
                     if let Some(digest) = chain.digests.get(at) {
                         self.state.lock().directory.note_absent(*digest, now.plus_ms(caps::OBJECT_ABSENT_MS));
                     }
-                    gap = if ends_at_gap { gap.min(at) } else { gap };
+                    gap = if chain.ends_at_gap { gap.min(at) } else { gap };
                 }
                 Ok(blocks) => {
                     // What comes behind begins another pack.
                     waiting.insert(at + blocks);
                     at_once = (at_once * 2).min(caps::OBJECT_SEARCHES_MAX);
                 }
-                Err(trouble) => {
-                    tracing::debug!(%trouble, "the bucket cannot be searched");
-                    return;
-                }
+                Err(trouble) => return Err(trouble),
             }
         }
     }
@@ -259,6 +297,27 @@ impl ObjectTier {
             }
         }
     }
+}
+
+/// Where packs may begin that are not known: behind what is known, and where a block's name says so.
+fn starts(
+    directory: &Directory,
+    hashes: &[SequenceHash],
+    digests: &[Digest],
+    per_pack: u64,
+    now: BootTime,
+) -> Vec<usize> {
+    let mut starts = Vec::new();
+    let mut known_before = true;
+    for (at, (hash, digest)) in hashes.iter().zip(digests).enumerate() {
+        let known = directory.has(*digest);
+        let may_begin = known_before || begins_pack(hash, per_pack);
+        if !known && may_begin && !directory.is_absent(*digest, now) {
+            starts.push(at);
+        }
+        known_before = known;
+    }
+    starts
 }
 
 /// Footers that are read of packs that begin with one block: further branches are found by who stored them.

@@ -150,9 +150,28 @@ impl Uploads {
 
     /// The next that is due; while the store is `away` those alone for which somebody waits, to be told so.
     fn next(&mut self, now: Instant, away: bool) -> Option<Batch> {
-        let at = self.queue.iter().position(|batch| batch.not_before <= now && (batch.durable || !away))?;
+        let at = self.next_due(now, away)?;
         self.under_way += 1;
         self.queue.remove(at)
+    }
+
+    fn next_due(&self, now: Instant, away: bool) -> Option<usize> {
+        self.queue.iter().position(|batch| batch.not_before <= now && (batch.durable || !away))
+    }
+
+    /// Those of these blocks that are still waited for, which are being written just now, are not tried again. What is told once
+    /// each has ended, however.
+    pub fn unwanted(&mut self, digests: impl Iterator<Item = Digest>) -> Vec<oneshot::Receiver<bool>> {
+        let mut under_way = Vec::new();
+        for digest in digests {
+            if let Some(waiters) = self.waiters.get_mut(&digest) {
+                let (told, waiting) = oneshot::channel();
+                waiters.push(told);
+                self.deleted.insert(digest);
+                under_way.push(waiting);
+            }
+        }
+        under_way
     }
 }
 
@@ -174,47 +193,13 @@ impl ObjectTier {
                 return Offered::Accepted(None);
             }
             if self.is_young(place.pack.written_ms) {
-                // It rests on an object that this daemon did not write just now: is it still there?
-                let (told, waiting) = oneshot::channel();
-                let tier = Arc::clone(self);
-                self.runtime.spawn(async move { tier.confirm_or_upload(place.pack, offer, told).await });
-                return Offered::Accepted(Some(waiting));
+                return Offered::Accepted(Some(self.rest_on(place.pack, offer)));
             }
         }
         self.take(offer, digest, &limits)
     }
 
-    async fn confirm_or_upload(
-        self: &Arc<Self>,
-        pack: Arc<super::directory::Pack>,
-        offer: Offer,
-        told: oneshot::Sender<bool>,
-    ) {
-        let deadline = Instant::now() + Duration::from_millis(caps::OBJECT_STALL_MS);
-        match self.bucket.head(&pack.location, deadline).await {
-            Ok(meta) if meta.size == pack.bytes && self.is_young(meta.last_modified.timestamp_millis()) => {
-                let _ = told.send(true);
-            }
-            Ok(_) | Err(super::requests::Trouble::NotFound) => {
-                self.state.lock().directory.remove(&pack);
-                let digest = self.digest(&offer.layout, offer.group, &offer.hash);
-                let limits = *self.limits.lock();
-                let durable = match self.take(offer, digest, &limits) {
-                    Offered::Accepted(Some(waiting)) => {
-                        self.flush();
-                        waiting.await == Ok(true)
-                    }
-                    _ => false,
-                };
-                let _ = told.send(durable);
-            }
-            Err(_) => {
-                let _ = told.send(false);
-            }
-        }
-    }
-
-    fn take(self: &Arc<Self>, offer: Offer, digest: Digest, limits: &super::ObjectLimits) -> Offered {
+    pub(super) fn take(self: &Arc<Self>, offer: Offer, digest: Digest, limits: &super::ObjectLimits) -> Offered {
         let Offer { layout, group, hash, parent, block, sums, durable, has_waited } = offer;
         let (told, waiting) = oneshot::channel();
         let told = durable.then_some(told);
@@ -362,10 +347,13 @@ impl ObjectTier {
         let lacking =
             |batch: &&mut Batch| !batch.held_on_disk && batch.members.iter().any(|member| member.block.is_none());
         uploads.queue.iter_mut().filter(lacking).for_each(|batch| self.hold_on_disk(batch));
+        // Batches that failed may be due again. Nobody is woken for nothing: most of the time a daemon has nothing to upload.
+        let is_due = uploads.next_due(now, self.bucket.is_away()).is_some();
         drop(uploads);
-        // Batches that failed may be due again.
-        self.work.notify_waiters();
-        self.sync_log();
+        if is_due {
+            self.work.notify_waiters();
+        }
+        self.sync_log_or_say();
     }
 
     /// A worker's life.
@@ -393,11 +381,7 @@ impl ObjectTier {
                 continue;
             }
             match self.write_pack(&batch.layout, batch.group, &run).await {
-                Ok(()) => {
-                    let hashes: Vec<SequenceHash> = run.iter().map(|member| member.hash).collect();
-                    self.done(&batch, run, true);
-                    self.delete_late(&batch.layout, batch.group, &hashes);
-                }
+                Ok(()) => self.done(&batch, run, true),
                 Err(trouble) => {
                     failed = Some(trouble);
                     left.extend(run);
@@ -409,9 +393,13 @@ impl ObjectTier {
             return self.let_go(&batch);
         }
         // What was deleted or evicted meanwhile is nowhere any more; what failed is tried again.
+        let deleted = self.uploads.lock().deleted.clone();
+        let on_disk = |member: &Member| {
+            self.above.will_have(&BlockRef { layout: &batch.layout, group: batch.group, hash: member.hash })
+        };
         let (again, lost): (Vec<_>, Vec<_>) = left.into_iter().partition(|member| {
-            member.block.is_some()
-                || self.above.will_have(&BlockRef { layout: &batch.layout, group: batch.group, hash: member.hash })
+            let is_deleted = deleted.contains(&self.digest(&batch.layout, batch.group, &member.hash));
+            !is_deleted && (member.block.is_some() || on_disk(member))
         });
         if !lost.is_empty() {
             self.counts.lost_blocks.fetch_add(lost.len() as u64, Ordering::Relaxed);
@@ -439,23 +427,6 @@ impl ObjectTier {
         self.uploads.lock().enqueue(batch);
     }
 
-    /// What was deleted while it was written goes again.
-    fn delete_late(self: &Arc<Self>, layout: &Arc<RegisteredLayout>, group: u16, hashes: &[SequenceHash]) {
-        let deleted: Vec<SequenceHash> = {
-            let mut uploads = self.uploads.lock();
-            let is_deleted = |hash: &&SequenceHash| uploads.deleted.remove(&self.digest(layout, group, hash));
-            hashes.iter().filter(is_deleted).copied().collect()
-        };
-        if !deleted.is_empty() {
-            let (tier, layout) = (Arc::clone(self), Arc::clone(layout));
-            self.runtime.spawn(async move {
-                if let Err(trouble) = Box::pin(tier.delete(&layout, group, &deleted)).await {
-                    tracing::warn!(%trouble, "blocks that were deleted during their upload are still in the bucket");
-                }
-            });
-        }
-    }
-
     /// Blocks need no upload any more: they are DURABLE, or gone.
     fn done(&self, batch: &Batch, members: Vec<Member>, durable: bool) {
         let mut waiting = Vec::new();
@@ -464,9 +435,7 @@ impl ObjectTier {
             for member in &members {
                 let digest = self.digest(&batch.layout, batch.group, &member.hash);
                 waiting.extend(uploads.waiters.remove(&digest).unwrap_or_default());
-                if !durable {
-                    uploads.deleted.remove(&digest);
-                }
+                uploads.deleted.remove(&digest);
                 uploads.bytes = uploads.bytes.saturating_sub(u64::from(member.length));
             }
         }
@@ -475,17 +444,6 @@ impl ObjectTier {
         self.uploaded.notify_waiters();
         for waiter in waiting {
             let _ = waiter.send(durable);
-        }
-    }
-
-    /// Those of these blocks that are being written just now are deleted once they are.
-    pub(super) fn delete_once_written(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) {
-        let mut uploads = self.uploads.lock();
-        for hash in hashes {
-            let digest = self.digest(layout, group, hash);
-            if uploads.waiters.contains_key(&digest) {
-                uploads.deleted.insert(digest);
-            }
         }
     }
 

@@ -5,9 +5,9 @@
 //! checked, and adopted: two engines may have computed slightly different bytes for one name, either is right. What is damaged,
 //! or may soon be collected, is not rested on: the blocks are written again, under a name with a number behind it.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use bytes::Bytes;
 use kvstore_transfer::SectionSums;
@@ -20,24 +20,31 @@ use super::ObjectTier;
 use super::directory::Pack;
 use super::names::{BlockName, PackName};
 use super::pack::{Footer, PackedBlock};
-use super::probe::now_ms;
-use super::requests::{Trouble, retried};
+use super::proof::{Proof, Stamp};
 use super::upload::Member;
 use crate::block::{BlockRef, padded};
+use crate::bucket::{Trouble, retried};
 use crate::caps;
 use crate::changes::NamespaceTag;
+use crate::clock::BootTime;
 use crate::host::RegisteredLayout;
 
 /// Names under which the same blocks are tried, each a number behind the last: damaged and old ones are few.
 const REWRITES_MAX: u32 = 16;
 static PADDING: [u8; FRAME_ALIGN] = [0; FRAME_ALIGN];
 
+/// What was written is read back so often, where it comes damaged: a byte may flip on its way.
+const CONFIRMATIONS: usize = 2;
+/// An object that says that it was written later than it can be now, by more than this, is no younger than any other: clocks of
+/// the servers of one store differ by less.
+const SKEW_MS: i64 = 5 * 60 * 1000;
+
 /// A pack that is about to be written.
-struct Packing {
-    pieces: Vec<Bytes>,
-    bytes: u64,
-    footer: Footer,
-    footer_bytes: Bytes,
+pub(super) struct Packing {
+    pub pieces: Vec<Bytes>,
+    pub bytes: u64,
+    pub footer: Footer,
+    pub footer_bytes: Bytes,
 }
 
 impl ObjectTier {
@@ -48,25 +55,39 @@ impl ObjectTier {
         group: u16,
         run: &[Member],
     ) -> Result<(), Trouble> {
-        let (Some(first), Some(last)) = (run.first(), run.last()) else { return Ok(()) };
-        let names = self.names.group(layout, group);
-        let (first, last) = (BlockName::of(&first.hash), BlockName::of(&last.hash));
+        if run.is_empty() {
+            return Ok(());
+        }
         let nonce = self.next_id().to_le_bytes();
         let packing =
             pack(layout, group, run, nonce).ok_or_else(|| Trouble::Failed("a block cannot be framed".into()))?;
-        let deadline = Instant::now()
-            + Duration::from_millis(caps::OBJECT_STALL_MS * u64::from(caps::OBJECT_TRIES_MAX) + packing.bytes / 1000);
+        self.store_packing(layout, &packing, Instant::now() + self.write_time(packing.bytes)).await?;
+        self.counts.written_packs.fetch_add(1, Ordering::Relaxed);
+        self.counts.written_blocks.fetch_add(run.len() as u64, Ordering::Relaxed);
+        self.counts.written_bytes.fetch_add(packing.bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Writes a pack under the first of its names that is free, or adopts what is there. Returns once it is confirmed and known.
+    pub(super) async fn store_packing(
+        &self,
+        layout: &Arc<RegisteredLayout>,
+        packing: &Packing,
+        deadline: Instant,
+    ) -> Result<(), Trouble> {
+        let Footer { group, blocks, .. } = &packing.footer;
+        let (Some(first), Some(last)) = (blocks.first(), blocks.last()) else { return Ok(()) };
+        let names = self.names.group(layout, *group);
+        let (first, last) = (BlockName::of(&first.hash), BlockName::of(&last.hash));
         for rewrite in 0..REWRITES_MAX {
             let location = names.pack(&PackName { first, last, rewrite });
-            let there = self.create_or_adopt(&location, &packing, deadline).await?;
+            let there = self.create_or_adopt(&location, packing, deadline).await?;
             let Some(meta) = there else { continue };
-            let blocks = packing.footer.blocks.iter().map(|block| self.packed(layout, group, block)).collect();
+            let blocks = blocks.iter().map(|block| self.packed(layout, *group, block)).collect();
             let namespace = NamespaceTag::of(&layout.namespace_digest);
             let pack = Pack::new(location, meta.size, meta.last_modified.timestamp_millis(), blocks, namespace);
+            pack.set_proof(Proof::Sound(Stamp::of(&meta)));
             self.state.lock().directory.insert(&pack);
-            self.counts.written_packs.fetch_add(1, Ordering::Relaxed);
-            self.counts.written_blocks.fetch_add(run.len() as u64, Ordering::Relaxed);
-            self.counts.written_bytes.fetch_add(packing.bytes, Ordering::Relaxed);
             return Ok(());
         }
         Err(Trouble::Failed(format!("{REWRITES_MAX} objects with these blocks are old or damaged")))
@@ -80,13 +101,16 @@ impl ObjectTier {
         deadline: Instant,
     ) -> Result<Option<ObjectMeta>, Trouble> {
         let (mut tries, mut tried) = (0, false);
+        let began = self.bucket.now();
         loop {
             let created =
                 retried!(self.bucket, deadline, packing.bytes, self.create_unless_there(location, packing, &mut tried));
+            let ended = self.bucket.now();
+            let written = began..ended;
             match created {
-                Ok(()) => return self.confirm(location, packing, deadline).await,
+                Ok(()) => return self.confirm(location, packing, written, deadline).await,
                 Err(Trouble::Exists) => match self.whose(location, packing, deadline).await {
-                    Ok(Whose::Own) => return self.confirm(location, packing, deadline).await,
+                    Ok(Whose::Own) => return self.confirm(location, packing, written, deadline).await,
                     Ok(Whose::Sound(meta)) => return Ok(Some(meta)),
                     Ok(Whose::Unsound) => return Ok(None),
                     // Refused, and not there: another writer is at it, or it was collected just now.
@@ -114,33 +138,30 @@ impl ObjectTier {
         self.bucket.create(location, packing.pieces.iter().cloned().collect()).await
     }
 
-    /// What was created is there, has the right length, and the right bytes: those of a store that checks what it is sent by
-    /// their footer, those of any other all. `None`: something else is there.
+    /// What was created at `written` is there, has the right length, and the right bytes: those of a store that checks what it is
+    /// sent by their footer, those of any other all. `None`: something else is there.
     async fn confirm(
         &self,
         location: &Path,
         packing: &Packing,
+        written: Range<BootTime>,
         deadline: Instant,
     ) -> Result<Option<ObjectMeta>, Trouble> {
         let footer_at = packing.bytes - packing.footer_bytes.len() as u64;
-        let start = if self.checks_uploads { footer_at } else { 0 };
-        let (read, meta) = self.bucket.read(location, start..packing.bytes, deadline).await?;
-        let expected =
-            if self.checks_uploads { std::slice::from_ref(&packing.footer_bytes) } else { &packing.pieces[..] };
-        let mut rest = &read[..];
-        let mut is_next = |piece: &Bytes| match rest.split_at_checked(piece.len()) {
-            Some((read, behind)) => {
-                rest = behind;
-                read == piece
-            }
-            None => false,
+        let (start, expected) = match self.checks_uploads {
+            true => (footer_at, std::slice::from_ref(&packing.footer_bytes)),
+            false => (0, &packing.pieces[..]),
         };
-        let same = meta.size == packing.bytes && expected.iter().all(&mut is_next) && rest.is_empty();
-        if !same {
-            tracing::error!(%location, "the store holds other bytes than were sent to it; the blocks are written again under another name");
-            let _ = self.bucket.delete(location, deadline).await;
+        for _ in 0..CONFIRMATIONS {
+            let (read, meta) = self.bucket.read(location, start..packing.bytes, deadline).await?;
+            if meta.size == packing.bytes && is_made_of(&read, expected) {
+                self.bucket.clock.note(written.start, written.end, meta.last_modified.timestamp_millis());
+                return Ok(Some(meta));
+            }
         }
-        Ok(same.then_some(meta))
+        tracing::error!(%location, "the store holds other bytes than were sent to it; the blocks are written again under another name");
+        let _ = self.bucket.delete(location, deadline).await;
+        Ok(None)
     }
 
     /// Whose the object is that is there already.
@@ -158,19 +179,19 @@ impl ObjectTier {
         if meta.size != packing.bytes || !self.is_young(meta.last_modified.timestamp_millis()) {
             return Ok(Whose::Unsound);
         }
-        let (bytes, _) = self.bucket.read(location, 0..meta.size, deadline).await?;
         let sound =
-            same_blocks(&footer, &packing.footer) && footer.blocks.iter().all(|block| is_sound(block, &footer, &bytes));
+            same_blocks(&footer, &packing.footer) && self.damaged_blocks(&footer, &meta, deadline).await?.is_empty();
         if !sound {
             tracing::warn!(%location, "a pack in the bucket is damaged; its blocks are written again under another name");
         }
         Ok(if sound { Whose::Sound(meta) } else { Whose::Unsound })
     }
 
-    /// True where an acknowledgement may rest on an object that was written then: no collector takes it for a while.
+    /// True where an acknowledgement may rest on an object that was written then, by the store's clock: no collector takes it for
+    /// a while. False where it is not known how late it is there.
     pub(super) fn is_young(&self, written_ms: i64) -> bool {
-        let store_now_ms = now_ms() + self.clock_ahead_ms.load(Ordering::Relaxed);
-        store_now_ms - written_ms < caps::OBJECT_GRACE_MS / 2
+        let Some(now_ms) = self.bucket.clock.latest_ms(self.bucket.now()) else { return false };
+        (-SKEW_MS..caps::OBJECT_GRACE_MS / 2).contains(&(now_ms - written_ms))
     }
 }
 
@@ -183,22 +204,14 @@ enum Whose {
     Unsound,
 }
 
+fn is_made_of(bytes: &[u8], pieces: &[Bytes]) -> bool {
+    let rest = pieces.iter().try_fold(bytes, |rest, piece| rest.strip_prefix(&piece[..]));
+    rest.is_some_and(<[u8]>::is_empty)
+}
+
 fn same_blocks(one: &Footer, other: &Footer) -> bool {
     (one.namespace_digest, one.layout_digest, one.group) == (other.namespace_digest, other.layout_digest, other.group)
         && one.blocks == other.blocks
-}
-
-fn is_sound(block: &PackedBlock, footer: &Footer, object: &[u8]) -> bool {
-    let range = block.offset as usize..(block.offset + block.frame_bytes) as usize;
-    let Some(frame) = object.get(range) else { return false };
-    let Ok(header) = FrameHeader::decode(frame) else { return false };
-    let ours = header.identity.namespace_digest == footer.namespace_digest
-        && header.identity.layout_digest == footer.layout_digest
-        && header.identity.group == footer.group
-        && header.identity.hash == padded(&block.hash);
-    let at = header.payload_offset();
-    let payload = frame.get(at..at + header.payload_bytes() as usize);
-    ours && payload.is_some_and(|payload| header.verify(payload).is_ok())
 }
 
 /// Frames the members of a run, without copying them.

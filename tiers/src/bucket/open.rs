@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use object_store::aws::AmazonS3Builder;
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::local::LocalFileSystem;
@@ -27,7 +27,8 @@ pub struct Opened {
     pub store: Arc<dyn ObjectStore>,
     /// Our prefix in it.
     pub prefix: Path,
-    /// The server checks a checksum of what it is sent: SHA-256, in S3's signatures.
+    /// The server is known to check a checksum of what it is sent: AWS does, the SHA-256 in S3's signatures. Servers that speak
+    /// the same protocol need not.
     pub checks_uploads: bool,
 }
 
@@ -63,7 +64,7 @@ fn one_try() -> RetryConfig {
     RetryConfig { backoff: BackoffConfig::default(), max_retries: 0, retry_timeout: Duration::from_secs(300) }
 }
 
-macro_rules! built {
+macro_rules! configured {
     ($builder:ident, $key:path, $url:expr, $options:expr) => {{
         let mut builder = $builder::from_env().with_url($url.as_str()).with_retry(one_try());
         for (key, value) in CLIENT {
@@ -73,7 +74,7 @@ macro_rules! built {
             let key = name.to_ascii_lowercase().parse().map_err(|_| OpenStoreError::Option(name.clone()))?;
             builder = builder.with_config(key, value);
         }
-        Arc::new(builder.build()?)
+        builder
     }};
 }
 
@@ -85,15 +86,21 @@ impl ObjectUrl {
         let (scheme, prefix) = ObjectStoreScheme::parse(&url).map_err(|error| wrong(error.to_string()))?;
         // Whoever came first has set it already.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let checks_uploads = scheme == ObjectStoreScheme::AmazonS3;
+        let mut checks_uploads = false;
         let options = self.options.iter();
         let store: Arc<dyn ObjectStore> = match scheme {
-            ObjectStoreScheme::AmazonS3 => built!(AmazonS3Builder, object_store::aws::AmazonS3ConfigKey, url, options),
+            ObjectStoreScheme::AmazonS3 => {
+                let builder = configured!(AmazonS3Builder, AmazonS3ConfigKey, url, options);
+                checks_uploads = builder.get_config_value(&AmazonS3ConfigKey::Endpoint).is_none();
+                Arc::new(builder.build()?)
+            }
             ObjectStoreScheme::GoogleCloudStorage => {
-                built!(GoogleCloudStorageBuilder, object_store::gcp::GoogleConfigKey, url, options)
+                let builder = configured!(GoogleCloudStorageBuilder, object_store::gcp::GoogleConfigKey, url, options);
+                Arc::new(builder.build()?)
             }
             ObjectStoreScheme::MicrosoftAzure => {
-                built!(MicrosoftAzureBuilder, object_store::azure::AzureConfigKey, url, options)
+                let builder = configured!(MicrosoftAzureBuilder, object_store::azure::AzureConfigKey, url, options);
+                Arc::new(builder.build()?)
             }
             ObjectStoreScheme::Local => {
                 if let Some((name, _)) = self.options.first() {
@@ -125,6 +132,8 @@ mod tests {
         assert_eq!(open("file:///data/kv", &[]).unwrap().prefix, Path::from("data/kv"));
         let s3 = open("s3://bucket/a/b", &[("aws_region", "eu-west-1"), ("aws_allow_http", "true")]).unwrap();
         assert_eq!((s3.prefix, s3.checks_uploads), (Path::from("a/b"), true));
+        let other = open("s3://bucket", &[("aws_endpoint", "http://127.0.0.1:1"), ("aws_allow_http", "true")]).unwrap();
+        assert!(!other.checks_uploads, "whoever answers there");
         assert_eq!(open("gs://bucket/a", &[]).unwrap().prefix, Path::from("a"));
         let azure = open("az://container/a", &[("azure_storage_account_name", "me")]).unwrap();
         assert_eq!((azure.prefix, azure.checks_uploads), (Path::from("a"), false));

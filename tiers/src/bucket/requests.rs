@@ -1,9 +1,11 @@
 //! Requests to the store: one that fails is made again, with jitter and within a budget, until its deadline; a store that fails
-//! again and again is left alone for a while. Knows no blocks.
+//! again and again is left alone for a while.
 //!
 //! What a caller sees of a request: its answer, or one [`Trouble`]. A body is read by the caller, within the try.
 
+use std::future::Future;
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,7 +19,9 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio::time::error::Elapsed;
 
+use super::clock::StoreClock;
 use crate::caps;
+use crate::clock::BootTime;
 
 /// Why a request has no answer.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +47,9 @@ pub enum Trouble {
     /// What it answered is not what was stored.
     #[error("the store's answer is damaged: {0}")]
     Damaged(String),
+    /// Whoever asked has no right to it any more.
+    #[error("the lease that this request needs is over")]
+    Fenced,
 }
 
 impl Trouble {
@@ -105,7 +112,7 @@ macro_rules! retried {
         }
     }};
 }
-pub(super) use retried;
+pub(crate) use retried;
 
 /// See [`Bucket::tries`].
 pub struct Tries<'a> {
@@ -151,8 +158,11 @@ impl Tries<'_> {
 pub struct Bucket {
     store: Arc<dyn ObjectStore>,
     stall: Duration,
+    now: fn() -> BootTime,
     /// What requests came to.
     pub counts: RequestCounts,
+    /// The store's own time.
+    pub clock: StoreClock,
     /// Retries that may be made now, times 100.
     budget: AtomicI64,
     in_a_row: AtomicU32,
@@ -163,16 +173,23 @@ pub struct Bucket {
 
 impl Bucket {
     /// A store that nothing is known of.
-    pub fn new(store: Arc<dyn ObjectStore>, stall: Duration) -> Self {
+    pub fn new(store: Arc<dyn ObjectStore>, stall: Duration, now: fn() -> BootTime) -> Self {
         Self {
             store,
             stall,
+            now,
+            clock: StoreClock::default(),
             counts: RequestCounts::default(),
             budget: AtomicI64::new(caps::OBJECT_RETRIES_SAVED as i64 * 100),
             in_a_row: AtomicU32::new(0),
             away: Mutex::new(None),
             salt: AtomicU64::new(0),
         }
+    }
+
+    /// The time, by this machine's clock since boot.
+    pub fn now(&self) -> BootTime {
+        (self.now)()
     }
 
     /// Why the store is left alone now, if it is.
@@ -282,7 +299,8 @@ impl Bucket {
         retried!(self, deadline, bytes, self.read_once(location, range.clone()))
     }
 
-    async fn read_once(&self, location: &Path, range: Range<u64>) -> Result<(Bytes, ObjectMeta), Trouble> {
+    /// One try of the same.
+    pub async fn read_once(&self, location: &Path, range: Range<u64>) -> Result<(Bytes, ObjectMeta), Trouble> {
         let bytes = range.end - range.start;
         let got = self.get(location, range).await?;
         let meta = got.meta.clone();
@@ -291,6 +309,30 @@ impl Bucket {
             Ok((body, meta))
         } else {
             Err(Trouble::Damaged(format!("the body has {} bytes instead of {bytes}", body.len())))
+        }
+    }
+
+    /// An object, whole, where it has at most `bytes_max`.
+    pub async fn read_all(
+        &self,
+        location: &Path,
+        bytes_max: u64,
+        deadline: Instant,
+    ) -> Result<(Bytes, ObjectMeta), Trouble> {
+        retried!(self, deadline, bytes_max, self.read_all_once(location, bytes_max))
+    }
+
+    async fn read_all_once(&self, location: &Path, bytes_max: u64) -> Result<(Bytes, ObjectMeta), Trouble> {
+        let got = self.store.get_opts(location, GetOptions::default()).await.map_err(Trouble::of)?;
+        let meta = got.meta.clone();
+        if meta.size > bytes_max {
+            return Err(Trouble::Unsupported(format!("{location} has {} bytes, which is too many", meta.size)));
+        }
+        let body = got.bytes().await.map_err(Trouble::of)?;
+        if body.len() as u64 == meta.size {
+            Ok((body, meta))
+        } else {
+            Err(Trouble::Damaged(format!("the body has {} bytes instead of {}", body.len(), meta.size)))
         }
     }
 
@@ -328,12 +370,36 @@ impl Bucket {
 
     /// Deletes an object; one that is not there is deleted.
     pub async fn delete(&self, location: &Path, deadline: Instant) -> Result<(), Trouble> {
-        let delete = async || self.store.delete(location).await.map_err(Trouble::of);
+        self.delete_while(location, deadline, || true).await
+    }
+
+    /// The same, as long as `may` says so: asked each time before a byte of the request may leave, so that whoever slept through
+    /// the end of its right deletes nothing when it wakes.
+    pub async fn delete_while(
+        &self,
+        location: &Path,
+        deadline: Instant,
+        may: impl Fn() -> bool,
+    ) -> Result<(), Trouble> {
+        let delete = async || match fenced(&may, self.store.delete(location)).await {
+            Some(deleted) => deleted.map_err(Trouble::of),
+            None => Err(Trouble::Fenced),
+        };
         match retried!(self, deadline, 0, delete()) {
             Err(Trouble::NotFound) => Ok(()),
             other => other,
         }
     }
+}
+
+/// Goes on with `future` as long as `may` says so.
+async fn fenced<F: Future>(may: impl Fn() -> bool, future: F) -> Option<F::Output> {
+    let mut future = pin!(future);
+    std::future::poll_fn(|context| match may() {
+        true => future.as_mut().poll(context).map(Some),
+        false => std::task::Poll::Ready(None),
+    })
+    .await
 }
 
 #[cfg(test)]
@@ -343,7 +409,8 @@ mod tests {
     /// A few damaged packs that were read at once made the whole store count as away for a second.
     #[test]
     fn damaged_bodies_are_no_absence() {
-        let bucket = Bucket::new(Arc::new(object_store::memory::InMemory::new()), Duration::from_secs(1));
+        let bucket =
+            Bucket::new(Arc::new(object_store::memory::InMemory::new()), Duration::from_secs(1), BootTime::default);
         (0..100).for_each(|_| bucket.failed(&Trouble::Damaged("a flipped byte".into())));
         assert!(!bucket.is_away());
         (0..caps::OBJECT_FAILURES_IN_A_ROW_MAX).for_each(|_| bucket.failed(&Trouble::Failed("500".into())));

@@ -11,12 +11,12 @@ use super::requests::{Bucket, Trouble, retried};
 pub struct Abilities {
     /// What was written can be read at once.
     pub reads_own_writes: bool,
+    /// What was written is in the next listing.
+    pub lists_own_writes: bool,
     /// A second create of one name is refused.
     pub creates_once: bool,
     /// A PUT that names a version is refused once that has changed.
     pub updates_by_version: bool,
-    /// By how many milliseconds the store's clock is ahead of this machine's.
-    pub clock_ahead_ms: i64,
 }
 
 impl Abilities {
@@ -25,6 +25,9 @@ impl Abilities {
         let mut lacks = Vec::new();
         if !self.reads_own_writes {
             lacks.push("it does not show writes at once; DURABLE puts are refused, and blocks that other nodes stored may be found late");
+        }
+        if !self.lists_own_writes {
+            lacks.push("its listings leave out what was just written; garbage is not collected, because a collector would not see new pins, and blocks that other nodes stored may be found late");
         }
         if !self.creates_once {
             lacks.push("it overwrites an object instead of refusing a second create; garbage is not collected, because two collectors could run at once");
@@ -36,40 +39,75 @@ impl Abilities {
     }
 }
 
+/// Where the objects of probes are, below the root.
+const FOLDER: &str = "probe";
+/// Objects of probes that are looked through: daemons that are probing just now, and what killed ones left.
+const PROBES_MAX: usize = 4096;
+
 /// Tries a store under names of its own, and cleans up. Fails where the store cannot be reached, or refuses.
 pub async fn probe(bucket: &Bucket, root: &Path, name: &str, deadline: Instant) -> Result<Abilities, Trouble> {
-    let location = root.clone().join("probe").join(name);
-    let created = probe_at(bucket, &location, name, deadline).await;
+    let folder = root.clone().join(FOLDER);
+    let location = folder.clone().join(name);
+    let created = probe_at(bucket, &folder, &location, name, deadline).await;
     let cleaned = bucket.delete(&location, deadline).await;
     let abilities = created?;
     cleaned?;
     Ok(abilities)
 }
 
-async fn probe_at(bucket: &Bucket, location: &Path, text: &str, deadline: Instant) -> Result<Abilities, Trouble> {
+/// How late it is there: a small object is written, asked for, and deleted.
+pub async fn measure(bucket: &Bucket, root: &Path, name: &str, deadline: Instant) -> Result<(), Trouble> {
+    let location = root.clone().join(FOLDER).join(name);
+    let began = bucket.now();
+    let written = create(bucket, &location, name, deadline).await;
+    let ended = bucket.now();
+    let looked = match written {
+        Ok(()) => bucket.head(&location, deadline).await,
+        Err(trouble) => Err(trouble),
+    };
+    let cleaned = bucket.delete(&location, deadline).await;
+    bucket.clock.note(began, ended, looked?.last_modified.timestamp_millis());
+    cleaned
+}
+
+async fn create(bucket: &Bucket, location: &Path, text: &str, deadline: Instant) -> Result<(), Trouble> {
     let body = || PutPayload::from(text.to_owned());
-    let bytes = text.len() as u64;
     match retried!(bucket, deadline, 0, bucket.create(location, body())) {
         // An own try whose answer was lost.
-        Ok(()) | Err(Trouble::Exists) => {}
+        Ok(()) | Err(Trouble::Exists) => Ok(()),
         // A store without creates: it may still serve reads.
         Err(Trouble::Unsupported(_)) => {
-            retried!(bucket, deadline, 0, bucket.put(location, body(), PutMode::Overwrite))?;
+            retried!(bucket, deadline, 0, bucket.put(location, body(), PutMode::Overwrite)).map(drop)
         }
-        Err(trouble) => return Err(trouble),
+        Err(trouble) => Err(trouble),
     }
+}
+
+async fn probe_at(
+    bucket: &Bucket,
+    folder: &Path,
+    location: &Path,
+    text: &str,
+    deadline: Instant,
+) -> Result<Abilities, Trouble> {
+    let body = || PutPayload::from(text.to_owned());
+    let bytes = text.len() as u64;
+    let began = bucket.now();
+    create(bucket, location, text, deadline).await?;
+    let ended = bucket.now();
     let mut abilities = Abilities::default();
-    let now_ms = now_ms();
     let mut version = UpdateVersion { e_tag: None, version: None };
     match bucket.read(location, 0..bytes, deadline).await {
         Ok((read, meta)) => {
             abilities.reads_own_writes = read == text.as_bytes();
-            abilities.clock_ahead_ms = meta.last_modified.timestamp_millis() - now_ms;
+            bucket.clock.note(began, ended, meta.last_modified.timestamp_millis());
             version = UpdateVersion { e_tag: meta.e_tag, version: meta.version };
         }
         Err(Trouble::NotFound) => {}
         Err(trouble) => return Err(trouble),
     }
+    let listed = bucket.list(folder, PROBES_MAX, deadline).await?;
+    abilities.lists_own_writes = listed.iter().any(|object| object.location == *location);
     let again = retried!(bucket, deadline, 0, bucket.create(location, body()));
     abilities.creates_once = matches!(again, Err(Trouble::Exists));
     let update = async |text: &str| {
@@ -81,10 +119,4 @@ async fn probe_at(bucket: &Bucket, location: &Path, text: &str, deadline: Instan
         abilities.updates_by_version = matches!(update("changed again").await, Err(Trouble::Exists));
     }
     Ok(abilities)
-}
-
-/// Milliseconds since 1970, by this machine.
-pub fn now_ms() -> i64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    now.map_or(0, |since| since.as_millis() as i64)
 }

@@ -1,0 +1,17 @@
+//! A bucket: an object store as a place with create-only writes, leases with epochs, and a clock of its own.
+//!
+//! Owns requests and how often they are made, what a store is proven to do, the store's time, and leases. Knows no blocks, packs or
+//! tiers: those stand on it. Decides nothing by the wall clock of this machine, which may be wrong and may jump.
+
+mod clock;
+mod lease;
+mod open;
+mod probe;
+mod requests;
+
+pub use clock::StoreClock;
+pub use lease::{Lease, LeaseError, LeaseTerm, Standing, standing};
+pub use open::{ObjectUrl, OpenStoreError, Opened};
+pub use probe::{Abilities, measure, probe};
+pub(crate) use requests::retried;
+pub use requests::{Bucket, RequestCounts, Tries, Trouble};

@@ -1,0 +1,82 @@
+//! The tier from inside, where a test needs to see or break what nobody else can.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{ObjectLimits, ObjectOptions, ObjectTier};
+use crate::bucket::Opened;
+use crate::eviction::PolicyKind;
+use crate::host::{HostLimits, HostOptions, HostTier, NamespaceId};
+use crate::layout::{BlockKind, DimensionOrder, LayerGroup, Layout, Shard};
+use crate::{BootTime, HugePages, SequenceHash};
+
+fn tier(log_folder: Option<PathBuf>) -> Arc<ObjectTier> {
+    let limits = HostLimits { bytes: 16 << 20, high_watermark_percent: 99, low_watermark_percent: 98 };
+    let options = HostOptions {
+        limits,
+        huge_pages: HugePages::Off,
+        policy: PolicyKind::Lru,
+        seed: 1,
+        epoch: 1,
+        bytes_ceiling: limits.bytes,
+    };
+    let host = HostTier::new(options, &["default".into()]);
+    let store = Arc::new(object_store::memory::InMemory::new());
+    let opened = Opened { store, prefix: object_store::path::Path::from("p"), checks_uploads: false };
+    let options = ObjectOptions {
+        opened,
+        namespaces: vec!["default".into()],
+        limits: ObjectLimits { upload_bytes: 1 << 20, backlog_bytes: 1 << 20 },
+        stall: Duration::from_secs(1),
+        log_folder,
+        seed: 1,
+        clock: || BootTime(1),
+    };
+    ObjectTier::open(options, &host, None).unwrap()
+}
+
+/// Ten times a second a tick woke all that upload, though nothing waited.
+#[tokio::test]
+async fn an_idle_tick_wakes_nobody() {
+    let tier = tier(None);
+    let woken = tier.work.notified();
+    tokio::pin!(woken);
+    woken.as_mut().enable();
+    (0..10).for_each(|_| tier.tick());
+    assert!(futures::FutureExt::now_or_never(woken.as_mut()).is_none());
+}
+
+/// A block that waits to be uploaded is deleted, and the log cannot say so: a restart would upload it again. The answer was OK.
+#[tokio::test]
+async fn a_delete_that_the_log_cannot_keep_is_an_error() {
+    let folder = std::env::temp_dir().join(format!("kvstore-delete-log-{}", std::process::id()));
+    let tier = tier(Some(folder.clone()));
+    let group = LayerGroup {
+        kind: BlockKind::Attention,
+        layers: 1,
+        planes: 1,
+        heads: 1,
+        head_bytes: 4096,
+        order: DimensionOrder::Opaque,
+    };
+    let layout = Layout {
+        model: b"m".to_vec(),
+        weights_digest: vec![],
+        dtype: "bytes".into(),
+        block_tokens: 1,
+        groups: vec![group],
+        shard: Shard { index: 0, count: 1 },
+        extra: vec![],
+    };
+    let layout = tier.host.register_layout(NamespaceId(0), layout).unwrap();
+    let hash = SequenceHash::new(&[7]).unwrap();
+    tier.delete(&layout, 0, &[hash]).await.unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
+    tier.log.as_ref().unwrap().lock().distrust();
+    let error = tier.delete(&layout, 0, &[hash]).await.unwrap_err();
+    assert!(error.to_string().contains("upload log"), "{error}");
+    std::fs::create_dir_all(&folder).unwrap();
+    tier.delete(&layout, 0, &[hash]).await.unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
+}
