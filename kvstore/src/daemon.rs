@@ -21,6 +21,7 @@ use crate::clock;
 use crate::config::{self, Change, Config, ConfigError, NamespacePolicy, NvmeConfig, ObjectConfig, RawConfig, Uploads};
 use crate::publisher::Describing;
 use crate::telemetry::{LogControl, Traffic};
+use crate::verbs::delete::Deletions;
 use crate::verbs::prefetch::Prefetches;
 
 /// Everything that calls share.
@@ -47,6 +48,10 @@ pub struct Daemon {
     pub verifications: Arc<Semaphore>,
     /// Collections of the bucket's garbage that may still start.
     pub collections: Arc<Semaphore>,
+    /// Pins that may still be told to the bucket.
+    pub references: Arc<Semaphore>,
+    /// What deletions owe to the disks.
+    pub deletions: Deletions,
     /// Routers that may still follow.
     pub watches: Arc<Semaphore>,
     /// When this process started.
@@ -139,6 +144,8 @@ impl Daemon {
             leasable: Arc::new(Semaphore::new(caps::LEASED_BLOCKS_MAX)),
             verifications: Arc::new(Semaphore::new(caps::VERIFICATIONS_MAX)),
             collections: Arc::new(Semaphore::new(caps::COLLECTIONS_MAX)),
+            references: Arc::new(Semaphore::new(caps::REFERENCES_MAX)),
+            deletions: Deletions::default(),
             watches: Arc::new(Semaphore::new(caps::WATCHES_MAX)),
             started: Instant::now(),
             epoch,

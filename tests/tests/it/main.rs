@@ -18,6 +18,7 @@ mod nvme;
 mod nvme_faults;
 mod object;
 mod object_outage;
+mod pins;
 mod placement;
 mod project;
 mod publisher;
