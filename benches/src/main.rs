@@ -10,6 +10,7 @@ mod figure;
 mod grpc;
 mod index;
 mod local;
+mod locks;
 mod nvme;
 mod object;
 mod overcommit;
@@ -25,7 +26,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Measure the figures of one group.
 #[derive(Parser)]
 struct Arguments {
-    /// The group: grpc, index, eviction, nvme, restart, local, object, advise or routing.
+    /// The group: grpc, index, eviction, nvme, restart, local, locks, object, advise or routing.
     #[arg(long)]
     group: String,
     /// Rounds of each paired measurement.
@@ -54,6 +55,7 @@ fn main() -> anyhow::Result<()> {
         "nvme" => nvme::measure(&arguments.disk, arguments.rounds),
         "restart" => restart::measure(&arguments.daemon, &arguments.disk, &arguments.trace),
         "local" => local::measure(&arguments.daemon, arguments.rounds),
+        "locks" => locks::measure(arguments.rounds),
         "object" => {
             object::measure(arguments.rounds)?;
             overcommit::measure(&arguments.disk, &arguments.trace)
@@ -61,7 +63,7 @@ fn main() -> anyhow::Result<()> {
         "advise" => advise::measure(&arguments.daemon, &arguments.trace, arguments.rounds),
         "routing" => routing::measure(&arguments.trace, arguments.rounds),
         other => {
-            let valid = "grpc, index, eviction, nvme, restart, local, object, advise, routing";
+            let valid = "grpc, index, eviction, nvme, restart, local, locks, object, advise, routing";
             anyhow::bail!("unknown group {other:?}: valid are {valid}")
         }
     }

@@ -13,6 +13,7 @@ use kvstore_tiers::host::{HoldKind, NamespaceId, RegisteredLayout};
 use kvstore_tiers::nvme::{BlockRef, NvmeTier, WriteBack};
 use kvstore_tiers::residency::Presence;
 use kvstore_tiers::{BootTime, SequenceHash};
+use tokio::sync::oneshot;
 use tonic::Status;
 
 use super::taken::Taken;
@@ -22,6 +23,8 @@ use crate::{caps, clock, wire};
 
 /// Times that a pin looks again, where blocks leave between the look and the hold.
 const ATTEMPTS: usize = 3;
+/// Times that a block is offered to the disk: see [`queue`].
+const WRITE_ATTEMPTS: usize = 10;
 
 /// What is to be pinned.
 struct Prefix<'a> {
@@ -146,16 +149,28 @@ async fn write(nvme: &Arc<NvmeTier>, prefix: &Prefix<'_>, above: &[usize]) -> Re
         for at in part {
             let parent = at.checked_sub(1).and_then(|before| prefix.hashes.get(before)).copied();
             let block = prefix.block(*at).ok_or_else(refused)?;
-            match nvme.write_back(&block, parent, Vec::new(), true) {
-                WriteBack::Queued(Some(local)) => waiting.push(local),
-                WriteBack::Queued(None) | WriteBack::Refused => return Err(refused()),
-            }
+            waiting.push(queue(nvme, &block, parent).await.ok_or_else(refused)?);
         }
         for local in waiting {
             local.await.ok().filter(|local| *local).ok_or_else(refused)?;
         }
     }
     Ok(())
+}
+
+/// `None` where the disk does not take the block. A write of it that ends just now is in the way of another, and is found a moment later.
+async fn queue(
+    nvme: &Arc<NvmeTier>,
+    block: &BlockRef<'_>,
+    parent: Option<SequenceHash>,
+) -> Option<oneshot::Receiver<bool>> {
+    for _ in 0..WRITE_ATTEMPTS {
+        if let WriteBack::Queued(Some(local)) = nvme.write_back(block, parent, Vec::new(), true) {
+            return Some(local);
+        }
+        tokio::time::sleep(caps::ROOM_POLL).await;
+    }
+    None
 }
 
 /// Holds the run on disk. Its blocks are there by now, so that the bound on pinned bytes sees all of them. False where one of them

@@ -9,6 +9,7 @@ mod compat;
 mod concurrency;
 mod decoders;
 mod eviction_conformance;
+mod host_locks;
 mod litmus;
 mod local;
 mod local_hostile;
