@@ -192,7 +192,7 @@ impl HostTier {
         for (layout, group, hashes) in runs {
             for hash in *hashes {
                 // Looked at as often as the lock is let go: a hold that is too large stops early.
-                if pins.len() % caps::CHANGES_PER_LOCK as usize == 0 {
+                if pins.len().is_multiple_of(caps::CHANGES_PER_LOCK as usize) {
                     steps.next().check_held(namespace)?;
                 }
                 let at = steps.next().namespace_mut(namespace);
