@@ -11,6 +11,7 @@ mod grpc;
 mod idle;
 mod index;
 mod local;
+mod locks;
 mod long;
 mod nvme;
 mod object;
@@ -27,7 +28,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Measure the figures of one group.
 #[derive(Parser)]
 struct Arguments {
-    /// The group: grpc, index, eviction, nvme, restart, local, long, object, advise, routing or idle.
+    /// The group: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing or idle.
     #[arg(long)]
     group: String,
     /// Rounds of each paired measurement.
@@ -57,6 +58,7 @@ fn main() -> anyhow::Result<()> {
         "restart" => restart::measure(&arguments.daemon, &arguments.disk, &arguments.trace),
         "local" => local::measure(&arguments.daemon, arguments.rounds),
         "long" => long::measure(&arguments.daemon, arguments.rounds),
+        "locks" => locks::measure(arguments.rounds),
         "object" => {
             object::measure(arguments.rounds)?;
             overcommit::measure(&arguments.disk, &arguments.trace)
@@ -65,7 +67,7 @@ fn main() -> anyhow::Result<()> {
         "routing" => routing::measure(&arguments.trace, arguments.rounds),
         "idle" => idle::measure(&arguments.daemon, &arguments.disk),
         other => {
-            let valid = "grpc, index, eviction, nvme, restart, local, long, object, advise, routing, idle";
+            let valid = "grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, idle";
             anyhow::bail!("unknown group {other:?}: valid are {valid}")
         }
     }

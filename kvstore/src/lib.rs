@@ -11,6 +11,7 @@ mod clock;
 pub mod config;
 mod copy_rate;
 pub mod daemon;
+mod deletions;
 mod describing;
 mod http;
 mod listeners;

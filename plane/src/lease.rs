@@ -3,6 +3,10 @@
 //! A reader writes the slot into a word of its own, fences, and only then looks whether the slot's entry is
 //! readable. The daemon makes an entry unreadable, fences, and only then looks whether a word names the slot.
 //! Whatever the order, one of the two sees the other: `docs/design/local-plane.md` has the proof.
+//!
+//! A word is used again and again. The daemon may see only its newest name, and none of the zeroes in between: so each store that
+//! takes a name away, be it with 0 or with another name, is a Release, and each of the daemon's loads is an Acquire. What was read
+//! under the earlier name was then read before the daemon looked.
 
 use crate::key_table::SlotRef;
 use crate::sync::{AtomicU64, Ordering, fence};
@@ -36,10 +40,10 @@ impl<'a> LeaseWords<'a> {
         }
     }
 
-    /// Client: names `slot`. Worth nothing before [`announce`].
+    /// Client: names `slot`. Worth nothing before [`announce`]. What was read under an earlier name of this word was read before.
     pub fn name(&self, word: usize, slot: SlotRef) {
         if let Some(word) = self.words.get(word) {
-            word.store(NAMES | slot.to_word(), Ordering::Relaxed);
+            word.store(NAMES | slot.to_word(), Ordering::Release);
         }
     }
 

@@ -111,6 +111,148 @@ fn without_the_readers_fence_it_does() {
     });
 }
 
+/// Two slots and one lease word, which names them in turn.
+struct Reused {
+    slots: [(SlotEntry, UnsafeCell<u8>); 2],
+    used: AtomicU64,
+    words: [AtomicU64; 1],
+}
+
+// SAFETY: loom's cell reports every unsynchronized access: that is the test.
+unsafe impl Sync for Reused {}
+// SAFETY: as above.
+unsafe impl Send for Reused {}
+
+fn slot(at: u32) -> SlotRef {
+    SlotRef { slab: 0, slot: at }
+}
+
+impl Reused {
+    /// Block 1 is readable in the first slot, block 2 in the second.
+    fn new() -> Arc<Self> {
+        let filled = |id: u8| {
+            let entry = SlotEntry::free();
+            entry.reserve(&key(id), 1);
+            entry.publish(1, u32::from(id));
+            (entry, UnsafeCell::new(id))
+        };
+        let reused = Self { slots: [filled(1), filled(2)], used: AtomicU64::new(0), words: [AtomicU64::new(0)] };
+        reused.leases().use_words(1);
+        Arc::new(reused)
+    }
+
+    fn leases(&self) -> LeaseWords<'_> {
+        LeaseWords::new(&self.used, &self.words)
+    }
+
+    /// Reads what is in a slot that the word names.
+    fn read(&self, at: u32) {
+        announce();
+        let (entry, byte) = &self.slots[at as usize];
+        if let Some(record) = entry.read() {
+            // SAFETY: the lease; loom checks.
+            let byte = byte.with(|byte| unsafe { *byte });
+            assert_eq!(record.key, key(byte), "a byte of another key");
+        }
+    }
+
+    /// The daemon evicts what is in a slot and puts block 3 there, unless the slot is read.
+    fn replace(&self, at: u32) {
+        let (entry, byte) = &self.slots[at as usize];
+        entry.suspend();
+        withdrawn();
+        if self.leases().named().any(|named| named == slot(at)) {
+            return entry.restore();
+        }
+        entry.withdraw(SlotState::Free);
+        entry.reserve(&key(3), 1);
+        // SAFETY: nobody names the slot; loom checks.
+        byte.with_mut(|byte| unsafe { *byte = 3 });
+        entry.publish(1, 3);
+    }
+}
+
+/// A word names a slot, is cleared, and names another. A daemon that sees only the second name must not refill the first slot under
+/// the reader: with a plain store of the second name nothing orders the reads of the first slot before its refill.
+#[test]
+fn a_word_that_names_another_slot_has_ended_its_first_lease() {
+    model(|| {
+        let shared = Reused::new();
+        let reader = Arc::clone(&shared);
+        let reading = thread::spawn(move || {
+            reader.leases().name(0, slot(0));
+            reader.read(0);
+            reader.leases().clear(0);
+            reader.leases().name(0, slot(1));
+            reader.read(1);
+        });
+        shared.replace(0);
+        reading.join().unwrap();
+    });
+}
+
+/// The same with a second name that is stored as it was, Relaxed, must fail: the test above proves something.
+#[test]
+#[should_panic]
+fn a_second_name_that_is_stored_plainly_has_not() {
+    model(|| {
+        let shared = Reused::new();
+        let reader = Arc::clone(&shared);
+        let reading = thread::spawn(move || {
+            reader.leases().name(0, slot(0));
+            reader.read(0);
+            reader.leases().clear(0);
+            reader.words[0].store(1 << 63 | slot(1).to_word(), Ordering::Relaxed);
+        });
+        shared.replace(0);
+        reading.join().unwrap();
+    });
+}
+
+/// A word names the same slot twice, while the daemon withdraws its block and looks: whichever of the two names it sees, or none, no
+/// byte is read that is another's.
+#[test]
+fn a_word_that_names_its_slot_again_is_seen() {
+    model(|| {
+        let shared = Reused::new();
+        let reader = Arc::clone(&shared);
+        let reading = thread::spawn(move || {
+            for _ in 0..2 {
+                reader.leases().name(0, slot(0));
+                reader.read(0);
+                reader.leases().clear(0);
+            }
+        });
+        shared.replace(0);
+        reading.join().unwrap();
+    });
+}
+
+/// Two threads of a client use one word in turn, as its list of free words hands it on.
+#[test]
+fn a_word_that_another_thread_uses_next_has_ended_its_first_lease() {
+    model(|| {
+        let shared = Reused::new();
+        let free = Arc::new(loom::sync::Mutex::new(true));
+        let use_word = |at: u32| {
+            let (shared, free) = (Arc::clone(&shared), Arc::clone(&free));
+            thread::spawn(move || {
+                // Whoever finds the word taken does without.
+                if !std::mem::replace(&mut *free.lock().unwrap(), false) {
+                    return;
+                }
+                shared.leases().name(0, slot(at));
+                shared.read(at);
+                shared.leases().clear(0);
+                *free.lock().unwrap() = true;
+            })
+        };
+        let readers = [use_word(0), use_word(1)];
+        shared.replace(0);
+        readers.into_iter().for_each(|reader| reader.join().unwrap());
+    });
+}
+
 /// A block whose eviction was taken back is the same block: who held it before still does.
 #[test]
 fn a_restored_block_is_readable_and_right() {

@@ -163,6 +163,11 @@ impl Tiers {
         self.put_content_in_memory(id, None, &replay::content(id, self.block_bytes as usize))
     }
 
+    /// The same, as the block after `parent`.
+    pub fn put_after(&self, id: u64, parent: Option<u64>) -> bool {
+        self.put_content_in_memory(id, parent, &replay::content(id, self.block_bytes as usize))
+    }
+
     fn put_content_in_memory(&self, id: u64, parent: Option<u64>, content: &[u8]) -> bool {
         let urgency =
             Urgency { source: FlightSource::Writer, priority: Priority::Demand, deadline: BootTime(u64::MAX) };

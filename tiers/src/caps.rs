@@ -57,7 +57,7 @@ pub const PARKED_PARTS: usize = 8;
 pub const LEAVING_MAX: usize = 256;
 /// Pins and tickets at once, of one namespace.
 pub const HOLDS_MAX: usize = 65_536;
-/// Blocks that all pins and tickets of one namespace name, each as often as it is named: 48 MiB of keys.
+/// Blocks that all pins and tickets of one namespace name, each as often as it is named: 24 MiB of places.
 pub const HELD_KEYS_MAX: usize = 1 << 20;
 /// At most this part of the Host tier may be pinned or held by tickets, in percent: the rest must be able
 /// to turn over.
@@ -68,6 +68,9 @@ pub const PIN_TTL_MS_MAX: u64 = 24 * 3600 * 1000;
 pub const TICKET_TTL_MS_MAX: u64 = 30_000;
 /// Keys that are looked at under the lock in one go: about 50 us.
 pub const KEYS_PER_LOCK: usize = 1024;
+/// Blocks that are pinned, unpinned, evicted or leased under the lock in one go: each costs a few cache misses, and all of them some
+/// hundred microseconds at most.
+pub const CHANGES_PER_LOCK: u32 = 512;
 /// Volumes of the Nvme tier at most: disks of a node. Each costs four threads.
 pub const NVME_PATHS_MAX: usize = 16;
 /// The least volume: its index, and eight small segments.

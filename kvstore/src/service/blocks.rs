@@ -31,11 +31,14 @@ impl Blocks for Context {
         let _call = self.enter()?;
         let started = Instant::now();
         let answer = match lookup::may_wait(&self.daemon, request.get_ref()) {
-            true => lookup::lookup_patiently(&self.daemon, self.caller.namespace, request.get_ref()).await,
-            false => lookup::lookup(&self.daemon, self.caller.namespace, request.get_ref()),
+            true => {
+                let call = lookup::lookup_patiently(&self.daemon, self.caller.namespace, request.get_ref());
+                self.by_deadline(request.metadata().as_ref(), call).await
+            }
+            false => lookup::lookup(&self.daemon, self.caller.namespace, request.get_ref()).map(Response::new),
         };
         metrics::histogram!("kvstore_lookup_seconds").record(started.elapsed().as_secs_f64());
-        answer.map(Response::new)
+        answer
     }
 
     async fn release_ticket(&self, request: Request<ReleaseTicketRequest>) -> Answer<ReleaseTicketResponse> {
@@ -86,7 +89,8 @@ impl Blocks for Context {
 
     async fn pin(&self, request: Request<PinRequest>) -> Answer<PinResponse> {
         let _call = self.enter()?;
-        pin::pin(&self.daemon, self.caller.namespace, request.get_ref()).await.map(Response::new)
+        let call = pin::pin(&self.daemon, self.caller.namespace, request.get_ref());
+        self.by_deadline(request.metadata().as_ref(), call).await
     }
 
     async fn unpin(&self, request: Request<UnpinRequest>) -> Answer<UnpinResponse> {
@@ -101,6 +105,7 @@ impl Blocks for Context {
 
     async fn delete(&self, request: Request<DeleteRequest>) -> Answer<DeleteResponse> {
         let _call = self.enter()?;
-        delete::delete(&self.daemon, self.caller.namespace, request.get_ref()).await.map(Response::new)
+        let call = delete::delete(&self.daemon, self.caller.namespace, request.get_ref());
+        self.by_deadline(request.metadata().as_ref(), call).await
     }
 }

@@ -13,9 +13,9 @@ use std::time::Duration;
 use kvstore_proto::v1::admin_server::AdminServer;
 use kvstore_proto::v1::blocks_server::BlocksServer;
 use kvstore_proto::v1::events_server::EventsServer;
-use tonic::Status;
 use tonic::service::interceptor::InterceptedService;
 use tonic::service::{Routes, RoutesBuilder};
+use tonic::{Response, Status};
 use tonic_health::pb::health_server::{Health, HealthServer};
 
 use crate::caller::Caller;
@@ -40,6 +40,18 @@ impl Context {
     /// The time a call has: what it asks for, or the configured.
     fn deadline(&self, headers: &http::HeaderMap) -> Duration {
         wire::deadline_of(headers).unwrap_or_else(|| self.daemon.config().call_deadline)
+    }
+
+    /// Waits for a call until its deadline. A call that is dropped then gives back what it took.
+    async fn by_deadline<T>(
+        &self,
+        headers: &http::HeaderMap,
+        call: impl Future<Output = Result<T, Status>>,
+    ) -> Result<Response<T>, Status> {
+        match tokio::time::timeout(self.deadline(headers), call).await {
+            Ok(answer) => answer.map(Response::new),
+            Err(_) => Err(Status::deadline_exceeded("the call's deadline passed: try again, with more time")),
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Delete: makes blocks unreadable at once, in every tier.
+//! Delete: makes blocks unreadable at once, in every tier. OK is a promise across a crash: what was deleted does not come back.
 
 use kvstore_proto::v1::{DeleteRequest, DeleteResponse};
 use kvstore_tiers::host::NamespaceId;
@@ -19,10 +19,12 @@ pub async fn delete(
     let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
     let (group, _) = wire::known_group(&layout, request.group)?;
     let hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
+    let mut deleting = daemon.deletions.begin();
     let mut outcomes = vec![Delete::Absent; hashes.len()];
     let mut in_bucket = std::collections::HashSet::new();
     if let Some(nvme) = &daemon.nvme {
         outcomes = nvme.delete(&layout, group, &hashes);
+        deleting.has_deleted = outcomes.contains(&Delete::Deleted);
     }
     if let Some(object) = &daemon.object {
         let unpinned = hashes.iter().zip(&outcomes).filter(|(_, below)| **below != Delete::Pinned);
@@ -46,9 +48,12 @@ pub async fn delete(
             _ => {}
         }
     }
-    if deleted > 0 {
-        // What was deleted does not come back, whatever happens next.
-        until_synced(daemon).await?;
+    deleting.has_deleted |= deleted > 0;
+    if deleting.needs_sync() {
+        let owed = deleting.owed();
+        let problem = "the blocks are deleted, but the disk's index could not be written: they may come back after a crash; delete them again once the disk takes writes";
+        until_synced(daemon, problem).await?;
+        deleting.synced(owed);
     }
     Ok(DeleteResponse { deleted, pinned })
 }

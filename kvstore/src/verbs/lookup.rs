@@ -11,7 +11,8 @@ use kvstore_tiers::residency::Presence;
 use kvstore_tiers::{BlockRef, BootTime, GroupPresence, Run, SequenceHash, Tier, TierSet, readable_prefix};
 use tonic::Status;
 
-use crate::daemon::{Daemon, random_hold_id};
+use super::taken::Taken;
+use crate::daemon::Daemon;
 use crate::{caps, clock, telemetry, wire};
 
 /// One layer group of one shard that a look-up asks about.
@@ -173,23 +174,18 @@ fn hold_for_ticket(
     let runs: Vec<_> =
         parts.iter().zip(&held).map(|(part, hashes)| (&*part.layout, part.group, hashes.as_slice())).collect();
     let expires = clock::now().plus_ms(u64::from(ttl_ms));
-    let id = random_hold_id();
-    let got = daemon.host.hold(namespace, id, HoldKind::Ticket, &runs, expires).map_err(wire::hold_error)?;
-    let on_disk = if got.blocks < held.iter().map(Vec::len).sum() {
-        None
-    } else {
-        hold_on_disk(daemon, parts, hashes, readable, id, expires)?
-    };
-    if on_disk.is_none() {
-        daemon.host.release_hold(namespace, id, HoldKind::Ticket);
+    let mut taken = Taken::nothing(daemon, namespace, HoldKind::Ticket);
+    let got = taken.in_memory(&runs, expires).map_err(wire::hold_error)?;
+    let all = got.blocks == held.iter().map(Vec::len).sum::<usize>();
+    if !all || !hold_on_disk(daemon, parts, hashes, readable, taken.id(), expires)? {
         response.readable_blocks = 0;
         return Ok(());
     }
-    response.ticket = wire::hold_bytes(id);
+    response.ticket = wire::hold_bytes(taken.keep());
     Ok(())
 }
 
-/// Holds the blocks that are on disk alone. `None` where one of them left meanwhile.
+/// Holds the blocks that are on disk alone. False where one of them left meanwhile.
 fn hold_on_disk(
     daemon: &Daemon,
     parts: &[Part],
@@ -197,8 +193,8 @@ fn hold_on_disk(
     readable: usize,
     id: HoldId,
     expires: BootTime,
-) -> Result<Option<()>, Status> {
-    let Some(nvme) = &daemon.nvme else { return Ok(Some(())) };
+) -> Result<bool, Status> {
+    let Some(nvme) = &daemon.nvme else { return Ok(true) };
     let below = |part: &&Part, block: usize| part.at(block).is_some_and(|at| at.tiers().fastest() == Some(Tier::Nvme));
     let blocks: Vec<BlockRef<'_>> = parts
         .iter()
@@ -208,15 +204,11 @@ fn hold_on_disk(
         })
         .collect();
     if blocks.is_empty() {
-        return Ok(Some(()));
+        return Ok(true);
     }
     nvme.pin(id.0, &blocks, expires, false, clock::now())
         .map_err(|refused| Status::resource_exhausted(refused.to_string()))?;
-    let there = blocks.iter().all(|block| nvme.presence(block.layout, block.group, &[block.hash]) == [true]);
-    if !there {
-        nvme.unpin(id.0);
-    }
-    Ok(there.then_some(()))
+    Ok(blocks.iter().all(|block| nvme.presence(block.layout, block.group, &[block.hash]) == [true]))
 }
 
 /// Ends a ticket before its time.

@@ -9,6 +9,7 @@ pub mod pin;
 pub mod prefetch;
 pub mod put;
 pub mod register_layout;
+mod taken;
 pub mod verify;
 pub mod watch;
 
@@ -16,16 +17,24 @@ use tonic::Status;
 
 use crate::daemon::Daemon;
 
-/// Waits until what was done to the disks' indexes is safe from a crash. A disk that cannot sync is out of service,
-/// and says so in the status; the call goes on.
-async fn until_synced(daemon: &Daemon) -> Result<(), Status> {
+/// Waits until what was done to the disks' indexes is safe from a crash. Where a disk cannot write it, the call fails, and says
+/// `problem`: OK is a promise.
+async fn until_synced(daemon: &Daemon, problem: &str) -> Result<(), Status> {
     let Some(nvme) = &daemon.nvme else { return Ok(()) };
+    let waiting = nvme.sync();
     let all = async {
-        for synced in nvme.sync() {
-            // Refused or closed: nothing to wait for.
-            let _ = synced.await;
+        // Without a channel, and where one is dropped, the disks are closed.
+        let mut safe = !waiting.is_empty();
+        for synced in waiting {
+            safe &= synced.await.unwrap_or(false);
         }
+        safe
     };
-    let late = |_| Status::deadline_exceeded("the disk did not sync before the call's deadline");
-    tokio::time::timeout(daemon.config().call_deadline, all).await.map_err(late)
+    match tokio::time::timeout(daemon.config().call_deadline, all).await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Status::unavailable(problem)),
+        Err(_) => {
+            Err(Status::deadline_exceeded(format!("the disk did not sync before the call's deadline: {problem}")))
+        }
+    }
 }

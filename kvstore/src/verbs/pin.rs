@@ -9,20 +9,76 @@ use std::sync::Arc;
 use bytes::Bytes;
 use kvstore_proto::v1::{PinRequest, PinResponse, UnpinRequest, UnpinResponse};
 use kvstore_tiers::caps::PIN_TTL_MS_MAX;
-use kvstore_tiers::host::{HoldId, HoldKind, NamespaceId, RegisteredLayout};
-use kvstore_tiers::object::Trouble;
+use kvstore_tiers::host::{HoldKind, NamespaceId, RegisteredLayout};
+use kvstore_tiers::nvme::{NvmeTier, WriteBack};
 use kvstore_tiers::residency::Presence;
-use kvstore_tiers::{BlockRef, SequenceHash};
+use kvstore_tiers::{BlockRef, BootTime, SequenceHash};
+use tokio::sync::oneshot;
 use tonic::Status;
 
+use super::taken::Taken;
 use super::until_synced;
-use crate::daemon::{Daemon, random_hold_id};
+use crate::daemon::Daemon;
 use crate::{caps, clock, wire};
 
 /// Times that a pin looks again, where blocks leave between the look and the hold.
 const ATTEMPTS: usize = 3;
+/// Times that a block is offered to the disk: see [`queue`].
+const WRITE_ATTEMPTS: usize = 10;
 
-/// Pins the leading readable run of a prefix. With an Nvme tier, the pin's record is synced before the answer.
+/// What is to be pinned.
+struct Prefix<'a> {
+    layout: &'a Arc<RegisteredLayout>,
+    group: u16,
+    hashes: &'a [SequenceHash],
+    ttl_ms: u64,
+    expires: BootTime,
+}
+
+impl Prefix<'_> {
+    fn block(&self, at: usize) -> Option<BlockRef<'_>> {
+        Some(BlockRef { layout: self.layout, group: self.group, hash: *self.hashes.get(at)? })
+    }
+
+    fn on_disk(&self, daemon: &Daemon) -> Vec<bool> {
+        let nvme = daemon.nvme.as_ref();
+        nvme.map_or(vec![false; self.hashes.len()], |nvme| nvme.presence(self.layout, self.group, self.hashes))
+    }
+}
+
+/// Where the leading readable run of a prefix is.
+struct Run {
+    blocks: usize,
+    /// Those that are in memory and not on disk, by their places.
+    above: Vec<usize>,
+    /// Those that are on this node.
+    here: Vec<usize>,
+}
+
+impl Run {
+    fn of(daemon: &Daemon, prefix: &Prefix<'_>) -> Self {
+        let presences = daemon.host.presence(prefix.layout, prefix.group, prefix.hashes);
+        let on_disk = prefix.on_disk(daemon);
+        let in_bucket = match &daemon.object {
+            Some(object) => object.presence(prefix.layout, prefix.group, prefix.hashes),
+            None => Vec::new(),
+        };
+        let is_on_disk = |at: usize| on_disk.get(at) == Some(&true);
+        let is_here = |at: usize| presences.get(at) == Some(&Presence::Resident) || is_on_disk(at);
+        let is_known = |at: &usize| is_here(*at) || in_bucket.get(*at) == Some(&true);
+        let blocks = (0..prefix.hashes.len()).take_while(is_known).count();
+        let here: Vec<usize> = (0..blocks).filter(|at| is_here(*at)).collect();
+        let above = here.iter().copied().filter(|at| !is_on_disk(*at)).collect();
+        Self { blocks, above, here }
+    }
+
+    fn rests_on_bucket(&self) -> bool {
+        self.here.len() < self.blocks
+    }
+}
+
+/// Pins the leading readable run of a prefix. With an Nvme tier, its blocks are LOCAL and the pin's record is synced before the
+/// answer. Dropped before that, or where it fails, nothing is pinned.
 pub async fn pin(daemon: &Daemon, namespace: NamespaceId, request: &PinRequest) -> Result<PinResponse, Status> {
     let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
     let (group, _) = wire::known_group(&layout, request.group)?;
@@ -33,85 +89,105 @@ pub async fn pin(daemon: &Daemon, namespace: NamespaceId, request: &PinRequest) 
             format!("{} is out of range: it must be 1 to {PIN_TTL_MS_MAX} ms", request.ttl_ms),
         ));
     }
-    let now = clock::now();
-    let expires = now.plus_ms(request.ttl_ms);
+    let expires = clock::now().plus_ms(request.ttl_ms);
+    let prefix = Prefix { layout: &layout, group, hashes: &hashes, ttl_ms: request.ttl_ms, expires };
     for _ in 0..ATTEMPTS {
-        let presences = daemon.host.presence(&layout, group, &hashes);
-        let on_disk = match &daemon.nvme {
-            Some(nvme) => nvme.presence(&layout, group, &hashes),
-            None => vec![false; hashes.len()],
-        };
-        let in_bucket = match &daemon.object {
-            Some(object) => object.presence(&layout, group, &hashes),
-            None => vec![false; hashes.len()],
-        };
-        let is_here = |at: usize| presences.get(at) == Some(&Presence::Resident) || on_disk.get(at) == Some(&true);
-        let run = (0..hashes.len()).take_while(|at| is_here(*at) || in_bucket.get(*at) == Some(&true)).count();
-        let rests_on_bucket = !(0..run).all(is_here);
-        let above: Vec<_> = (0..run)
-            .filter(|at| is_here(*at) && on_disk.get(*at) != Some(&true))
-            .filter_map(|at| hashes.get(at).copied())
-            .collect();
-        let id = random_hold_id();
-        let runs = [(&*layout, group, above.as_slice())];
-        let held = daemon.host.hold(namespace, id, HoldKind::Pin, &runs, expires).map_err(wire::hold_error)?;
-        let release = || daemon.host.release_hold(namespace, id, HoldKind::Pin);
-        if run == 0 {
-            release();
+        let run = Run::of(daemon, &prefix);
+        if run.blocks == 0 {
             return Ok(PinResponse { pin: Bytes::new(), pinned_blocks: 0 });
         }
-        if held.blocks < above.len() {
-            release();
-            continue;
+        if let Some(taken) = take(daemon, namespace, &prefix, &run).await? {
+            let held = "the blocks were not pinned, because the disk could not record the pin: pin them again once it takes writes";
+            until_synced(daemon, held).await?;
+            return Ok(PinResponse { pin: wire::hold_bytes(taken.keep()), pinned_blocks: run.blocks as u32 });
         }
-        if let Some(nvme) = &daemon.nvme {
-            let block = |hash: &_| BlockRef { layout: &layout, group, hash: *hash };
-            let blocks: Vec<BlockRef<'_>> = hashes.iter().take(run).map(block).collect();
-            if let Err(refused) = nvme.pin(id.0, &blocks, expires, true, now) {
-                release();
-                return Err(Status::resource_exhausted(format!(
-                    "{refused}: unpin other blocks, or wait until a pin expires"
-                )));
-            }
-            let above_disk = |at: usize| is_here(at) && on_disk.get(at) == Some(&false);
-            // A pin that is to survive needs the bytes on disk.
-            for (at, hash) in hashes.iter().enumerate().take(run).filter(|(at, _)| above_disk(*at)) {
-                let parent = at.checked_sub(1).and_then(|before| hashes.get(before)).copied();
-                nvme.write_back(&block(hash), parent, Vec::new(), false);
-            }
-        }
-        if let Err(trouble) =
-            refer(daemon, id, &layout, group, hashes.get(..run).unwrap_or_default(), request.ttl_ms).await
-        {
-            if rests_on_bucket {
-                release();
-                daemon.nvme.iter().for_each(|nvme| _ = nvme.unpin(id.0));
-                let problem = format!(
-                    "some blocks are only in the object store, and the daemon could not record the pin there: {trouble}"
-                );
-                return Err(Status::unavailable(problem));
-            }
-            tracing::warn!(%trouble, "a pin could not be recorded in the bucket: a collector may delete its blocks there, but this node keeps them");
-        }
-        until_synced(daemon).await?;
-        return Ok(PinResponse { pin: wire::hold_bytes(id), pinned_blocks: run as u32 });
     }
     Err(Status::resource_exhausted("blocks left memory while they were being pinned: try again"))
 }
 
-/// The bucket is told of a pin.
-async fn refer(
-    daemon: &Daemon,
-    id: HoldId,
-    layout: &Arc<RegisteredLayout>,
-    group: u16,
-    hashes: &[SequenceHash],
-    ttl_ms: u64,
-) -> Result<(), Trouble> {
-    match &daemon.object {
-        Some(object) => object.refer(id.0, layout, group, hashes, ttl_ms).await,
-        None => Ok(()),
+/// Takes the run in every tier. `None` where a block left since it was found.
+async fn take<'a>(
+    daemon: &'a Daemon,
+    namespace: NamespaceId,
+    prefix: &Prefix<'_>,
+    run: &Run,
+) -> Result<Option<Taken<'a>>, Status> {
+    let mut taken = Taken::nothing(daemon, namespace, HoldKind::Pin);
+    let above: Vec<SequenceHash> = run.above.iter().filter_map(|at| prefix.hashes.get(*at).copied()).collect();
+    let runs = [(&**prefix.layout, prefix.group, above.as_slice())];
+    let held = taken.in_memory(&runs, prefix.expires).map_err(wire::hold_error)?;
+    if held.blocks < above.len() {
+        return Ok(None);
     }
+    if let Some(nvme) = &daemon.nvme {
+        write(nvme, prefix, &run.above).await?;
+        if !hold_on_disk(daemon, nvme, &taken, prefix, run)? {
+            return Ok(None);
+        }
+    }
+    let hashes = prefix.hashes.get(..run.blocks).unwrap_or_default();
+    if let Err(trouble) = taken.in_bucket(prefix.layout, prefix.group, hashes, prefix.ttl_ms).await {
+        if run.rests_on_bucket() {
+            return Err(Status::unavailable(format!(
+                "some blocks are only in the object store, and the daemon could not record the pin there: {trouble}"
+            )));
+        }
+        tracing::warn!(%trouble, "a pin could not be recorded in the bucket: a collector may delete its blocks there, but this node keeps them");
+    }
+    Ok(Some(taken))
+}
+
+/// Writes blocks that are only in memory to disk: a pin that is to survive needs their bytes there, synced.
+async fn write(nvme: &Arc<NvmeTier>, prefix: &Prefix<'_>, above: &[usize]) -> Result<(), Status> {
+    let refused = || {
+        Status::unavailable(
+            "the blocks were not pinned, because the disk did not take those that are only in memory: pin them again once it takes writes",
+        )
+    };
+    for part in above.chunks(caps::PIN_WRITES_MAX) {
+        let mut waiting = Vec::with_capacity(part.len());
+        for at in part {
+            let parent = at.checked_sub(1).and_then(|before| prefix.hashes.get(before)).copied();
+            let block = prefix.block(*at).ok_or_else(refused)?;
+            waiting.push(queue(nvme, &block, parent).await.ok_or_else(refused)?);
+        }
+        for local in waiting {
+            local.await.ok().filter(|local| *local).ok_or_else(refused)?;
+        }
+    }
+    Ok(())
+}
+
+/// `None` where the disk does not take the block. A write of it that ends just now is in the way of another, and is found a moment later.
+async fn queue(
+    nvme: &Arc<NvmeTier>,
+    block: &BlockRef<'_>,
+    parent: Option<SequenceHash>,
+) -> Option<oneshot::Receiver<bool>> {
+    for _ in 0..WRITE_ATTEMPTS {
+        if let WriteBack::Queued(Some(local)) = nvme.write_back(block, parent, Vec::new(), true) {
+            return Some(local);
+        }
+        tokio::time::sleep(caps::ROOM_POLL).await;
+    }
+    None
+}
+
+/// Holds the run on disk. Its blocks are there by now, so that the bound on pinned bytes sees all of them. False where one of them
+/// left before it was held.
+fn hold_on_disk(
+    daemon: &Daemon,
+    nvme: &Arc<NvmeTier>,
+    taken: &Taken<'_>,
+    prefix: &Prefix<'_>,
+    run: &Run,
+) -> Result<bool, Status> {
+    let blocks: Vec<BlockRef<'_>> = (0..run.blocks).filter_map(|at| prefix.block(at)).collect();
+    nvme.pin(taken.id().0, &blocks, prefix.expires, true, clock::now()).map_err(|refused| {
+        Status::resource_exhausted(format!("{refused}: unpin other blocks, or wait until a pin expires"))
+    })?;
+    let on_disk = prefix.on_disk(daemon);
+    Ok(run.here.iter().all(|at| on_disk.get(*at) == Some(&true)))
 }
 
 /// Ends a pin before its time.

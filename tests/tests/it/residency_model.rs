@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use kvstore_plane::{HeapTable, SequenceHash, SlotEntry, SlotKey, SlotRef};
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::residency::{
-    Delete, FillTicket, FlightSource, Incoming, Presence, Priority, Publish, Readers, Reserve, Residency, SlabMemory,
-    Urgency,
+    Delete, FillTicket, FlightSource, Incoming, Pinned, Presence, Priority, Publish, Readers, Reserve, Residency,
+    SlabMemory, Urgency,
 };
 use kvstore_tiers::{BlockKind, BootTime, PoolId};
 
@@ -75,6 +75,7 @@ struct Model {
     fills: Vec<(SlotKey, FillTicket, u32, bool)>,
     leases: Vec<(SlotKey, SlotRef, u32, bool)>,
     demotes: Vec<(SlotKey, SlotRef, bool)>,
+    pins: Vec<(SlotKey, Pinned, bool)>,
     /// Readers that asked nobody.
     reads: Vec<(SlotKey, SlotRef, bool)>,
     named: Arc<Named>,
@@ -104,6 +105,7 @@ impl Model {
             fills: Vec::new(),
             leases: Vec::new(),
             demotes: Vec::new(),
+            pins: Vec::new(),
             reads: Vec::new(),
             named,
             now: 0,
@@ -253,23 +255,28 @@ impl Model {
 
     fn pin(&mut self, random: &mut Random) {
         let key = key(random.below(KEYS));
-        assert_eq!(self.residency.pin(&key).is_some(), self.blocks.contains_key(&key));
-        if let Some(block) = self.blocks.get_mut(&key) {
-            block.pins += 1;
+        let pinned = self.residency.pin(&key);
+        assert_eq!(pinned.is_some(), self.blocks.contains_key(&key));
+        if let Some(pinned) = pinned {
+            self.blocks.get_mut(&key).unwrap().pins += 1;
+            self.pins.push((key, pinned, true));
         }
     }
 
     fn unpin(&mut self, random: &mut Random) {
-        let pinned: Vec<SlotKey> =
-            self.blocks.iter().filter(|(_, block)| block.pins > 0).map(|(key, _)| *key).collect();
-        let Some(at) = random.pick(&pinned) else { return };
-        self.residency.unpin(&pinned[at]);
-        self.blocks.get_mut(&pinned[at]).unwrap().pins -= 1;
+        let Some(at) = random.pick(&self.pins) else { return };
+        let (key, pinned, live) = self.pins.swap_remove(at);
+        self.residency.unpin(&pinned);
+        // What was pinned may be gone, as damaged, and another there by its key: that one's pins are its own.
+        if live && let Some(block) = self.blocks.get_mut(&key) {
+            block.pins -= 1;
+        }
     }
 
     /// The block is no longer readable; whoever reads it may go on.
     fn forget(&mut self, key: &SlotKey) {
         self.blocks.remove(key);
+        self.pins.iter_mut().filter(|pin| pin.0 == *key).for_each(|pin| pin.2 = false);
         self.leases.iter_mut().filter(|lease| lease.0 == *key).for_each(|lease| lease.3 = false);
         self.demotes.iter_mut().filter(|demote| demote.0 == *key).for_each(|demote| demote.2 = false);
         self.reads.iter_mut().filter(|read| read.0 == *key).for_each(|read| read.2 = false);
@@ -411,10 +418,12 @@ fn run(policy: PolicyKind, seed: u64, steps: u64) {
     }
     model.reads.clear();
     model.named.0.lock().unwrap().clear();
+    for (_, pinned, _) in std::mem::take(&mut model.pins) {
+        model.residency.unpin(&pinned);
+    }
+    assert_eq!(model.residency.pinned_bytes(), 0);
     for id in 0..KEYS {
-        while model.residency.delete(&key(id)) == Delete::Pinned {
-            model.residency.unpin(&key(id));
-        }
+        assert_ne!(model.residency.delete(&key(id)), Delete::Pinned, "a pin is left that nobody has");
     }
     model.residency.look_again();
     assert_eq!(model.residency.pool_occupancy(model.pool).2, 0);

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvstore_plane::{AttachmentView, CLIENT_PAGE_BYTES, DAEMON_PAGE_BYTES, HeapTable, KeyTable, SlotRef, TableMemory};
 use kvstore_transfer::{SharedMemory, Slab, Writers};
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use super::HostTier;
 use super::namespace::{Namespace, NamespaceId, RegisteredLayout};
@@ -172,14 +172,29 @@ impl HostTier {
 
     /// The client is no more, or reads nothing any more: what it names is given away.
     pub fn detach(&self, client: &Arc<Attached>) {
-        let mut state = self.state.lock();
-        let Some(namespace) = state.namespace_mut(client.namespace) else { return };
-        namespace.readers.0.write().retain(|other| !Arc::ptr_eq(other, client));
-        namespace.residency.look_again();
+        if let Some(namespace) = self.state.lock().namespace(client.namespace) {
+            namespace.readers.0.write().retain(|other| !Arc::ptr_eq(other, client));
+        }
+        self.look_again(client.namespace);
     }
 
-    /// Tells the eviction policies what clients read. A client's touches are at most a ring; the lock is let go between
-    /// two clients.
+    /// Looks which of the slots that waited for readers are read no more. The lease pages may be many: they are looked at without the
+    /// lock.
+    pub(super) fn look_again(&self, namespace: NamespaceId) {
+        let waiting = self.state.lock().namespace(namespace).map_or(0, |at| at.residency.waiting_for_readers());
+        for _ in 0..waiting.div_ceil(caps::KEYS_PER_LOCK) {
+            let mut state = self.state.lock();
+            let Some(at) = state.namespace_mut(namespace) else { return };
+            let (waits, readers) = (at.residency.next_waiting(), Arc::clone(&at.readers));
+            drop(state);
+            let named = waits.named(&*readers);
+            if let Some(at) = self.state.lock().namespace_mut(namespace) {
+                at.residency.end_waiting(&waits, &named);
+            }
+        }
+    }
+
+    /// Tells the eviction policies what clients read, a lock's worth at a time.
     pub(super) fn take_touches(&self, now: BootTime) {
         let readers: Vec<_> = self.state.lock().namespaces.iter().map(|at| Arc::clone(&at.readers)).collect();
         let clients: Vec<Arc<Attached>> = readers.iter().flat_map(|readers| readers.0.read().clone()).collect();
@@ -188,8 +203,12 @@ impl HostTier {
             slots.clear();
             let touched = client.view().touches().take(&mut client.seen.lock(), |slot| slots.push(slot));
             self.local_reads.fetch_add(touched.taken + touched.lost, Ordering::Relaxed);
-            if let Some(namespace) = self.state.lock().namespace_mut(client.namespace).filter(|_| !slots.is_empty()) {
-                namespace.touch(&slots, now);
+            for slots in slots.chunks(caps::KEYS_PER_LOCK) {
+                let mut state = self.state.lock();
+                if let Some(namespace) = state.namespace_mut(client.namespace) {
+                    namespace.touch(slots, now);
+                }
+                MutexGuard::unlock_fair(state);
             }
         }
     }
@@ -208,11 +227,11 @@ impl HostTier {
     /// Slots that clients name now, and slots that wait for that to end.
     pub fn local_leases(&self) -> (usize, usize) {
         let state = self.state.lock();
-        let mut leases = 0;
-        for namespace in &state.namespaces {
-            namespace.readers.named(&mut |_| leases += 1);
-        }
         let waiting = state.namespaces.iter().map(|namespace| namespace.residency.waiting_for_readers()).sum();
+        let readers: Vec<_> = state.namespaces.iter().map(|namespace| Arc::clone(&namespace.readers)).collect();
+        drop(state);
+        let mut leases = 0;
+        readers.iter().for_each(|readers| readers.named(&mut |_| leases += 1));
         (leases, waiting)
     }
 
@@ -238,18 +257,17 @@ impl HostTier {
     /// Takes a millisecond or so.
     pub fn staging(&self, bytes: u64) -> Option<StagingMemory> {
         let bytes = bytes.next_multiple_of(SLOT_BYTES_MIN);
-        let retired = {
-            let mut state = self.state.lock();
+        {
+            let state = self.state.lock();
             let most = state.limits.bytes / 100 * caps::STAGING_PERCENT_MAX;
             if self.staging.load(Ordering::Acquire) + bytes > most {
                 return None;
             }
-            let retired = state.shrink(self.mapped.load(Ordering::Acquire) + bytes);
-            // Counted before the slabs are unmapped: nobody else takes their room.
+            // Counted before the slabs are withdrawn: nobody else takes their room.
             self.mapped.fetch_add(bytes, Ordering::AcqRel);
             self.staging.fetch_add(bytes, Ordering::AcqRel);
-            retired
-        };
+        }
+        let retired = self.shrink();
         let gave = !retired.is_empty();
         drop(retired);
         if gave {

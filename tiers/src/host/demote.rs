@@ -18,7 +18,7 @@ pub struct DemotingBlock {
     copies: u8,
 }
 
-/// The bit of a slot's `copies` that says: the Nvme tier was given the block.
+/// The bit of a slot's `copies` that says: the Nvme tier took the block. It may have dropped it since.
 const NVME_COPY: u8 = 1;
 
 impl DemotingBlock {
@@ -27,8 +27,9 @@ impl DemotingBlock {
     pub(crate) fn bytes(&self) -> Option<SlotBytes> {
         let slab = self.tier.state.lock().namespace(self.namespace)?.residency.slab(self.slot.slab).cloned()?;
         // SAFETY: begin_demote() leased the slot, and end_demote() in our Drop gives the lease back: until
-        // then nobody else gets the slot. The only callers (nvme::write) keep this value in the transfer's
-        // completion, which drops the bytes first.
+        // then nobody else gets the slot. The only callers (nvme::flush) drop the bytes before this value: where they
+        // are copied or summed, at once; where they are transferred, in the transfer's completion, which passes this
+        // value on only after it dropped them.
         unsafe { SlotBytes::new(slab, self.slot.slot, self.length as usize) }
     }
 
@@ -42,7 +43,7 @@ impl DemotingBlock {
         self.crc32
     }
 
-    /// The Nvme tier has it now.
+    /// The Nvme tier has taken it.
     pub fn stored(mut self) {
         self.copies = NVME_COPY;
     }

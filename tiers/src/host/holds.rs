@@ -1,17 +1,20 @@
 //! Holds: sets of blocks that may not be evicted until a time. A pin is asked for by name and lasts for
 //! hours; a ticket comes with a look-up's answer and lasts until its reader had time to come.
+//!
+//! A hold may name 65,536 blocks, so that it is made and ended in steps, with the lock let go in between. Until it is whole nobody
+//! finds it by its name, and it does not expire. What it has pinned so far counts, and cannot be deleted, even where the hold is
+//! refused in the end and takes all of it back.
 
-use std::collections::{BTreeSet, HashMap};
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
 
-use kvstore_plane::{SequenceHash, SlotKey};
-use kvstore_transfer::Slab;
+use kvstore_plane::SequenceHash;
 
-use super::HostTier;
 use super::namespace::{NamespaceId, RegisteredLayout};
+use super::steps::Steps;
+use super::{HostTier, State};
 use crate::caps;
 use crate::clock::BootTime;
-use crate::residency::Residency;
+use crate::residency::Pinned;
 
 /// Names a hold. Random enough not to be guessed by another client of the namespace.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
@@ -41,6 +44,15 @@ pub enum HoldError {
         /// The same, of the tier.
         percent: u64,
     },
+    /// Too much of the tier is held by all namespaces together. How much is theirs to know.
+    #[error(
+        "all namespaces together may pin at most {bytes_max} bytes ({}% of the Host tier); unpin blocks, or wait until a pin ends",
+        caps::HELD_PERCENT_MAX
+    )]
+    TierFull {
+        /// The most.
+        bytes_max: u64,
+    },
     /// Too many holds.
     #[error(
         "the namespace would have more than {} pins and tickets, or they would name more than {} blocks; unpin blocks, or wait until a pin ends",
@@ -60,7 +72,7 @@ pub struct Held {
 }
 
 struct Hold {
-    keys: Vec<SlotKey>,
+    pins: Vec<Pinned>,
     expires: BootTime,
     kind: HoldKind,
 }
@@ -68,35 +80,66 @@ struct Hold {
 /// The holds of one namespace.
 #[derive(Default)]
 pub(super) struct Holds {
-    by_id: HashMap<HoldId, Hold>,
+    // Trees: they grow a little at a time, and the lock is held meanwhile.
+    by_id: BTreeMap<HoldId, Hold>,
     by_expiry: BTreeSet<(BootTime, HoldId)>,
-    /// Keys of all holds together.
-    keys: usize,
+    /// Blocks of all holds together, and those that holds which are being made may get.
+    blocks: usize,
+    /// Holds that are being made.
+    making: usize,
+    tickets: usize,
 }
 
-type HostResidency = Residency<Arc<Slab>>;
-
 impl Holds {
-    pub(super) fn expire(&mut self, residency: &mut HostResidency, now: BootTime) {
-        while let Some((expires, id)) = self.by_expiry.first().copied()
-            && expires <= now
-        {
-            self.release(residency, id);
+    /// Makes room for a hold of so many blocks, or none.
+    fn begin(&mut self, blocks: usize) -> Result<(), HoldError> {
+        if self.by_id.len() + self.making >= caps::HOLDS_MAX || self.blocks + blocks > caps::HELD_KEYS_MAX {
+            return Err(HoldError::TooMany);
+        }
+        self.making += 1;
+        self.blocks += blocks;
+        Ok(())
+    }
+
+    /// A hold that began with room for so many `blocks` is whole, or was refused.
+    fn end_making(&mut self, blocks: usize, made: Option<(HoldId, Hold)>) {
+        self.making -= 1;
+        self.blocks -= blocks;
+        if let Some((id, hold)) = made {
+            self.blocks += hold.pins.len();
+            self.tickets += usize::from(hold.kind == HoldKind::Ticket);
+            self.by_expiry.insert((hold.expires, id));
+            self.by_id.insert(id, hold);
         }
     }
 
-    fn release(&mut self, residency: &mut HostResidency, id: HoldId) -> Option<HoldKind> {
+    /// The hold is none any more; its blocks are yet to be unpinned.
+    fn remove(&mut self, id: HoldId) -> Option<Hold> {
         let hold = self.by_id.remove(&id)?;
         self.by_expiry.remove(&(hold.expires, id));
-        self.keys -= hold.keys.len();
-        hold.keys.iter().for_each(|key| residency.unpin(key));
-        Some(hold.kind)
+        self.blocks -= hold.pins.len();
+        self.tickets -= usize::from(hold.kind == HoldKind::Ticket);
+        Some(hold)
     }
 
-    fn insert(&mut self, id: HoldId, hold: Hold) {
-        self.by_expiry.insert((hold.expires, id));
-        self.keys += hold.keys.len();
-        self.by_id.insert(id, hold);
+    fn remove_expired(&mut self, now: BootTime) -> Option<Hold> {
+        let (_, id) = self.by_expiry.first().filter(|(expires, _)| *expires <= now)?;
+        self.remove(*id)
+    }
+}
+
+impl State {
+    /// Whether what is pinned is within the bounds of its namespace and of the tier.
+    fn check_held(&self, namespace: NamespaceId) -> Result<(), HoldError> {
+        let Some(at) = self.namespace(namespace) else { return Err(HoldError::TooMany) };
+        let percent = at.limits.held_percent.min(caps::HELD_PERCENT_MAX);
+        let (held_bytes, bytes_max) = (at.residency.pinned_bytes(), self.limits.bytes / 100 * percent);
+        if held_bytes > bytes_max {
+            return Err(HoldError::TooManyBytes { held_bytes, bytes_max, percent });
+        }
+        let bytes_max = self.limits.bytes / 100 * caps::HELD_PERCENT_MAX;
+        let all: u64 = self.namespaces.iter().map(|namespace| namespace.residency.pinned_bytes()).sum();
+        if all > bytes_max { Err(HoldError::TierFull { bytes_max }) } else { Ok(()) }
     }
 }
 
@@ -111,39 +154,88 @@ impl HostTier {
         runs: &[(&RegisteredLayout, u16, &[SequenceHash])],
         expires: BootTime,
     ) -> Result<Held, HoldError> {
+        let room: usize = runs.iter().map(|(_, _, hashes)| hashes.len()).sum();
+        if let Some(namespace) = self.state.lock().namespace_mut(namespace) {
+            namespace.holds.begin(room)?;
+        }
+        // Its memory is taken before the lock.
+        let mut pins = Vec::with_capacity(room);
+        let pinned = self.pin_runs(namespace, runs, &mut pins);
+        let blocks = pins.len();
+        let (made, refused) = match pinned {
+            Ok(()) => (Some((id, Hold { pins, expires, kind })), None),
+            Err(refused) => {
+                self.unpin(namespace, &pins);
+                (None, Some(refused))
+            }
+        };
         let mut state = self.state.lock();
-        let tier_bytes = state.limits.bytes;
-        let Some(namespace) = state.namespace_mut(namespace) else { return Err(HoldError::TooMany) };
-        let percent = namespace.limits.held_percent.min(caps::HELD_PERCENT_MAX);
-        let bytes_max = tier_bytes / 100 * percent;
-        let more: usize = runs.iter().map(|(_, _, hashes)| hashes.len()).sum();
-        if namespace.holds.by_id.len() >= caps::HOLDS_MAX || namespace.holds.keys + more > caps::HELD_KEYS_MAX {
-            return Err(HoldError::TooMany);
+        let Some(at) = state.namespace_mut(namespace) else { return Err(HoldError::TooMany) };
+        at.holds.end_making(room, made);
+        let held_now = at.residency.pinned_bytes();
+        match refused {
+            None => Ok(Held { id, blocks }),
+            Some(HoldError::TooManyBytes { bytes_max, percent, .. }) => {
+                Err(HoldError::TooManyBytes { held_bytes: held_now, bytes_max, percent })
+            }
+            Some(refused) => Err(refused),
         }
-        let mut keys = Vec::new();
+    }
+
+    fn pin_runs(
+        &self,
+        namespace: NamespaceId,
+        runs: &[(&RegisteredLayout, u16, &[SequenceHash])],
+        pins: &mut Vec<Pinned>,
+    ) -> Result<(), HoldError> {
+        let mut steps = Steps::begin(self);
         for (layout, group, hashes) in runs {
-            let run = hashes.iter().map(|hash| Self::key(layout, *group, *hash));
-            keys.extend(run.take_while(|key| namespace.residency.pin(key).is_some()));
+            for hash in *hashes {
+                // Looked at as often as the lock is let go: a hold that is too large stops early.
+                if pins.len().is_multiple_of(caps::CHANGES_PER_LOCK as usize) {
+                    steps.next().check_held(namespace)?;
+                }
+                let at = steps.next().namespace_mut(namespace);
+                let Some(pinned) = at.and_then(|at| at.residency.pin(&Self::key(layout, *group, *hash))) else { break };
+                pins.push(pinned);
+            }
         }
-        let held_bytes = namespace.residency.pinned_bytes();
-        if held_bytes > bytes_max {
-            keys.iter().for_each(|key| namespace.residency.unpin(key));
-            let held_bytes = namespace.residency.pinned_bytes();
-            return Err(HoldError::TooManyBytes { held_bytes, bytes_max, percent });
+        steps.next().check_held(namespace)
+    }
+
+    fn unpin(&self, namespace: NamespaceId, pins: &[Pinned]) {
+        let mut steps = Steps::begin(self);
+        for pinned in pins {
+            if let Some(at) = steps.next().namespace_mut(namespace) {
+                at.residency.unpin(pinned);
+            }
         }
-        let blocks = keys.len();
-        namespace.holds.insert(id, Hold { keys, expires, kind });
-        Ok(Held { id, blocks })
+    }
+
+    /// Ends the holds whose time is over.
+    pub(super) fn expire_holds(&self, now: BootTime) {
+        let count = self.state.lock().namespaces.len();
+        for namespace in (0..count).map(NamespaceId) {
+            let mut steps = Steps::begin(self);
+            while let Some(hold) = steps.next().namespace_mut(namespace).and_then(|at| at.holds.remove_expired(now)) {
+                for pinned in &hold.pins {
+                    if let Some(at) = steps.next().namespace_mut(namespace) {
+                        at.residency.unpin(pinned);
+                    }
+                }
+            }
+        }
     }
 
     /// Ends a hold of this kind; false when there is none (any more).
     pub fn release_hold(&self, namespace: NamespaceId, id: HoldId, kind: HoldKind) -> bool {
-        let mut state = self.state.lock();
-        let Some(namespace) = state.namespace_mut(namespace) else { return false };
-        if namespace.holds.by_id.get(&id).is_none_or(|hold| hold.kind != kind) {
-            return false;
-        }
-        namespace.holds.release(&mut namespace.residency, id).is_some()
+        let removed = self.state.lock().namespace_mut(namespace).and_then(|at| {
+            at.holds.by_id.get(&id).filter(|hold| hold.kind == kind)?;
+            at.holds.remove(id)
+        });
+        let Some(hold) = removed else { return false };
+        self.unpin(namespace, &hold.pins);
+        true
     }
 
     /// True while there is such a hold, of either kind.
@@ -162,10 +254,7 @@ impl HostTier {
     /// Pins and tickets at this moment.
     pub fn hold_counts(&self) -> (usize, usize) {
         let state = self.state.lock();
-        let holds = state.namespaces.iter().flat_map(|namespace| namespace.holds.by_id.values());
-        holds.fold((0, 0), |(pins, tickets), hold| match hold.kind {
-            HoldKind::Pin => (pins + 1, tickets),
-            HoldKind::Ticket => (pins, tickets + 1),
-        })
+        let holds = state.namespaces.iter().map(|namespace| &namespace.holds);
+        holds.fold((0, 0), |(pins, tickets), of| (pins + of.by_id.len() - of.tickets, tickets + of.tickets))
     }
 }

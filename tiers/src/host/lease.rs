@@ -8,6 +8,7 @@ use kvstore_transfer::SlotBytes;
 
 use super::HostTier;
 use super::namespace::{Namespace, NamespaceId, RegisteredLayout};
+use super::steps::Steps;
 use crate::clock::BootTime;
 use crate::residency::Presence;
 
@@ -81,22 +82,24 @@ impl HostTier {
         hashes: &[SequenceHash],
         now: BootTime,
     ) -> Vec<Leasing> {
-        let mut state = self.state.lock();
-        let Some(namespace) = state.namespace_mut(layout.namespace) else { return Vec::new() };
-        let mut hits = Vec::with_capacity(hashes.len());
-        let leasings = hashes
-            .iter()
-            .map(|hash| {
-                let key = Self::key(layout, group, *hash);
-                let leasing = self.lease_in(namespace, layout.namespace, &key);
-                if let Leasing::Leased(block) = &leasing {
-                    hits.push(block.slot);
-                }
-                leasing
-            })
-            .collect();
-        namespace.residency.touch(&hits);
-        if let Some(group) = layout.group(u32::from(group)) {
+        let (mut hits, mut leasings) = (Vec::with_capacity(hashes.len()), Vec::with_capacity(hashes.len()));
+        let mut steps = Steps::begin(self);
+        for hash in hashes {
+            let Some(namespace) = steps.next().namespace_mut(layout.namespace) else { break };
+            let leasing = self.lease_in(namespace, layout.namespace, &Self::key(layout, group, *hash));
+            if let Leasing::Leased(block) = &leasing {
+                hits.push(block.slot);
+            }
+            leasings.push(leasing);
+        }
+        for slot in hits.iter().rev() {
+            if let Some(namespace) = steps.next().namespace_mut(layout.namespace) {
+                namespace.residency.touch(&[*slot]);
+            }
+        }
+        if let Some(group) = layout.group(u32::from(group))
+            && let Some(namespace) = steps.next().namespace_mut(layout.namespace)
+        {
             namespace.note_demand(group.pool, hashes.len(), now);
         }
         leasings

@@ -11,15 +11,17 @@ mod holds;
 mod lease;
 mod namespace;
 mod room;
+mod steps;
 mod unused;
 mod write_back;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use kvstore_plane::{SequenceHash, SlotKey};
 use kvstore_transfer::{HugePages, Slab, SlabError};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -42,6 +44,7 @@ pub use write_back::LeavingBlock;
 
 use holds::Holds;
 use namespace::Namespace;
+use steps::Steps;
 
 /// How large the Host tier is and how it behaves; all but the policy may change while it runs.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -163,6 +166,8 @@ struct State {
     retired: Vec<Weak<Slab>>,
     /// When a pool took a slab from another last.
     taken: BootTime,
+    /// A pool is taking one: it takes some steps.
+    taking: bool,
 }
 
 impl State {
@@ -210,6 +215,7 @@ impl HostTier {
                 slabs_moved: 0,
                 retired: Vec::new(),
                 taken: BootTime::default(),
+                taking: false,
             }),
             mapped: Arc::new(AtomicU64::new(0)),
             staging: Arc::new(AtomicU64::new(0)),
@@ -275,10 +281,10 @@ impl HostTier {
     /// Deletes blocks; what became of each.
     pub fn delete(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> Vec<Delete> {
         let mut outcomes = Vec::with_capacity(hashes.len());
-        for run in hashes.chunks(caps::KEYS_PER_LOCK) {
-            let mut state = self.state.lock();
-            let Some(namespace) = state.namespace_mut(layout.namespace) else { break };
-            outcomes.extend(run.iter().map(|hash| namespace.residency.delete(&Self::key(layout, group, *hash))));
+        let mut steps = Steps::begin(self);
+        for hash in hashes {
+            let Some(namespace) = steps.next().namespace_mut(layout.namespace) else { break };
+            outcomes.push(namespace.residency.delete(&Self::key(layout, group, *hash)));
         }
         outcomes
     }
@@ -305,7 +311,7 @@ impl HostTier {
         state.end_plan(&plan);
         let slab = Arc::new(made?);
         if let Some(namespace) = state.namespace_mut(plan.namespace) {
-            namespace.residency.add_slab(plan.pool, slab);
+            namespace.add_slab(plan.pool, slab);
         }
         drop(state);
         self.slabs_changed();
@@ -341,18 +347,14 @@ impl HostTier {
     /// the bound. Call it a few times a second.
     pub fn tick(&self, now: BootTime) {
         self.take_touches(now);
-        let mut state = self.state.lock();
-        for namespace in &mut state.namespaces {
-            namespace.holds.expire(&mut namespace.residency, now);
-            namespace.residency.look_again();
-        }
+        self.expire_holds(now);
+        let count = self.state.lock().namespaces.len();
+        (0..count).for_each(|at| self.look_again(NamespaceId(at)));
         let mapped = self.mapped.load(Ordering::Acquire);
-        let mut retired = state.shrink(mapped);
-        retired.extend(state.shrink_namespaces());
-        state.evict_to_watermark(mapped);
-        let leaving = state.namespaces.iter().any(|namespace| namespace.residency.has_leaving());
-        drop(state);
-        if leaving {
+        let mut retired = self.shrink();
+        retired.extend(self.shrink_namespaces());
+        self.evict_to_watermark(mapped);
+        if self.state.lock().namespaces.iter().any(|namespace| namespace.residency.has_leaving()) {
             self.leaving.notify_one();
         }
         self.sweep_unused(now);
@@ -365,9 +367,11 @@ impl HostTier {
 
     /// Every slab there is now: for verification, slab by slab.
     pub fn slabs(&self) -> Vec<(NamespaceId, u32)> {
-        let state = self.state.lock();
+        let count = self.state.lock().namespaces.len();
         let mut slabs = Vec::new();
-        for (at, namespace) in state.namespaces.iter().enumerate() {
+        for at in 0..count {
+            let state = self.state.lock();
+            let Some(namespace) = state.namespaces.get(at) else { break };
             let numbers = namespace.residency.pools().flat_map(|pool| namespace.residency.slab_numbers(pool));
             slabs.extend(numbers.map(|slab| (NamespaceId(at), slab)));
         }
@@ -376,16 +380,33 @@ impl HostTier {
 
     /// Keys of the readable blocks of a slab.
     pub fn keys_of_slab(&self, namespace: NamespaceId, slab: u32) -> Vec<SlotKey> {
-        let state = self.state.lock();
-        state.namespace(namespace).map(|namespace| namespace.residency.keys_of_slab(slab)).unwrap_or_default()
+        let mut keys = Vec::new();
+        self.each_lock_of_slab(namespace, |at, slots| at.residency.keys_in(slab, slots, &mut keys));
+        keys
+    }
+
+    /// Looks at the slots of a slab, a lock's worth at a time, as long as `look` says that there are more.
+    fn each_lock_of_slab(&self, namespace: NamespaceId, mut look: impl FnMut(&Namespace, Range<u32>) -> bool) {
+        let step = caps::KEYS_PER_LOCK as u32;
+        for from in (0..).step_by(caps::KEYS_PER_LOCK) {
+            let state = self.state.lock();
+            let more = state.namespace(namespace).is_some_and(|at| look(at, from..from + step));
+            MutexGuard::unlock_fair(state);
+            if !more {
+                break;
+            }
+        }
     }
 
     /// Names for events of the readable blocks of a slab.
     pub fn names_of_slab(&self, namespace: NamespaceId, slab: u32, out: &mut Vec<u64>) {
-        let state = self.state.lock();
-        let Some(namespace) = state.namespace(namespace) else { return };
-        let names = namespace.residency.keys_of_slab(slab).into_iter().filter_map(|key| namespace.event_name(&key));
-        out.extend(names);
+        let mut keys = Vec::new();
+        self.each_lock_of_slab(namespace, |at, slots| {
+            keys.clear();
+            let more = at.residency.keys_in(slab, slots, &mut keys);
+            out.extend(keys.iter().filter_map(|key| at.event_name(key)));
+            more
+        });
     }
 
     /// The layouts of a namespace that were registered, from number `from` on.
@@ -404,8 +425,12 @@ impl HostTier {
             slabs_moved: state.slabs_moved,
             ..HostStatus::default()
         };
-        for namespace in &state.namespaces {
-            namespace.add_to(&mut status);
+        let count = state.namespaces.len();
+        drop(state);
+        for at in 0..count {
+            if let Some(namespace) = self.state.lock().namespaces.get(at) {
+                namespace.add_to(&mut status);
+            }
         }
         status
     }

@@ -118,6 +118,8 @@ pub(super) struct Namespace {
     pub(super) residency: Residency<Arc<Slab>>,
     pub(super) holds: Holds,
     pub(super) limits: NamespaceLimits,
+    /// Bytes of its slabs.
+    pub(super) slab_bytes: u64,
     layouts: Vec<Arc<RegisteredLayout>>,
     /// What events name the blocks by, by layout and group.
     name_seeds: NameSeeds,
@@ -163,6 +165,7 @@ impl Namespace {
             residency,
             holds: Holds::default(),
             limits: NamespaceLimits::default(),
+            slab_bytes: 0,
             layouts: Vec::new(),
             by_digest: HashMap::new(),
             families: HashMap::new(),
@@ -170,10 +173,11 @@ impl Namespace {
         }
     }
 
-    /// Bytes of its slabs.
-    pub(super) fn slab_bytes(&self) -> u64 {
-        let slabs = self.residency.pools().flat_map(|pool| self.residency.slab_numbers(pool));
-        slabs.filter_map(|slab| self.residency.slab(slab)).map(|slab| slab.geometry().slab_bytes).sum()
+    pub(super) fn add_slab(&mut self, pool: PoolId, slab: Arc<Slab>) {
+        let bytes = slab.geometry().slab_bytes;
+        if self.residency.add_slab(pool, slab).is_some() {
+            self.slab_bytes += bytes;
+        }
     }
 
     pub(super) fn register(
@@ -328,7 +332,7 @@ impl Namespace {
         status.pinned_bytes += self.residency.pinned_bytes();
         for pool in self.residency.pools() {
             let (slot_bytes, slots, used) = self.residency.pool_occupancy(pool);
-            let slabs = self.residency.slab_numbers(pool).len() as u64;
+            let slabs = self.residency.slab_count(pool) as u64;
             let namespace = self.name.clone();
             status.pools.push(PoolStatus { namespace, slot_bytes, slots: slots as u64, used: used as u64, slabs });
         }

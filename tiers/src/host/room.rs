@@ -7,13 +7,15 @@ use std::sync::atomic::Ordering;
 
 use kvstore_plane::{SlabGeometry, SlabHeader};
 use kvstore_transfer::Slab;
+use parking_lot::MutexGuard;
 
 use super::namespace::{Namespace, NamespaceId};
+use super::steps::Steps;
 use super::{HostTier, State};
 use crate::caps;
 use crate::clock::BootTime;
 use crate::pool::PoolId;
-use crate::residency::{Incoming, Priority};
+use crate::residency::{Incoming, Priority, Withdrawn};
 
 /// A slab moves only to a pool whose slabs are used this many times as much: moving one back and forth
 /// costs the blocks in it.
@@ -89,7 +91,7 @@ pub(super) fn slab_geometry(slab_bytes: u64, block_bytes: u64, room: u64) -> Opt
 impl HostTier {
     pub(super) fn room_for(
         &self,
-        state: &mut State,
+        state: &mut MutexGuard<'_, State>,
         namespace: NamespaceId,
         incoming: &Incoming,
         priority: Priority,
@@ -112,7 +114,10 @@ impl HostTier {
         // What is on its way already is waited for, or every slab would leave before the first is unmapped.
         let retiring = state.retiring_bytes();
         let awaited = retiring >= state.slab_bytes / 2;
-        if !awaited && let Some(slab) = state.take_from_others(namespace, pool, now) {
+        if state.taking {
+            return Room::Wait;
+        }
+        if !awaited && let Some(slab) = self.take_from_others(state, namespace, pool, now) {
             state.slabs_moved += 1;
             state.taken = now;
             return Room::Taken(slab);
@@ -139,9 +144,9 @@ impl HostTier {
     /// A slab for a pool whose free slots run low, while the bound allows one and none is being made.
     pub(super) fn plan_ahead(&self, state: &mut State, namespace: NamespaceId, pool: PoolId) -> Option<SlabPlan> {
         let residency = &state.namespace(namespace)?.residency;
-        let (_, slots, used) = residency.pool_occupancy(pool);
-        let per_slab = slots / residency.slab_numbers(pool).len().max(1);
-        let low = (slots - used) * LOW_PARTS < per_slab;
+        let (_, slots, _) = residency.pool_occupancy(pool);
+        let per_slab = slots / residency.slab_count(pool).max(1);
+        let low = residency.free_slots(pool) * LOW_PARTS < per_slab;
         if !low || state.making.contains(&(namespace, pool)) { None } else { self.plan(state, namespace, pool) }
     }
 
@@ -162,6 +167,8 @@ impl HostTier {
 const SLABS_TRIED: usize = 4;
 /// A pool looks at the others for a slab this often at most: it costs the lock a look at one slab's slots.
 const LOOK_EVERY_MS: u64 = 50;
+/// An eviction may take a batch, and the same blocks of sibling shards: it counts as so many steps.
+const EVICTED_AT_ONCE: u32 = caps::EVICT_BATCH as u32;
 /// How long a pool waits for readers to unmap the slab that it took, before it evicts a block of its own.
 const UNMAP_MS: u64 = 100;
 
@@ -171,13 +178,13 @@ impl State {
         let Some(at) = self.namespace(namespace) else { return 0 };
         let Some(bytes) = at.limits.bytes else { return u64::MAX };
         let making = self.making.iter().filter(|(of, _)| *of == namespace).count() as u64 * self.slab_bytes;
-        bytes.saturating_sub(at.slab_bytes() + making)
+        bytes.saturating_sub(at.slab_bytes + making)
     }
 
     /// What each namespace may have while others want it, in bytes: of those that have memory, as much as their own bounds are
     /// to each other; one without a bound counts as an equal part.
     fn shares(&self) -> Vec<u64> {
-        let holds = |namespace: &Namespace| namespace.slab_bytes() > 0;
+        let holds = |namespace: &Namespace| namespace.slab_bytes > 0;
         let count = self.namespaces.iter().filter(|namespace| holds(namespace)).count().max(1) as u64;
         let whole = self.limits.bytes;
         let weight = |at: &Namespace| at.limits.bytes.map_or(whole / count, |bytes| bytes.min(whole)).max(1);
@@ -190,37 +197,17 @@ impl State {
     /// True where a namespace has more than its share, with `more` bytes.
     fn is_beyond(&self, shares: &[u64], at: usize, more: u64) -> bool {
         let (Some(namespace), Some(share)) = (self.namespaces.get(at), shares.get(at)) else { return false };
-        namespace.slab_bytes() + more > *share
+        namespace.slab_bytes + more > *share
     }
 
-    /// Withdraws slabs of namespaces that have more than their own bound, as far as leases allow, the emptiest first.
-    pub(super) fn shrink_namespaces(&mut self) -> Vec<Arc<Slab>> {
-        let mut retired = Vec::new();
-        for at in 0..self.namespaces.len() {
-            while let Some(namespace) = self.namespaces.get(at) {
-                if namespace.limits.bytes.is_none_or(|bytes| namespace.slab_bytes() <= bytes) {
-                    break;
-                }
-                let residency = &namespace.residency;
-                let emptiest =
-                    |pool| residency.slab_numbers(pool).into_iter().map(|slab| residency.slab_used(slab)).min();
-                let pools = residency.pools().filter_map(|pool| Some((emptiest(pool)?, pool.0)));
-                let Some((_, pool)) = pools.min() else { break };
-                let Some(slab) = self.withdraw_emptiest(at, PoolId(pool)) else { break };
-                retired.push(slab);
-            }
-        }
-        retired
-    }
-
-    /// Takes a slab from another pool for `pool`, where that is right.
-    fn take_from_others(&mut self, namespace: NamespaceId, pool: PoolId, now: BootTime) -> Option<Arc<Slab>> {
+    /// The pools from which `pool` may take a slab, the best first.
+    fn donors(&mut self, namespace: NamespaceId, pool: PoolId, now: BootTime) -> Vec<(usize, PoolId)> {
         // Pools of one namespace share its bound: what it takes from others must fit, too.
         let only_own = self.room_of(namespace) < self.slab_bytes;
-        let receiver = self.namespace_mut(namespace)?;
-        let slabs = receiver.residency.slab_numbers(pool).len();
+        let Some(receiver) = self.namespace_mut(namespace) else { return Vec::new() };
+        let slabs = receiver.residency.slab_count(pool);
         if slabs > 0 && !receiver.may_look(pool, now, LOOK_EVERY_MS) {
-            return None;
+            return Vec::new();
         }
         let wanted = receiver.demand(pool, now) / (slabs + 1) as f64;
         let shares = self.shares();
@@ -239,76 +226,183 @@ impl State {
             // And who is beyond it gives to who is not.
             let gives_way = is_other && is_beyond && !grows_beyond;
             for other in donor.residency.pools().filter(|other| (NamespaceId(at), *other) != (namespace, pool)) {
-                let count = donor.residency.slab_numbers(other).len();
+                let count = donor.residency.slab_count(other);
+                if count == 0 {
+                    continue;
+                }
                 let empty = donor.residency.pool_occupancy(other).2 == 0;
-                let demand = donor.demand(other, now) / count.max(1) as f64;
-                if count > 0 && (empty || slabs == 0 || gives_way || demand * DEMAND_RATIO < wanted) {
+                let demand = donor.demand(other, now) / count as f64;
+                if empty || slabs == 0 || gives_way || demand * DEMAND_RATIO < wanted {
                     donors.push((!empty, demand, at, other));
                 }
             }
         }
         donors.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-        donors.into_iter().find_map(|(_, _, at, other)| self.withdraw_emptiest(at, other))
+        donors.into_iter().map(|(_, _, at, other)| (at, other)).collect()
+    }
+
+    /// The emptiest slabs of a pool.
+    fn emptiest(&self, namespace: usize, pool: PoolId) -> Vec<u32> {
+        let Some(residency) = self.namespaces.get(namespace).map(|at| &at.residency) else { return Vec::new() };
+        let mut slabs = residency.slab_numbers(pool);
+        slabs.retain(|slab| !residency.slab_is_leaving(*slab));
+        if slabs.len() > SLABS_TRIED {
+            slabs.select_nth_unstable_by_key(SLABS_TRIED, |slab| residency.slab_used(*slab));
+            slabs.truncate(SLABS_TRIED);
+        }
+        slabs.sort_by_key(|slab| residency.slab_used(*slab));
+        slabs
+    }
+
+    /// Where the tier can't grow, and a pool is fuller than the high watermark: the blocks that are to leave it.
+    fn above_watermark(&self, at: usize, pool: PoolId, room: u64) -> usize {
+        let Some(namespace) = self.namespaces.get(at) else { return 0 };
+        // A slab on its way makes room without an eviction.
+        if self.making.contains(&(NamespaceId(at), pool)) {
+            return 0;
+        }
+        let (slot_bytes, slots, used) = namespace.residency.pool_occupancy(pool);
+        let part = |percent: u32| slots as u64 * u64::from(percent) / 100;
+        let can_grow = slab_geometry(self.slab_bytes, slot_bytes, room).is_some();
+        if can_grow || used as u64 <= part(self.limits.high_watermark_percent) {
+            return 0;
+        }
+        used.saturating_sub(part(self.limits.low_watermark_percent) as usize)
+    }
+}
+
+/// Slabs that leave: in steps under the lock, which others may have in between.
+impl HostTier {
+    /// Takes a slab from another pool for `pool`, where that is right.
+    fn take_from_others(
+        &self,
+        state: &mut MutexGuard<'_, State>,
+        namespace: NamespaceId,
+        pool: PoolId,
+        now: BootTime,
+    ) -> Option<Arc<Slab>> {
+        let donors = state.donors(namespace, pool, now);
+        // Others that want a slab just now wait for this: each would take one else, and more than are needed would leave.
+        state.taking = true;
+        let taken = donors.into_iter().find_map(|(at, other)| self.withdraw_emptiest(state, at, other));
+        state.taking = false;
+        taken
     }
 
     /// Withdraws the emptiest slab of a pool from which nothing is stuck.
-    fn withdraw_emptiest(&mut self, namespace: usize, pool: PoolId) -> Option<Arc<Slab>> {
-        let residency = &mut self.namespaces.get_mut(namespace)?.residency;
-        let mut slabs = residency.slab_numbers(pool);
-        slabs.sort_by_key(|slab| residency.slab_used(*slab));
-        let free = slabs.into_iter().take(SLABS_TRIED).find(|slab| !residency.slab_is_stuck(*slab))?;
-        let slab = residency.withdraw_slab(free)?;
-        self.retired.push(Arc::downgrade(&slab));
-        Some(slab)
+    fn withdraw_emptiest(
+        &self,
+        state: &mut MutexGuard<'_, State>,
+        namespace: usize,
+        pool: PoolId,
+    ) -> Option<Arc<Slab>> {
+        let emptiest = state.emptiest(namespace, pool);
+        let residency = &state.namespaces.get(namespace)?.residency;
+        let slab = emptiest.into_iter().find(|slab| !residency.slab_is_stuck(*slab))?;
+        self.withdraw(state, namespace, slab)
+    }
+
+    fn withdraw(&self, state: &mut MutexGuard<'_, State>, namespace: usize, slab: u32) -> Option<Arc<Slab>> {
+        let mut step = state.namespaces.get_mut(namespace)?.residency.begin_withdraw(slab);
+        loop {
+            match step {
+                Withdrawn::More(from) => {
+                    MutexGuard::bump(state);
+                    step = state.namespaces.get_mut(namespace)?.residency.withdraw_some(slab, from);
+                }
+                Withdrawn::Stuck => return None,
+                Withdrawn::Done(slab) => {
+                    if let Some(namespace) = state.namespaces.get_mut(namespace) {
+                        namespace.slab_bytes = namespace.slab_bytes.saturating_sub(slab.geometry().slab_bytes);
+                    }
+                    state.retired.push(Arc::downgrade(&slab));
+                    return Some(slab);
+                }
+            }
+        }
+    }
+
+    /// Slabs of the namespaces that `which` chooses, the emptiest first.
+    fn by_use(&self, which: impl Fn(&Namespace) -> bool) -> Vec<(usize, usize, u32)> {
+        let count = self.state.lock().namespaces.len();
+        let mut slabs = Vec::new();
+        for at in 0..count {
+            let state = self.state.lock();
+            let Some(namespace) = state.namespaces.get(at).filter(|namespace| which(namespace)) else { continue };
+            let residency = &namespace.residency;
+            let numbers = residency.pools().flat_map(|pool| residency.slab_numbers(pool));
+            slabs.extend(numbers.map(|slab| (residency.slab_used(slab), at, slab)));
+        }
+        slabs.sort_unstable();
+        slabs
+    }
+
+    fn withdraw_unstuck(&self, namespace: usize, slab: u32) -> Option<Arc<Slab>> {
+        let mut state = self.state.lock();
+        let residency = &state.namespaces.get(namespace)?.residency;
+        if residency.slab_is_leaving(slab) || residency.slab_is_stuck(slab) {
+            return None;
+        }
+        self.withdraw(&mut state, namespace, slab)
     }
 
     /// Withdraws slabs until the tier is within its bound, as far as leases allow, the emptiest first.
-    pub(super) fn shrink(&mut self, mapped: u64) -> Vec<Arc<Slab>> {
+    pub(super) fn shrink(&self) -> Vec<Arc<Slab>> {
+        let mut state = self.state.lock();
+        let mapped = self.mapped.load(Ordering::Acquire);
+        let mut over = mapped.saturating_sub(state.limits.bytes + state.retiring_bytes());
+        drop(state);
         let mut retired = Vec::new();
-        let mut over = mapped.saturating_sub(self.limits.bytes + self.retiring_bytes());
-        while over > 0 {
-            let mut pools: Vec<(usize, PoolId, usize)> = Vec::new();
-            for (at, namespace) in self.namespaces.iter().enumerate() {
-                let residency = &namespace.residency;
-                let emptiest =
-                    |pool| residency.slab_numbers(pool).into_iter().map(|slab| residency.slab_used(slab)).min();
-                pools.extend(residency.pools().filter_map(|pool| Some((at, pool, emptiest(pool)?))));
+        if over == 0 {
+            return retired;
+        }
+        for (_, namespace, slab) in self.by_use(|_| true) {
+            if over == 0 {
+                break;
             }
-            pools.sort_by_key(|(_, _, used)| *used);
-            let slab = pools.into_iter().find_map(|(at, pool, _)| self.withdraw_emptiest(at, pool));
-            let Some(slab) = slab else { break };
-            over = over.saturating_sub(slab.geometry().slab_bytes);
-            retired.push(slab);
+            if let Some(slab) = self.withdraw_unstuck(namespace, slab) {
+                over = over.saturating_sub(slab.geometry().slab_bytes);
+                retired.push(slab);
+            }
+        }
+        retired
+    }
+
+    /// Withdraws slabs of namespaces that have more than their own bound, as far as leases allow, the emptiest first.
+    pub(super) fn shrink_namespaces(&self) -> Vec<Arc<Slab>> {
+        let is_over = |namespace: &Namespace| namespace.limits.bytes.is_some_and(|bytes| namespace.slab_bytes > bytes);
+        let mut retired = Vec::new();
+        if !self.state.lock().namespaces.iter().any(is_over) {
+            return retired;
+        }
+        for (_, namespace, slab) in self.by_use(is_over) {
+            if self.state.lock().namespaces.get(namespace).is_some_and(is_over) {
+                retired.extend(self.withdraw_unstuck(namespace, slab));
+            }
         }
         retired
     }
 
     /// Where the tier can't grow, evicts from each pool that is fuller than the high watermark.
-    pub(super) fn evict_to_watermark(&mut self, mapped: u64) {
-        let (limits, slab_bytes) = (self.limits, self.slab_bytes);
-        let room = limits.bytes.saturating_sub(mapped);
-        for (at, namespace) in self.namespaces.iter_mut().enumerate() {
-            for pool in namespace.residency.pools() {
-                // A slab on its way makes room without an eviction.
-                if self.making.contains(&(NamespaceId(at), pool)) {
-                    continue;
-                }
-                let (slot_bytes, slots, used) = namespace.residency.pool_occupancy(pool);
-                let part = |percent: u32| slots as u64 * u64::from(percent) / 100;
-                let can_grow = slab_geometry(slab_bytes, slot_bytes, room).is_some();
-                if can_grow || used as u64 <= part(limits.high_watermark_percent) {
-                    continue;
-                }
-                let goal = part(limits.low_watermark_percent) as usize;
+    pub(super) fn evict_to_watermark(&self, mapped: u64) {
+        let state = self.state.lock();
+        let room = state.limits.bytes.saturating_sub(mapped);
+        let of = |(at, namespace): (usize, &Namespace)| namespace.residency.pools().map(move |pool| (at, pool));
+        let pools: Vec<(usize, PoolId)> = state.namespaces.iter().enumerate().flat_map(of).collect();
+        drop(state);
+        let mut steps = Steps::begin(self);
+        for (at, pool) in pools {
+            let mut above = steps.next().above_watermark(at, pool, room);
+            while above > 0 {
                 // As long as it gets emptier: what is left may all be held, with slots to spare.
-                let mut used = used;
-                while used > goal {
-                    namespace.evict(pool);
-                    let before = std::mem::replace(&mut used, namespace.residency.pool_occupancy(pool).2);
-                    if used >= before {
-                        break;
-                    }
+                let Some(namespace) = steps.take(EVICTED_AT_ONCE).namespaces.get_mut(at) else { break };
+                let before = namespace.residency.pool_occupancy(pool).2;
+                namespace.evict(pool);
+                let evicted = before.saturating_sub(namespace.residency.pool_occupancy(pool).2);
+                if evicted == 0 {
+                    break;
                 }
+                above = above.saturating_sub(evicted);
             }
         }
     }

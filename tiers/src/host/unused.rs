@@ -1,13 +1,20 @@
 //! Unused blocks of namespaces with such a time leave: see [`crate::residency::Residency::sweep_unused`].
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
+
+use kvstore_transfer::Slab;
+use parking_lot::MutexGuard;
 
 use super::{HostTier, NamespaceId};
 use crate::caps;
 use crate::clock::BootTime;
+use crate::residency::Residency;
+
+type HostResidency = Residency<Arc<Slab>>;
 
 impl HostTier {
-    /// Tells the namespaces the time; sweeps once an eighth of the shortest of their times is over, slab by slab.
+    /// Tells the namespaces the time; sweeps once an eighth of the shortest of their times is over, some slots at a time.
     pub(super) fn sweep_unused(&self, now: BootTime) {
         let mut shortest = None;
         let mut state = self.state.lock();
@@ -24,17 +31,15 @@ impl HostTier {
         }
         self.swept.store(now.0, Ordering::Relaxed);
         let slabs = self.slabs();
-        let each = |(namespace, slab): &(NamespaceId, u32), sweeps: bool| {
-            if let Some(namespace) = self.state.lock().namespace_mut(*namespace) {
-                let residency = &mut namespace.residency;
-                if sweeps {
-                    residency.sweep_unused(*slab);
-                } else {
-                    residency.renew_prefixes(*slab);
-                }
+        let each = |(namespace, slab): &(NamespaceId, u32), step: fn(&mut HostResidency, u32, u32) -> Option<u32>| {
+            let mut from = Some(0);
+            while let Some(slot) = from {
+                let mut state = self.state.lock();
+                from = state.namespace_mut(*namespace).and_then(|at| step(&mut at.residency, *slab, slot));
+                MutexGuard::unlock_fair(state);
             }
         };
-        slabs.iter().for_each(|slab| each(slab, false));
-        slabs.iter().for_each(|slab| each(slab, true));
+        slabs.iter().for_each(|slab| each(slab, HostResidency::renew_prefixes));
+        slabs.iter().for_each(|slab| each(slab, HostResidency::sweep_unused));
     }
 }

@@ -26,8 +26,9 @@ impl HostTier {
     /// What is to leave, of namespaces that write back: [`super::NamespaceLimits::writes_back`].
     pub fn take_leaving(self: &Arc<Self>) -> Vec<LeavingBlock> {
         let mut leaving = Vec::new();
-        let mut state = self.state.lock();
-        for at in 0..state.namespaces.len() {
+        let count = self.state.lock().namespaces.len();
+        for at in 0..count {
+            let mut state = self.state.lock();
             let Some(namespace) = state.namespaces.get_mut(at) else { break };
             for found in namespace.residency.take_leaving() {
                 let key = found.record.key;

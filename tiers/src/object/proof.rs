@@ -27,7 +27,6 @@ use crate::bucket::{Trouble, retried};
 use crate::caps;
 use crate::host::RegisteredLayout;
 
-
 /// What a store says of an object, as one number: another one where any of it changes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Stamp(u64);

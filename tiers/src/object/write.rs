@@ -22,7 +22,7 @@ use super::names::{BlockName, PackName};
 use super::pack::{Footer, PackedBlock};
 use super::proof::{Proof, Stamp};
 use super::upload::Member;
-use crate::block::{BlockRef, padded};
+use crate::block::BlockRef;
 use crate::bucket::{Trouble, retried};
 use crate::caps;
 use crate::changes::NamespaceTag;

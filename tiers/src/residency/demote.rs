@@ -12,23 +12,25 @@ impl<S: SlabMemory> Residency<S> {
             return None;
         }
         let record = entry.read()?;
-        entry.set_demoting(true);
-        entry.set_leases(entry.leases() + 1);
+        self.change(slot, |entry| {
+            entry.set_demoting(true);
+            entry.set_leases(entry.leases() + 1);
+        });
         Some((slot, record))
     }
 
-    /// Ends it; `copies` are the lower tiers that hold the block now, in addition to those before.
+    /// Ends it; `copies` are the lower tiers that were given the block, one bit each, in addition to those before.
     pub fn end_demote(&mut self, slot: SlotRef, copies: u8) {
-        if let Some(entry) = self.entry(slot) {
+        self.change(slot, |entry| {
             if entry.state() == SlotState::Resident {
                 entry.set_demoting(false);
                 entry.set_copies(entry.copies() | copies);
             }
-            self.release(slot);
-        }
+        });
+        self.release(slot);
     }
 
-    /// Lower tiers that hold a resident block: bit 0 Nvme, bit 1 Object.
+    /// What is known of a resident block below: see [`Evicted::copies`](super::Evicted::copies).
     pub fn copies(&self, key: &SlotKey) -> u8 {
         self.find(key).map_or(0, |(_, entry)| entry.copies())
     }

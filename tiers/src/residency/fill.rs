@@ -25,8 +25,8 @@ impl<S: SlabMemory> Residency<S> {
             return Reserve::Busy;
         }
         let Some(slot) = self.take_free(incoming.pool) else { return Reserve::NoSlot };
-        let Some(entry) = self.entry(slot) else { return Reserve::NoSlot };
-        let generation = entry.reserve(&incoming.key, incoming.kind.number());
+        let reserved = self.change(slot, |entry| entry.reserve(&incoming.key, incoming.kind.number()));
+        let Some(generation) = reserved else { return Reserve::NoSlot };
         if self.file(slot, &incoming.key).is_err() {
             self.free(slot);
             return Reserve::Busy;
@@ -57,9 +57,7 @@ impl<S: SlabMemory> Residency<S> {
             fill.superseded = true;
             let key = fill.incoming.key;
             self.unfile(slot, &key);
-            if let Some(entry) = self.entry(slot) {
-                entry.withdraw(SlotState::Doomed);
-            }
+            self.change(slot, |entry| entry.withdraw(SlotState::Doomed));
         }
     }
 
@@ -88,9 +86,7 @@ impl<S: SlabMemory> Residency<S> {
         }
         let Some(fill) = self.fills.remove(&ticket.slot) else { return Publish::Superseded };
         let incoming = fill.incoming;
-        if let Some(entry) = self.entry(ticket.slot) {
-            entry.publish(length, crc32);
-        }
+        self.change(ticket.slot, |entry| entry.publish(length, crc32));
         let parent = incoming.parent.and_then(|hash| {
             let (slot, entry) = self.find(&SlotKey { hash, ..incoming.key })?;
             let (pool, block) = self.place(slot)?;

@@ -106,13 +106,15 @@ impl<S: SlabMemory> Residency<S> {
 
     /// The block in `slot` is found no more; its slot is yet to be freed.
     pub(super) fn forget(&mut self, slot: SlotRef, removal: Removal) {
-        let Some(entry) = self.entry(slot) else { return };
-        let key = entry.key();
-        entry.withdraw(SlotState::Doomed);
+        let withdrawn = self.change(slot, |entry| {
+            entry.withdraw(SlotState::Doomed);
+            entry.key()
+        });
+        let Some(key) = withdrawn else { return };
         self.unfile(slot, &key);
         self.tell_watcher(&key, false);
         self.parked.remove(&slot);
-        self.waiting.parked.remove(&slot);
+        self.waiting.unpark(slot);
         if let Some((pool, block)) = self.place(slot)
             && let Some(pool) = self.pools.get_mut(pool.0)
         {

@@ -28,18 +28,20 @@ mod unused;
 mod write_back;
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvstore_plane::{KeyTable, SlotEntry, SlotKey, SlotRef, SlotState, TableFull, TableMemory};
 
 use crate::caps;
 use crate::clock::BootTime;
-use crate::eviction::PolicyKind;
+use crate::eviction::{BlockIndex, PolicyKind};
 use crate::pool::{Pool, PoolId};
 
-pub use readers::{NoReaders, Readers};
+pub use readers::{NoReaders, Readers, Waits};
+pub use slabs::Withdrawn;
 pub use types::{
-    Delete, Evicted, FillTicket, FlightSource, Incoming, Leaving, Presence, Priority, Publish, Reserve, Urgency,
+    Delete, Evicted, FillTicket, FlightSource, Incoming, Leaving, Pinned, Presence, Priority, Publish, Reserve, Urgency,
 };
 
 /// Memory that carries a slot directory.
@@ -72,8 +74,21 @@ struct SlabPlace<S> {
     memory: S,
     pool: PoolId,
     ordinal: u32,
+    /// Tells it from earlier slabs of its number.
+    serial: u64,
     /// Slots that hold something.
     used: usize,
+    /// Slots whose blocks can't leave now: see [`is_kept`].
+    kept: usize,
+}
+
+/// True where what is in a slot can't leave now: it is leased, pinned, demoting, being filled, or waits for its readers.
+fn is_kept(entry: &SlotEntry) -> bool {
+    match entry.state() {
+        SlotState::Free => false,
+        SlotState::Resident => entry.leases() > 0 || entry.pins() > 0 || entry.is_demoting(),
+        SlotState::Filling | SlotState::Doomed => true,
+    }
 }
 
 /// Counts since the start; all of blocks.
@@ -97,6 +112,7 @@ pub struct Residency<S> {
     policy: PolicyKind,
     table: KeyTable,
     slabs: Vec<Option<SlabPlace<S>>>,
+    slabs_added: u64,
     pools: Vec<Pool>,
     fills: HashMap<SlotRef, Fill>,
     /// Victims that were leased when they were named: candidates again once they are released.
@@ -109,6 +125,8 @@ pub struct Residency<S> {
     second: u32,
     /// Seconds after which a block that nobody used leaves.
     ttl: Option<u32>,
+    /// The block up to whose ancestors the renewal of a prefix got, where it is to go on.
+    renewing: Option<(PoolId, BlockIndex)>,
     /// Blocks are offered to the tiers below before they leave.
     writes_back: bool,
     /// Those that are to be offered, leased: see `write_back.rs`.
@@ -135,6 +153,7 @@ impl<S: SlabMemory> Residency<S> {
             policy,
             table: KeyTable::new(table),
             slabs: Vec::new(),
+            slabs_added: 0,
             pools: Vec::new(),
             // Room for what is usually in flight, so that no fill allocates.
             fills: HashMap::with_capacity(caps::FILLS_USUAL),
@@ -145,6 +164,7 @@ impl<S: SlabMemory> Residency<S> {
             pinned_bytes: 0,
             second: 0,
             ttl: None,
+            renewing: None,
             writes_back: false,
             leaving: Vec::new(),
             watcher: None,
@@ -163,20 +183,34 @@ impl<S: SlabMemory> Residency<S> {
     }
 
     fn take_free(&mut self, pool: PoolId) -> Option<SlotRef> {
-        let state = self.pools.get(pool.0)?;
-        let slot = state.slot_ref(state.first_free()?)?;
+        let state = self.pools.get_mut(pool.0)?;
+        let slot = state.first_free()?;
         let place = self.slabs.get_mut(slot.slab as usize)?.as_mut()?;
         let entry = place.memory.directory().get(slot.slot as usize)?;
-        self.pools.get_mut(pool.0)?.pop_free(entry);
+        state.take_free(state.index(place.ordinal, slot.slot), entry);
         place.used += 1;
         Some(slot)
     }
 
+    /// Changes the entry of `slot`, and counts whether its block may leave. `None` where there is no such slot.
+    fn change<T>(&mut self, slot: SlotRef, change: impl FnOnce(&SlotEntry) -> T) -> Option<T> {
+        let place = self.slabs.get_mut(slot.slab as usize)?.as_mut()?;
+        let entry = place.memory.directory().get(slot.slot as usize)?;
+        let before = is_kept(entry);
+        let changed = change(entry);
+        match (before, is_kept(entry)) {
+            (false, true) => place.kept += 1,
+            (true, false) => place.kept = place.kept.saturating_sub(1),
+            _ => {}
+        }
+        Some(changed)
+    }
+
     fn free(&mut self, slot: SlotRef) {
         let Some((pool, block)) = self.place(slot) else { return };
+        self.change(slot, |entry| entry.withdraw(SlotState::Free));
         let Some(place) = self.slabs.get_mut(slot.slab as usize).and_then(Option::as_mut) else { return };
         let Some(entry) = place.memory.directory().get(slot.slot as usize) else { return };
-        entry.withdraw(SlotState::Free);
         place.used = place.used.saturating_sub(1);
         if let Some(pool) = self.pools.get_mut(pool.0) {
             pool.push_free(block, entry);
@@ -218,7 +252,17 @@ impl<S: SlabMemory> Residency<S> {
 
     /// Keys of the readable blocks of slab `number`: for verification.
     pub fn keys_of_slab(&self, number: u32) -> Vec<SlotKey> {
+        let mut keys = Vec::new();
+        self.keys_in(number, 0..u32::MAX, &mut keys);
+        keys
+    }
+
+    /// Those in some of its slots. False where the slab has none further on.
+    pub fn keys_in(&self, number: u32, slots: Range<u32>, out: &mut Vec<SlotKey>) -> bool {
         let entries = self.slab(number).map(SlabMemory::directory).unwrap_or_default();
-        entries.iter().filter_map(SlotEntry::read).map(|record| record.key).collect()
+        let range = slots.start.min(entries.len() as u32) as usize..entries.len().min(slots.end as usize);
+        let keys = entries.get(range).unwrap_or_default().iter().filter_map(SlotEntry::read).map(|record| record.key);
+        out.extend(keys);
+        entries.len() > slots.end as usize
     }
 }

@@ -2,7 +2,7 @@
 
 use kvstore_plane::{SlotKey, SlotRecord, SlotRef, SlotState};
 
-use super::{Residency, SlabMemory};
+use super::{Pinned, Residency, SlabMemory};
 use crate::eviction::Touch;
 use crate::pool::PoolId;
 
@@ -11,22 +11,21 @@ impl<S: SlabMemory> Residency<S> {
     pub fn lease(&mut self, key: &SlotKey) -> Option<(SlotRef, SlotRecord)> {
         let (slot, entry) = self.find(key)?;
         let record = entry.read()?;
-        entry.set_leases(entry.leases() + 1);
+        self.change(slot, |entry| entry.set_leases(entry.leases() + 1));
         Some((slot, record))
     }
 
     /// Ends a lease.
     pub fn release(&mut self, slot: SlotRef) {
-        let Some(entry) = self.entry(slot) else { return };
-        let left = entry.leases().saturating_sub(1);
-        entry.set_leases(left);
-        if left > 0 {
-            return;
-        }
-        let (state, pinned) = (entry.state(), entry.pins() > 0);
+        let released = self.change(slot, |entry| {
+            let left = entry.leases().saturating_sub(1);
+            entry.set_leases(left);
+            (left, entry.state(), entry.pins() > 0)
+        });
+        let Some((0, state, pinned)) = released else { return };
         match state {
             SlotState::Doomed => self.free_unread(slot),
-            _ if self.parked.remove(&slot) && !pinned && !self.waiting.parked.contains(&slot) => {
+            _ if self.parked.remove(&slot) && !pinned && !self.waiting.is_parked(slot) => {
                 self.set_held(slot, false);
             }
             _ => {}
@@ -77,31 +76,42 @@ impl<S: SlabMemory> Residency<S> {
         }
     }
 
-    /// Promises not to evict the block. Its length in bytes; `None` where it is not readable.
-    pub fn pin(&mut self, key: &SlotKey) -> Option<u32> {
-        let (slot, entry) = self.find(key).filter(|(_, entry)| entry.state() == SlotState::Resident)?;
-        let (pins, length) = (entry.pins(), entry.length());
-        entry.set_pins(pins + 1);
+    /// Promises not to evict the block, until [`Self::unpin`]. `None` where it is not readable.
+    pub fn pin(&mut self, key: &SlotKey) -> Option<Pinned> {
+        let (slot, _) = self.find(key).filter(|(_, entry)| entry.state() == SlotState::Resident)?;
+        let serial = self.slabs.get(slot.slab as usize)?.as_ref()?.serial;
+        let (pins, length, generation) = self.change(slot, |entry| {
+            let pins = entry.pins();
+            entry.set_pins(pins + 1);
+            (pins, entry.length(), entry.generation())
+        })?;
         if pins == 0 {
             self.pinned_bytes += u64::from(length);
             self.set_held(slot, true);
         }
-        Some(length)
+        Some(Pinned { slot, serial, generation })
     }
 
-    /// Takes one pin back.
-    pub fn unpin(&mut self, key: &SlotKey) {
-        let Some((slot, entry)) = self.find(key) else { return };
-        let pins = entry.pins();
-        if pins == 0 {
+    /// Takes one pin back. Where its block was dropped as damaged there is none to take back: what is there now, if anything, is
+    /// another, whoever pinned that. A pinned block's generation stays what it is.
+    pub fn unpin(&mut self, pinned: &Pinned) {
+        let slot = pinned.slot;
+        let place = self.slabs.get(slot.slab as usize).and_then(Option::as_ref);
+        if place.is_none_or(|place| place.serial != pinned.serial) {
             return;
         }
-        entry.set_pins(pins - 1);
-        if pins == 1 {
-            let length = u64::from(entry.length());
-            self.pinned_bytes = self.pinned_bytes.saturating_sub(length);
+        let unpinned = self.change(slot, |entry| {
+            let pins = entry.pins();
+            if entry.generation() != pinned.generation || pins == 0 {
+                return None;
+            }
+            entry.set_pins(pins - 1);
+            Some((pins, entry.length()))
+        });
+        if let Some((1, length)) = unpinned.flatten() {
+            self.pinned_bytes = self.pinned_bytes.saturating_sub(u64::from(length));
             self.parked.remove(&slot);
-            self.waiting.parked.remove(&slot);
+            self.waiting.unpark(slot);
             self.set_held(slot, false);
         }
     }

@@ -106,6 +106,15 @@ pub enum Delete {
     Pinned,
 }
 
+/// A block that was pinned, and the only one that the pin is of: what comes later into its slot, or under its key, is another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Pinned {
+    pub(super) slot: SlotRef,
+    /// Of the slab: numbers are used again.
+    pub(super) serial: u64,
+    pub(super) generation: u64,
+}
+
 /// A block that would leave, and that no tier below has: leased, until whoever takes it releases it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Leaving {
@@ -122,6 +131,7 @@ pub struct Leaving {
 pub struct Evicted {
     /// Its key.
     pub key: SlotKey,
-    /// Lower tiers that still hold it: bit 0 Nvme, bit 1 Object.
+    /// What [`Residency::end_demote`](super::Residency::end_demote) was told of tiers below, one bit each; and bit 2 where the block
+    /// was offered to them. What a tier below dropped since is not known here.
     pub copies: u8,
 }

@@ -1,7 +1,7 @@
 //! Write-back: a block that no tier below has is offered to them before it leaves memory, once, with what precedes it in its
 //! prefix. Until they took it, or said no, it stays.
 
-use kvstore_plane::{SequenceHash, SlotRef};
+use kvstore_plane::{SequenceHash, SlotEntry, SlotRef};
 
 use super::{Leaving, Residency, SlabMemory};
 use crate::caps;
@@ -50,10 +50,11 @@ impl<S: SlabMemory> Residency<S> {
 
     fn add_leaving(&mut self, slot: SlotRef) {
         let parent = self.parent_slot(slot).and_then(|parent| self.entry(parent)).map(|entry| entry.key().hash);
-        let Some(entry) = self.entry(slot) else { return };
-        let Some(record) = entry.read() else { return };
-        entry.set_copies(entry.copies() | OFFERED);
-        entry.set_leases(entry.leases() + 1);
+        let Some(record) = self.entry(slot).and_then(SlotEntry::read) else { return };
+        self.change(slot, |entry| {
+            entry.set_copies(entry.copies() | OFFERED);
+            entry.set_leases(entry.leases() + 1);
+        });
         self.leaving.push(Leaving { slot, record, parent });
     }
 
