@@ -201,6 +201,9 @@ impl Daemon {
     fn apply(&self, sources: &mut Sources, raw: RawConfig) -> Result<Vec<Change>, ConfigError> {
         let new = raw.check()?;
         let changes = config::changes(&self.config.load(), &new)?;
+        if let (Some(tier), Some(nvme)) = (&self.nvme, &new.nvme) {
+            tier.check_bytes(nvme.bytes).map_err(|refused| config::invalid("nvme.bytes", refused.to_string()))?;
+        }
         self.host.set_limits(new.host);
         self.host.set_namespace_limits(limits_of(&new, &self.namespaces));
         if let (Some(tier), Some(nvme)) = (&self.nvme, &new.nvme) {

@@ -11,7 +11,6 @@ use kvstore_transfer::{AlignedBytes, Lane, SlotFill};
 use super::extents::Entry;
 use super::format::{Digest, PAGE, life_of};
 use super::store::{Store, add};
-use super::write::Commit;
 use crate::host::{LeasedBlock, TransferFill};
 
 /// What a reader asks for: what its frame must say.
@@ -122,7 +121,7 @@ impl Store {
         let life = self.state.lock().segments.life(entry.extent.segment);
         let checked = match result {
             Ok(()) => {
-                self.read_errors.store(0, Ordering::Release);
+                self.device_errors.store(0, Ordering::Release);
                 check(&payload, wanted, life, &mut slot).ok_or(ReadProblem::Damaged)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ReadProblem::Busy),
@@ -165,9 +164,9 @@ impl Store {
         let mut state = self.state.lock();
         let same = state.extents.get(entry.digest).is_some_and(|now| now.extent == entry.extent);
         if same {
-            state.extents.remove(entry.digest);
+            state.drop_block(entry.digest);
             drop(state);
-            let _ = self.commits.send(Commit::Deleted(vec![entry.digest]));
+            self.wake_committer();
         }
     }
 }

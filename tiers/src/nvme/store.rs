@@ -18,9 +18,12 @@ use parking_lot::{Condvar, Mutex};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use super::extents::{Entry, Extents};
-use super::format::{FormatError, IndexValue, PAGE, SEGMENTS_AT, SegmentHeader, VolumeHeader, life_of};
+use super::format::{
+    Digest, Extent, FormatError, IndexValue, PAGE, SEGMENTS_AT, SegmentClass, SegmentHeader, VolumeHeader, life_of,
+};
 use super::index::{Index, IndexBatch, IndexError, IndexItem};
 use super::namespaces::Numbers;
+use super::owed::Owed;
 use super::pins::Pins;
 use super::segments::Segments;
 use super::write::{Commit, PendingBlocks, WriteQueue};
@@ -56,6 +59,9 @@ pub enum OpenError {
         /// What is wrong.
         cause: FormatError,
     },
+    /// The bound is too small for the segments of a volume that was made for a larger one, and some of its blocks are pinned.
+    #[error(transparent)]
+    Bound(#[from] BoundRefused),
     /// The index is of another version.
     #[error("{0}; nothing was changed. Move the folder away to start with an empty one")]
     Index(IndexError),
@@ -76,8 +82,14 @@ pub struct Health {
     pub checking: bool,
     /// Blocks are being found again: segments still to be scanned.
     pub rebuilding: usize,
-    /// Why.
+    /// Why it has left, is read-only, or is being checked.
     pub reason: Option<String>,
+    /// No segment can be freed for new blocks.
+    pub no_room: bool,
+    /// The smallest block that was refused because no segment has room for it, in bytes of its frame.
+    pub too_large: Option<u64>,
+    /// Disk space beyond the bound cannot be given back.
+    pub keeps_space: bool,
 }
 
 impl Health {
@@ -133,8 +145,18 @@ pub(super) struct State {
     /// Blocks on their way to the volume.
     pub pending: PendingBlocks,
     pub health: Health,
-    /// Segments that were written since the last sync.
+    /// Segments that were written since the last sync began, or are being written.
     pub unsynced: HashSet<u32>,
+    /// Segments that a failed sync was to cover: nothing in them is safe from a loss of power.
+    pub suspects: HashSet<u32>,
+    /// Syncs of the data that failed: what was asked for before the last of them cannot be promised any more.
+    pub failed_syncs: u64,
+    /// What the index has yet to take.
+    pub owed: Owed,
+    /// Blocks that were deleted while segments are still to be scanned: the scan must not find them.
+    pub buried: HashSet<Digest>,
+    /// There were too many of those: deletions are not promised before the scan is over.
+    pub forgets_deletions: bool,
     /// The namespaces' numbers.
     pub numbers: Numbers,
     /// Of this daemon's life.
@@ -148,6 +170,39 @@ impl State {
         self.extents.name_namespace(number, digest);
         number
     }
+
+    /// Forgets a block, here and in the index.
+    pub fn drop_block(&mut self, digest: Digest) -> Option<Entry> {
+        let entry = self.extents.remove(digest)?;
+        self.owed.delete(digest);
+        Some(entry)
+    }
+
+    /// The same for one that must not come back: also not by a scan that is still to come across it. Its place, whose header is to
+    /// be zeroed: a read of the segment begins.
+    pub fn delete_block(&mut self, digest: Digest) -> Deleted {
+        let entry = self.drop_block(digest);
+        if let Some(entry) = &entry {
+            self.segments.begin_read(entry.extent.segment);
+        }
+        let scanned = self.health.rebuilding == 0;
+        if !scanned && !self.buried.contains(&digest) {
+            self.forgets_deletions |= self.buried.len() >= caps::NVME_BURIED_MAX;
+            if !self.forgets_deletions {
+                self.buried.insert(digest);
+                self.owed.bury(digest);
+            }
+        }
+        Deleted { frame: entry.map(|entry| entry.extent), known: scanned && !self.owed.is_deleted(digest) }
+    }
+}
+
+/// What came of [`State::delete_block`].
+pub(super) struct Deleted {
+    /// Where its frame lies.
+    pub frame: Option<Extent>,
+    /// It is known to be nowhere on the volume, neither there nor in the index.
+    pub known: bool,
 }
 
 /// See the head of this file.
@@ -162,8 +217,8 @@ pub(super) struct Store {
     pub commits: mpsc::Sender<Commit>,
     pub counters: Counters,
     pub stopping: AtomicBool,
-    /// Reads that failed in a row.
-    pub read_errors: AtomicU32,
+    /// Reads and writes that failed in a row.
+    pub device_errors: AtomicU32,
     pub peers: Arc<Peers>,
     pub bytes_max: AtomicU64,
     lock: File,
@@ -196,7 +251,7 @@ impl Store {
         let file = VolumeFile::open(&file_path).map_err(io("open", &file_path))?;
         let length = file.bytes().map_err(io("read the length of", &file_path))?;
         let volume = volume::open(file, options.engine).map_err(io("drive", &file_path))?;
-        let header = match length {
+        let mut header = match length {
             0 => make_header(&*volume, options.bytes, peers.seed()).map_err(io("write", &file_path))?,
             _ => read_header(&*volume).map_err(|cause| OpenError::Format { path: file_path.clone(), cause })?,
         };
@@ -206,8 +261,13 @@ impl Store {
         };
         let index_path = path.join("index");
         let index_bytes = options.index_bytes.unwrap_or_else(|| index_bytes_of(options.bytes));
-        let present = (length.saturating_sub(SEGMENTS_AT) / header.segment_bytes) as usize;
+        let mut present = (length.saturating_sub(SEGMENTS_AT) / header.segment_bytes) as usize;
         let (index, lost) = open_index(&index_path, index_bytes, options.faults.clone(), present > 0)?;
+        let refused = bound_of(path, options.bytes, index_bytes, header.segment_bytes);
+        if let Err(refused) = refused {
+            header = make_anew(&*volume, &index, &header, options.bytes, refused)?;
+            present = 0;
+        }
         let allowed = Self::segments_allowed(options.bytes, index_bytes, header.segment_bytes);
         let state = State {
             extents: Extents::default(),
@@ -216,6 +276,11 @@ impl Store {
             pending: PendingBlocks::default(),
             health: Health::default(),
             unsynced: HashSet::new(),
+            suspects: HashSet::new(),
+            failed_syncs: 0,
+            owed: Owed::default(),
+            buried: HashSet::new(),
+            forgets_deletions: false,
             numbers: Numbers::default(),
             second: 0,
         };
@@ -232,7 +297,7 @@ impl Store {
             commits,
             counters: Counters::default(),
             stopping: AtomicBool::new(false),
-            read_errors: AtomicU32::new(0),
+            device_errors: AtomicU32::new(0),
             peers,
             bytes_max: AtomicU64::new(options.bytes),
             lock,
@@ -245,8 +310,9 @@ impl Store {
         let lost = lost || !store.load(options);
         store.state.lock().extents.follow(Arc::clone(&store.peers.changes));
         if lost && present > 0 {
-            store.prepare_rebuild(present);
+            store.prepare_rebuild(present, options);
         }
+        store.find_unknown(present);
         Ok((store, commits_to))
     }
 
@@ -270,7 +336,7 @@ impl Store {
         let mut state = self.state.lock();
         let mut stale = IndexBatch::default();
         let mut stale_blocks = 0;
-        let State { extents, segments, pins, numbers, .. } = &mut *state;
+        let State { extents, segments, pins, numbers, suspects, buried, .. } = &mut *state;
         let mut result = self.index.load(b's', |item| {
             if let IndexItem::Segment(segment, life, class) = item {
                 segments.restore(segment, life, class, true);
@@ -285,6 +351,16 @@ impl Store {
             if let IndexItem::Namespace(number, digest) = item {
                 numbers.restore(number, digest);
                 extents.name_namespace(number, &digest);
+            }
+        }));
+        result = result.and(self.index.load(b't', |item| {
+            if let IndexItem::Suspect(segment) = item {
+                suspects.insert(segment);
+            }
+        }));
+        result = result.and(self.index.load(b'd', |item| {
+            if let IndexItem::Buried(digest) = item {
+                buried.insert(digest);
             }
         }));
         result = result.and(self.index.load(b'b', |item| {
@@ -314,28 +390,53 @@ impl Store {
         true
     }
 
-    /// The index is lost: starts it anew and marks what has to be scanned.
-    fn prepare_rebuild(&self, present: usize) {
-        self.state.lock().numbers.save_again();
+    /// The index is lost: starts it anew and marks what has to be scanned. What could be read of it is written again.
+    fn prepare_rebuild(&self, present: usize, options: &NvmeOptions) {
+        {
+            let mut state = self.state.lock();
+            state.numbers.save_again();
+            for (id, record) in state.pins.records(&options.boot_id, options.now) {
+                state.owed.pin(id, record);
+            }
+            let State { owed, suspects, buried, .. } = &mut *state;
+            suspects.iter().for_each(|segment| owed.suspect(*segment));
+            buried.iter().for_each(|digest| owed.bury(*digest));
+        }
         if let Err(error) = self.index.recreate() {
-            self.state.lock().health.index_closed = true;
-            tracing::error!(%error, "the index cannot be created again yet");
+            self.close_index(&error);
         }
         for segment in 0..present as u32 {
-            let page = volume::read_now(&*self.volume, Lane::Prefetch, self.segment_at(segment), PAGE as usize);
-            let header = page.ok().and_then(|page| SegmentHeader::decode(&page).ok());
-            let mut state = self.state.lock();
-            match header.filter(|header| header.volume_id == self.header.volume_id && header.number == segment) {
-                Some(header) => state.segments.restore(segment, header.life, header.class, false),
-                None => {
-                    // Its life is unknown: the frames in it say, see rebuild::scan.
-                    state.segments.restore(segment, 0, super::format::SegmentClass::Ordinary, false);
-                }
+            self.mark_unknown(segment);
+        }
+    }
+
+    /// Segments of which the index knows nothing, and which hold something all the same: it was being built again when an earlier
+    /// daemon ended. They are to be scanned.
+    fn find_unknown(&self, present: usize) {
+        for segment in 0..present as u32 {
+            let absent = self.state.lock().segments.is_absent(segment);
+            if absent && self.first_page(segment).is_none_or(|page| page.iter().any(|byte| *byte != 0)) {
+                self.mark_unknown(segment);
             }
         }
         let mut state = self.state.lock();
         state.health.rebuilding = state.segments.unknown().len();
-        state.health.reason = Some("the index was lost or damaged; a scan is finding the blocks again".into());
+        if state.health.rebuilding == 0 {
+            let State { owed, buried, .. } = &mut *state;
+            owed.unbury(buried.drain());
+        }
+    }
+
+    fn first_page(&self, segment: u32) -> Option<AlignedBytes> {
+        volume::read_now(&*self.volume, Lane::Prefetch, self.segment_at(segment), PAGE as usize).ok()
+    }
+
+    fn mark_unknown(&self, segment: u32) {
+        let header = self.first_page(segment).and_then(|page| SegmentHeader::decode(&page).ok());
+        let ours = header.filter(|header| header.volume_id == self.header.volume_id && header.number == segment);
+        // Where its life is unknown, the frames in it say: see rebuild::scan.
+        let (life, class) = ours.map_or((0, SegmentClass::Ordinary), |header| (header.life, header.class));
+        self.state.lock().segments.restore(segment, life, class, false);
     }
 
     /// The device failed for good, as far as this process can tell.
@@ -417,6 +518,76 @@ fn take_lock(path: &Path) -> Result<File, OpenError> {
     let named = lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id()));
     named.map_err(io("write", &lock_path))?;
     Ok(lock)
+}
+
+/// A bound is too small for a volume, whose segments have the size that they were made with.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error(
+    "{bytes} is too small for {path}, whose segments have {segment} each: nvme.bytes must be at least {least} {why}. To start with an empty and smaller volume, move the folder away",
+    bytes = size(*.bytes), path = .path.display(), segment = size(*.segment_bytes), least = size(*.bytes_min)
+)]
+pub struct BoundRefused {
+    /// The folder.
+    pub path: PathBuf,
+    /// The bound.
+    pub bytes: u64,
+    /// The least that would do.
+    pub bytes_min: u64,
+    /// Of this volume.
+    pub segment_bytes: u64,
+    /// What stands in the way.
+    pub why: &'static str,
+}
+
+/// Refuses a bound that does not allow the segments that writing needs.
+pub(super) fn bound_of(path: &Path, bytes: u64, index_bytes: u64, segment_bytes: u64) -> Result<(), BoundRefused> {
+    if Store::segments_allowed(bytes, index_bytes, segment_bytes) >= caps::NVME_SEGMENTS_MIN {
+        return Ok(());
+    }
+    let bytes_min = bytes_for(caps::NVME_SEGMENTS_MIN as u64, index_bytes, segment_bytes);
+    Err(BoundRefused {
+        path: path.to_owned(),
+        bytes,
+        bytes_min,
+        segment_bytes,
+        why: "for the segments that writing needs",
+    })
+}
+
+/// The bound that allows so many segments, in whole MiB.
+pub(super) fn bytes_for(segments: u64, index_bytes: u64, segment_bytes: u64) -> u64 {
+    (index_bytes + SEGMENTS_AT + segments * segment_bytes).next_multiple_of(1 << 20)
+}
+
+/// As one writes it in the configuration.
+fn size(bytes: u64) -> String {
+    if bytes.is_multiple_of(1 << 20) { format!("{}MiB", bytes >> 20) } else { bytes.to_string() }
+}
+
+/// A volume that is much larger than its bound: hardly a block of it could stay. It is made anew, with segments that suit the
+/// bound; refused where some of its blocks are pinned.
+fn make_anew(
+    volume: &dyn Volume,
+    index: &Index,
+    header: &VolumeHeader,
+    bytes: u64,
+    refused: BoundRefused,
+) -> Result<VolumeHeader, OpenError> {
+    let mut pins = 0;
+    let loaded = index.load(b'p', |_| pins += 1);
+    if pins > 0 {
+        return Err(BoundRefused { why: "while blocks of it are pinned", ..refused }.into());
+    }
+    loaded.and_then(|()| index.recreate()).map_err(OpenError::Index)?;
+    let file_path = volume.file().path().to_owned();
+    let step = |cause| OpenError::Io { step: "make anew", path: file_path, cause };
+    let made =
+        volume.file().cut(SEGMENTS_AT).and_then(|()| make_header(volume, bytes, Some(header.seed))).map_err(step)?;
+    tracing::warn!(
+        path = %refused.path.display(), bytes, segment_bytes = header.segment_bytes,
+        "the volume was made for a much larger nvme.bytes: its segments do not fit this one, so its blocks were dropped and it was made anew"
+    );
+    Ok(made)
 }
 
 fn make_header(volume: &dyn Volume, bytes: u64, seed: Option<u64>) -> std::io::Result<VolumeHeader> {
