@@ -87,8 +87,8 @@ pub const NVME_SEGMENTS_MIN: usize = 4;
 pub const NVME_BEYOND_MOVES_MAX: usize = 16;
 /// Blocks whose deletion is remembered while a lost index is being built again: 32 MiB on disk and in memory.
 pub const NVME_BURIED_MAX: usize = 1 << 19;
-/// Deletions that one batch to an index has: two MiB.
-pub const NVME_DELETIONS_PER_BATCH: usize = 65_536;
+/// Deletions that one batch to an index has: about a millisecond under the volume's lock.
+pub const NVME_DELETIONS_PER_BATCH: usize = 8192;
 /// One part in this many of a volume is the index's, unless configured.
 pub const NVME_INDEX_PARTS: u64 = 64;
 /// ... and at least this much: two write buffers with their log, and levels that can be merged.

@@ -13,7 +13,8 @@ use std::sync::atomic::Ordering;
 use kvstore_transfer::Lane;
 
 use super::read::read_frame;
-use super::store::{State, Store, add};
+use super::state::{State, add};
+use super::store::Store;
 
 /// Times that a volume may fail to sync and be checked again before it stays read-only.
 const SYNC_FAILURES_MAX: u64 = 3;

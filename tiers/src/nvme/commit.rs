@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use super::index::{IndexBatch, IndexError};
-use super::store::{State, Store, add};
+use super::state::{State, add};
+use super::store::Store;
 use super::write::{Commit, Found, Framed, Life, Move, is_no_space};
 use crate::caps;
 
@@ -134,7 +135,7 @@ impl Store {
         round.errors.iter().for_each(|error| self.write_failed(error));
         self.fail(std::mem::take(&mut round.failed));
         let closed = self.state.lock().health.index_closed;
-        if closed && !self.reopen_index(pace, round.stop) || !self.write_deletions() {
+        if closed && !self.reopen_index(pace, round.stop) || !self.write_deletions(pace) {
             return self.refuse_round(round);
         }
         let mut writes = self.writes(&round, pace, closed);
@@ -164,7 +165,7 @@ impl Store {
     }
 
     /// Writes what is owed beyond one batch; false where the index fails.
-    fn write_deletions(&self) -> bool {
+    fn write_deletions(&self, pace: &mut Pace) -> bool {
         loop {
             let mut batch = IndexBatch::default();
             {
@@ -177,6 +178,7 @@ impl Store {
             }
             add(&self.counters.index_written_bytes, batch.bytes());
             let written = self.index.write(batch, false);
+            pace.log_unsynced = true;
             let mut state = self.state.lock();
             match written {
                 Ok(()) => state.owed.written(),

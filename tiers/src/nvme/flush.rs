@@ -12,7 +12,8 @@ use parking_lot::MutexGuard;
 
 use super::format::{Extent, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of};
 use super::segments::Place;
-use super::store::{State, Store, add};
+use super::state::{State, add};
+use super::store::Store;
 use super::write::{Commit, Dirty, Framed, Life, NoPlace, answer, is_no_space};
 
 /// Small frames are written together up to this many bytes.

@@ -5,6 +5,7 @@
 //! What a caller gets here it gets at once, or through a channel: nothing in here waits for a disk on the
 //! caller's thread. `docs/design/volume.md` draws what is on the disk.
 
+mod bound;
 mod check;
 mod commit;
 mod extents;
@@ -21,6 +22,7 @@ mod read;
 mod rebuild;
 mod reclaim;
 mod segments;
+mod state;
 mod status;
 mod store;
 mod verify;
@@ -49,13 +51,15 @@ pub(crate) use format::{Digest, padded};
 use store::Store;
 use write::{Commit, Dirty, DirtyBytes, DirtyCount, Pending};
 
+pub use bound::BoundRefused;
 pub use format::{Extent, FormatError, IndexValue, SegmentClass, SegmentHeader, VolumeHeader};
 pub use hold::PinRefused;
 pub use kvstore_transfer::volume::{Fault, IoEngine as NvmeEngine};
 pub use namespaces::NvmeNamespace;
 pub use promote::Promote;
+pub use state::Health;
 pub use status::{NvmeStatus, VolumeStatus};
-pub use store::{BoundRefused, Health, OpenError, engine_of, index_bytes_of, usable_bytes};
+pub use store::{OpenError, engine_of, index_bytes_of, usable_bytes};
 pub use verify::{VerifyOptions, VerifyReport, verify_folder};
 
 /// What the tier is made with.
@@ -449,7 +453,7 @@ impl NvmeTier {
         for store in &self.stores {
             let segment_bytes = store.header.segment_bytes;
             let index_bytes = self.index_bytes.unwrap_or_else(|| store.index.bytes_max());
-            store::bound_of(&store.path, bytes, index_bytes, segment_bytes)?;
+            bound::bound_of(&store.path, bytes, index_bytes, segment_bytes)?;
             let (pinned, usable) = {
                 let state = store.state.lock();
                 (state.extents.pages().1, u64::from(state.segments.usable_pages()))
@@ -457,7 +461,7 @@ impl NvmeTier {
             // What is pinned keeps its place, and writing needs the rest.
             let least = pinned.div_ceil(usable) + crate::caps::NVME_SEGMENTS_MIN as u64 - 1;
             if Store::segments_allowed(bytes, index_bytes, segment_bytes) < least as usize {
-                let bytes_min = store::bytes_for(least, index_bytes, segment_bytes);
+                let bytes_min = bound::bytes_for(least, index_bytes, segment_bytes);
                 let why = "while so much of it is pinned";
                 return Err(BoundRefused { path: store.path.clone(), bytes, bytes_min, segment_bytes, why });
             }

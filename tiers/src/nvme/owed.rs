@@ -119,13 +119,12 @@ impl Owed {
     /// Puts what is owed into `batch`, at most `deletions_max` of the deletions. Then comes [`Self::written`] or
     /// [`Self::failed`]. Blocks that `is_here` says were put anew since: their deletion is void, and must not reach the newer copy.
     pub fn begin(&mut self, batch: &mut IndexBatch, deletions_max: usize, is_here: impl Fn(Digest) -> bool) {
-        self.next.deleted.retain(|digest| !is_here(*digest));
         let mut debts = std::mem::take(&mut self.next);
         if debts.deleted.len() > deletions_max {
-            let now: HashSet<Digest> = debts.deleted.iter().take(deletions_max).copied().collect();
-            debts.deleted.retain(|digest| !now.contains(digest));
-            self.next.deleted = std::mem::replace(&mut debts.deleted, now);
+            let first = debts.deleted.extract_if(|_| true).take(deletions_max).collect();
+            self.next.deleted = std::mem::replace(&mut debts.deleted, first);
         }
+        debts.deleted.retain(|digest| !is_here(*digest));
         debts.deleted.iter().for_each(|digest| batch.delete_block(*digest));
         debts.buried.iter().for_each(|digest| batch.put_buried(*digest));
         debts.unburied.iter().for_each(|digest| batch.delete_buried(*digest));

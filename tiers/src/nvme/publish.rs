@@ -5,7 +5,8 @@ use std::sync::mpsc;
 use super::extents::Entry;
 use super::format::{Extent, IndexValue};
 use super::index::IndexBatch;
-use super::store::{State, Store, add};
+use super::state::{State, add};
+use super::store::Store;
 use super::write::{Found, Framed, Move, answer};
 
 impl Store {

@@ -10,7 +10,8 @@ use kvstore_transfer::{AlignedBytes, Lane, SlotFill};
 
 use super::extents::Entry;
 use super::format::{Digest, PAGE, life_of};
-use super::store::{Store, add};
+use super::state::add;
+use super::store::Store;
 use crate::host::{LeasedBlock, TransferFill};
 
 /// What a reader asks for: what its frame must say.

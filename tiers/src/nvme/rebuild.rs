@@ -8,7 +8,8 @@ use kvstore_transfer::{AlignedBytes, Lane, volume};
 
 use super::extents::Entry;
 use super::format::{Digest, Extent, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of, life_of};
-use super::store::{State, Store};
+use super::state::State;
+use super::store::Store;
 use super::write::{Commit, Found};
 
 /// Bytes that one read of a scan takes: the headers of small frames come many at a time.

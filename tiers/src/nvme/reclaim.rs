@@ -16,7 +16,8 @@ use super::extents::Entry;
 use super::format::{Digest, Extent, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of};
 use super::namespaces::Standings;
 use super::read::read_frame;
-use super::store::{Store, add};
+use super::state::add;
+use super::store::Store;
 use super::write::{Commit, Move};
 use crate::caps;
 

@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 
 use super::NvmeTier;
 use super::format::PAGE;
-use super::store::{Health, State, Store};
+use super::state::{Health, State};
+use super::store::Store;
 
 /// The tier at one moment.
 #[derive(Clone, Debug, Default)]

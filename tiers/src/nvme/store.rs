@@ -4,7 +4,6 @@
 //! lock owns all three. What the index says is read once, at the start; from then on memory is asked, and
 //! the index is only written.
 
-use std::collections::HashSet;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::AsFd;
@@ -17,16 +16,13 @@ use kvstore_transfer::{AlignedBytes, Lane};
 use parking_lot::{Condvar, Mutex};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
-use super::extents::{Entry, Extents};
-use super::format::{
-    Digest, Extent, FormatError, IndexValue, PAGE, SEGMENTS_AT, SegmentClass, SegmentHeader, VolumeHeader, life_of,
-};
+use super::bound::{BoundRefused, bound_of, make_anew};
+use super::extents::Entry;
+use super::format::{FormatError, IndexValue, PAGE, SEGMENTS_AT, SegmentClass, SegmentHeader, VolumeHeader, life_of};
 use super::index::{Index, IndexBatch, IndexError, IndexItem};
-use super::namespaces::Numbers;
-use super::owed::Owed;
-use super::pins::Pins;
 use super::segments::Segments;
-use super::write::{Commit, PendingBlocks, WriteQueue};
+use super::state::{Counters, State, add};
+use super::write::{Commit, WriteQueue};
 use super::{NvmeOptions, Peers};
 use crate::caps;
 
@@ -65,144 +61,6 @@ pub enum OpenError {
     /// The index is of another version.
     #[error("{0}; nothing was changed. Move the folder away to start with an empty one")]
     Index(IndexError),
-}
-
-/// Whether a volume serves, and if not fully, why.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Health {
-    /// The disk has gone: nothing on it can be read.
-    pub left: bool,
-    /// Nothing more is written until a restart.
-    pub read_only: bool,
-    /// The file system is full: nothing is written until there is room.
-    pub no_space: bool,
-    /// The index does not take writes; it is being opened again.
-    pub index_closed: bool,
-    /// What was written since the last sync is being checked, after a sync failed.
-    pub checking: bool,
-    /// Blocks are being found again: segments still to be scanned.
-    pub rebuilding: usize,
-    /// Why it has left, is read-only, or is being checked.
-    pub reason: Option<String>,
-    /// No segment can be freed for new blocks.
-    pub no_room: bool,
-    /// The smallest block that was refused because no segment has room for it, in bytes of its frame.
-    pub too_large: Option<u64>,
-    /// Disk space beyond the bound cannot be given back.
-    pub keeps_space: bool,
-}
-
-impl Health {
-    /// True where blocks can be written.
-    pub fn takes_writes(&self) -> bool {
-        !(self.left || self.read_only || self.no_space || self.index_closed || self.checking)
-    }
-
-    /// One word.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self { left: true, .. } => "LEFT",
-            Self { read_only: true, .. } => "READ_ONLY",
-            Self { no_space: true, .. } => "NO_SPACE",
-            Self { index_closed: true, .. } => "INDEX_CLOSED",
-            Self { checking: true, .. } => "CHECKING",
-            Self { rebuilding: 1.., .. } => "REBUILDING",
-            _ => "SERVING",
-        }
-    }
-}
-
-/// What happened since the start.
-#[derive(Default)]
-pub(super) struct Counters {
-    pub admitted_blocks: AtomicU64,
-    pub admitted_bytes: AtomicU64,
-    pub device_written_bytes: AtomicU64,
-    pub index_written_bytes: AtomicU64,
-    pub read_blocks: AtomicU64,
-    pub read_bytes: AtomicU64,
-    pub reinserted_blocks: AtomicU64,
-    pub reinserted_bytes: AtomicU64,
-    pub dropped_blocks: AtomicU64,
-    pub reclaimed_segments: AtomicU64,
-    pub corrupt_blocks: AtomicU64,
-    pub stale_blocks: AtomicU64,
-    pub refused_blocks: AtomicU64,
-    pub syncs: AtomicU64,
-    pub sync_failures: AtomicU64,
-    pub io_errors: AtomicU64,
-}
-
-pub(super) fn add(counter: &AtomicU64, amount: u64) {
-    counter.fetch_add(amount, Ordering::Relaxed);
-}
-
-/// What memory knows of the volume.
-pub(super) struct State {
-    pub extents: Extents,
-    pub segments: Segments,
-    pub pins: Pins,
-    /// Blocks on their way to the volume.
-    pub pending: PendingBlocks,
-    pub health: Health,
-    /// Segments that were written since the last sync began, or are being written.
-    pub unsynced: HashSet<u32>,
-    /// Segments that a failed sync was to cover: nothing in them is safe from a loss of power.
-    pub suspects: HashSet<u32>,
-    /// Syncs of the data that failed: what was asked for before the last of them cannot be promised any more.
-    pub failed_syncs: u64,
-    /// What the index has yet to take.
-    pub owed: Owed,
-    /// Blocks that were deleted while segments are still to be scanned: the scan must not find them.
-    pub buried: HashSet<Digest>,
-    /// There were too many of those: deletions are not promised before the scan is over.
-    pub forgets_deletions: bool,
-    /// The namespaces' numbers.
-    pub numbers: Numbers,
-    /// Of this daemon's life.
-    pub second: u32,
-}
-
-impl State {
-    /// The number of the namespace with this digest; it is given one.
-    pub fn namespace_number(&mut self, digest: &[u8; 32]) -> u8 {
-        let number = self.numbers.assign(digest);
-        self.extents.name_namespace(number, digest);
-        number
-    }
-
-    /// Forgets a block, here and in the index.
-    pub fn drop_block(&mut self, digest: Digest) -> Option<Entry> {
-        let entry = self.extents.remove(digest)?;
-        self.owed.delete(digest);
-        Some(entry)
-    }
-
-    /// The same for one that must not come back: also not by a scan that is still to come across it. Its place, whose header is to
-    /// be zeroed: a read of the segment begins.
-    pub fn delete_block(&mut self, digest: Digest) -> Deleted {
-        let entry = self.drop_block(digest);
-        if let Some(entry) = &entry {
-            self.segments.begin_read(entry.extent.segment);
-        }
-        let scanned = self.health.rebuilding == 0;
-        if !scanned && !self.buried.contains(&digest) {
-            self.forgets_deletions |= self.buried.len() >= caps::NVME_BURIED_MAX;
-            if !self.forgets_deletions {
-                self.buried.insert(digest);
-                self.owed.bury(digest);
-            }
-        }
-        Deleted { frame: entry.map(|entry| entry.extent), known: scanned && !self.owed.is_deleted(digest) }
-    }
-}
-
-/// What came of [`State::delete_block`].
-pub(super) struct Deleted {
-    /// Where its frame lies.
-    pub frame: Option<Extent>,
-    /// It is known to be nowhere on the volume, neither there nor in the index.
-    pub known: bool,
 }
 
 /// See the head of this file.
@@ -269,21 +127,7 @@ impl Store {
             present = 0;
         }
         let allowed = Self::segments_allowed(options.bytes, index_bytes, header.segment_bytes);
-        let state = State {
-            extents: Extents::default(),
-            segments: Segments::new(header.segment_bytes, 0, allowed.max(present)),
-            pins: Pins::default(),
-            pending: PendingBlocks::default(),
-            health: Health::default(),
-            unsynced: HashSet::new(),
-            suspects: HashSet::new(),
-            failed_syncs: 0,
-            owed: Owed::default(),
-            buried: HashSet::new(),
-            forgets_deletions: false,
-            numbers: Numbers::default(),
-            second: 0,
-        };
+        let state = State::new(Segments::new(header.segment_bytes, 0, allowed.max(present)));
         // Not bounded by itself, but by what is put into it: writes at the device, blocks that were deleted, pins.
         let (commits, commits_to) = mpsc::channel();
         let store = Arc::new(Self {
@@ -520,77 +364,7 @@ fn take_lock(path: &Path) -> Result<File, OpenError> {
     Ok(lock)
 }
 
-/// A bound is too small for a volume, whose segments have the size that they were made with.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error(
-    "{bytes} is too small for {path}, whose segments have {segment} each: nvme.bytes must be at least {least} {why}. To start with an empty and smaller volume, move the folder away",
-    bytes = size(*.bytes), path = .path.display(), segment = size(*.segment_bytes), least = size(*.bytes_min)
-)]
-pub struct BoundRefused {
-    /// The folder.
-    pub path: PathBuf,
-    /// The bound.
-    pub bytes: u64,
-    /// The least that would do.
-    pub bytes_min: u64,
-    /// Of this volume.
-    pub segment_bytes: u64,
-    /// What stands in the way.
-    pub why: &'static str,
-}
-
-/// Refuses a bound that does not allow the segments that writing needs.
-pub(super) fn bound_of(path: &Path, bytes: u64, index_bytes: u64, segment_bytes: u64) -> Result<(), BoundRefused> {
-    if Store::segments_allowed(bytes, index_bytes, segment_bytes) >= caps::NVME_SEGMENTS_MIN {
-        return Ok(());
-    }
-    let bytes_min = bytes_for(caps::NVME_SEGMENTS_MIN as u64, index_bytes, segment_bytes);
-    Err(BoundRefused {
-        path: path.to_owned(),
-        bytes,
-        bytes_min,
-        segment_bytes,
-        why: "for the segments that writing needs",
-    })
-}
-
-/// The bound that allows so many segments, in whole MiB.
-pub(super) fn bytes_for(segments: u64, index_bytes: u64, segment_bytes: u64) -> u64 {
-    (index_bytes + SEGMENTS_AT + segments * segment_bytes).next_multiple_of(1 << 20)
-}
-
-/// As one writes it in the configuration.
-fn size(bytes: u64) -> String {
-    if bytes.is_multiple_of(1 << 20) { format!("{}MiB", bytes >> 20) } else { bytes.to_string() }
-}
-
-/// A volume that is much larger than its bound: hardly a block of it could stay. It is made anew, with segments that suit the
-/// bound; refused where some of its blocks are pinned.
-fn make_anew(
-    volume: &dyn Volume,
-    index: &Index,
-    header: &VolumeHeader,
-    bytes: u64,
-    refused: BoundRefused,
-) -> Result<VolumeHeader, OpenError> {
-    let mut pins = 0;
-    let loaded = index.load(b'p', |_| pins += 1);
-    if pins > 0 {
-        return Err(BoundRefused { why: "while blocks of it are pinned", ..refused }.into());
-    }
-    loaded.and_then(|()| index.recreate()).map_err(OpenError::Index)?;
-    let file_path = volume.file().path().to_owned();
-    let step = |cause| OpenError::Io { step: "make anew", path: file_path, cause };
-    let made =
-        volume.file().cut(SEGMENTS_AT).and_then(|()| make_header(volume, bytes, Some(header.seed))).map_err(step)?;
-    tracing::warn!(
-        path = %refused.path.display(), bytes, segment_bytes = header.segment_bytes,
-        "the volume was made for a much larger nvme.bytes: its segments do not fit this one, so its blocks were dropped and it was made anew"
-    );
-    Ok(made)
-}
-
-fn make_header(volume: &dyn Volume, bytes: u64, seed: Option<u64>) -> std::io::Result<VolumeHeader> {
+pub(super) fn make_header(volume: &dyn Volume, bytes: u64, seed: Option<u64>) -> std::io::Result<VolumeHeader> {
     let mut random = [0u8; 24];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
     let [volume_id @ .., a, b, c, d, e, f, g, h] = random;
