@@ -13,7 +13,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::accesses::Accesses;
 use crate::calls::Calls;
-use crate::config::{Change, Config, ConfigError};
+use crate::config::{self, Change, Config, ConfigError};
 use crate::deletions::Deletions;
 use crate::describing::Describing;
 use crate::log::LogControl;
@@ -138,7 +138,10 @@ impl Daemon {
         self.in_force.set(values, |new| self.apply(new))
     }
 
-    fn apply(&self, new: &Config) {
+    fn apply(&self, new: &Config) -> Result<(), ConfigError> {
+        if let (Some(tier), Some(nvme)) = (&self.nvme, &new.nvme) {
+            tier.check_bytes(nvme.bytes).map_err(|refused| config::invalid("nvme.bytes", refused.to_string()))?;
+        }
         self.host.set_limits(new.host);
         self.host.set_namespace_limits(open::host_limits(new, &self.namespaces));
         if let (Some(tier), Some(nvme)) = (&self.nvme, &new.nvme) {
@@ -152,6 +155,7 @@ impl Daemon {
         self.log.set_level(&new.log_level);
         // Smaller bounds are reached in the background.
         self.calls.wake();
+        Ok(())
     }
 
     /// Turns true when those who follow the daemon's blocks are to be sent away.

@@ -53,15 +53,19 @@ impl InForce {
         self.sources.lock().raw.without_secrets().to_toml()
     }
 
-    /// Reads the sources again; `apply` does what the changes ask for.
-    pub fn reload(&self, apply: impl FnOnce(&Config)) -> Result<Vec<Change>, ConfigError> {
+    /// Reads the sources again; `apply` does what the changes ask for, or refuses them.
+    pub fn reload(&self, apply: impl FnOnce(&Config) -> Result<(), ConfigError>) -> Result<Vec<Change>, ConfigError> {
         let mut sources = self.sources.lock();
         let raw = sources.read()?;
         self.change(&mut sources, raw, apply)
     }
 
-    /// Changes keys that may change live; `apply` does what the changes ask for.
-    pub fn set(&self, values: &[(String, String)], apply: impl FnOnce(&Config)) -> Result<Vec<Change>, ConfigError> {
+    /// Changes keys that may change live; `apply` does what the changes ask for, or refuses them.
+    pub fn set(
+        &self,
+        values: &[(String, String)],
+        apply: impl FnOnce(&Config) -> Result<(), ConfigError>,
+    ) -> Result<Vec<Change>, ConfigError> {
         let mut sources = self.sources.lock();
         let mut raw = sources.raw.clone();
         for (key, value) in values {
@@ -74,11 +78,11 @@ impl InForce {
         &self,
         sources: &mut Sources,
         raw: RawConfig,
-        apply: impl FnOnce(&Config),
+        apply: impl FnOnce(&Config) -> Result<(), ConfigError>,
     ) -> Result<Vec<Change>, ConfigError> {
         let new = raw.check()?;
         let changes = config::changes(&self.config.load(), &new)?;
-        apply(&new);
+        apply(&new)?;
         self.config.store(Arc::new(new));
         sources.raw = raw;
         for change in &changes {

@@ -11,7 +11,7 @@ use kvstore_tiers::host::{
     BeginFill, FillRequest, HostLimits, HostOptions, HostTier, Leasing, NamespaceId, RegisteredLayout,
 };
 use kvstore_tiers::nvme::{NvmeEngine, NvmeOptions, NvmeTier, OpenError, WriteBack};
-use kvstore_tiers::residency::{FlightSource, Priority, Publish, Urgency};
+use kvstore_tiers::residency::{Delete, FlightSource, Priority, Publish, Urgency};
 use kvstore_tiers::stack::{Asked, Policy, Promotion, Stack, Window};
 use kvstore_tiers::{
     BlockKind, BlockRef, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, Run, SequenceHash, Shard, Tier,
@@ -98,6 +98,17 @@ pub fn now() -> BootTime {
 /// The name of block `id`.
 pub fn hash(id: u64) -> SequenceHash {
     SequenceHash::new(&replay::sequence_hash(id)).unwrap()
+}
+
+/// What a kill -9 would leave of a folder at this moment: what the kernel has been told to write.
+pub fn as_killed(folder: &Path) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    let copied = std::process::Command::new("cp")
+        .args(["-r", "--sparse=always", "--no-target-directory"])
+        .args([folder, copy.path()])
+        .status();
+    assert!(copied.unwrap().success(), "{} cannot be copied", folder.display());
+    copy
 }
 
 impl Tiers {
@@ -281,6 +292,42 @@ impl Tiers {
         let until = Instant::now() + Duration::from_secs(20);
         while self.nvme.status().volumes[0].state != state {
             assert!(Instant::now() < until, "never {state}: {:?}", self.nvme.status());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// What a delete, or a pin, waits for: true where all that was done before would be there after a crash.
+    pub fn sync(&self) -> bool {
+        let waiting = self.nvme.sync();
+        waiting.into_iter().map(|synced| synced.blocking_recv() == Ok(true)).fold(true, |all, synced| all && synced)
+    }
+
+    /// Tries to sync until that works.
+    pub fn until_synced(&self) {
+        let until = Instant::now() + Duration::from_secs(20);
+        while !self.sync() {
+            assert!(Instant::now() < until, "never synced: {:?}", self.nvme.status());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Deletes block `id` from both tiers: what became of it on disk.
+    pub fn delete(&self, id: u64) -> Delete {
+        let outcome = self.nvme.delete(&self.layout, 0, &[hash(id)]).remove(0);
+        self.host.delete(&self.layout, 0, &[hash(id)]);
+        outcome
+    }
+
+    /// True where block `id` is on disk.
+    pub fn is_on_disk(&self, id: u64) -> bool {
+        self.nvme.presence(&self.layout, 0, &[hash(id)]) == [true]
+    }
+
+    /// Puts block `id` until it is LOCAL.
+    pub fn put_until_local(&self, id: u64) {
+        let until = Instant::now() + Duration::from_secs(20);
+        while !self.put(id, true) {
+            assert!(Instant::now() < until, "block {id} is never LOCAL: {:?}", self.nvme.status());
             std::thread::sleep(Duration::from_millis(5));
         }
     }

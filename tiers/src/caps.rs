@@ -18,6 +18,8 @@ pub const SHARDS_MAX: u32 = 1024;
 pub const CHANGES_KEPT: usize = 1 << 17;
 /// Entries of a volume that are looked at under one lock, for a snapshot: some ten microseconds.
 pub const NAMES_PER_LOCK: u32 = 4096;
+/// Entries of a segment that are looked at, and dropped, under one lock: some hundred microseconds where all go.
+pub const ENTRIES_PER_LOCK: usize = 1024;
 /// Slabs of one namespace at most: the key table has 20 bits for them.
 pub const SLABS_MAX: usize = 1 << 20;
 /// Bytes of a slab, where the Host tier is large: large enough that its faults and its file descriptor
@@ -82,6 +84,16 @@ pub const NVME_SEGMENTS_PER_VOLUME: u64 = 128;
 pub const NVME_SEGMENT_BYTES_MIN: u64 = 4 << 20;
 /// Bytes of a segment on a large one. No block larger than this goes to disk.
 pub const NVME_SEGMENT_BYTES_MAX: u64 = 256 << 20;
+/// Segments that a volume's bound must allow: one is written, one is for pinned blocks, one holds what was written before, and one
+/// is free for what moves.
+pub const NVME_SEGMENTS_MIN: usize = 4;
+/// Segments beyond a bound that was lowered from which on blocks that were read go as well: to move them would hold up writes for as
+/// long as that takes.
+pub const NVME_BEYOND_MOVES_MAX: usize = 16;
+/// Blocks whose deletion is remembered while a lost index is being built again: 32 MiB on disk and in memory.
+pub const NVME_BURIED_MAX: usize = 1 << 19;
+/// Deletions that one batch to an index has: about a millisecond under the volume's lock.
+pub const NVME_DELETIONS_PER_BATCH: usize = 8192;
 /// One part in this many of a volume is the index's, unless configured.
 pub const NVME_INDEX_PARTS: u64 = 64;
 /// ... and at least this much: two write buffers with their log, and levels that can be merged.

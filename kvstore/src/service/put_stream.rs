@@ -278,7 +278,7 @@ impl PutCall<'_> {
             }
         }
         for (result, hash) in self.results.iter_mut().zip(&self.hashes) {
-            if result.level() == WireLevel::Memory && nvme.presence(layout, group, &[*hash]) == [true] {
+            if result.level() == WireLevel::Memory && nvme.is_safe(layout, group, &[*hash]) == [true] {
                 result.level = WireLevel::Local.into();
             }
         }

@@ -1,17 +1,18 @@
 //! The committer: puts what was written into the index and the map, and answers those who wait for LOCAL, all
-//! that came meanwhile together. Deals with syncs that fail and with an index that takes no writes.
+//! that came meanwhile together. The only writer of the index, and the only one that syncs.
 
+use std::collections::HashSet;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use super::extents::Entry;
-use super::format::{Extent, IndexValue};
-use super::index::IndexBatch;
-use super::store::{State, Store, add};
-use super::write::{Commit, Framed, NoPlace, answer, is_no_space};
-use crate::block::Digest;
+use tokio::sync::oneshot;
+
+use super::index::{IndexBatch, IndexError};
+use super::state::{State, add};
+use super::store::Store;
+use super::write::{Commit, Found, Framed, Life, Move, is_no_space};
 use crate::caps;
 
 /// What was written is synced this often at least, so that a loss of power costs seconds.
@@ -20,182 +21,308 @@ const SYNC_EVERY: Duration = Duration::from_secs(1);
 const COMMITS_PER_ROUND: usize = 4096;
 /// A failed index is opened again after this long, then after twice as long each time, up to a second.
 const RETRY_INDEX_AFTER: Duration = Duration::from_millis(25);
-/// Times that a volume may fail to sync and be checked again before it stays read-only.
-const SYNC_FAILURES_MAX: u64 = 3;
+
+/// When the committer syncs, and tries a failed index again.
+struct Pace {
+    last_sync: Instant,
+    /// The index's log has what was not synced yet.
+    log_unsynced: bool,
+    next_retry: Instant,
+    retry_after: Duration,
+}
+
+/// What came meanwhile, by kind.
+#[derive(Default)]
+struct Round {
+    written: Vec<Framed>,
+    failed: Vec<Framed>,
+    errors: Vec<io::Error>,
+    waiters: Vec<(oneshot::Sender<bool>, u64)>,
+    lives: Vec<(Life, mpsc::SyncSender<bool>)>,
+    moves: Vec<(Vec<Move>, mpsc::SyncSender<bool>)>,
+    found: Vec<(Found, mpsc::SyncSender<bool>)>,
+    stop: bool,
+}
+
+impl Round {
+    fn of(commits: Vec<Commit>) -> Self {
+        let mut round = Self::default();
+        for commit in commits {
+            match commit {
+                Commit::Written(framed, Ok(())) => round.written.extend(framed),
+                Commit::Written(framed, Err(error)) => {
+                    round.errors.push(error);
+                    round.failed.extend(framed);
+                }
+                Commit::Owed => {}
+                Commit::Sync(waiter, failures) => round.waiters.push((waiter, failures)),
+                Commit::Life(life, done) => round.lives.push((life, done)),
+                Commit::Moved(moves, done) => round.moves.push((moves, done)),
+                Commit::Found(found, done) => round.found.push((found, done)),
+                Commit::Stop => round.stop = true,
+            }
+        }
+        round
+    }
+}
+
+/// One round's writes.
+struct Writes {
+    batch: IndexBatch,
+    /// Namespaces' numbers in it.
+    numbers: usize,
+    /// The index's log is to be synced.
+    log: bool,
+    /// The data is to be synced: for these segments.
+    data: Option<HashSet<u32>>,
+    /// Syncs of the data can be relied on just now.
+    trusted: bool,
+    /// Failed syncs of the data so far.
+    failures: u64,
+}
 
 impl Store {
-    /// The committer's life.
+    /// The committer's life. Sleeps while there is nothing to write, nothing to sync, and nothing to try again.
     pub fn commit_forever(self: &Arc<Self>, commits: &mpsc::Receiver<Commit>) {
-        let mut last_sync = Instant::now();
-        let (mut next_retry, mut retry_after) = (Instant::now(), RETRY_INDEX_AFTER);
-        // Deletions that the index has yet to take: a block must not come back after a restart.
-        let mut owed: Vec<Digest> = Vec::new();
+        let now = Instant::now();
+        let mut pace = Pace { last_sync: now, log_unsynced: true, next_retry: now, retry_after: RETRY_INDEX_AFTER };
         loop {
-            let closed = self.state.lock().health.index_closed;
-            let first = commits.recv_timeout(if closed { retry_after } else { SYNC_EVERY });
+            let first = match self.wait(&pace) {
+                Some(time) => commits.recv_timeout(time),
+                None => commits.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected),
+            };
             let mut round: Vec<Commit> = match first {
                 Ok(commit) => vec![commit],
                 Err(mpsc::RecvTimeoutError::Timeout) => Vec::new(),
                 Err(mpsc::RecvTimeoutError::Disconnected) => return,
             };
             round.extend(commits.try_iter().take(COMMITS_PER_ROUND));
-            let stop = round.iter().any(|commit| matches!(commit, Commit::Stop));
-            let due = stop || last_sync.elapsed() >= SYNC_EVERY;
-            if !closed {
-                retry_after = RETRY_INDEX_AFTER;
-            } else if Instant::now() >= next_retry {
-                self.retry_index();
-                retry_after = (retry_after * 2).min(SYNC_EVERY);
-                next_retry = Instant::now() + retry_after;
-            }
-            if self.commit(round, &mut owed, due) {
-                last_sync = Instant::now();
-            }
+            let round = Round::of(round);
+            let stop = round.stop;
+            self.commit(round, &mut pace);
             if stop {
                 return;
             }
         }
     }
 
-    /// One round. True where it synced.
-    fn commit(self: &Arc<Self>, round: Vec<Commit>, owed: &mut Vec<Digest>, due: bool) -> bool {
-        let mut batch = IndexBatch::default();
-        let (mut written, mut failed, mut sync_waiters) = (Vec::new(), Vec::new(), Vec::new());
-        for commit in round {
-            match commit {
-                Commit::Written(framed, Ok(())) => written.extend(framed),
-                Commit::Written(framed, Err(error)) => {
-                    self.write_failed(&error);
-                    failed.extend(framed);
-                }
-                Commit::Deleted(digests) => owed.extend(digests),
-                Commit::Sync(waiter) => sync_waiters.push(waiter),
-                Commit::Pinned(id, record) => batch.put_pin(id, &record),
-                Commit::Unpinned(id) => batch.delete_pin(id),
-                Commit::Stop => {}
-            }
+    /// How long to wait for the next commit; `None`: there is nothing else to do.
+    fn wait(&self, pace: &Pace) -> Option<Duration> {
+        let state = self.state.lock();
+        if state.health.index_closed {
+            return (!state.health.left).then(|| pace.next_retry.saturating_duration_since(Instant::now()));
         }
-        self.fail(failed);
-        owed.iter().for_each(|digest| batch.delete_block(*digest));
-        let mut wanted = !sync_waiters.is_empty();
-        let numbers;
-        {
-            let state = self.state.lock();
-            numbers = state.numbers.save(&mut batch);
-            written.iter().for_each(|framed| batch.put_block(framed.dirty.digest, &framed.value));
-            let waits = |framed: &Framed| {
-                state.pending.get(framed.dirty.digest).is_some_and(|pending| !pending.waiters.is_empty())
-            };
-            wanted |= written.iter().any(waits);
-            // Nothing was written since the last sync: nothing is due.
-            wanted |= due && !(state.unsynced.is_empty() && batch.is_empty());
+        let due = pace.log_unsynced || !state.owed.is_empty() || state.syncs() && !state.unsynced.is_empty();
+        (due && !state.health.left).then(|| SYNC_EVERY.saturating_sub(pace.last_sync.elapsed()))
+    }
+
+    /// Tells the committer, and waits for its answer. Blocks; not for the committer itself.
+    pub fn ask(&self, commit: impl FnOnce(mpsc::SyncSender<bool>) -> Commit) -> bool {
+        let (send, receive) = mpsc::sync_channel(1);
+        self.commits.send(commit(send)).is_ok() && receive.recv() == Ok(true)
+    }
+
+    /// Something is owed.
+    pub fn wake_committer(&self) {
+        let _ = self.commits.send(Commit::Owed);
+    }
+
+    /// One round.
+    fn commit(self: &Arc<Self>, mut round: Round, pace: &mut Pace) {
+        if !round.written.is_empty() {
+            self.device_errors.store(0, Ordering::Release);
         }
-        if batch.is_empty() && !wanted {
+        round.errors.iter().for_each(|error| self.write_failed(error));
+        self.fail(std::mem::take(&mut round.failed));
+        let closed = self.state.lock().health.index_closed;
+        if closed && !self.reopen_index(pace, round.stop) || !self.write_deletions(pace) {
+            return self.refuse_round(round);
+        }
+        let mut writes = self.writes(&round, pace, closed);
+        if writes.batch.is_empty() && !writes.log {
+            return self.settle(round, &writes, true, true);
+        }
+        let (synced, indexed) = self.write_both(&mut writes, pace);
+        if indexed.is_ok() {
+            pace.retry_after = RETRY_INDEX_AFTER;
+        }
+        let (synced, indexed) = self.note_outcome(&writes, synced, indexed);
+        self.settle(round, &writes, synced, indexed);
+    }
+
+    /// Opens a failed index again, where it is time; false where it stays closed.
+    fn reopen_index(&self, pace: &mut Pace, now: bool) -> bool {
+        if !now && Instant::now() < pace.next_retry {
             return false;
         }
-        let outcome = self.sync_both(batch, wanted);
-        match outcome {
-            Ok(local) => {
-                owed.clear();
-                self.state.lock().numbers.saved(numbers);
-                self.publish(written, local && wanted);
-                sync_waiters.into_iter().for_each(|waiter| _ = waiter.send(local));
-            }
-            Err(problem) => {
-                if let NoPlace::Index(error) = &problem {
-                    tracing::error!(%error, "the index cannot be written");
-                    self.close_index();
-                }
-                self.fail(written);
-                sync_waiters.into_iter().for_each(|waiter| _ = waiter.send(false));
-            }
+        let opened = self.index.reopen();
+        pace.retry_after = (pace.retry_after * 2).min(SYNC_EVERY);
+        pace.next_retry = Instant::now() + pace.retry_after;
+        if let Err(error) = &opened {
+            tracing::debug!(%error, path = %self.path.display(), "the index cannot be opened yet");
         }
-        self.peers.cleaned.notify_waiters();
-        wanted
+        opened.is_ok()
     }
 
-    /// Writes the batch; with `sync` syncs data and the index's log side by side. True where what was
-    /// written before is safe now; false where the data's sync failed.
-    pub fn sync_both(self: &Arc<Self>, batch: IndexBatch, sync: bool) -> Result<bool, NoPlace> {
-        add(&self.counters.index_written_bytes, batch.bytes());
-        if !sync {
-            self.index.write(batch, false).map_err(NoPlace::Index)?;
-            return Ok(true);
-        }
-        let covered: Vec<u32> = self.state.lock().unsynced.iter().copied().collect();
-        let (send, receive) = mpsc::sync_channel(1);
-        self.volume.sync(Box::new(move |result| drop(send.send(result))));
-        let indexed = self.index.write(batch, true);
-        let synced = receive.recv().unwrap_or_else(|_| Err(io::Error::other("the volume was closed")));
-        add(&self.counters.syncs, 1);
-        if let Err(error) = synced {
-            self.sync_failed(&error);
-            return Ok(false);
-        }
-        indexed.map_err(NoPlace::Index)?;
-        let mut state = self.state.lock();
-        // A segment that is still open is written further: it stays on the list.
-        let State { segments, unsynced, .. } = &mut *state;
-        covered.iter().filter(|segment| !segments.is_open(**segment)).for_each(|segment| {
-            unsynced.remove(segment);
-        });
-        Ok(true)
-    }
-
-    /// The blocks are where the index says: from now on they are found.
-    fn publish(&self, written: Vec<Framed>, local: bool) {
-        let mut cancelled = Vec::new();
-        let mut ended = Vec::with_capacity(written.len());
-        let mut state = self.state.lock();
-        for Framed { dirty, value } in written {
-            state.segments.end_write(value.extent.segment);
-            let pending = state.pending.remove(dirty.digest).unwrap_or_default();
-            if pending.cancelled {
-                // Its frame is there all the same: a scan must not find it.
-                state.segments.begin_read(value.extent.segment);
-                cancelled.push((dirty.digest, value.extent));
-                ended.push((dirty, pending, false));
-                continue;
-            }
-            let pinned = state.pins.holds(dirty.digest);
-            let (digest, used) = (dirty.digest, state.second);
-            let IndexValue { extent, parent_tag, namespace, name, .. } = value;
-            state.extents.insert(Entry { digest, parent_tag, extent, hits: 0, pinned, namespace, used, name });
-            add(&self.counters.admitted_blocks, 1);
-            add(&self.counters.admitted_bytes, u64::from(dirty.block.length()));
-            ended.push((dirty, pending, true));
-        }
-        drop(state);
-        for (dirty, pending, stored) in ended {
-            if stored {
-                dirty.block.stored();
-            }
-            answer(Some(pending), stored && local);
-        }
-        self.deleted(&cancelled);
-    }
-
-    /// Blocks were deleted whose frames are on the volume: the index forgets them, and their headers are zeroed.
-    /// For each a read of its segment was begun, which the zeroing ends.
-    pub fn deleted(&self, gone: &[(Digest, Extent)]) {
-        if gone.is_empty() {
-            return;
-        }
-        self.queue.lock().buried.extend(gone.iter().map(|(_, extent)| *extent));
-        self.queue_changed.notify_one();
-        let _ = self.commits.send(Commit::Deleted(gone.iter().map(|(digest, _)| *digest).collect()));
-    }
-
-    fn fail(&self, failed: Vec<Framed>) {
-        for Framed { dirty, value } in failed {
-            let pending = {
+    /// Writes what is owed beyond one batch; false where the index fails.
+    fn write_deletions(&self, pace: &mut Pace) -> bool {
+        loop {
+            let mut batch = IndexBatch::default();
+            {
                 let mut state = self.state.lock();
-                state.segments.end_write(value.extent.segment);
-                state.pending.remove(dirty.digest)
-            };
-            add(&self.counters.refused_blocks, 1);
-            drop(dirty);
-            answer(pending, false);
+                if state.owed.deletions() <= caps::NVME_DELETIONS_PER_BATCH {
+                    return true;
+                }
+                let State { owed, extents, .. } = &mut *state;
+                owed.begin(&mut batch, caps::NVME_DELETIONS_PER_BATCH, |digest| extents.get(digest).is_some());
+            }
+            add(&self.counters.index_written_bytes, batch.bytes());
+            let written = self.index.write(batch, false);
+            pace.log_unsynced = true;
+            let mut state = self.state.lock();
+            match written {
+                Ok(()) => state.owed.written(),
+                Err(error) => {
+                    state.owed.failed();
+                    drop(state);
+                    self.close_index(&error);
+                    return false;
+                }
+            }
+        }
+    }
+
+    /// What a round writes. In this order, so that the last word on a block is the newest: what is owed, what was found, what
+    /// moved, what was written.
+    fn writes(&self, round: &Round, pace: &Pace, reopened: bool) -> Writes {
+        let mut batch = IndexBatch::default();
+        let mut state = self.state.lock();
+        let buried = round.found.iter().flat_map(|(found, _)| state.take_found(found)).collect();
+        let State { owed, extents, .. } = &mut *state;
+        owed.begin(&mut batch, usize::MAX, |digest| extents.get(digest).is_some());
+        let numbers = state.numbers.save(&mut batch);
+        if reopened {
+            batch.put_version();
+        }
+        for (found, _) in &round.found {
+            state.put_found(found, &mut batch);
+        }
+        for moved in round.moves.iter().flat_map(|(moves, _)| moves) {
+            if state.extents.get(moved.from.digest).is_some_and(|now| now.extent == moved.from.extent) {
+                batch.put_block(moved.from.digest, &moved.value);
+            }
+        }
+        for (life, _) in &round.lives {
+            batch.put_segment(life.segment, life.life, life.class);
+            batch.delete_suspect(life.segment);
+        }
+        let mut waits = !round.waiters.is_empty() || !round.lives.is_empty() || reopened;
+        for framed in &round.written {
+            let pending = state.pending.get(framed.dirty.digest);
+            match pending.is_some_and(|pending| pending.cancelled) {
+                true => batch.delete_block(framed.dirty.digest),
+                false => batch.put_block(framed.dirty.digest, &framed.value),
+            }
+            waits |= pending.is_some_and(|pending| !pending.waiters.is_empty());
+        }
+        let due = round.stop || pace.last_sync.elapsed() >= SYNC_EVERY;
+        let trusted = state.syncs();
+        let unsynced = trusted && !state.unsynced.is_empty();
+        let log = (waits || due) && (unsynced || pace.log_unsynced || !batch.is_empty());
+        let data = (log && unsynced).then(|| state.begin_sync());
+        let failures = state.failed_syncs;
+        drop(state);
+        self.bury_later(buried);
+        Writes { batch, numbers, log, data, trusted, failures }
+    }
+
+    /// Writes the batch and syncs data and log, side by side.
+    fn write_both(&self, writes: &mut Writes, pace: &mut Pace) -> (io::Result<()>, Result<(), IndexError>) {
+        add(&self.counters.index_written_bytes, writes.batch.bytes());
+        let (send, receive) = mpsc::sync_channel(1);
+        if writes.data.is_some() {
+            self.volume.sync(Box::new(move |result| drop(send.send(result))));
+        }
+        let indexed = self.index.write(std::mem::take(&mut writes.batch), writes.log);
+        let synced = match writes.data.is_some() {
+            true => receive.recv().unwrap_or_else(|_| Err(io::Error::other("the volume was closed"))),
+            false => Ok(()),
+        };
+        if writes.log {
+            add(&self.counters.syncs, 1);
+            pace.last_sync = Instant::now();
+        }
+        pace.log_unsynced = match (&indexed, writes.log) {
+            (Ok(()), log) => !log,
+            (Err(_), _) => true,
+        };
+        (synced, indexed)
+    }
+
+    /// What became of the writes, for the volume. Whether the data is synced, and whether the index has the batch.
+    fn note_outcome(
+        self: &Arc<Self>,
+        writes: &Writes,
+        synced: io::Result<()>,
+        indexed: Result<(), IndexError>,
+    ) -> (bool, bool) {
+        if let (Err(error), Some(covered)) = (&synced, &writes.data) {
+            self.sync_failed(error, covered);
+        }
+        if let Err(error) = &indexed {
+            self.state.lock().owed.failed();
+            self.close_index(error);
+            return (synced.is_ok(), false);
+        }
+        let mut state = self.state.lock();
+        state.owed.written();
+        state.numbers.saved(writes.numbers);
+        if std::mem::take(&mut state.health.index_closed) {
+            tracing::info!(path = %self.path.display(), "the index is open again");
+        }
+        (synced.is_ok(), true)
+    }
+
+    /// Answers all who took part in a round.
+    fn settle(&self, round: Round, writes: &Writes, synced: bool, indexed: bool) {
+        let safe = synced && indexed && writes.trusted;
+        if indexed {
+            self.publish_moves(round.moves);
+            self.publish(round.written, safe && writes.log);
+        } else {
+            self.fail(round.written);
+            round.moves.into_iter().for_each(|(_, done)| _ = done.send(false));
+        }
+        let forgets = self.state.lock().forgets_deletions;
+        for (waiter, failures) in round.waiters {
+            let _ = waiter.send(safe && failures == writes.failures && !forgets);
+        }
+        round.lives.into_iter().for_each(|(_, done)| _ = done.send(safe));
+        round.found.into_iter().for_each(|(_, done)| _ = done.send(indexed));
+        self.peers.cleaned.notify_waiters();
+    }
+
+    /// The index takes nothing: what was found is served, all else is answered with no.
+    fn refuse_round(&self, round: Round) {
+        let buried = {
+            let mut state = self.state.lock();
+            round.found.iter().flat_map(|(found, _)| state.take_found(found)).collect()
+        };
+        self.bury_later(buried);
+        self.fail(round.written);
+        round.waiters.into_iter().for_each(|(waiter, _)| _ = waiter.send(false));
+        round.lives.into_iter().for_each(|(_, done)| _ = done.send(false));
+        round.moves.into_iter().for_each(|(_, done)| _ = done.send(false));
+        round.found.into_iter().for_each(|(_, done)| _ = done.send(false));
+        self.peers.cleaned.notify_waiters();
+    }
+
+    /// The index failed: it is closed, and opened again until that works.
+    pub fn close_index(&self, error: &IndexError) {
+        let mut state = self.state.lock();
+        if !state.health.index_closed {
+            tracing::error!(%error, path = %self.path.display(), "the index cannot be written; it is opened again until that works");
+            state.health.index_closed = true;
         }
     }
 
@@ -208,63 +335,11 @@ impl Store {
         self.note_device_error(error);
     }
 
-    /// After a failed sync nothing that was written since the last one can be trusted to be on the platter, and
-    /// the sync is not tried again: a second one may succeed with the data gone. What was written since is read
-    /// back past the page cache; what does not verify is forgotten; writing goes on in fresh segments.
-    fn sync_failed(self: &Arc<Self>, error: &io::Error) {
-        add(&self.counters.sync_failures, 1);
-        {
-            let state = self.state.lock();
-            if state.health.left || state.health.read_only || state.health.checking {
-                return;
-            }
-        }
-        let failures = self.counters.sync_failures.load(Ordering::Relaxed);
-        tracing::error!(%error, path = %self.path.display(), "a sync failed; the blocks written since the last sync are checked");
-        let mut state = self.state.lock();
-        state.health.checking = true;
-        state.health.reason = Some(format!("a sync failed: {error}"));
-        state.segments.seal_all();
-        if failures >= SYNC_FAILURES_MAX {
-            state.health.read_only = true;
-            state.health.reason = Some(format!("{failures} syncs failed, the last with: {error}"));
-        }
-        drop(state);
-        let store = Arc::clone(self);
-        let checker = std::thread::Builder::new().name("kvstore-check".into());
-        if let Err(error) = checker.spawn(move || store.check_unsynced()) {
-            tracing::error!(%error, "the blocks written since the last sync cannot be checked; the volume stays read-only");
-        }
-    }
-
-    /// The index failed: it is closed, and opened again until that works.
-    pub fn close_index(&self) {
-        let mut state = self.state.lock();
-        state.health.index_closed = true;
-        state.health.reason = Some("the index cannot be written; it is being opened again".into());
-    }
-
-    fn retry_index(&self) {
-        if !self.state.lock().health.index_closed {
-            return;
-        }
-        match self.index.reopen() {
-            Ok(()) => {
-                let mut state = self.state.lock();
-                state.health.index_closed = false;
-                state.health.reason = None;
-                drop(state);
-                tracing::info!(path = %self.path.display(), "the index is open again");
-            }
-            Err(error) => tracing::warn!(%error, "the index cannot be opened yet"),
-        }
-    }
-
     /// The device said no. Some errors say that it is gone; others are counted, and enough in a row say the same.
     pub fn note_device_error(&self, error: &io::Error) {
         // ENXIO, ENODEV, ESHUTDOWN.
         let gone = matches!(error.raw_os_error(), Some(6 | 19 | 108));
-        let in_a_row = self.read_errors.fetch_add(1, Ordering::AcqRel) + 1;
+        let in_a_row = self.device_errors.fetch_add(1, Ordering::AcqRel) + 1;
         if gone || in_a_row >= caps::NVME_ERRORS_IN_A_ROW_MAX {
             self.leave(format!("{in_a_row} transfers in a row failed, the last with: {error}"));
         }

@@ -113,11 +113,40 @@ pub struct SegmentUse {
     pub pinned_pages: u32,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Lists {
     first: u32,
     in_use: SegmentUse,
+    /// Pages of each namespace that has some: few have blocks in one segment.
+    of_namespaces: Vec<(u8, u32)>,
 }
+
+impl Lists {
+    const EMPTY: Self =
+        Self { first: NONE, in_use: SegmentUse { blocks: 0, pages: 0, pinned_pages: 0 }, of_namespaces: Vec::new() };
+
+    fn come(&mut self, namespace: u8, pages: u32) {
+        self.in_use.blocks += 1;
+        self.in_use.pages += pages;
+        match self.of_namespaces.iter_mut().find(|(known, _)| *known == namespace) {
+            Some((_, count)) => *count += pages,
+            None => self.of_namespaces.push((namespace, pages)),
+        }
+    }
+
+    fn leave(&mut self, namespace: u8, pages: u32) {
+        self.in_use.blocks -= 1;
+        self.in_use.pages -= pages;
+        if let Some((_, count)) = self.of_namespaces.iter_mut().find(|(known, _)| *known == namespace) {
+            *count -= pages;
+        }
+        self.of_namespaces.retain(|(_, count)| *count > 0);
+    }
+}
+
+/// Where a walk over a segment's blocks goes on.
+#[derive(Clone, Copy, Debug)]
+pub struct Cursor(u32, Digest);
 
 /// See the head of this file.
 pub struct Extents {
@@ -215,7 +244,7 @@ impl Extents {
         let number = self.take();
         let segment = entry.extent.segment as usize;
         if self.segments.len() <= segment {
-            self.segments.resize(segment + 1, Lists { first: NONE, in_use: SegmentUse::default() });
+            self.segments.resize(segment + 1, Lists::EMPTY);
         }
         let next = self.segments[segment].first;
         *self.at_mut(number) = Stored {
@@ -238,8 +267,7 @@ impl Extents {
         }
         let lists = &mut self.segments[segment];
         lists.first = number;
-        lists.in_use.blocks += 1;
-        lists.in_use.pages += entry.extent.pages;
+        lists.come(entry.namespace, entry.extent.pages);
         self.blocks += 1;
         self.live_pages += u64::from(entry.extent.pages);
         self.pages_of[usize::from(entry.namespace)] += u64::from(entry.extent.pages);
@@ -306,9 +334,7 @@ impl Extents {
         if stored.next != NONE {
             self.at_mut(stored.next).previous = stored.previous;
         }
-        let in_use = &mut self.segments[stored.segment as usize].in_use;
-        in_use.blocks -= 1;
-        in_use.pages -= u32::from(stored.pages);
+        self.segments[stored.segment as usize].leave(stored.namespace, u32::from(stored.pages));
         self.blocks -= 1;
         self.live_pages -= u64::from(stored.pages);
         self.pages_of[usize::from(stored.namespace)] -= u64::from(stored.pages);
@@ -376,25 +402,44 @@ impl Extents {
     /// The blocks of a segment.
     pub fn of_segment(&self, segment: u32) -> Vec<Entry> {
         let mut entries = Vec::new();
-        let mut number = self.segments.get(segment as usize).map_or(NONE, |lists| lists.first);
-        while number != NONE {
+        self.walk(segment, None, usize::MAX, &mut entries);
+        entries
+    }
+
+    /// The blocks of a segment, `most` at a time: from where an earlier call says on, `None` from the first. Where to go on, and
+    /// `None` at the end; also where the place to go on from has been forgotten meanwhile.
+    pub fn walk(&self, segment: u32, from: Option<Cursor>, most: usize, out: &mut Vec<Entry>) -> Option<Cursor> {
+        let first = self.segments.get(segment as usize).map_or(NONE, |lists| lists.first);
+        let mut number = match from {
+            None => first,
+            Some(Cursor(number, digest)) if self.find(digest) == Some(number) => number,
+            Some(_) => NONE,
+        };
+        for _ in 0..most {
+            if number == NONE {
+                return None;
+            }
             let stored = self.at(number);
-            entries.push(stored.entry());
+            if stored.segment != segment {
+                return None;
+            }
+            out.push(stored.entry());
             number = stored.next;
         }
-        entries
+        (number != NONE).then(|| Cursor(number, self.at(number).digest()))
+    }
+
+    /// True where a segment has blocks of this namespace.
+    pub fn has_of(&self, segment: u32, namespace: u8) -> bool {
+        let lists = self.segments.get(segment as usize);
+        lists.is_some_and(|lists| lists.of_namespaces.iter().any(|(known, _)| *known == namespace))
     }
 
     /// Pages of a segment's blocks, each as often as its namespace says.
     pub fn weighed_pages(&self, segment: u32, weight: impl Fn(u8) -> u64) -> u64 {
-        let mut number = self.segments.get(segment as usize).map_or(NONE, |lists| lists.first);
-        let mut pages = 0;
-        while number != NONE {
-            let stored = self.at(number);
-            pages += u64::from(stored.pages) * weight(stored.namespace);
-            number = stored.next;
-        }
-        pages
+        let lists = self.segments.get(segment as usize);
+        let counts = lists.into_iter().flat_map(|lists| &lists.of_namespaces);
+        counts.map(|(namespace, pages)| u64::from(*pages) * weight(*namespace)).sum()
     }
 
     /// What of a segment is live.
@@ -484,6 +529,46 @@ mod tests {
             };
             let in_use = SegmentUse { blocks: expected.len() as u32, pages: pages(false), pinned_pages: pages(true) };
             assert_eq!(extents.segment_use(segment), in_use);
+            let weight = |namespace: u8| 10u64.pow(u32::from(namespace) * 3);
+            let weighed: u64 =
+                expected.iter().map(|entry| u64::from(entry.extent.pages) * weight(entry.namespace)).sum();
+            assert_eq!(extents.weighed_pages(segment, weight), weighed);
+            for namespace in 0..4 {
+                let some = expected.iter().any(|entry| entry.namespace == namespace);
+                assert_eq!(extents.has_of(segment, namespace), some);
+            }
+            let (mut walked, mut from) = (Vec::new(), None);
+            loop {
+                from = extents.walk(segment, from, 7, &mut walked);
+                if from.is_none() {
+                    break;
+                }
+            }
+            assert_eq!(walked, extents.of_segment(segment));
         }
+    }
+
+    /// A walk that lets go of the lock between its steps must not go on in another segment's list.
+    #[test]
+    fn a_walk_ends_where_its_place_was_forgotten() {
+        let mut extents = Extents::default();
+        let entry = |name: u128, segment| Entry {
+            digest: Digest(name),
+            parent_tag: 0,
+            extent: Extent { segment, page: 1, pages: 1, apart: false },
+            hits: 0,
+            pinned: false,
+            namespace: 1,
+            used: 0,
+            name: 0,
+        };
+        (1..=4).for_each(|name| _ = extents.insert(entry(name, 0)));
+        let mut walked = Vec::new();
+        let from = extents.walk(0, None, 2, &mut walked);
+        assert_eq!(walked.iter().map(|entry| entry.digest.0).collect::<Vec<_>>(), [4, 3]);
+        extents.remove(Digest(2));
+        extents.insert(entry(9, 7));
+        assert!(extents.walk(0, from, 2, &mut walked).is_none());
+        assert_eq!(walked.len(), 2, "{walked:?}");
     }
 }

@@ -1,5 +1,5 @@
 //! The flusher: finds places for the frames of dirty blocks and queues their writes. Opens segments, and has
-//! others emptied where none is free. Never waits for a sync but its segments' own.
+//! others emptied where none is free. Never waits for a sync but its segments' own. Sleeps while there is nothing to write.
 
 use std::io;
 use std::sync::Arc;
@@ -11,10 +11,10 @@ use kvstore_transfer::{AlignedBytes, Lane, SectionSums};
 use parking_lot::MutexGuard;
 
 use super::format::{Extent, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of};
-use super::index::IndexBatch;
 use super::segments::Place;
-use super::store::{Store, add};
-use super::write::{Commit, Dirty, Framed, NoPlace, answer, is_no_space};
+use super::state::{State, add};
+use super::store::Store;
+use super::write::{Commit, Dirty, Framed, Life, NoPlace, answer, is_no_space};
 
 /// Small frames are written together up to this many bytes.
 const RUN_BYTES_MAX: usize = 1 << 20;
@@ -50,7 +50,14 @@ impl Store {
         let mut queue = self.queue.lock();
         loop {
             while let Some(extent) = queue.buried.pop_front() {
-                MutexGuard::unlocked(&mut queue, || self.bury(extent));
+                if MutexGuard::unlocked(&mut queue, || !self.bury(extent)) {
+                    queue.unburied.push(extent);
+                }
+            }
+            let has_chores = !queue.unburied.is_empty() || self.has_chores();
+            if has_chores && Instant::now() >= queue.chores_at && !self.is_stopping() {
+                queue.chores_at = Instant::now() + RETRY_EVERY;
+                return Some(Vec::new());
             }
             if let Some(first) = queue.items.pop_front() {
                 let mut bytes = first.block.length() as usize;
@@ -66,22 +73,59 @@ impl Store {
             if self.is_stopping() {
                 return None;
             }
-            if self.queue_changed.wait_for(&mut queue, RETRY_EVERY).timed_out() {
-                return Some(Vec::new());
+            if has_chores {
+                self.queue_changed.wait_for(&mut queue, RETRY_EVERY);
+            } else {
+                self.queue_changed.wait(&mut queue);
             }
         }
     }
 
-    /// Nothing is to be written: gives back what is beyond the bound, tries a full file system again.
+    /// Has the flusher look at what changed: it may sleep without a limit.
+    pub fn wake_flusher(&self) {
+        // Whoever is about to sleep holds the lock: it has slept, or sees what changed.
+        drop(self.queue.lock());
+        self.queue_changed.notify_all();
+    }
+
+    /// There is something to do beside writing blocks.
+    fn has_chores(&self) -> bool {
+        let state = self.state.lock();
+        let health = &state.health;
+        !health.left && (health.no_space || health.no_room || self.is_beyond_bound(&state))
+    }
+
+    fn is_beyond_bound(&self, state: &State) -> bool {
+        !state.health.keeps_space && state.health.takes_writes() && state.segments.beyond_bound().0 > 0
+    }
+
+    /// What is done beside writing blocks: disk use goes down to the bound, a full file system and failed zeroing are tried again.
     fn housekeeping(self: &Arc<Self>) {
+        {
+            let mut queue = self.queue.lock();
+            let unburied = std::mem::take(&mut queue.unburied);
+            queue.buried.extend(unburied);
+        }
         self.retry_space();
+        self.keep_to_bound();
+        self.retry_room();
+    }
+
+    /// Empties the segments that are worth least, whichever those are, until the others are within the bound.
+    fn keep_to_bound(self: &Arc<Self>) {
         loop {
-            let (free, sealed) = self.state.lock().segments.beyond_bound();
-            let done = free.is_empty() && sealed.is_none();
-            if done || self.is_stopping() || free.into_iter().any(|segment| !self.give_back(segment)) {
+            let (beyond, free) = {
+                let state = self.state.lock();
+                if !self.is_beyond_bound(&state) {
+                    return;
+                }
+                state.segments.beyond_bound()
+            };
+            let freed = free.len();
+            if self.is_stopping() || free.into_iter().any(|segment| !self.give_back(segment)) {
                 return;
             }
-            if sealed.is_some_and(|segment| !self.empty(segment)) {
+            if freed < beyond && !self.reclaim() {
                 return;
             }
         }
@@ -89,30 +133,50 @@ impl Store {
 
     fn give_back(&self, segment: u32) -> bool {
         let punched = self.volume.file().punch(self.segment_at(segment), self.header.segment_bytes);
+        let mut state = self.state.lock();
         if let Err(error) = punched {
-            tracing::warn!(%error, "disk space beyond the bound cannot be given back");
+            tracing::warn!(%error, path = %self.path.display(), "disk space beyond nvme.bytes cannot be given back to the file system");
+            state.health.keeps_space = true;
             return false;
         }
-        self.state.lock().segments.given_back(segment);
-        let mut batch = IndexBatch::default();
-        batch.delete_segment(segment);
-        self.index.write(batch, false).is_ok()
+        state.segments.given_back(segment);
+        state.owed.give_back(segment);
+        drop(state);
+        self.wake_committer();
+        true
     }
 
     /// Whether the file system has room again: a segment's worth of it.
     fn retry_space(&self) {
-        if !self.state.lock().health.no_space {
-            return;
-        }
-        let next = self.state.lock().segments.next_free(SegmentClass::Ordinary);
-        let Some(next) = next else { return };
-        let room = self.volume.file().allocate(self.segment_at(next.segment), self.header.segment_bytes);
-        if room.is_ok() {
+        let next = {
             let mut state = self.state.lock();
-            state.segments.opening_failed(next);
+            if !state.health.no_space {
+                return;
+            }
+            state.segments.next_free(SegmentClass::Ordinary)
+        };
+        // Where all of the bound has its disk space, no more is needed.
+        let room = next.is_none_or(|next| {
+            self.volume.file().allocate(self.segment_at(next.segment), self.header.segment_bytes).is_ok()
+        });
+        if room {
+            let mut state = self.state.lock();
+            next.into_iter().for_each(|next| state.segments.opening_failed(next));
             state.health.no_space = false;
-            state.health.reason = None;
             tracing::info!(path = %self.path.display(), "the file system has room again; blocks are written again");
+        }
+    }
+
+    /// Whether a segment can be freed again.
+    fn retry_room(self: &Arc<Self>) {
+        let tries = {
+            let state = self.state.lock();
+            state.health.no_room && state.health.takes_writes()
+        };
+        if tries {
+            self.make_room();
+            let mut state = self.state.lock();
+            state.health.no_room = state.segments.counts().free == 0;
         }
     }
 
@@ -120,7 +184,7 @@ impl Store {
         let mut run = Run::default();
         for mut dirty in items {
             let Some(header) = header_of(&mut dirty) else {
-                self.refuse(dirty, &NoPlace::NoRoom);
+                self.refuse(dirty, &NoPlace::Unreadable);
                 continue;
             };
             let apart = header.payload_bytes() >= FrameHeader::APART_FROM_BYTES;
@@ -147,7 +211,7 @@ impl Store {
             };
             let Some(bytes) = dirty.block.bytes() else {
                 self.state.lock().segments.end_write(place.extent.segment);
-                self.refuse(dirty, &NoPlace::NoRoom);
+                self.refuse(dirty, &NoPlace::Unreadable);
                 continue;
             };
             let offset = self.offset_of(&place.extent);
@@ -199,11 +263,11 @@ impl Store {
 
     /// A block will not be written.
     pub fn refuse(&self, dirty: Dirty, problem: &NoPlace) {
-        if let NoPlace::Io(error) = problem {
-            tracing::warn!(%error, "a block was not written");
-        }
-        if let NoPlace::Index(error) = problem {
-            tracing::warn!(%error, "a block was not written");
+        match problem {
+            NoPlace::Io(error) => tracing::warn!(%error, "a block was not written"),
+            NoPlace::TooLarge => self.note_too_large(&dirty),
+            NoPlace::NoRoom => self.note_no_room(),
+            NoPlace::Unreadable | NoPlace::NoWrites => {}
         }
         add(&self.counters.refused_blocks, 1);
         let pending = self.state.lock().pending.remove(dirty.digest);
@@ -212,19 +276,52 @@ impl Store {
         self.peers.cleaned.notify_waiters();
     }
 
+    /// Said once: blocks of this size never go to this volume.
+    fn note_too_large(&self, dirty: &Dirty) {
+        let bytes = u64::from(dirty.block.length());
+        let mut state = self.state.lock();
+        let first = state.health.too_large.is_none();
+        state.health.too_large = Some(state.health.too_large.map_or(bytes, |known| known.min(bytes)));
+        drop(state);
+        if first {
+            tracing::warn!(
+                path = %self.path.display(), bytes, most = self.block_bytes_max(),
+                "a block is too large for a segment of this volume: it stays in memory alone, and so do all of its size"
+            );
+        }
+    }
+
+    /// Said once, until there is room again.
+    fn note_no_room(&self) {
+        let mut state = self.state.lock();
+        if state.health.rebuilding > 0 || std::mem::replace(&mut state.health.no_room, true) {
+            return;
+        }
+        let reason = state.no_room_reason(self.header.segment_bytes);
+        drop(state);
+        tracing::warn!(path = %self.path.display(), reason, "the volume takes no blocks for now");
+    }
+
+    /// Bytes of the largest block that fits a segment.
+    pub fn block_bytes_max(&self) -> u64 {
+        // The segment's header, and the frame's.
+        self.header.segment_bytes - 2 * PAGE
+    }
+
     /// A place for a frame; opens segments, and empties others, as needed.
     pub fn place(self: &Arc<Self>, class: SegmentClass, pages: u32, apart: bool) -> Result<Place, NoPlace> {
         loop {
             {
                 let mut state = self.state.lock();
                 if !state.health.takes_writes() {
-                    return Err(if state.health.no_space { NoPlace::NoSpace } else { NoPlace::NoRoom });
+                    return Err(NoPlace::NoWrites);
                 }
                 if pages > state.segments.usable_pages() {
-                    return Err(NoPlace::NoRoom);
+                    return Err(NoPlace::TooLarge);
                 }
                 if let Some(place) = state.segments.place(class, pages, apart) {
                     state.unsynced.insert(place.extent.segment);
+                    state.health.no_room = false;
                     return Ok(place);
                 }
             }
@@ -250,41 +347,42 @@ impl Store {
         let opened = self.start_life(opening, offset);
         let mut state = self.state.lock();
         match opened {
-            Ok(()) => state.segments.open(opening),
+            Ok(()) => {
+                state.suspects.remove(&opening.segment);
+                state.segments.open(opening);
+            }
             Err(_) => state.segments.opening_failed(opening),
         }
-        drop(state);
-        opened.inspect_err(|problem| {
-            if let NoPlace::Index(_) = problem {
-                self.close_index();
-            }
-        })
+        opened
     }
 
     /// What the segment held is gone for good before it is written anew: blocks that moved out of it are
     /// synced, and the index knows that a new life began.
     fn start_life(self: &Arc<Self>, opening: super::segments::Opening, offset: u64) -> Result<(), NoPlace> {
-        let mut batch = IndexBatch::default();
-        batch.put_segment(opening.segment, opening.life, opening.class);
-        if !self.sync_both(batch, true)? {
-            return Err(NoPlace::NoRoom);
+        let super::segments::Opening { segment, life, class } = opening;
+        self.state.lock().owed.begin_life(segment);
+        if !self.ask(|done| Commit::Life(Life { segment, life, class }, done)) {
+            return Err(NoPlace::NoWrites);
         }
-        let header = SegmentHeader {
-            volume_id: self.header.volume_id,
-            number: opening.segment,
-            life: opening.life,
-            class: opening.class,
-        };
+        let header = SegmentHeader { volume_id: self.header.volume_id, number: segment, life, class };
         add(&self.counters.device_written_bytes, PAGE);
         volume::write_now(&*self.volume, offset, AlignedBytes::of(&[&header.encode()]))
             .map_err(|error| self.no_space(error))
     }
 
     /// Zeroes the first page of a frame, so that no later scan finds a block that was deleted. Whoever deleted it
-    /// began a read of its segment, which ends here: the segment is not written anew before the page is.
-    fn bury(self: &Arc<Self>, extent: Extent) {
-        if !self.state.lock().health.takes_writes() {
-            return self.state.lock().segments.end_read(extent.segment);
+    /// began a read of its segment, which ends here: the segment is not written anew before the page is. False where the volume
+    /// takes no writes at all: then the read goes on.
+    fn bury(self: &Arc<Self>, extent: Extent) -> bool {
+        {
+            let mut state = self.state.lock();
+            if state.health.left {
+                state.segments.end_read(extent.segment);
+                return true;
+            }
+            if state.health.read_only {
+                return false;
+            }
         }
         let store = Arc::clone(self);
         let mut transfer = Box::new(Transfer {
@@ -292,13 +390,22 @@ impl Store {
             offset: self.offset_of(&extent),
             memories: IoMemories::pages(AlignedBytes::zeroed(PAGE as usize)),
             tag: 0,
-            done: Box::new(move |_, _| store.state.lock().segments.end_read(extent.segment)),
+            done: Box::new(move |result, _| {
+                if let Err(error) = result {
+                    tracing::debug!(%error, "the header of a deleted block cannot be zeroed yet");
+                    store.queue.lock().unburied.push(extent);
+                    store.queue_changed.notify_one();
+                } else {
+                    store.state.lock().segments.end_read(extent.segment);
+                }
+            }),
         });
         add(&self.counters.device_written_bytes, PAGE);
         while let Err(back) = self.volume.submit(Lane::Writeback, transfer) {
             transfer = back;
             std::thread::sleep(Duration::from_millis(1));
         }
+        true
     }
 
     fn no_space(&self, error: io::Error) -> NoPlace {
@@ -307,7 +414,7 @@ impl Store {
             return NoPlace::Io(error);
         }
         self.file_system_is_full();
-        NoPlace::NoSpace
+        NoPlace::NoWrites
     }
 
     pub fn file_system_is_full(&self) {
@@ -315,7 +422,8 @@ impl Store {
         if !state.health.no_space {
             tracing::warn!(path = %self.path.display(), "the file system is full; until it has room, blocks are read but not written");
             state.health.no_space = true;
-            state.health.reason = Some("the file system is full".into());
+            drop(state);
+            self.wake_flusher();
         }
     }
 }

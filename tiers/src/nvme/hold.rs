@@ -5,7 +5,6 @@ use std::sync::atomic::Ordering;
 
 use super::format::PAGE;
 use super::store::Store;
-use super::write::Commit;
 use super::{NvmeTier, pins};
 use crate::block::{BlockRef, Digest};
 use crate::clock::BootTime;
@@ -64,13 +63,15 @@ impl NvmeTier {
             }
             let pinned_bytes = state.extents.pages().1 * PAGE;
             let bytes_max = store.bytes_max.load(Ordering::Acquire) / 100 * crate::caps::HELD_PERCENT_MAX;
-            drop(state);
             if pinned_bytes > bytes_max {
+                drop(state);
                 self.stores.iter().take(done + 1).for_each(|store| _ = store.unpin(id));
                 return Err(PinRefused::TooManyBytes { pinned_bytes, bytes_max });
             }
             if let Some(record) = record {
-                let _ = store.commits.send(Commit::Pinned(id, record));
+                state.owed.pin(id, record);
+                drop(state);
+                store.wake_committer();
             }
         }
         Ok(())
@@ -114,9 +115,10 @@ impl Store {
         for digest in freed {
             state.extents.set_pinned(digest, false);
         }
-        drop(state);
         if lasting {
-            let _ = self.commits.send(Commit::Unpinned(id));
+            state.owed.unpin(id);
+            drop(state);
+            self.wake_committer();
         }
         true
     }

@@ -1,10 +1,12 @@
 //! The index of one volume: RocksDB, small and bounded. Read whole at the start, only written after.
 //!
 //! Keys start with what they name: `b` and a digest (a block's place), `s` and a segment's number (its
-//! life), `p` and an id (a pin), `n` and a number (a namespace's digest). Nothing here is trusted beyond its name: each frame is checked when read.
+//! life), `p` and an id (a pin), `n` and a number (a namespace's digest), `t` and a segment's number (a failed sync was to cover
+//! it), `d` and a digest (deleted while a scan goes on). Nothing here is trusted beyond its name: each frame is checked when read.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvstore_rocksdb::{
     BlockBasedOptions, Cache, DB, DBCompressionType, Direction, IteratorMode, LogLevel, Options, ReadOptions,
@@ -73,6 +75,31 @@ impl IndexBatch {
         self.batch.delete(segment_key(segment));
     }
 
+    /// What a segment holds is not to be trusted after a loss of power.
+    pub fn put_suspect(&mut self, segment: u32) {
+        self.batch.put(suspect_key(segment), b"");
+    }
+
+    /// The segment begins a life: nothing of that is left in it.
+    pub fn delete_suspect(&mut self, segment: u32) {
+        self.batch.delete(suspect_key(segment));
+    }
+
+    /// A block was deleted while some segments were still to be scanned.
+    pub fn put_buried(&mut self, digest: Digest) {
+        self.batch.put(buried_key(digest), b"");
+    }
+
+    /// All segments were scanned.
+    pub fn delete_buried(&mut self, digest: Digest) {
+        self.batch.delete(buried_key(digest));
+    }
+
+    /// Says again what the index is: a change that changes nothing, to see whether it takes one.
+    pub fn put_version(&mut self) {
+        self.batch.put(b"m", VOLUME_VERSION.to_le_bytes());
+    }
+
     /// A namespace has a number.
     pub fn put_namespace(&mut self, number: u8, digest: &[u8; 32]) {
         self.batch.put([b'n', number], digest);
@@ -97,6 +124,12 @@ impl IndexBatch {
     pub fn bytes(&self) -> u64 {
         self.batch.size_in_bytes() as u64
     }
+
+    /// Changes in it.
+    #[cfg(test)]
+    pub fn changes(&self) -> usize {
+        self.batch.len()
+    }
 }
 
 fn block_key(digest: Digest) -> [u8; 17] {
@@ -110,10 +143,23 @@ fn segment_key(segment: u32) -> [u8; 5] {
     [b's', a, b, c, d]
 }
 
+fn suspect_key(segment: u32) -> [u8; 5] {
+    let [a, b, c, d] = segment.to_be_bytes();
+    [b't', a, b, c, d]
+}
+
 fn pin_key(id: u128) -> [u8; 17] {
-    let mut key = block_key(Digest(id));
+    named(b'p', id)
+}
+
+fn buried_key(digest: Digest) -> [u8; 17] {
+    named(b'd', digest.0)
+}
+
+fn named(kind: u8, name: u128) -> [u8; 17] {
+    let mut key = block_key(Digest(name));
     if let Some(first) = key.first_mut() {
-        *first = b'p';
+        *first = kind;
     }
     key
 }
@@ -128,6 +174,10 @@ pub enum IndexItem<'a> {
     Pin(u128, &'a [u8]),
     /// A namespace's number, and its digest.
     Namespace(u8, [u8; 32]),
+    /// A segment whose blocks a failed sync was to make safe.
+    Suspect(u32),
+    /// A block that was deleted while segments were still to be scanned.
+    Buried(Digest),
 }
 
 /// See the head of this file.
@@ -138,6 +188,8 @@ pub struct Index {
     db: RwLock<Option<DB>>,
     /// One writer at a time, so that a reopening meets none.
     writing: Mutex<()>,
+    /// What is there is damaged, and is thrown away when it is opened next.
+    damaged: AtomicBool,
     faults: Option<Arc<Faults>>,
 }
 
@@ -145,8 +197,15 @@ impl Index {
     /// Opens the index in `path`, or makes an empty one, to take `bytes` of disk at most.
     pub fn open(path: &Path, bytes: u64, faults: Option<Arc<Faults>>) -> Result<Self, IndexError> {
         let cache = Cache::new_lru_cache(caps::NVME_INDEX_CACHE_BYTES);
-        let index =
-            Self { path: path.to_owned(), bytes, cache, db: RwLock::new(None), writing: Mutex::new(()), faults };
+        let index = Self {
+            path: path.to_owned(),
+            bytes,
+            cache,
+            db: RwLock::new(None),
+            writing: Mutex::new(()),
+            faults,
+            damaged: AtomicBool::new(false),
+        };
         index.reopen()?;
         Ok(index)
     }
@@ -183,6 +242,13 @@ impl Index {
     pub fn reopen(&self) -> Result<(), IndexError> {
         let _writing = self.writing.lock();
         *self.db.write() = None;
+        if self.damaged.load(Ordering::Acquire) {
+            if let Err(error) = Self::destroy(&self.path) {
+                tracing::error!(%error, path = %self.path.display(), "the damaged index cannot be removed");
+                return Err(IndexError::Closed);
+            }
+            self.damaged.store(false, Ordering::Release);
+        }
         let db = DB::open(&self.options(), &self.path).map_err(|error| self.error(error))?;
         let version = db.get(b"m").map_err(|error| self.error(error))?;
         match version.as_deref().map(<[u8; 2]>::try_from) {
@@ -211,16 +277,9 @@ impl Index {
         }
     }
 
-    /// Throws everything away and starts empty.
+    /// Throws everything away and starts empty; where that fails, the next opening does.
     pub fn recreate(&self) -> Result<(), IndexError> {
-        {
-            let _writing = self.writing.lock();
-            *self.db.write() = None;
-            if let Err(error) = Self::destroy(&self.path) {
-                tracing::error!(%error, path = %self.path.display(), "the damaged index cannot be removed");
-                return Err(IndexError::Closed);
-            }
-        }
+        self.damaged.store(true, Ordering::Release);
         self.reopen()
     }
 
@@ -253,6 +312,16 @@ impl Index {
                 (Some((b'n', [number])), digest) => {
                     if let Ok(digest) = <[u8; 32]>::try_from(digest) {
                         each(IndexItem::Namespace(*number, digest));
+                    }
+                }
+                (Some((b't', segment)), _) => {
+                    if let Ok(segment) = <[u8; 4]>::try_from(segment) {
+                        each(IndexItem::Suspect(u32::from_be_bytes(segment)));
+                    }
+                }
+                (Some((b'd', digest)), _) => {
+                    if let Ok(digest) = <[u8; 16]>::try_from(digest) {
+                        each(IndexItem::Buried(Digest(u128::from_be_bytes(digest))));
                     }
                 }
                 (Some((b'p', id)), record) => {

@@ -6,6 +6,8 @@
 //! caller's thread. `docs/design/volume.md` draws what is on the disk.
 
 mod below;
+mod bound;
+mod check;
 mod commit;
 mod extents;
 mod flush;
@@ -13,11 +15,14 @@ mod format;
 mod hold;
 mod index;
 mod namespaces;
+mod owed;
 mod pins;
+mod publish;
 mod read;
 mod rebuild;
 mod reclaim;
 mod segments;
+mod state;
 mod status;
 mod store;
 mod verify;
@@ -44,12 +49,14 @@ use extents::Extents;
 use store::Store;
 use write::{Commit, Dirty, DirtyBytes, DirtyCount, Pending};
 
+pub use bound::BoundRefused;
 pub use format::{Extent, FormatError, IndexValue, SegmentClass, SegmentHeader, VolumeHeader};
 pub use hold::PinRefused;
 pub use kvstore_transfer::volume::{Fault, IoEngine as NvmeEngine};
 pub use namespaces::NvmeNamespace;
+pub use state::Health;
 pub use status::{NvmeStatus, VolumeStatus};
-pub use store::{Health, OpenError, engine_of, index_bytes_of, usable_bytes};
+pub use store::{OpenError, engine_of, index_bytes_of, usable_bytes};
 pub use verify::{VerifyOptions, VerifyReport, verify_folder};
 
 /// What the tier is made with.
@@ -162,7 +169,7 @@ impl NvmeTier {
         }
         let mut threads = Vec::new();
         for (store, commits) in stores.iter().zip(commits) {
-            threads.extend(start(store, commits, options).map_err(|cause| OpenError::Io {
+            threads.extend(start(store, commits).map_err(|cause| OpenError::Io {
                 step: "start threads for",
                 path: store.path.clone(),
                 cause,
@@ -249,8 +256,17 @@ impl NvmeTier {
     ) -> WriteBack {
         let (waiter, waiting) = oneshot::channel();
         if let Some(store) = self.holder(block) {
-            let waits = local && store.commits.send(Commit::Sync(waiter)).is_ok();
-            return WriteBack::Queued(waits.then_some(waiting));
+            let safe = {
+                let state = store.state.lock();
+                let entry = state.extents.get(self.digest(store, block));
+                let here = entry.filter(|entry| !local || !state.suspects.contains(&entry.extent.segment));
+                here.map(|_| state.failed_syncs)
+            };
+            // What a failed sync has left in doubt is written anew.
+            if let Some(failures) = safe {
+                let waits = local && store.commits.send(Commit::Sync(waiter, failures)).is_ok();
+                return WriteBack::Queued(waits.then_some(waiting));
+            }
         }
         let Some((store, digest)) = self.place_for(block) else { return WriteBack::Refused };
         {
@@ -312,7 +328,8 @@ impl NvmeTier {
 
     // ------------------------------------------------------------------------------- leaving
 
-    /// Deletes blocks; what became of each.
+    /// Deletes blocks; what became of each. One that is nowhere counts as deleted while a volume's index may still have it: its
+    /// deletion is safe from a crash after the next [`Self::sync`].
     pub fn delete(&self, layout: &Arc<RegisteredLayout>, group: u16, hashes: &[SequenceHash]) -> Vec<Delete> {
         let mut outcome = vec![Delete::Absent; hashes.len()];
         for store in &self.stores {
@@ -328,42 +345,84 @@ impl NvmeTier {
                     pending.cancelled = true;
                     *outcome = Delete::Deleted;
                 }
-                if let Some(entry) = state.extents.remove(digest) {
-                    state.segments.begin_read(entry.extent.segment);
-                    gone.push((digest, entry.extent));
+                let deleted = state.delete_block(digest);
+                if !deleted.known {
                     *outcome = Delete::Deleted;
                 }
+                gone.extend(deleted.frame);
             }
             drop(state);
-            store.deleted(&gone);
+            store.bury_later(gone);
+            store.wake_committer();
         }
         outcome
     }
 
     /// Makes all that was done before (deletions, pins, writes) safe from a loss of power: the channels tell
-    /// when, true where it is.
+    /// when, true where it is. False where a volume cannot promise it now: its index takes nothing, it takes no writes after a failed
+    /// sync, or it has left. A channel that closes says the same.
     pub fn sync(&self) -> Vec<oneshot::Receiver<bool>> {
-        let mut waiting = Vec::with_capacity(self.stores.len());
-        for store in &self.stores {
+        let one = |store: &Arc<Store>| {
             let (send, receive) = oneshot::channel();
-            if store.commits.send(Commit::Sync(send)).is_ok() {
-                waiting.push(receive);
-            }
+            let failures = store.state.lock().failed_syncs;
+            let _ = store.commits.send(Commit::Sync(send, failures));
+            receive
+        };
+        self.stores.iter().map(one).collect()
+    }
+
+    /// Which blocks of a prefix are on disk, and were not left in doubt by a failed sync.
+    pub fn is_safe(&self, layout: &Arc<RegisteredLayout>, group: u16, hashes: &[SequenceHash]) -> Vec<bool> {
+        let mut safe = vec![false; hashes.len()];
+        for store in &self.stores {
+            let digests = Run { layout, group, hashes }.digests(store.header.seed);
+            let state = store.state.lock();
+            let is_safe = |digest| {
+                let entry = state.extents.get(digest).filter(|_| !state.health.left);
+                entry.is_some_and(|entry| !state.suspects.contains(&entry.extent.segment))
+            };
+            safe.iter_mut().zip(digests).for_each(|(safe, digest)| *safe |= is_safe(digest));
         }
-        waiting
+        safe
     }
 
     // ------------------------------------------------------------------------------- the whole
 
-    /// Changes what may change while it runs. A smaller bound is reached in the background.
+    /// Refuses a bound that some volume cannot have: [`Self::set_limits`] would leave it unable to write.
+    pub fn check_bytes(&self, bytes: u64) -> Result<(), BoundRefused> {
+        for store in &self.stores {
+            let segment_bytes = store.header.segment_bytes;
+            let index_bytes = self.index_bytes.unwrap_or_else(|| store.index.bytes_max());
+            bound::bound_of(&store.path, bytes, index_bytes, segment_bytes)?;
+            let (pinned, usable) = {
+                let state = store.state.lock();
+                (state.extents.pages().1, u64::from(state.segments.usable_pages()))
+            };
+            // What is pinned keeps its place, and writing needs the rest.
+            let least = pinned.div_ceil(usable) + crate::caps::NVME_SEGMENTS_MIN as u64 - 1;
+            if Store::segments_allowed(bytes, index_bytes, segment_bytes) < least as usize {
+                let bytes_min = bound::bytes_for(least, index_bytes, segment_bytes);
+                let why = "while so much of it is pinned";
+                return Err(BoundRefused { path: store.path.clone(), bytes, bytes_min, segment_bytes, why });
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes what may change while it runs. A smaller bound is reached in the background. A bound that [`Self::check_bytes`]
+    /// refuses changes nothing.
     pub fn set_limits(&self, bytes: u64, dirty_bytes: u64) {
         self.dirty_max.store(dirty_bytes, Ordering::Release);
+        if let Err(refused) = self.check_bytes(bytes) {
+            tracing::error!(%refused, "nvme.bytes was not changed");
+            return;
+        }
         for store in &self.stores {
             store.bytes_max.store(bytes, Ordering::Release);
             let index_bytes = self.index_bytes.unwrap_or_else(|| store.index.bytes_max());
             let allowed = Store::segments_allowed(bytes, index_bytes, store.header.segment_bytes);
             store.state.lock().segments.set_allowed(allowed);
-            store.queue_changed.notify_one();
+            store.wake_flusher();
         }
     }
 
@@ -371,7 +430,7 @@ impl NvmeTier {
     pub fn close(&self) {
         for store in &self.stores {
             store.stopping.store(true, Ordering::Release);
-            store.queue_changed.notify_all();
+            store.wake_flusher();
         }
         for thread in self.threads.lock().drain(..) {
             let _ = thread.join();
@@ -380,11 +439,7 @@ impl NvmeTier {
     }
 }
 
-fn start(
-    store: &Arc<Store>,
-    commits: mpsc::Receiver<Commit>,
-    options: &NvmeOptions,
-) -> std::io::Result<Vec<JoinHandle<()>>> {
+fn start(store: &Arc<Store>, commits: mpsc::Receiver<Commit>) -> std::io::Result<Vec<JoinHandle<()>>> {
     let named = |name: &str| std::thread::Builder::new().name(name.into());
     let mut threads = Vec::new();
     let own = Arc::clone(store);
@@ -392,8 +447,8 @@ fn start(
     let own = Arc::clone(store);
     threads.push(named("kvstore-commit").spawn(move || own.commit_forever(&commits))?);
     if store.state.lock().health.rebuilding > 0 {
-        let (own, options) = (Arc::clone(store), options.clone());
-        threads.push(named("kvstore-rebuild").spawn(move || own.rebuild(&options))?);
+        let own = Arc::clone(store);
+        threads.push(named("kvstore-rebuild").spawn(move || own.rebuild(u32::MAX))?);
     }
     Ok(threads)
 }

@@ -12,10 +12,9 @@ use std::sync::atomic::Ordering;
 use super::extents::Entry;
 use super::format::PAGE;
 use super::index::IndexBatch;
-use super::store::{Store, add};
-use super::write::Commit;
+use super::state::add;
+use super::store::Store;
 use super::{NvmeTier, Peers};
-use crate::block::Digest;
 use crate::caps;
 use crate::clock::BootTime;
 
@@ -160,11 +159,14 @@ impl Store {
         }
     }
 
-    /// Drops `bytes` of a namespace, oldest first, what was read last.
+    /// Drops `bytes` of a namespace, oldest first, what was read last. Looks at the segments alone that have some of it.
     fn drop_oldest(&self, digest: &[u8; 32], bytes: u64) {
         let (number, segments) = {
             let state = self.state.lock();
-            (state.numbers.get(digest), state.segments.oldest_first())
+            let number = state.numbers.get(digest);
+            let mut segments = state.segments.oldest_first();
+            segments.retain(|segment| state.extents.has_of(*segment, number));
+            (number, segments)
         };
         let mut wanted = bytes;
         for spares_read in [true, false] {
@@ -184,25 +186,36 @@ impl Store {
         }
     }
 
-    /// Forgets the blocks of a segment that `goes` names, but for pinned ones.
+    /// Forgets the blocks of a segment that `goes` names, but for pinned ones; some at a time under the lock.
     fn drop_of_segment(&self, segment: u32, goes: &mut dyn FnMut(&Entry) -> bool) {
-        let mut state = self.state.lock();
-        let entries = state.extents.of_segment(segment);
-        let gone: Vec<Digest> =
-            entries.iter().filter(|entry| goes(entry) && !entry.pinned).map(|entry| entry.digest).collect();
-        gone.iter().for_each(|digest| _ = state.extents.remove(*digest));
-        drop(state);
-        if !gone.is_empty() {
-            add(&self.counters.dropped_blocks, gone.len() as u64);
-            let _ = self.commits.send(Commit::Deleted(gone));
+        let (mut from, mut entries, mut dropped) = (None, Vec::new(), 0);
+        loop {
+            let mut state = self.state.lock();
+            entries.clear();
+            from = state.extents.walk(segment, from, caps::ENTRIES_PER_LOCK, &mut entries);
+            for entry in entries.iter().filter(|entry| goes(entry) && !entry.pinned) {
+                state.drop_block(entry.digest);
+                dropped += 1;
+            }
+            if from.is_none() {
+                break;
+            }
+        }
+        if dropped > 0 {
+            add(&self.counters.dropped_blocks, dropped);
+            self.wake_committer();
         }
     }
 
     /// The blocks of namespaces with a time that nobody used within it leave; `since`: by number, the second before which a
     /// use is too long ago.
     fn sweep(&self, since: &BTreeMap<u8, u32>) {
-        let segments = self.state.lock().segments.len() as u32;
-        for segment in 0..segments {
+        let concerned = || {
+            let state = self.state.lock();
+            let has = |segment: &u32| since.keys().any(|number| state.extents.has_of(*segment, *number));
+            (0..state.segments.len() as u32).filter(has).collect::<Vec<u32>>()
+        };
+        for segment in concerned() {
             let entries = self.state.lock().extents.of_segment(segment);
             for entry in entries.iter().filter(|entry| entry.parent_tag != 0) {
                 if let Some(since) = since.get(&entry.namespace).filter(|since| entry.used >= **since) {
@@ -210,7 +223,7 @@ impl Store {
                 }
             }
         }
-        for segment in 0..segments {
+        for segment in concerned() {
             let mut is_old = |entry: &Entry| since.get(&entry.namespace).is_some_and(|since| entry.used < *since);
             self.drop_of_segment(segment, &mut is_old);
         }

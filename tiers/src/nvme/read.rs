@@ -10,8 +10,8 @@ use kvstore_transfer::{AlignedBytes, Lane, SlotFill};
 
 use super::extents::Entry;
 use super::format::{PAGE, life_of};
-use super::store::{Store, add};
-use super::write::Commit;
+use super::state::add;
+use super::store::Store;
 use crate::below::{Arrived, NotRead, ReadDone, WhyNotRead};
 use crate::block::{Digest, Wanted, unpadded};
 use crate::host::TransferFill;
@@ -92,7 +92,7 @@ impl Store {
         let life = self.state.lock().segments.life(entry.extent.segment);
         let checked = match result {
             Ok(()) => {
-                self.read_errors.store(0, Ordering::Release);
+                self.device_errors.store(0, Ordering::Release);
                 check(payload, &wanted, life, &mut slot).ok_or(ReadProblem::Damaged)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ReadProblem::Busy),
@@ -149,9 +149,9 @@ impl Store {
         let mut state = self.state.lock();
         let same = state.extents.get(entry.digest).is_some_and(|now| now.extent == entry.extent);
         if same {
-            state.extents.remove(entry.digest);
+            state.drop_block(entry.digest);
             drop(state);
-            let _ = self.commits.send(Commit::Deleted(vec![entry.digest]));
+            self.wake_committer();
         }
     }
 }

@@ -1,56 +1,82 @@
-//! Finding blocks again from their frames: after the index was lost, and after a sync failed.
+//! Finding blocks again from their frames: after the index was lost.
 
-use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvstore_transfer::frame::FrameHeader;
 use kvstore_transfer::{AlignedBytes, Lane, volume};
 
-use super::NvmeOptions;
 use super::extents::Entry;
 use super::format::{Extent, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of, life_of};
-use super::index::IndexBatch;
-use super::read::read_frame;
-use super::store::{Store, add};
+use super::state::State;
+use super::store::Store;
+use super::write::{Commit, Found};
 use crate::block::Digest;
 
 /// Bytes that one read of a scan takes: the headers of small frames come many at a time.
 const WINDOW_BYTES: u64 = 64 << 10;
 /// Index entries that are written together.
 const BATCH_BLOCKS: usize = 4096;
+/// What the index did not take is scanned again after this long.
+const AGAIN_AFTER: Duration = Duration::from_millis(50);
 
 impl Store {
-    /// Scans every segment whose blocks are unknown. What is found is served as it is found.
-    pub fn rebuild(self: &Arc<Self>, options: &NvmeOptions) {
-        let unknown = self.state.lock().segments.unknown();
-        if unknown.is_empty() {
-            return;
-        }
-        let mut batch = IndexBatch::default();
-        for (id, record) in self.state.lock().pins.records(&options.boot_id, options.now) {
-            batch.put_pin(id, &record);
-        }
-        if let Err(error) = self.index.write(batch, false) {
-            tracing::error!(%error, "pins cannot be written to the index; they are kept in memory only");
-        }
-        for segment in unknown {
-            if self.is_stopping() {
+    /// Scans every segment whose blocks are unknown. What is found is served as it is found. A segment stays unknown until the index
+    /// has all that was found in it, so that a later start scans it again: those that it does not take are scanned again, up to
+    /// `passes_max` times.
+    pub fn rebuild(self: &Arc<Self>, passes_max: u32) {
+        for pass in 0..passes_max {
+            let unknown = self.state.lock().segments.unknown();
+            for segment in unknown {
+                if self.is_stopping() {
+                    return;
+                }
+                if let Some(class) = self.scan(segment) {
+                    let mut state = self.state.lock();
+                    state.segments.scanned(segment, class);
+                    // Only the end of the scan makes it 0, below.
+                    state.health.rebuilding = state.segments.counts().unknown.max(1);
+                }
+            }
+            if self.state.lock().segments.counts().unknown == 0 {
+                return self.end_rebuild();
+            }
+            if pass == 0 {
+                tracing::warn!(path = %self.path.display(), "blocks that were found are served, but cannot be written to the index yet");
+            }
+            if !self.await_index() {
                 return;
             }
-            let class = self.scan(segment);
-            let mut state = self.state.lock();
-            state.segments.scanned(segment, class);
-            state.health.rebuilding = state.health.rebuilding.saturating_sub(1);
         }
+    }
+
+    /// Waits until the index may take something again; false where the volume ends before.
+    fn await_index(&self) -> bool {
+        loop {
+            std::thread::sleep(AGAIN_AFTER);
+            if self.is_stopping() || self.state.lock().health.left {
+                return false;
+            }
+            if !self.state.lock().health.index_closed {
+                return true;
+            }
+        }
+    }
+
+    fn end_rebuild(&self) {
         let mut state = self.state.lock();
         state.health.rebuilding = 0;
-        state.health.reason = None;
+        state.forgets_deletions = false;
+        let State { owed, buried, .. } = &mut *state;
+        owed.unbury(buried.drain());
         tracing::info!(path = %self.path.display(), blocks = state.extents.len(), "the index is complete again");
+        drop(state);
+        self.wake_committer();
     }
 
     /// Finds the frames of one segment, from header to header; where a header is damaged, page by page until
-    /// the next.
-    fn scan(self: &Arc<Self>, segment: u32) -> SegmentClass {
+    /// the next. Its class, once the index has all of them.
+    fn scan(self: &Arc<Self>, segment: u32) -> Option<SegmentClass> {
         let pages = (self.header.segment_bytes / PAGE) as u32;
         let header = self.window(segment, 0, PAGE).and_then(|page| SegmentHeader::decode(&page).ok());
         let known = header.filter(|header| header.volume_id == self.header.volume_id && header.number == segment);
@@ -94,8 +120,23 @@ impl Store {
                 page += 1;
             }
         }
-        self.take_found(segment, life.unwrap_or(0), class, found);
-        class
+        self.tell_found(segment, life.unwrap_or(0), class, found).then_some(class)
+    }
+
+    /// Tells the committer what was found; true where the index has all of it.
+    fn tell_found(&self, segment: u32, life: u64, class: SegmentClass, found: Vec<(Entry, IndexValue)>) -> bool {
+        let mut taken = true;
+        let mut found = found.into_iter().peekable();
+        loop {
+            let blocks: Vec<_> = found.by_ref().take(BATCH_BLOCKS).collect();
+            let last = found.peek().is_none();
+            // The segment itself only where the index has all blocks before.
+            let part = Found { segment, life, class, blocks, last: last && taken };
+            taken &= self.ask(|done| Commit::Found(part, done));
+            if last {
+                return taken;
+            }
+        }
     }
 
     fn window(&self, segment: u32, page: u32, bytes: u64) -> Option<AlignedBytes> {
@@ -114,67 +155,5 @@ impl Store {
         let name = event_name_of(&frame.identity);
         let entry = Entry { digest, parent_tag, extent, hits: 0, pinned: false, namespace, used, name };
         (entry, IndexValue { extent, generation: frame.generation, header_crc32, parent_tag, namespace, name })
-    }
-
-    fn take_found(&self, segment: u32, life: u64, class: SegmentClass, found: Vec<(Entry, IndexValue)>) {
-        let mut batch = IndexBatch::default();
-        batch.put_segment(segment, life, class);
-        for found in found.chunks(BATCH_BLOCKS) {
-            let mut state = self.state.lock();
-            state.segments.restore(segment, life, class, false);
-            state.numbers.save(&mut batch);
-            for (entry, value) in found {
-                // The same block twice: it moved. The later copy counts, in the map and in the index.
-                let newer = state.extents.get(entry.digest).is_none_or(|known| {
-                    state.segments.life(known.extent.segment).unwrap_or(0) < life || known.extent.segment == segment
-                });
-                if newer && !state.pending.get(entry.digest).is_some_and(|pending| pending.cancelled) {
-                    let pinned = state.pins.holds(entry.digest);
-                    state.extents.insert(Entry { pinned, ..*entry });
-                    batch.put_block(entry.digest, value);
-                }
-            }
-            drop(state);
-            if let Err(error) = self.index.write(std::mem::take(&mut batch), false) {
-                tracing::warn!(%error, "blocks that were found are served, but cannot be written to the index yet");
-            }
-        }
-        if !batch.is_empty()
-            && let Err(error) = self.index.write(batch, false)
-        {
-            tracing::warn!(%error, "a scanned segment cannot be written to the index yet");
-        }
-    }
-
-    /// After a failed sync: reads back what was written since the last good one, past the page cache, and
-    /// forgets what does not verify. Then writing goes on, in fresh segments.
-    pub fn check_unsynced(self: &Arc<Self>) {
-        let suspects: HashSet<u32> = self.state.lock().unsynced.clone();
-        let mut lost = 0u64;
-        for segment in suspects {
-            let entries = self.state.lock().extents.of_segment(segment);
-            for entry in entries {
-                if self.is_stopping() {
-                    return;
-                }
-                if self.begin_read(entry.digest).is_some_and(|now| {
-                    let sound = matches!(read_frame(self, &now, Lane::Prefetch), Ok(Some(_)));
-                    self.end_read(&now);
-                    !sound
-                }) {
-                    lost += 1;
-                    add(&self.counters.corrupt_blocks, 1);
-                    self.forget(&entry);
-                }
-            }
-        }
-        let mut state = self.state.lock();
-        state.unsynced.clear();
-        state.health.checking = false;
-        if !state.health.read_only {
-            state.health.reason = None;
-        }
-        drop(state);
-        tracing::warn!(path = %self.path.display(), lost, "the blocks written before the failed sync have been checked");
     }
 }

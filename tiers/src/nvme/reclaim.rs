@@ -13,11 +13,12 @@ use kvstore_transfer::frame::FrameHeader;
 use kvstore_transfer::{AlignedBytes, Lane, volume};
 
 use super::extents::Entry;
-use super::format::{IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of};
-use super::index::IndexBatch;
+use super::format::{Extent, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of};
 use super::namespaces::Standings;
 use super::read::read_frame;
-use super::store::{State, Store, add};
+use super::state::add;
+use super::store::Store;
+use super::write::{Commit, Move};
 use crate::block::Digest;
 use crate::caps;
 
@@ -25,6 +26,8 @@ use crate::caps;
 const LOOKED_AT: usize = 4;
 /// Free segments that are kept ready: one to go on in, one for what moves while the next is emptied.
 const FREE_SEGMENTS: usize = 2;
+/// ... of this many: on a small volume one must do.
+const SEGMENTS_PER_FREE: usize = 4;
 
 impl Store {
     /// Empties segments until a few are free, or nothing more can be emptied.
@@ -34,15 +37,13 @@ impl Store {
             self.index.compact();
         }
         loop {
-            let (free, blocks) = {
+            let (free, wanted, blocks) = {
                 let state = self.state.lock();
-                (state.segments.counts().free, state.extents.len() as u64)
+                // A small volume has few segments to spare.
+                let wanted = (state.segments.allowed() / SEGMENTS_PER_FREE).clamp(1, FREE_SEGMENTS);
+                (state.segments.counts().free, wanted, state.extents.len() as u64)
             };
-            if free >= FREE_SEGMENTS && blocks < self.blocks_max() {
-                return;
-            }
-            // At the very least one segment must stay free for what moves.
-            if free == 0 || !self.reclaim() {
+            if free >= wanted && blocks < self.blocks_max() || !self.reclaim() {
                 return;
             }
         }
@@ -53,7 +54,8 @@ impl Store {
         self.index.bytes_max() / caps::NVME_INDEX_BYTES_PER_BLOCK
     }
 
-    fn reclaim(self: &Arc<Self>) -> bool {
+    /// Empties one segment; false where none can be.
+    pub fn reclaim(self: &Arc<Self>) -> bool {
         let standings = self.standings();
         let candidates = {
             let state = self.state.lock();
@@ -77,12 +79,36 @@ impl Store {
         });
         ranked.truncate(LOOKED_AT);
         let worth = |(rank, segment): &(usize, u32)| self.worth(*segment, *rank as u64, count, &standings);
-        let Some((rank, victim)) = ranked.iter().copied().min_by_key(worth) else { return false };
-        // What an older segment was spared for wears off: else it would stay for reads of long ago.
-        for (_, older) in ranked.iter().filter(|(other, _)| *other < rank) {
-            self.state.lock().extents.cool(*older);
+        if let Some((rank, victim)) = ranked.iter().copied().min_by_key(worth) {
+            // What an older segment was spared for wears off: else it would stay for reads of long ago.
+            for (_, older) in ranked.iter().filter(|(other, _)| *other < rank) {
+                self.state.lock().extents.cool(*older);
+            }
+            if self.empty(victim) {
+                return true;
+            }
         }
-        self.empty(victim)
+        self.reclaim_around_pins()
+    }
+
+    /// Where what is pinned stands in the way: a segment with nothing pinned in it, or with little that can move together.
+    fn reclaim_around_pins(self: &Arc<Self>) -> bool {
+        let candidates = {
+            let state = self.state.lock();
+            let half = state.segments.usable_pages() / 2;
+            let all = state.segments.all_candidates(|_| true).into_iter();
+            let mut few: Vec<(u32, u32)> = all
+                .map(|segment| (state.extents.segment_use(segment).pinned_pages, segment))
+                .filter(|(pinned, _)| *pinned <= half)
+                .collect();
+            few.sort_by_key(|(pinned, _)| *pinned);
+            few.truncate(LOOKED_AT);
+            few
+        };
+        candidates.into_iter().any(|(_, segment)| {
+            let takes_writes = self.state.lock().health.takes_writes();
+            takes_writes && self.empty(segment)
+        })
     }
 
     /// What would be lost or moved with a segment: twice the pages of what was read and would move; those of the
@@ -115,7 +141,9 @@ impl Store {
     pub fn empty(self: &Arc<Self>, victim: u32) -> bool {
         let (entries, orphans) = self.entries_and_orphans(victim);
         let standings = self.standings();
-        let budget = self.header.segment_bytes / 100 * caps::NVME_REINSERT_PERCENT / PAGE;
+        let beyond = self.state.lock().segments.beyond_bound().0;
+        let percent = if beyond > caps::NVME_BEYOND_MOVES_MAX { 0 } else { caps::NVME_REINSERT_PERCENT };
+        let budget = self.header.segment_bytes / 100 * percent / PAGE;
         let mut hot: Vec<&Entry> = entries
             .iter()
             .filter(|entry| entry.hits > 0 || standings.spares(entry.namespace))
@@ -130,8 +158,7 @@ impl Store {
             pages += u64::from(entry.extent.pages);
             pages <= budget
         });
-        let mut batch = IndexBatch::default();
-        let mut moved: Vec<(Entry, Entry)> = Vec::new();
+        let mut moved: Vec<Move> = Vec::new();
         for (entry, class) in entries
             .iter()
             .filter(|entry| entry.pinned)
@@ -140,78 +167,54 @@ impl Store {
         {
             match self.move_on(entry, class) {
                 Moved::To(value) => {
-                    batch.put_block(entry.digest, &value);
-                    moved.push((*entry, Entry { extent: value.extent, hits: entry.hits / 2, ..*entry }));
+                    let to = Entry { extent: value.extent, hits: entry.hits / 2, ..*entry };
+                    moved.push(Move { from: *entry, to, value });
                 }
                 Moved::Damaged => self.quarantine(entry),
                 // What is pinned stays where it is, and the segment with it.
-                Moved::NoRoom if class == SegmentClass::Pinned => return self.abandon(moved),
+                Moved::NoRoom if class == SegmentClass::Pinned => {
+                    let copies: Vec<Extent> = moved.iter().map(|moved| moved.to.extent).collect();
+                    return self.abandon(&copies);
+                }
                 Moved::NoRoom => break,
             }
         }
-        self.leave_segment(victim, &entries, moved, batch)
+        self.leave_segment(victim, &entries, moved)
     }
 
-    /// The segment could not be emptied: what has moved so far may stay in both places.
-    fn abandon(&self, moved: Vec<(Entry, Entry)>) -> bool {
+    /// The segment could not be emptied: the copies of what has moved so far are dead, and a scan must not find them.
+    fn abandon(&self, copies: &[Extent]) -> bool {
         let mut state = self.state.lock();
-        for (_, to) in moved {
-            state.segments.end_write(to.extent.segment);
+        for copy in copies {
+            state.segments.begin_read(copy.segment);
+            state.segments.end_write(copy.segment);
         }
+        drop(state);
+        self.bury_later(copies.to_vec());
         false
     }
 
-    fn leave_segment(
-        self: &Arc<Self>,
-        victim: u32,
-        entries: &[Entry],
-        moved: Vec<(Entry, Entry)>,
-        mut batch: IndexBatch,
-    ) -> bool {
-        let moved_digests: HashSet<Digest> = moved.iter().map(|(from, _)| from.digest).collect();
-        let dropped: Vec<&Entry> = entries.iter().filter(|entry| !moved_digests.contains(&entry.digest)).collect();
-        dropped.iter().for_each(|entry| batch.delete_block(entry.digest));
+    fn leave_segment(self: &Arc<Self>, victim: u32, entries: &[Entry], moved: Vec<Move>) -> bool {
+        let copies: Vec<Extent> = moved.iter().map(|moved| moved.to.extent).collect();
+        let moved_digests: HashSet<Digest> = moved.iter().map(|moved| moved.from.digest).collect();
         {
             let mut state = self.state.lock();
-            let still = |entry: &&Entry| state.extents.get(entry.digest).filter(|now| now.extent == entry.extent);
+            let here = |entry: &&Entry| state.extents.get(entry.digest).filter(|now| now.extent == entry.extent);
+            let dropped = entries.iter().filter(|entry| !moved_digests.contains(&entry.digest));
+            let dropped: Vec<Entry> = dropped.filter_map(|entry| here(&entry)).collect();
             // Pinned while the segment was being emptied: it stays, and the segment with it.
-            if dropped.iter().filter_map(still).any(|now| now.pinned) {
+            if dropped.iter().any(|now| now.pinned) {
                 drop(state);
-                return self.abandon(moved);
+                return self.abandon(&copies);
             }
-            let gone: Vec<Digest> = dropped.iter().filter_map(still).map(|now| now.digest).collect();
-            for digest in gone {
-                state.extents.remove(digest);
-                add(&self.counters.dropped_blocks, 1);
-            }
+            dropped.iter().for_each(|entry| _ = state.drop_block(entry.digest));
+            add(&self.counters.dropped_blocks, dropped.len() as u64);
         }
-        if let Err(error) = self.index.write(batch, false) {
-            tracing::error!(%error, "the index cannot be written");
-            self.close_index();
-            return self.abandon(moved);
+        // With what was dropped, which is owed. What is deleted meanwhile, the committer hears of after this.
+        if !self.ask(|done| Commit::Moved(moved, done)) {
+            return self.abandon(&copies);
         }
-        let mut late = Vec::new();
-        let mut state = self.state.lock();
-        let State { extents, segments, pins, .. } = &mut *state;
-        for (from, to) in moved {
-            segments.end_write(to.extent.segment);
-            // Deleted, or put anew, meanwhile: the copy is dead.
-            match extents.get(from.digest) {
-                Some(now) if now.extent == from.extent => {
-                    extents.insert(Entry { pinned: pins.holds(from.digest), ..to });
-                    add(&self.counters.reinserted_blocks, 1);
-                    add(&self.counters.reinserted_bytes, to.extent.bytes());
-                }
-                Some(_) => {}
-                None => {
-                    segments.begin_read(to.extent.segment);
-                    late.push((from.digest, to.extent));
-                }
-            }
-        }
-        let life = segments.next_life();
-        drop(state);
-        self.deleted(&late);
+        let life = self.state.lock().segments.next_life();
         // Until it is opened again, a scan must not find in it what has left, and may have been deleted since.
         self.write_header(victim, life, SegmentClass::Ordinary);
         self.state.lock().segments.emptied(victim);
@@ -261,7 +264,7 @@ impl Store {
         })
     }
 
-    fn write_frame(&self, extent: super::format::Extent, pages: AlignedBytes) -> std::io::Result<()> {
+    fn write_frame(&self, extent: Extent, pages: AlignedBytes) -> std::io::Result<()> {
         self.state.lock().unsynced.insert(extent.segment);
         add(&self.counters.device_written_bytes, pages.len() as u64);
         volume::write_now(&*self.volume, self.offset_of(&extent), pages)

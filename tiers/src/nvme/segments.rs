@@ -64,7 +64,7 @@ pub struct Opening {
 pub struct Segments {
     all: Vec<Segment>,
     pages: u32,
-    /// Segments that the bound allows.
+    /// Segments that may have disk space, whichever they are.
     allowed: usize,
     last_life: u64,
 }
@@ -74,7 +74,7 @@ pub struct Segments {
 pub struct SegmentCounts {
     /// With disk space.
     pub present: usize,
-    /// Ready to be opened, with or without disk space.
+    /// That may be opened within the bound, with or without disk space yet.
     pub free: usize,
     /// Full.
     pub sealed: usize,
@@ -161,11 +161,6 @@ impl Segments {
         Some(place)
     }
 
-    /// True while frames are appended to it.
-    pub fn is_open(&self, segment: u32) -> bool {
-        self.all.get(segment as usize).is_some_and(|known| matches!(known.state, State::Open { .. }))
-    }
-
     /// True while a segment of this class is open.
     pub fn has_open(&self, class: SegmentClass) -> bool {
         self.all.iter().any(|known| matches!(known.state, State::Open { class: c, .. } if c == class))
@@ -196,12 +191,24 @@ impl Segments {
         }
     }
 
-    /// A segment that may be opened next; those with disk space first.
+    /// A segment that may be opened next within the bound; those with disk space first.
     pub fn next_free(&mut self, class: SegmentClass) -> Option<Opening> {
+        if self.in_use() >= self.allowed {
+            return None;
+        }
         let is = |state: State| move |known: &Segment| known.state == state;
-        let within = &self.all[..self.allowed.min(self.all.len())];
-        let at = within.iter().position(is(State::Free)).or_else(|| within.iter().position(is(State::Absent)))?;
+        let at = self.all.iter().position(is(State::Free)).or_else(|| self.all.iter().position(is(State::Absent)))?;
         Some(Opening { segment: at as u32, life: self.next_life(), class })
+    }
+
+    /// Segments that hold something, or may.
+    fn in_use(&self) -> usize {
+        self.all.iter().filter(|known| !matches!(known.state, State::Absent | State::Free)).count()
+    }
+
+    /// True where a segment holds nothing and has no disk space, as far as is known.
+    pub fn is_absent(&self, segment: u32) -> bool {
+        self.all.get(segment as usize).is_some_and(|known| known.state == State::Absent)
     }
 
     /// A life that no segment had before.
@@ -279,16 +286,17 @@ impl Segments {
         }
     }
 
-    /// Segments with disk space beyond the bound: free ones, to be given back, and a sealed one to be
-    /// emptied.
-    pub fn beyond_bound(&self) -> (Vec<u32>, Option<u32>) {
-        let beyond = self.allowed as u32..self.all.len() as u32;
-        let free = beyond.clone().filter(|at| self.all[*at as usize].state == State::Free).collect();
-        let sealed = beyond.rev().find(|at| {
-            let known = &self.all[*at as usize];
-            matches!(known.state, State::Sealed { .. }) && known.writers == 0
-        });
-        (free, sealed)
+    /// How many segments with disk space are beyond the bound, and those of them that are free: to be given back.
+    pub fn beyond_bound(&self) -> (usize, Vec<u32>) {
+        let present = self.all.iter().filter(|known| known.state != State::Absent).count();
+        let beyond = present.saturating_sub(self.allowed);
+        let free = (0..self.all.len() as u32).rev().filter(|at| self.all[*at as usize].state == State::Free);
+        (beyond, free.take(beyond).collect())
+    }
+
+    /// True where no write that began is still under way.
+    pub fn is_written(&self, segment: u32) -> bool {
+        self.all.get(segment as usize).is_none_or(|known| known.writers == 0)
     }
 
     /// A free segment's disk space was given back.
@@ -317,12 +325,14 @@ impl Segments {
     /// How many are in which state.
     pub fn counts(&self) -> SegmentCounts {
         let mut counts = SegmentCounts::default();
-        for (at, known) in self.all.iter().enumerate() {
+        let mut unused = 0;
+        for known in &self.all {
             counts.present += usize::from(known.state != State::Absent);
-            counts.free += usize::from(at < self.allowed && matches!(known.state, State::Free | State::Absent));
+            unused += usize::from(matches!(known.state, State::Free | State::Absent));
             counts.sealed += usize::from(matches!(known.state, State::Sealed { .. }));
             counts.unknown += usize::from(known.state == State::Unknown);
         }
+        counts.free = unused.min(self.allowed.saturating_sub(self.all.len() - unused));
         counts
     }
 }
@@ -390,16 +400,24 @@ mod tests {
         assert!(later.unknown().is_empty());
     }
 
+    /// The bound is on disk space, whichever segments have it: the last ones are worth no less than the first.
     #[test]
     fn a_smaller_bound_gives_segments_back() {
-        let mut segments = Segments::new(10 * PAGE, 4, 4);
+        let mut segments = Segments::new(10 * PAGE, 5, 5);
         segments.restore(3, 7, Ordinary, true);
+        segments.restore(4, 8, Ordinary, true);
         segments.set_allowed(2);
-        assert_eq!(segments.beyond_bound(), (vec![2], Some(3)));
+        assert_eq!(segments.beyond_bound(), (3, vec![2, 1, 0]));
+        assert!(segments.next_free(Ordinary).is_none(), "two are in use");
+        (0..3).for_each(|at| segments.given_back(at));
+        assert_eq!((segments.beyond_bound(), segments.counts().free), ((0, vec![]), 0));
         segments.emptied(3);
-        segments.given_back(2);
+        assert_eq!(segments.counts().free, 1);
+        assert_eq!(segments.next_free(Ordinary).unwrap().segment, 3, "with disk space before those without");
+        segments.set_allowed(1);
+        assert_eq!(segments.beyond_bound(), (1, vec![3]));
         segments.given_back(3);
-        assert_eq!(segments.counts().present, 2);
+        assert_eq!(segments.counts().present, 1);
         assert!(!segments.holds(&Extent { segment: 1, page: 0, pages: 1, apart: false }), "the header's page");
         assert!(!segments.holds(&Extent { segment: 1, page: 9, pages: 2, apart: false }));
         assert!(segments.holds(&Extent { segment: 1, page: 9, pages: 1, apart: false }));

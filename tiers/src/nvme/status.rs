@@ -5,6 +5,8 @@ use std::sync::atomic::Ordering;
 
 use super::NvmeTier;
 use super::format::PAGE;
+use super::state::{Health, State};
+use super::store::Store;
 
 /// The tier at one moment.
 #[derive(Clone, Debug, Default)]
@@ -24,7 +26,7 @@ pub struct VolumeStatus {
     pub path: PathBuf,
     /// SERVING, REBUILDING, CHECKING, NO_SPACE, INDEX_CLOSED, READ_ONLY or LEFT.
     pub state: &'static str,
-    /// Why, where it does not fully serve.
+    /// Why, where it does not fully serve; also what a volume does not take although it serves.
     pub reason: Option<String>,
     /// The bound, the index included.
     pub bytes_max: u64,
@@ -96,6 +98,47 @@ impl VolumeStatus {
     }
 }
 
+impl State {
+    /// Why no segment can be freed.
+    pub fn no_room_reason(&self, segment_bytes: u64) -> String {
+        let (pinned, room) = (self.extents.pages().1 * PAGE, self.segments.allowed() as u64 * segment_bytes);
+        format!(
+            "no segment can be freed for new blocks: {pinned} bytes of {room} are pinned, and the rest is being read or written"
+        )
+    }
+}
+
+impl Store {
+    /// Why the volume does not fully serve; or what it does not do although it serves.
+    fn reason(&self, state: &State) -> Option<String> {
+        let health = &state.health;
+        match health {
+            Health { left: true, .. } | Health { read_only: true, .. } => health.reason.clone(),
+            Health { no_space: true, .. } => Some("the file system is full".into()),
+            Health { index_closed: true, .. } => {
+                Some("the index cannot be written; it is opened again until that works".into())
+            }
+            Health { checking: true, .. } => health.reason.clone(),
+            Health { rebuilding: 1.., .. } => {
+                Some("the index was lost or damaged; a scan is finding the blocks again".into())
+            }
+            Health { no_room: true, .. } => Some(state.no_room_reason(self.header.segment_bytes)),
+            Health { keeps_space: true, .. } => {
+                Some("the file system does not take back disk space beyond nvme.bytes".into())
+            }
+            Health { too_large: Some(bytes), .. } => Some(format!(
+                "blocks of more than {} bytes have no room in a segment and stay in memory alone; one of {bytes} bytes was put",
+                self.block_bytes_max()
+            )),
+            _ if !state.suspects.is_empty() => Some(format!(
+                "a sync failed: the blocks in {} segments are served, and are LOCAL again once they are put again",
+                state.suspects.len()
+            )),
+            _ => None,
+        }
+    }
+}
+
 impl NvmeTier {
     /// The tier at this moment. Asks the file system for its sizes.
     pub fn status(&self) -> NvmeStatus {
@@ -111,7 +154,7 @@ impl NvmeTier {
             VolumeStatus {
                 path: store.path.clone(),
                 state: state.health.name(),
-                reason: state.health.reason.clone(),
+                reason: store.reason(&state),
                 bytes_max: get(&store.bytes_max),
                 disk_bytes,
                 index_bytes: store.index.disk_bytes(),

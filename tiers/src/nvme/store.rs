@@ -4,7 +4,6 @@
 //! lock owns all three. What the index says is read once, at the start; from then on memory is asked, and
 //! the index is only written.
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -13,13 +12,13 @@ use kvstore_transfer::volume::{self, Faults, FaultyVolume, IoEngine, Volume, Vol
 use kvstore_transfer::{AlignedBytes, Lane};
 use parking_lot::{Condvar, Mutex};
 
-use super::extents::{Entry, Extents};
-use super::format::{FormatError, IndexValue, PAGE, SEGMENTS_AT, SegmentHeader, VolumeHeader, life_of};
+use super::bound::{BoundRefused, bound_of, make_anew};
+use super::extents::Entry;
+use super::format::{FormatError, IndexValue, PAGE, SEGMENTS_AT, SegmentClass, SegmentHeader, VolumeHeader, life_of};
 use super::index::{Index, IndexBatch, IndexError, IndexItem};
-use super::namespaces::Numbers;
-use super::pins::Pins;
 use super::segments::Segments;
-use super::write::{Commit, PendingBlocks, WriteQueue};
+use super::state::{Counters, State, add};
+use super::write::{Commit, WriteQueue};
 use super::{NvmeOptions, Peers};
 use crate::caps;
 use crate::claim::{self, Claim, ClaimError};
@@ -53,98 +52,12 @@ pub enum OpenError {
         /// What is wrong.
         cause: FormatError,
     },
+    /// The bound is too small for the segments of a volume that was made for a larger one, and some of its blocks are pinned.
+    #[error(transparent)]
+    Bound(#[from] BoundRefused),
     /// The index is of another version.
     #[error("{0}; nothing was changed. Move the folder away to start with an empty one")]
     Index(IndexError),
-}
-
-/// Whether a volume serves, and if not fully, why.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Health {
-    /// The disk has gone: nothing on it can be read.
-    pub left: bool,
-    /// Nothing more is written until a restart.
-    pub read_only: bool,
-    /// The file system is full: nothing is written until there is room.
-    pub no_space: bool,
-    /// The index does not take writes; it is being opened again.
-    pub index_closed: bool,
-    /// What was written since the last sync is being checked, after a sync failed.
-    pub checking: bool,
-    /// Blocks are being found again: segments still to be scanned.
-    pub rebuilding: usize,
-    /// Why.
-    pub reason: Option<String>,
-}
-
-impl Health {
-    /// True where blocks can be written.
-    pub fn takes_writes(&self) -> bool {
-        !(self.left || self.read_only || self.no_space || self.index_closed || self.checking)
-    }
-
-    /// One word.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self { left: true, .. } => "LEFT",
-            Self { read_only: true, .. } => "READ_ONLY",
-            Self { no_space: true, .. } => "NO_SPACE",
-            Self { index_closed: true, .. } => "INDEX_CLOSED",
-            Self { checking: true, .. } => "CHECKING",
-            Self { rebuilding: 1.., .. } => "REBUILDING",
-            _ => "SERVING",
-        }
-    }
-}
-
-/// What happened since the start.
-#[derive(Default)]
-pub(super) struct Counters {
-    pub admitted_blocks: AtomicU64,
-    pub admitted_bytes: AtomicU64,
-    pub device_written_bytes: AtomicU64,
-    pub index_written_bytes: AtomicU64,
-    pub read_blocks: AtomicU64,
-    pub read_bytes: AtomicU64,
-    pub reinserted_blocks: AtomicU64,
-    pub reinserted_bytes: AtomicU64,
-    pub dropped_blocks: AtomicU64,
-    pub reclaimed_segments: AtomicU64,
-    pub corrupt_blocks: AtomicU64,
-    pub stale_blocks: AtomicU64,
-    pub refused_blocks: AtomicU64,
-    pub syncs: AtomicU64,
-    pub sync_failures: AtomicU64,
-    pub io_errors: AtomicU64,
-}
-
-pub(super) fn add(counter: &AtomicU64, amount: u64) {
-    counter.fetch_add(amount, Ordering::Relaxed);
-}
-
-/// What memory knows of the volume.
-pub(super) struct State {
-    pub extents: Extents,
-    pub segments: Segments,
-    pub pins: Pins,
-    /// Blocks on their way to the volume.
-    pub pending: PendingBlocks,
-    pub health: Health,
-    /// Segments that were written since the last sync.
-    pub unsynced: HashSet<u32>,
-    /// The namespaces' numbers.
-    pub numbers: Numbers,
-    /// Of this daemon's life.
-    pub second: u32,
-}
-
-impl State {
-    /// The number of the namespace with this digest; it is given one.
-    pub fn namespace_number(&mut self, digest: &[u8; 32]) -> u8 {
-        let number = self.numbers.assign(digest);
-        self.extents.name_namespace(number, digest);
-        number
-    }
 }
 
 /// See the head of this file.
@@ -159,8 +72,8 @@ pub(super) struct Store {
     pub commits: mpsc::Sender<Commit>,
     pub counters: Counters,
     pub stopping: AtomicBool,
-    /// Reads that failed in a row.
-    pub read_errors: AtomicU32,
+    /// Reads and writes that failed in a row.
+    pub device_errors: AtomicU32,
     pub peers: Arc<Peers>,
     pub bytes_max: AtomicU64,
     lock: Claim,
@@ -193,7 +106,7 @@ impl Store {
         let file = VolumeFile::open(&file_path).map_err(io("open", &file_path))?;
         let length = file.bytes().map_err(io("read the length of", &file_path))?;
         let volume = volume::open(file, options.engine).map_err(io("drive", &file_path))?;
-        let header = match length {
+        let mut header = match length {
             0 => make_header(&*volume, options.bytes, peers.seed()).map_err(io("write", &file_path))?,
             _ => read_header(&*volume).map_err(|cause| OpenError::Format { path: file_path.clone(), cause })?,
         };
@@ -203,19 +116,15 @@ impl Store {
         };
         let index_path = path.join("index");
         let index_bytes = options.index_bytes.unwrap_or_else(|| index_bytes_of(options.bytes));
-        let present = (length.saturating_sub(SEGMENTS_AT) / header.segment_bytes) as usize;
+        let mut present = (length.saturating_sub(SEGMENTS_AT) / header.segment_bytes) as usize;
         let (index, lost) = open_index(&index_path, index_bytes, options.faults.clone(), present > 0)?;
+        let refused = bound_of(path, options.bytes, index_bytes, header.segment_bytes);
+        if let Err(refused) = refused {
+            header = make_anew(&*volume, &index, &header, options.bytes, refused)?;
+            present = 0;
+        }
         let allowed = Self::segments_allowed(options.bytes, index_bytes, header.segment_bytes);
-        let state = State {
-            extents: Extents::default(),
-            segments: Segments::new(header.segment_bytes, 0, allowed.max(present)),
-            pins: Pins::default(),
-            pending: PendingBlocks::default(),
-            health: Health::default(),
-            unsynced: HashSet::new(),
-            numbers: Numbers::default(),
-            second: 0,
-        };
+        let state = State::new(Segments::new(header.segment_bytes, 0, allowed.max(present)));
         // Not bounded by itself, but by what is put into it: writes at the device, blocks that were deleted, pins.
         let (commits, commits_to) = mpsc::channel();
         let store = Arc::new(Self {
@@ -229,7 +138,7 @@ impl Store {
             commits,
             counters: Counters::default(),
             stopping: AtomicBool::new(false),
-            read_errors: AtomicU32::new(0),
+            device_errors: AtomicU32::new(0),
             peers,
             bytes_max: AtomicU64::new(options.bytes),
             lock,
@@ -242,8 +151,9 @@ impl Store {
         let lost = lost || !store.load(options);
         store.state.lock().extents.follow(Arc::clone(&store.peers.changes));
         if lost && present > 0 {
-            store.prepare_rebuild(present);
+            store.prepare_rebuild(present, options);
         }
+        store.find_unknown(present);
         Ok((store, commits_to))
     }
 
@@ -267,7 +177,7 @@ impl Store {
         let mut state = self.state.lock();
         let mut stale = IndexBatch::default();
         let mut stale_blocks = 0;
-        let State { extents, segments, pins, numbers, .. } = &mut *state;
+        let State { extents, segments, pins, numbers, suspects, buried, .. } = &mut *state;
         let mut result = self.index.load(b's', |item| {
             if let IndexItem::Segment(segment, life, class) = item {
                 segments.restore(segment, life, class, true);
@@ -282,6 +192,16 @@ impl Store {
             if let IndexItem::Namespace(number, digest) = item {
                 numbers.restore(number, digest);
                 extents.name_namespace(number, &digest);
+            }
+        }));
+        result = result.and(self.index.load(b't', |item| {
+            if let IndexItem::Suspect(segment) = item {
+                suspects.insert(segment);
+            }
+        }));
+        result = result.and(self.index.load(b'd', |item| {
+            if let IndexItem::Buried(digest) = item {
+                buried.insert(digest);
             }
         }));
         result = result.and(self.index.load(b'b', |item| {
@@ -311,28 +231,53 @@ impl Store {
         true
     }
 
-    /// The index is lost: starts it anew and marks what has to be scanned.
-    fn prepare_rebuild(&self, present: usize) {
-        self.state.lock().numbers.save_again();
+    /// The index is lost: starts it anew and marks what has to be scanned. What could be read of it is written again.
+    fn prepare_rebuild(&self, present: usize, options: &NvmeOptions) {
+        {
+            let mut state = self.state.lock();
+            state.numbers.save_again();
+            for (id, record) in state.pins.records(&options.boot_id, options.now) {
+                state.owed.pin(id, record);
+            }
+            let State { owed, suspects, buried, .. } = &mut *state;
+            suspects.iter().for_each(|segment| owed.suspect(*segment));
+            buried.iter().for_each(|digest| owed.bury(*digest));
+        }
         if let Err(error) = self.index.recreate() {
-            self.state.lock().health.index_closed = true;
-            tracing::error!(%error, "the index cannot be created again yet");
+            self.close_index(&error);
         }
         for segment in 0..present as u32 {
-            let page = volume::read_now(&*self.volume, Lane::Prefetch, self.segment_at(segment), PAGE as usize);
-            let header = page.ok().and_then(|page| SegmentHeader::decode(&page).ok());
-            let mut state = self.state.lock();
-            match header.filter(|header| header.volume_id == self.header.volume_id && header.number == segment) {
-                Some(header) => state.segments.restore(segment, header.life, header.class, false),
-                None => {
-                    // Its life is unknown: the frames in it say, see rebuild::scan.
-                    state.segments.restore(segment, 0, super::format::SegmentClass::Ordinary, false);
-                }
+            self.mark_unknown(segment);
+        }
+    }
+
+    /// Segments of which the index knows nothing, and which hold something all the same: it was being built again when an earlier
+    /// daemon ended. They are to be scanned.
+    fn find_unknown(&self, present: usize) {
+        for segment in 0..present as u32 {
+            let absent = self.state.lock().segments.is_absent(segment);
+            if absent && self.first_page(segment).is_none_or(|page| page.iter().any(|byte| *byte != 0)) {
+                self.mark_unknown(segment);
             }
         }
         let mut state = self.state.lock();
         state.health.rebuilding = state.segments.unknown().len();
-        state.health.reason = Some("the index was lost or damaged; a scan is finding the blocks again".into());
+        if state.health.rebuilding == 0 {
+            let State { owed, buried, .. } = &mut *state;
+            owed.unbury(buried.drain());
+        }
+    }
+
+    fn first_page(&self, segment: u32) -> Option<AlignedBytes> {
+        volume::read_now(&*self.volume, Lane::Prefetch, self.segment_at(segment), PAGE as usize).ok()
+    }
+
+    fn mark_unknown(&self, segment: u32) {
+        let header = self.first_page(segment).and_then(|page| SegmentHeader::decode(&page).ok());
+        let ours = header.filter(|header| header.volume_id == self.header.volume_id && header.number == segment);
+        // Where its life is unknown, the frames in it say: see rebuild::scan.
+        let (life, class) = ours.map_or((0, SegmentClass::Ordinary), |header| (header.life, header.class));
+        self.state.lock().segments.restore(segment, life, class, false);
     }
 
     /// The device failed for good, as far as this process can tell.
@@ -404,7 +349,7 @@ fn take_lock(path: &Path) -> Result<Claim, OpenError> {
     Claim::take(&path.join("lock"), path).map_err(refused)
 }
 
-fn make_header(volume: &dyn Volume, bytes: u64, seed: Option<u64>) -> std::io::Result<VolumeHeader> {
+pub(super) fn make_header(volume: &dyn Volume, bytes: u64, seed: Option<u64>) -> std::io::Result<VolumeHeader> {
     let mut random = [0u8; 24];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
     let [volume_id @ .., a, b, c, d, e, f, g, h] = random;

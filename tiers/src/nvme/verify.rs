@@ -13,6 +13,9 @@ use super::{NvmeOptions, NvmeTier, Peers};
 use crate::caps;
 use crate::changes::ChangeLog;
 
+/// Times that a segment is scanned, where the index does not take what was found: a check ends, on a full disk too.
+const SCANS_MAX: u32 = 3;
+
 /// What to do with blocks that are damaged.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct VerifyOptions {
@@ -94,9 +97,14 @@ pub fn verify_folder(
     }
     // As large as it is: nothing is given back, and nothing taken.
     let length = std::fs::metadata(path.join("blocks")).map_or(0, |metadata| metadata.len());
-    let bytes = length.saturating_add(options.index_bytes.unwrap_or(caps::NVME_INDEX_BYTES_MIN));
+    let least = caps::NVME_SEGMENTS_MIN as u64 * caps::NVME_SEGMENT_BYTES_MAX;
+    let bytes = length.saturating_add(options.index_bytes.unwrap_or(caps::NVME_INDEX_BYTES_MIN)).saturating_add(least);
     let options = &NvmeOptions { bytes, ..options.clone() };
     let (store, commits) = Store::open(path, options, peers)?;
+    let committer = {
+        let store = Arc::clone(&store);
+        std::thread::spawn(move || store.commit_forever(&commits))
+    };
     let mut report = VerifyReport {
         blocks: store.state.lock().extents.len() as u64,
         stale: store.counters.stale_blocks.load(std::sync::atomic::Ordering::Relaxed),
@@ -105,7 +113,7 @@ pub fn verify_folder(
     let unknown = store.state.lock().segments.unknown();
     report.unknown_segments = unknown.len() as u64;
     if !unknown.is_empty() {
-        store.rebuild(options);
+        store.rebuild(SCANS_MAX);
         report.blocks = store.state.lock().extents.len() as u64;
     }
     let segments = store.state.lock().segments.len() as u32;
@@ -114,7 +122,7 @@ pub fn verify_folder(
         progress(&report);
     }
     let _ = store.commits.send(Commit::Stop);
-    store.commit_forever(&commits);
+    let _ = committer.join();
     store.let_go();
     Ok(report)
 }

@@ -4,7 +4,8 @@
 //! their frames and queues the writes; where there is no free segment it empties one first. The *committer*
 //! (`commit.rs`) takes what was written, puts it into the index and the map, and answers those who wait for
 //! LOCAL: all that came meanwhile with one sync of the data and one of the index's log, side by side (group
-//! commit).
+//! commit). It alone writes to the index and syncs, one round after the other: what a failed sync covered, and in which order
+//! the index hears of things, is therefore never a question. The others tell it, and wait where they must.
 //!
 //! Order: frame, index, map. A frame without an index entry is an orphan that the next life of its segment
 //! buries; an entry whose frame did not make it to the platter does not verify and is a miss.
@@ -13,12 +14,14 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::SyncSender;
+use std::time::Instant;
 
 use kvstore_transfer::frame::FrameIdentity;
 use tokio::sync::oneshot;
 
-use super::format::{Extent, IndexValue};
-use super::index::IndexError;
+use super::extents::Entry;
+use super::format::{Extent, IndexValue, SegmentClass};
 use crate::block::Digest;
 use crate::host::DemotingBlock;
 
@@ -108,10 +111,19 @@ impl PendingBlocks {
 
 /// Dirty blocks, oldest first, and the places of deleted ones, whose headers are to be zeroed. Bounded by the
 /// limits on dirty blocks, and by the blocks that were on the volume.
-#[derive(Default)]
 pub(super) struct WriteQueue {
     pub items: VecDeque<Dirty>,
     pub buried: VecDeque<Extent>,
+    /// Those whose zeroing failed: tried again later.
+    pub unburied: Vec<Extent>,
+    /// When the flusher looks after its other work next, where there is some.
+    pub chores_at: Instant,
+}
+
+impl Default for WriteQueue {
+    fn default() -> Self {
+        Self { items: VecDeque::new(), buried: VecDeque::new(), unburied: Vec::new(), chores_at: Instant::now() }
+    }
 }
 
 /// A frame that was queued for the device.
@@ -120,18 +132,45 @@ pub(super) struct Framed {
     pub value: IndexValue,
 }
 
-/// What the committer is told.
+/// A segment that is to begin a life, once what moved out of it is safe from a loss of power.
+pub(super) struct Life {
+    pub segment: u32,
+    pub life: u64,
+    pub class: SegmentClass,
+}
+
+/// A block whose frame was copied to another place.
+pub(super) struct Move {
+    pub from: Entry,
+    pub to: Entry,
+    pub value: IndexValue,
+}
+
+/// Blocks that a scan found in a segment.
+pub(super) struct Found {
+    pub segment: u32,
+    pub life: u64,
+    pub class: SegmentClass,
+    pub blocks: Vec<(Entry, IndexValue)>,
+    /// The segment has no more.
+    pub last: bool,
+}
+
+/// What the committer is told. Where it answers: true once the index has it.
 pub(super) enum Commit {
     /// A write ended.
     Written(Vec<Framed>, io::Result<()>),
-    /// Blocks are gone from the map.
-    Deleted(Vec<Digest>),
-    /// Everything before is to be synced; then the answer.
-    Sync(oneshot::Sender<bool>),
-    /// A pin began.
-    Pinned(u128, Vec<u8>),
-    /// A pin ended.
-    Unpinned(u128),
+    /// The index owes something: see [`super::owed::Owed`].
+    Owed,
+    /// Everything before is to be synced; then the answer. With the count of failed syncs when that was asked for: one that
+    /// failed since covered it.
+    Sync(oneshot::Sender<bool>, u64),
+    /// A segment begins a life.
+    Life(Life, SyncSender<bool>),
+    /// Blocks have moved out of a segment that is being emptied.
+    Moved(Vec<Move>, SyncSender<bool>),
+    /// Blocks were found.
+    Found(Found, SyncSender<bool>),
     /// No more will come.
     Stop,
 }
@@ -139,14 +178,16 @@ pub(super) enum Commit {
 /// Why a frame found no place.
 #[derive(Debug)]
 pub(super) enum NoPlace {
-    /// Too large, or all segments are in use or pinned.
+    /// All segments are in use or pinned.
     NoRoom,
-    /// The file system is full.
-    NoSpace,
+    /// It has no room in one segment.
+    TooLarge,
+    /// It changed in memory, or left it.
+    Unreadable,
+    /// The volume takes no writes just now.
+    NoWrites,
     /// The device failed.
     Io(io::Error),
-    /// The index failed.
-    Index(IndexError),
 }
 
 pub(super) fn is_no_space(error: &io::Error) -> bool {

@@ -1,8 +1,8 @@
 //! A volume that fails on purpose: for tests of everything above it.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Direction, IoMemory, SyncDone, Transfer, Volume, VolumeFile};
 use crate::lanes::Lane;
@@ -25,6 +25,12 @@ pub enum Fault {
     Gone = 6,
     /// A sync answers EIO; only syncs are counted for it.
     SyncFails = 7,
+    /// From here on every write to an index fails; only those are counted for it.
+    IndexFails = 8,
+    /// From here on every write fails; only writes are counted for it.
+    WritesFail = 9,
+    /// From here on reads wait until nothing fails any more; only reads are counted for it.
+    ReadsWait = 10,
 }
 
 /// What is about to be done.
@@ -41,13 +47,21 @@ pub enum Operation {
 }
 
 /// When it goes wrong. Counts every read, write and sync, of all who share it, and every write to an index.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Faults {
     /// Operations until the fault; negative: none is armed.
     left: AtomicI64,
     fault: AtomicU8,
     operations: AtomicU64,
     hit: AtomicU64,
+    /// Reads that wait.
+    waiting: Mutex<Vec<Box<dyn FnOnce() + Send>>>,
+}
+
+impl std::fmt::Debug for Faults {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Faults").field("left", &self.left).field("fault", &self.fault).finish_non_exhaustive()
+    }
 }
 
 impl Faults {
@@ -65,6 +79,12 @@ impl Faults {
     /// Nothing fails any more.
     pub fn disarm(&self) {
         self.left.store(-1, Ordering::Release);
+        let waiting = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
+        waiting.into_iter().for_each(|go_on| go_on());
+    }
+
+    fn wait(&self, go_on: impl FnOnce() + Send + 'static) {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(go_on));
     }
 
     /// Operations so far.
@@ -88,14 +108,14 @@ impl Faults {
             5 if operation == Operation::Read => Fault::Flipped,
             6 => Fault::Gone,
             7 if operation == Operation::Sync => Fault::SyncFails,
+            8 if operation == Operation::Index => Fault::IndexFails,
+            9 if operation == Operation::Write => Fault::WritesFail,
+            10 if operation == Operation::Read => Fault::ReadsWait,
             _ => return None,
         };
         let before = self.left.load(Ordering::Acquire);
-        let due = if fault == Fault::Gone && before == 0 {
-            true
-        } else {
-            before > 0 && self.left.fetch_sub(1, Ordering::AcqRel) == 1
-        };
+        let stays = matches!(fault, Fault::Gone | Fault::IndexFails | Fault::WritesFail | Fault::ReadsWait);
+        let due = if stays && before == 0 { true } else { before > 0 && self.left.fetch_sub(1, Ordering::AcqRel) == 1 };
         self.hit.fetch_add(u64::from(due), Ordering::AcqRel);
         due.then_some(fault)
     }
@@ -148,6 +168,15 @@ impl Volume for FaultyVolume {
                     done(result, memories);
                 });
                 self.inner.submit(lane, transfer)
+            }
+            (Some(Fault::ReadsWait), Direction::Read) => {
+                let inner = Arc::clone(&self.inner);
+                self.faults.wait(move || {
+                    if let Err(refused) = inner.submit(lane, transfer) {
+                        refused.fail(error_of(Fault::Eio));
+                    }
+                });
+                Ok(())
             }
             // The other faults, and these where the transfer has no payload of its own or goes the other way.
             (Some(fault), _) => {

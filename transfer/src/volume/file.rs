@@ -67,6 +67,11 @@ impl VolumeFile {
         Ok(rustix::fs::fallocate(&self.file, flags, offset, bytes)?)
     }
 
+    /// Cuts the file off: what lay behind is gone.
+    pub fn cut(&self, bytes: u64) -> io::Result<()> {
+        self.file.set_len(bytes)
+    }
+
     /// Bytes of disk that the file takes.
     pub fn allocated(&self) -> io::Result<u64> {
         use std::os::unix::fs::MetadataExt;
