@@ -156,8 +156,8 @@ impl PutCall<'_> {
     async fn begin_block(&mut self, block: &PutBlock) -> Result<(), Status> {
         let target = self.target.as_ref().ok_or_else(|| wire::invalid("block", "must come after open"))?;
         if self.results.len() >= caps::BLOCKS_PER_PUT_MAX {
-            let problem = format!("block: one call can store at most {} blocks", caps::BLOCKS_PER_PUT_MAX);
-            return Err(Status::resource_exhausted(problem));
+            let problem = format!("one call can store at most {} blocks", caps::BLOCKS_PER_PUT_MAX);
+            return Err(wire::invalid("block", problem));
         }
         let hash = wire::hash("block.sequence_hash", &block.sequence_hash)?;
         let parent = match block.parent_hash.as_ref() {

@@ -240,8 +240,12 @@ impl Promotion {
         let is_near =
             |(presence, below): (&Presence, &TierSet)| *presence == Presence::Resident || below.has(Tier::Nvme);
         let near = presences.iter().zip(&known).take_while(|both| is_near(*both)).count();
-        let unknown = Run { hashes: hashes.get(near..).unwrap_or_default(), ..run };
-        for searching in self.stack.search(&unknown) {
+        self.search_all(hashes.get(near..).unwrap_or_default()).await;
+    }
+
+    /// The same, whatever is near.
+    pub(super) async fn search_all(&self, hashes: &[SequenceHash]) {
+        for searching in self.stack.search(&Run { layout: &self.layout, group: self.group, hashes }) {
             let _ = tokio::time::timeout_at(self.deadline, searching.ended()).await;
         }
     }

@@ -32,12 +32,23 @@ pub struct Policy {
     pub ends_full: bool,
 }
 
+struct UnderWay {
+    index: usize,
+    hash: SequenceHash,
+    coming: Coming,
+    /// A tier below memory was to give it.
+    is_brought: bool,
+}
+
 /// See the head of this file.
 pub struct Window<'a> {
     promotion: &'a Promotion,
     policy: Policy,
     left: VecDeque<Asked>,
-    under_way: VecDeque<(usize, SequenceHash, Coming)>,
+    under_way: VecDeque<UnderWay>,
+    /// All blocks, in the order of their chain: see [`Self::next`].
+    chain: Vec<SequenceHash>,
+    searched: bool,
     /// Nothing more is started.
     closed: bool,
 }
@@ -45,18 +56,28 @@ pub struct Window<'a> {
 impl<'a> Window<'a> {
     /// The blocks of `asked`, in their order.
     pub fn new(promotion: &'a Promotion, policy: Policy, asked: impl IntoIterator<Item = Asked>) -> Self {
-        let left = asked.into_iter().collect();
-        Self { promotion, policy, left, under_way: VecDeque::new(), closed: false }
+        let left: VecDeque<Asked> = asked.into_iter().collect();
+        let chain = left.iter().map(|asked| asked.hash).collect();
+        Self { promotion, policy, left, under_way: VecDeque::new(), chain, searched: false, closed: false }
     }
 
     /// The next block's place, name and answer; `None` after the last.
+    ///
+    /// Where a tier did not give a block that it was thought to have, slower tiers are searched for the whole chain, once: what is
+    /// near is not looked for there, and a bucket is searched along a chain.
     pub async fn next(&mut self) -> Option<(usize, SequenceHash, Leasing)> {
         self.refill().await;
-        let (index, hash, coming) = self.under_way.pop_front()?;
+        let UnderWay { index, hash, coming, is_brought } = self.under_way.pop_front()?;
         if matches!(coming, Coming::Later) {
             self.give_back();
         }
-        let leasing = self.promotion.finish(hash, coming).await;
+        let leasing = match self.promotion.finish(hash, coming).await {
+            Leasing::Miss if is_brought && !std::mem::replace(&mut self.searched, true) => {
+                self.promotion.search_all(&self.chain).await;
+                self.promotion.bring(hash).await
+            }
+            leasing => leasing,
+        };
         Some((index, hash, leasing))
     }
 
@@ -69,6 +90,7 @@ impl<'a> Window<'a> {
             && self.under_way.len() < self.policy.ahead
             && let Some(asked) = self.left.pop_front()
         {
+            let is_brought = asked.known.is_none();
             let coming = match asked.known {
                 Some(leasing) => Coming::Now(leasing),
                 None => self.promotion.start_in(&mut batch, asked.hash).await,
@@ -76,7 +98,8 @@ impl<'a> Window<'a> {
             let full = self.policy.ends_full && matches!(coming, Coming::Later);
             self.closed |= full || (self.policy.ends_outranked && matches!(coming, Coming::Outranked));
             if !full || self.under_way.is_empty() {
-                self.under_way.push_back((asked.index, asked.hash, coming));
+                let Asked { index, hash, .. } = asked;
+                self.under_way.push_back(UnderWay { index, hash, coming, is_brought });
             }
         }
         self.promotion.send(batch);
@@ -85,9 +108,9 @@ impl<'a> Window<'a> {
     /// It may be this very call whose leases leave no room.
     fn give_back(&mut self) {
         let held = |leasing: &Leasing| matches!(leasing, Leasing::Leased(_));
-        for (_, _, coming) in &mut self.under_way {
-            if matches!(coming, Coming::Now(leasing) if held(leasing)) {
-                *coming = Coming::Later;
+        for under_way in &mut self.under_way {
+            if matches!(&under_way.coming, Coming::Now(leasing) if held(leasing)) {
+                under_way.coming = Coming::Later;
             }
         }
         for asked in &mut self.left {
