@@ -243,6 +243,20 @@ async fn ask(address: &str, path: &str, body: Option<&Value>) -> anyhow::Result<
     }
 }
 
+/// The model of a router that serves one.
+async fn only_model(address: &str) -> anyhow::Result<String> {
+    let models = ask(address, "/v1/models", None).await?;
+    let all: Vec<&str> =
+        models["data"].as_array().into_iter().flatten().filter_map(|model| model["id"].as_str()).collect();
+    match all.as_slice() {
+        [only] => Ok((*only).to_owned()),
+        [] => anyhow::bail!("the router has no workers yet"),
+        several => {
+            anyhow::bail!("the router serves several models; choose one with --model: {}", several.join(", "))
+        }
+    }
+}
+
 fn print_table(header: &[&str], rows: Vec<Vec<String>>) {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED).set_header(header.iter().copied());
@@ -259,19 +273,7 @@ impl Explain {
     async fn run(self) -> anyhow::Result<()> {
         let model = match self.model {
             Some(model) => model,
-            None => {
-                let models = ask(&self.to.address, "/v1/models", None).await?;
-                let all: Vec<&str> =
-                    models["data"].as_array().into_iter().flatten().filter_map(|model| model["id"].as_str()).collect();
-                match all.as_slice() {
-                    [only] => (*only).to_owned(),
-                    [] => anyhow::bail!("the router has no workers yet"),
-                    several => anyhow::bail!(
-                        "the router serves several models; choose one with --model: {}",
-                        several.join(", ")
-                    ),
-                }
-            }
+            None => only_model(&self.to.address).await?,
         };
         let mut body = json!({"model": model});
         let text = match self.prompt.as_deref() {

@@ -146,6 +146,7 @@ impl Drop for Streaming {
     }
 }
 
+#[expect(clippy::too_many_lines, reason = "one request of a simulated engine, from top to bottom")]
 async fn completions(State(shared): State<Arc<Shared>>, Json(body): Json<Value>) -> Response {
     shared.requests.fetch_add(1, Ordering::Relaxed);
     shared.bodies.lock().unwrap().push(body.clone());

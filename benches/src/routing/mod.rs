@@ -128,6 +128,7 @@ impl State {
 }
 
 /// Runs a trace: arrival times in seconds, in order.
+#[expect(clippy::too_many_lines, reason = "one loop of events, in their order")]
 fn run(router: Router, trace: &[(f64, Request)], scale: f64, seed: u64) -> Outcome {
     let mut random = seed;
     let mut chance = || {

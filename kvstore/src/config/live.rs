@@ -39,73 +39,39 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
     if let Some((key, _)) = fixed.into_iter().find(|(_, same)| !same) {
         return Err(invalid(key, "this key changes only with a restart of the daemon, so nothing was changed"));
     }
+    let pairs = live(old).into_iter().zip(live(new)).filter(|((_, from), (_, to))| from != to);
+    Ok(pairs.map(|((key, from), (_, to))| Change { key, from, to }).collect())
+}
+
+/// The keys that may change, with their values as they are told.
+fn live(config: &Config) -> Vec<(&'static str, String)> {
     let bytes = |bytes: u64| bytesize::ByteSize(bytes).to_string();
     let size = |size: Option<u64>| size.map_or_else(|| "off".to_owned(), bytes);
     let time = |time| humantime::format_duration(time).to_string();
-    let live = [
-        ("host.bytes", bytes(old.host.bytes), bytes(new.host.bytes)),
-        (
-            "host.high_watermark_percent",
-            old.host.high_watermark_percent.to_string(),
-            new.host.high_watermark_percent.to_string(),
-        ),
-        (
-            "host.low_watermark_percent",
-            old.host.low_watermark_percent.to_string(),
-            new.host.low_watermark_percent.to_string(),
-        ),
-        ("nvme.bytes", size(nvme(old, |nvme| nvme.bytes)), size(nvme(new, |nvme| nvme.bytes))),
-        ("nvme.dirty_bytes", size(nvme(old, |nvme| nvme.dirty_bytes)), size(nvme(new, |nvme| nvme.dirty_bytes))),
-        (
-            "nvme.admit",
-            nvme(old, |nvme| nvme.admission.name()).unwrap_or("off").to_owned(),
-            nvme(new, |nvme| nvme.admission.name()).unwrap_or("off").to_owned(),
-        ),
-        (
-            "nvme.reused_after",
-            nvme(old, |nvme| nvme.reused_after).unwrap_or_default().to_string(),
-            nvme(new, |nvme| nvme.reused_after).unwrap_or_default().to_string(),
-        ),
-        (
-            "nvme.promote_after",
-            nvme(old, |nvme| nvme.promote_after).unwrap_or_default().to_string(),
-            nvme(new, |nvme| nvme.promote_after).unwrap_or_default().to_string(),
-        ),
-        (
-            "nvme.write_budget",
-            size(nvme(old, |nvme| nvme.write_budget).flatten()),
-            size(nvme(new, |nvme| nvme.write_budget).flatten()),
-        ),
-        (
-            "object.upload",
-            object(old, |object| object.uploads.name()).unwrap_or("off").to_owned(),
-            object(new, |object| object.uploads.name()).unwrap_or("off").to_owned(),
-        ),
-        (
-            "object.upload_bytes",
-            size(object(old, |object| object.limits.upload_bytes)),
-            size(object(new, |object| object.limits.upload_bytes)),
-        ),
-        (
-            "object.backlog_bytes",
-            size(object(old, |object| object.limits.backlog_bytes)),
-            size(object(new, |object| object.limits.backlog_bytes)),
-        ),
-        ("object.keep_age", age(old), age(new)),
-        (
-            "object.keep_bytes",
-            size(object(old, |object| object.keep_bytes).flatten()),
-            size(object(new, |object| object.keep_bytes).flatten()),
-        ),
-        ("namespace", policies(old), policies(new)),
-        ("local.spin", time(old.local_spin), time(new.local_spin)),
-        ("local.staging_bytes", bytes(old.local_staging_bytes), bytes(new.local_staging_bytes)),
-        ("calls.deadline", time(old.call_deadline), time(new.call_deadline)),
-        ("calls.drain_deadline", time(old.drain_deadline), time(new.drain_deadline)),
-        ("log.level", old.log_level.clone(), new.log_level.clone()),
-    ];
-    let changed = live.into_iter().filter(|(_, from, to)| from != to);
-    Ok(changed.map(|(key, from, to)| Change { key, from, to }).collect())
+    let name = |name: Option<&'static str>| name.unwrap_or("off").to_owned();
+    let count = |count: Option<u8>| count.unwrap_or_default().to_string();
+    vec![
+        ("host.bytes", bytes(config.host.bytes)),
+        ("host.high_watermark_percent", config.host.high_watermark_percent.to_string()),
+        ("host.low_watermark_percent", config.host.low_watermark_percent.to_string()),
+        ("nvme.bytes", size(nvme(config, |nvme| nvme.bytes))),
+        ("nvme.dirty_bytes", size(nvme(config, |nvme| nvme.dirty_bytes))),
+        ("nvme.admit", name(nvme(config, |nvme| nvme.admission.name()))),
+        ("nvme.reused_after", count(nvme(config, |nvme| nvme.reused_after))),
+        ("nvme.promote_after", count(nvme(config, |nvme| nvme.promote_after))),
+        ("nvme.write_budget", size(nvme(config, |nvme| nvme.write_budget).flatten())),
+        ("object.upload", name(object(config, |object| object.uploads.name()))),
+        ("object.upload_bytes", size(object(config, |object| object.limits.upload_bytes))),
+        ("object.backlog_bytes", size(object(config, |object| object.limits.backlog_bytes))),
+        ("object.keep_age", age(config)),
+        ("object.keep_bytes", size(object(config, |object| object.keep_bytes).flatten())),
+        ("namespace", policies(config)),
+        ("local.spin", time(config.local_spin)),
+        ("local.staging_bytes", bytes(config.local_staging_bytes)),
+        ("calls.deadline", time(config.call_deadline)),
+        ("calls.drain_deadline", time(config.drain_deadline)),
+        ("log.level", config.log_level.clone()),
+    ]
 }
 
 fn nvme<T>(config: &Config, of: impl Fn(&NvmeConfig) -> T) -> Option<T> {

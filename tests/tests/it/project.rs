@@ -89,3 +89,22 @@ fn files_that_the_architecture_names_exist() {
         assert!(found, "ARCHITECTURE.md names {name}, which does not exist");
     }
 }
+
+/// docs/contract.md names a test for each promise: each of them is there.
+#[test]
+fn the_tests_of_the_contract_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let text = std::fs::read_to_string(root.join("docs/contract.md")).unwrap();
+    let mut named = 0;
+    for name in text.split('`').filter(|name| name.contains("::")) {
+        let (file, function) = name.split_once("::").unwrap();
+        let folders = ["tests/tests/it", "kvstore/tests/it"];
+        let is_there = folders.iter().any(|folder| {
+            let source = std::fs::read_to_string(root.join(folder).join(format!("{file}.rs")));
+            source.is_ok_and(|source| source.contains(&format!("fn {function}(")))
+        });
+        assert!(is_there, "docs/contract.md names {name}, which is no test");
+        named += 1;
+    }
+    assert!(named > 50, "{named} tests are named");
+}

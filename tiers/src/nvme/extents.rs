@@ -466,6 +466,7 @@ mod tests {
 
     /// Against a map, over many random steps: what is where, what is live, what is pinned.
     #[test]
+    #[expect(clippy::too_many_lines, reason = "one model, step by step")]
     fn it_is_a_map() {
         let mut extents = Extents::default();
         let mut model: HashMap<u128, Entry> = HashMap::new();
