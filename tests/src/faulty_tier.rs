@@ -23,10 +23,13 @@ pub enum ReadFault {
     Silent,
 }
 
+/// A block's bytes, and the block before it.
+type Stored = (Vec<u8>, Option<SequenceHash>);
+
 /// See the head of this file.
 pub struct FaultyTier {
     host: Arc<HostTier>,
-    blocks: Mutex<HashMap<SlotKey, (Vec<u8>, Option<SequenceHash>)>>,
+    blocks: Mutex<HashMap<SlotKey, Stored>>,
     faults: Mutex<VecDeque<ReadFault>>,
     /// How many blocks came with each call of `read`.
     batches: Mutex<Vec<usize>>,

@@ -299,7 +299,9 @@ impl Tiers {
     /// What a delete, or a pin, waits for: true where all that was done before would be there after a crash.
     pub fn sync(&self) -> bool {
         let waiting = self.nvme.sync();
-        waiting.into_iter().map(|synced| synced.blocking_recv() == Ok(true)).fold(true, |all, synced| all && synced)
+        // Each is waited for.
+        let synced: Vec<bool> = waiting.into_iter().map(|synced| synced.blocking_recv() == Ok(true)).collect();
+        synced.into_iter().all(|synced| synced)
     }
 
     /// Tries to sync until that works.

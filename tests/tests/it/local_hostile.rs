@@ -194,6 +194,7 @@ async fn what_is_passed_cannot_be_written_resized_or_reopened_for_writing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "one story, from its start to its end")]
 async fn wild_commands_are_refused_and_harm_nobody() {
     let daemon = TestDaemon::start(&[]).await;
     let mut witness = Witness::new(&daemon).await;

@@ -386,6 +386,7 @@ async fn the_backlog_is_bounded() {
 /// Every fault of the list, singly and mixed, by 60 seeds: no byte is wrong, what was acknowledged is there, calls end by
 /// their deadline and a second, and nothing waits when it is over.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+#[expect(clippy::too_many_lines, reason = "one story, from its start to its end")]
 async fn sixty_fault_schedules() {
     const FAULTS: [Fault; 10] = [
         Fault::Status(500),

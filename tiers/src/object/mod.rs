@@ -459,10 +459,11 @@ impl ObjectTier {
         let mut log = log.lock();
         let done = log.number(namespace, &layout.layout).and_then(|number| {
             // Each, even where the file cannot be written: what is known here is what a new file will say.
-            let all = hashes.fold(Ok(()), |all, hash| {
+            let mut all = Ok(());
+            for hash in hashes {
                 let one = log.done(number, group, hash);
-                all.and(one)
-            });
+                all = all.and(one);
+            }
             if log.has_grown() { log.compact() } else { all }
         });
         if let Err(error) = done {

@@ -190,7 +190,7 @@ impl Promotion {
                 Coming::Outranked => return Leasing::Miss,
                 Coming::Soon(flight) => match tokio::time::timeout_at(self.deadline, flight.landing).await {
                     Ok(Ok(Landed::Here(block))) => return Leasing::Leased(block),
-                    Ok(Ok(Landed::Not(not_read))) => self.from_next_tier(hash, flight.tried, not_read),
+                    Ok(Ok(Landed::Not(not_read))) => self.ask_next_tier(hash, flight.tried, not_read),
                     Ok(Ok(Landed::Superseded) | Err(_)) => self.again(),
                     Err(_) => return Leasing::InFlight,
                 },
@@ -204,7 +204,7 @@ impl Promotion {
     }
 
     /// A tier did not give the block: the next one is asked for it.
-    fn from_next_tier(&self, hash: SequenceHash, tried: TierSet, not_read: NotRead) -> Coming {
+    fn ask_next_tier(&self, hash: SequenceHash, tried: TierSet, not_read: NotRead) -> Coming {
         let block = self.block(hash);
         let NotRead { fill: Some(fill), why } = not_read else { return self.again() };
         match self.stack.source(&block, tried) {
