@@ -124,7 +124,7 @@ impl Below for FaultyTier {
         Written::Coming(write.awaited.then_some(waiting))
     }
 
-    fn room(&self) -> Room<'_> {
+    fn room(&self, _wanted: bool) -> Room<'_> {
         let freed = self.freed.notified();
         Room { is_there: !self.full.load(Ordering::Acquire), answers: true, freed }
     }

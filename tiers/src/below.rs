@@ -27,8 +27,8 @@ pub trait Below: Send + Sync {
     /// Takes a copy of a block that is readable in memory. A block that it has already is not written again.
     fn write(self: Arc<Self>, write: Write) -> Written;
 
-    /// Whether more may be written now. Where not, what the tier is still gathering is written at once.
-    fn room(&self) -> Room<'_>;
+    /// Whether more may be written now. Where it is `wanted` and there is none, what the tier is still gathering is written at once.
+    fn room(&self, wanted: bool) -> Room<'_>;
 }
 
 /// Why the presence of blocks is asked.

@@ -190,3 +190,5 @@ pub const OBJECT_REFERENCES_MAX: usize = 1 << 18;
 pub const OBJECT_REFERRED_BLOCKS_MAX: usize = 1 << 22;
 /// Packs that are read at once to prove them before an acknowledgement rests on them: 8 MiB of memory each.
 pub const OBJECT_PROOFS_MAX: usize = 8;
+/// ... and how often it looks again meanwhile, whatever is told.
+pub const ROOM_BELOW_POLL: Duration = Duration::from_millis(50);

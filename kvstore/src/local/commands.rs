@@ -153,7 +153,9 @@ fn call(
                 let task = begin_task(client)?;
                 let (daemon, client) = (Arc::clone(daemon), Arc::clone(client));
                 runtime.spawn(async move {
-                    match lookup::lookup_patiently(&daemon, namespace, &request).await {
+                    let late = |_| Status::deadline_exceeded("the call's deadline passed");
+                    let looked_up = lookup::lookup_patiently(&daemon, namespace, &request);
+                    match tokio::time::timeout(deadline, looked_up).await.map_err(late).flatten() {
                         Ok(response) => client.complete(tag, &Completion::Response(response.encode_to_vec())),
                         Err(status) => client.fail(tag, &status),
                     }

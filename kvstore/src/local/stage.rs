@@ -150,7 +150,12 @@ impl Batch {
             Ok(Ok(Into::Slot(fill))) => {
                 let filling = Filling { fill: *fill, block, batch: Arc::clone(&self) };
                 let mut stages = client.stages.lock();
-                let Some(Stage::Pending { pieces, .. }) = stages.remove(&tag) else { return };
+                let pieces = match stages.remove(&tag) {
+                    Some(Stage::Pending { pieces, batch }) if Arc::ptr_eq(&batch, &self) => pieces,
+                    // It was abandoned, and its tag is another block's by now.
+                    Some(other) => return drop(stages.insert(tag, other)),
+                    None => return,
+                };
                 stages.insert(tag, Stage::Filling(Box::new(filling)));
                 // Under the lock: pieces that come now come after these.
                 let copied: Vec<Copied> =
@@ -161,7 +166,7 @@ impl Batch {
                 return;
             }
             Ok(Ok(Into::Past(status))) => {
-                if unstage(&client, tag) {
+                if self.unstage_own(&client, tag) {
                     let finished = put::present(daemon, target, block.hash, block.parent, status);
                     self.finish(&client, tag, &block, finished);
                 }
@@ -170,9 +175,16 @@ impl Batch {
             Ok(Err(status)) => status,
             Err(_) => late(),
         };
-        if unstage(&client, tag) {
+        if self.unstage_own(&client, tag) {
             client.fail(tag, &status);
         }
+    }
+
+    /// Forgets a block of this batch that waits; false where its tag is another's by now, or nobody's.
+    fn unstage_own(self: &Arc<Self>, client: &LocalClient, tag: u64) -> bool {
+        let is_own = |stage: &Stage| matches!(stage, Stage::Pending { batch, .. } if Arc::ptr_eq(batch, self));
+        let own = client.stages.lock().get(&tag).is_some_and(is_own);
+        own && unstage(client, tag)
     }
 
     /// Answers for a block, once it is as safe as was asked.
@@ -191,7 +203,8 @@ impl Batch {
         let (client, memory, on_disk) = (Arc::clone(client), stored(finished.level), stored(Some(Level::Local)));
         let batch = Arc::clone(self);
         self.runtime.spawn(async move {
-            let synced = local.await == Ok(true);
+            // A disk that does not answer by then leaves the block MEMORY.
+            let synced = tokio::time::timeout_at(batch.expires, local).await == Ok(Ok(true));
             client.complete(tag, if synced { &on_disk } else { &memory });
             drop((task, batch));
         });

@@ -48,6 +48,10 @@ pub async fn delete(
             _ => {}
         }
     }
+    // A copy of what was still in memory may have gone to disk while the bucket was asked.
+    if let Some(nvme) = daemon.nvme.as_ref().filter(|_| daemon.object.is_some()) {
+        deleting.has_deleted |= nvme.delete(&layout, group, &hashes).contains(&Delete::Deleted);
+    }
     deleting.has_deleted |= deleted > 0;
     if deleting.needs_sync() {
         let owed = deleting.owed();

@@ -107,7 +107,7 @@ async fn conforms(setup: &Setup) {
     neighbours_read_together_end_once_each(setup).await;
     a_block_that_is_there_is_not_written_again(setup).await;
     another_layouts_block_of_the_same_name_is_not_given(setup).await;
-    assert!(setup.tier.room().is_there);
+    assert!(setup.tier.room(false).is_there);
     assert_eq!(setup.memory.host.status().flights, 0, "no slot is lost");
 }
 

@@ -273,7 +273,8 @@ impl BlockFill {
 
     /// Splits the right into what a transfer takes along and what ends it.
     pub fn into_transfer(mut self) -> Option<(TransferFill, SlotFill)> {
-        let (ticket, fill) = self.fill.take()?;
+        let (ticket, mut fill) = self.fill.take()?;
+        fill.restart();
         Some((TransferFill { tier: Arc::clone(&self.tier), namespace: self.namespace, ticket }, fill))
     }
 

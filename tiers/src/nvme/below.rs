@@ -53,7 +53,7 @@ impl Below for NvmeTier {
         }
     }
 
-    fn room(&self) -> Room<'_> {
+    fn room(&self, _wanted: bool) -> Room<'_> {
         let freed = self.peers.cleaned.notified();
         Room { is_there: self.has_dirty_room(), answers: true, freed }
     }

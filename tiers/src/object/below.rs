@@ -45,10 +45,10 @@ impl Below for ObjectTier {
         }
     }
 
-    fn room(&self) -> Room<'_> {
+    fn room(&self, wanted: bool) -> Room<'_> {
         let freed = self.uploaded();
         let is_there = self.has_upload_room();
-        if !is_there {
+        if wanted && !is_there {
             // What makes the room may be what is being put together.
             self.make_room();
         }

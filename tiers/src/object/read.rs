@@ -31,7 +31,9 @@ struct Reading {
 }
 
 impl Reading {
-    fn fails(self, why: WhyNotRead) {
+    fn fails(mut self, why: WhyNotRead) {
+        // What came of it is not the block.
+        self.fill.restart();
         (self.done)(Err(NotRead { fill: Some(self.fill), why }));
     }
 

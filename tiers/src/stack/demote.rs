@@ -78,13 +78,15 @@ impl Stack {
             let mut parent = None;
             for (block, there) in run.blocks().zip(there) {
                 if !there {
-                    if !lower.store.room().is_there {
+                    // A disk has little room for long; a bucket takes what is on disk beyond its room in memory.
+                    if lower.tier == Tier::Nvme && !lower.store.room(false).is_there {
                         break;
                     }
                     let length = usual_length(&block);
                     if self.admits(lower.tier, &block, length, Occasion::AskedFor) {
                         let write = background(block.owned(), parent);
-                        if matches!(Arc::clone(&lower.store).write(write), Written::Refused) {
+                        let written = Arc::clone(&lower.store).write(write);
+                        if lower.tier == Tier::Object && matches!(written, Written::Refused) {
                             break;
                         }
                     }

@@ -10,9 +10,9 @@ use kvstore_plane::SequenceHash;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::{Lower, Stack};
+use super::Stack;
 use crate::below::{Arrived, Ask, NotRead, Read, ReadUrgency, WhyNotRead};
-use crate::block::{BlockRef, Run};
+use crate::block::{Block, BlockRef, Run};
 use crate::caps;
 use crate::host::{BeginFill, BlockFill, FillRequest, LeasedBlock, Leasing, RegisteredLayout};
 use crate::residency::{FlightSource, Presence, Priority, Publish, Urgency};
@@ -45,17 +45,25 @@ pub enum Coming {
 }
 
 /// See [`Coming::Soon`].
-pub struct Flight {
-    landing: oneshot::Receiver<Landed>,
-    tried: TierSet,
-}
+pub struct Flight(oneshot::Receiver<Landed>);
 
-/// How one read ended.
+/// How a flight ended.
 enum Landed {
     Here(LeasedBlock),
-    /// It was deleted, or somebody else brought it, meanwhile.
+    /// Deleted, or brought by somebody else, meanwhile.
     Superseded,
-    Not(NotRead),
+    /// A tier has as many transfers as it may.
+    Busy,
+    /// No tier gave it.
+    Nowhere,
+}
+
+/// What a flight takes along from tier to tier.
+struct Flying {
+    block: Block,
+    urgency: ReadUrgency,
+    tried: TierSet,
+    told: oneshot::Sender<Landed>,
 }
 
 /// Reads that are started and not sent yet: those that lie side by side travel together.
@@ -94,7 +102,10 @@ impl Promotion {
             match self.reserve(&block) {
                 BeginFill::Fill(fill, ahead) => {
                     ahead.into_iter().for_each(|plan| self.stack.host.drop_plan(plan));
-                    return Coming::Soon(self.read_in(batch, lower, &block, fill, TierSet::NONE));
+                    let (told, landing) = oneshot::channel();
+                    let flying = Flying { block: block.owned(), urgency: self.urgency(), tried: TierSet::NONE, told };
+                    batch.0.push((lower.tier, self.stack.read_of(lower.tier, flying, fill)));
+                    return Coming::Soon(Flight(landing));
                 }
                 BeginFill::Resident => match self.lease(hash) {
                     Leasing::Miss => {}
@@ -143,34 +154,9 @@ impl Promotion {
         }
     }
 
-    fn read_in(
-        &self,
-        batch: &mut Batch,
-        lower: &Lower,
-        block: &BlockRef<'_>,
-        fill: BlockFill,
-        tried: TierSet,
-    ) -> Flight {
-        let (told, landing) = oneshot::channel();
-        let (stack, tier, block) = (Arc::clone(&self.stack), lower.tier, block.owned());
-        let demanded = self.priority == Priority::Demand;
-        let landed = block.clone();
-        let done = Box::new(move |outcome: Result<Arrived, NotRead>| {
-            let landed = match outcome {
-                Ok(arrived) => stack.land(tier, landed.as_ref(), arrived, demanded),
-                Err(not_read) => Landed::Not(not_read),
-            };
-            // Whoever waited may have left: a slot that was not filled is free then.
-            let _ = told.send(landed);
-            stack.landed.notify_waiters();
-        });
-        batch.0.push((tier, Read { block, fill, done }));
-        Flight { landing, tried: tried.with(tier) }
-    }
-
     /// Makes the requests of a batch.
     pub fn send(&self, batch: Batch) {
-        let urgency = ReadUrgency { priority: self.priority, deadline: self.deadline };
+        let urgency = self.urgency();
         let mut left = batch.0;
         for lower in &self.stack.below {
             let (reads, others): (Vec<_>, Vec<_>) = left.into_iter().partition(|(tier, _)| *tier == lower.tier);
@@ -181,47 +167,52 @@ impl Promotion {
         }
     }
 
+    fn urgency(&self) -> ReadUrgency {
+        ReadUrgency { priority: self.priority, deadline: self.deadline }
+    }
+
     /// Waits until the block is there, or is not to be had: no tier gives it, or the deadline passed.
-    pub async fn finish(&self, hash: SequenceHash, coming: Coming) -> Leasing {
+    async fn finish(&self, hash: SequenceHash, coming: Coming) -> Leasing {
         let mut coming = coming;
         loop {
-            coming = match coming {
-                Coming::Now(leasing) => return leasing,
-                Coming::Outranked => return Leasing::Miss,
-                Coming::Soon(flight) => match tokio::time::timeout_at(self.deadline, flight.landing).await {
-                    Ok(Ok(Landed::Here(block))) => return Leasing::Leased(block),
-                    Ok(Ok(Landed::Not(not_read))) => self.ask_next_tier(hash, flight.tried, not_read),
-                    Ok(Ok(Landed::Superseded) | Err(_)) => self.again(),
-                    Err(_) => return Leasing::InFlight,
-                },
-                Coming::Later if Instant::now() >= self.deadline => return Leasing::InFlight,
-                Coming::Later => {
-                    self.some_promotion().await;
-                    self.start(hash).await
-                }
-            };
-        }
-    }
-
-    /// A tier did not give the block: the next one is asked for it.
-    fn ask_next_tier(&self, hash: SequenceHash, tried: TierSet, not_read: NotRead) -> Coming {
-        let block = self.block(hash);
-        let NotRead { fill: Some(fill), why } = not_read else { return self.again() };
-        match self.stack.source(&block, tried) {
-            _ if why == WhyNotRead::Busy => Coming::Later,
-            Some(lower) => {
-                let mut batch = Batch::default();
-                let flight = self.read_in(&mut batch, lower, &block, fill, tried);
-                self.send(batch);
-                Coming::Soon(flight)
+            if let Some(leasing) = self.settle(hash, coming).await {
+                return leasing;
             }
-            None => Coming::Now(Leasing::Miss),
+            coming = self.start_later(hash).await;
         }
     }
 
-    /// The flight came to nothing for a reason that is not the tiers': another may do better.
-    fn again(&self) -> Coming {
-        Coming::Later
+    /// Waits for what is under way. `None` where it came to nothing for a reason that is not the tiers': another try may do
+    /// better, see [`Self::start_later`].
+    pub(super) async fn settle(&self, hash: SequenceHash, coming: Coming) -> Option<Leasing> {
+        match coming {
+            Coming::Now(leasing) => Some(leasing),
+            Coming::Outranked => Some(Leasing::Miss),
+            Coming::Later => None,
+            Coming::Soon(Flight(landing)) => match tokio::time::timeout_at(self.deadline, landing).await {
+                Ok(Ok(Landed::Here(block))) => Some(Leasing::Leased(block)),
+                Ok(Ok(Landed::Nowhere)) => Some(self.not_given(hash)),
+                Ok(Ok(Landed::Superseded | Landed::Busy) | Err(_)) => None,
+                Err(_) => Some(Leasing::InFlight),
+            },
+        }
+    }
+
+    /// No tier gave it: it may have come into memory all the same. A tier that has it and failed may give it later.
+    fn not_given(&self, hash: SequenceHash) -> Leasing {
+        match self.lease(hash) {
+            Leasing::Miss if self.stack.source(&self.block(hash), TierSet::NONE).is_some() => Leasing::InFlight,
+            leasing => leasing,
+        }
+    }
+
+    /// Starts again, once another promotion has ended or some time is over.
+    pub(super) async fn start_later(&self, hash: SequenceHash) -> Coming {
+        if Instant::now() >= self.deadline {
+            return Coming::Now(Leasing::InFlight);
+        }
+        self.some_promotion().await;
+        self.start(hash).await
     }
 
     /// Woken by the end of any promotion; the time is for room that others make.
@@ -277,6 +268,11 @@ impl Promotion {
     }
 
     fn lease(&self, hash: SequenceHash) -> Leasing {
+        if self.priority == Priority::Writeback {
+            // Nobody asked for it: it is no use.
+            let leased = self.stack.host.lease_quietly(self.layout.namespace, &self.block(hash).key());
+            return leased.map_or(Leasing::Miss, Leasing::Leased);
+        }
         let now = (self.stack.clock)();
         self.stack.host.lease_run(&self.layout, self.group, &[hash], now).pop().unwrap_or(Leasing::Miss)
     }
@@ -288,6 +284,43 @@ impl Promotion {
 }
 
 impl Stack {
+    /// A read of one tier. Where it does not give the block, the next tier fills the same slot, at once and whoever waits.
+    fn read_of(self: &Arc<Self>, tier: Tier, flying: Flying, fill: BlockFill) -> Read {
+        let stack = Arc::clone(self);
+        let block = flying.block.clone();
+        let done = Box::new(move |outcome: Result<Arrived, NotRead>| {
+            let flying = Flying { tried: flying.tried.with(tier), ..flying };
+            match outcome {
+                Ok(arrived) => {
+                    let demanded = flying.urgency.priority == Priority::Demand;
+                    let landed = stack.land(tier, flying.block.as_ref(), arrived, demanded);
+                    stack.end_flight(flying, landed);
+                }
+                // Its slot is given back at once; whoever waits asks again after a while.
+                Err(NotRead { why: WhyNotRead::Busy, .. }) => drop(flying.told.send(Landed::Busy)),
+                Err(NotRead { fill: Some(fill), .. }) => stack.fly_on(flying, fill),
+                Err(NotRead { fill: None, .. }) => stack.end_flight(flying, Landed::Superseded),
+            }
+        });
+        Read { block, fill, done }
+    }
+
+    fn fly_on(self: &Arc<Self>, flying: Flying, fill: BlockFill) {
+        let Some(lower) = self.source(&flying.block.as_ref(), flying.tried) else {
+            drop(fill);
+            return self.end_flight(flying, Landed::Nowhere);
+        };
+        let urgency = flying.urgency;
+        let read = self.read_of(lower.tier, flying, fill);
+        Arc::clone(&lower.store).read(vec![read], urgency);
+    }
+
+    fn end_flight(&self, flying: Flying, landed: Landed) {
+        // Whoever waited may have left.
+        let _ = flying.told.send(landed);
+        self.landed.notify_waiters();
+    }
+
     /// A block arrived from `tier`: it is readable from now on, and what was asked for may be worth a copy in a faster tier.
     fn land(&self, tier: Tier, block: BlockRef<'_>, arrived: Arrived, demanded: bool) -> Landed {
         let Arrived { filled, sums, parent } = arrived;

@@ -53,7 +53,7 @@ impl Wish {
 impl Stack {
     /// True where what is stored now may go to the tiers below at once.
     pub fn has_room(&self, wish: &Wish) -> bool {
-        self.below.iter().all(|lower| !self.waits_for(lower, wish) || lower.store.room().is_there)
+        self.below.iter().all(|lower| !self.waits_for(lower, wish) || lower.store.room(false).is_there)
     }
 
     /// Waits for that; false where it takes too long.
@@ -77,7 +77,7 @@ impl Stack {
                 let memory_alone =
                     !self.has(Tier::Nvme) || self.admission(wish.namespace, Tier::Nvme) != Admission::All;
                 let uploads_all = || wish.upload || self.admission(wish.namespace, Tier::Object) == Admission::All;
-                wish.level == Level::Durable || (memory_alone && uploads_all() && lower.store.room().answers)
+                wish.level == Level::Durable || (memory_alone && uploads_all() && lower.store.room(false).answers)
             }
         }
     }
@@ -88,13 +88,12 @@ impl Lower {
     pub(super) async fn until_room(&self, until: Instant, while_it_answers: bool) -> bool {
         loop {
             // Made before the look: what is freed after it wakes us.
-            let room = self.store.room();
-            if room.is_there || (while_it_answers && !room.answers) {
+            let room = self.store.room(true);
+            if room.is_there || (while_it_answers && !room.answers) || Instant::now() >= until {
                 return room.is_there;
             }
-            if tokio::time::timeout_at(until, room.freed).await.is_err() {
-                return self.store.room().is_there;
-            }
+            // A tier that goes away in the meantime, or is given a larger bound, frees nothing.
+            let _ = tokio::time::timeout_at(until.min(Instant::now() + caps::ROOM_BELOW_POLL), room.freed).await;
         }
     }
 }

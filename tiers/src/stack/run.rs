@@ -49,6 +49,7 @@ pub struct Window<'a> {
     /// All blocks, in the order of their chain: see [`Self::next`].
     chain: Vec<SequenceHash>,
     searched: bool,
+    has_yielded: bool,
     /// Nothing more is started.
     closed: bool,
 }
@@ -58,7 +59,16 @@ impl<'a> Window<'a> {
     pub fn new(promotion: &'a Promotion, policy: Policy, asked: impl IntoIterator<Item = Asked>) -> Self {
         let left: VecDeque<Asked> = asked.into_iter().collect();
         let chain = left.iter().map(|asked| asked.hash).collect();
-        Self { promotion, policy, left, under_way: VecDeque::new(), chain, searched: false, closed: false }
+        Self {
+            promotion,
+            policy,
+            left,
+            under_way: VecDeque::new(),
+            chain,
+            searched: false,
+            has_yielded: false,
+            closed: false,
+        }
     }
 
     /// The next block's place, name and answer; `None` after the last.
@@ -68,17 +78,30 @@ impl<'a> Window<'a> {
     pub async fn next(&mut self) -> Option<(usize, SequenceHash, Leasing)> {
         self.refill().await;
         let UnderWay { index, hash, coming, is_brought } = self.under_way.pop_front()?;
-        if matches!(coming, Coming::Later) {
-            self.give_back();
+        let mut leasing = self.settle(hash, coming).await?;
+        if matches!(leasing, Leasing::Miss) && is_brought && !std::mem::replace(&mut self.searched, true) {
+            self.promotion.search_all(&self.chain).await;
+            leasing = self.settle(hash, Coming::Later).await?;
         }
-        let leasing = match self.promotion.finish(hash, coming).await {
-            Leasing::Miss if is_brought && !std::mem::replace(&mut self.searched, true) => {
-                self.promotion.search_all(&self.chain).await;
-                self.promotion.bring(hash).await
-            }
-            leasing => leasing,
-        };
+        self.has_yielded = true;
         Some((index, hash, leasing))
+    }
+
+    /// Waits for a block; `None` where the window ends with it.
+    async fn settle(&mut self, hash: SequenceHash, coming: Coming) -> Option<Leasing> {
+        let mut coming = coming;
+        loop {
+            if let Some(leasing) = self.promotion.settle(hash, coming).await {
+                return Some(leasing);
+            }
+            if self.policy.ends_full && self.has_yielded {
+                self.closed = true;
+                self.under_way.clear();
+                return None;
+            }
+            self.give_back();
+            coming = self.promotion.start_later(hash).await;
+        }
     }
 
     async fn refill(&mut self) {
@@ -90,11 +113,11 @@ impl<'a> Window<'a> {
             && self.under_way.len() < self.policy.ahead
             && let Some(asked) = self.left.pop_front()
         {
-            let is_brought = asked.known.is_none();
             let coming = match asked.known {
                 Some(leasing) => Coming::Now(leasing),
                 None => self.promotion.start_in(&mut batch, asked.hash).await,
             };
+            let is_brought = matches!(coming, Coming::Soon(_) | Coming::Later);
             let full = self.policy.ends_full && matches!(coming, Coming::Later);
             self.closed |= full || (self.policy.ends_outranked && matches!(coming, Coming::Outranked));
             if !full || self.under_way.is_empty() {
