@@ -58,6 +58,15 @@ enum Landed {
     Nowhere,
 }
 
+/// What became of a block that was waited for.
+pub(super) enum Settled {
+    As(Leasing),
+    /// No tier gave it, though one was thought to have it.
+    NotGiven,
+    /// It came to nothing for a reason that is not the tiers': another try may do better.
+    Later,
+}
+
 /// What a flight takes along from tier to tier.
 struct Flying {
     block: Block,
@@ -84,7 +93,7 @@ impl Promotion {
         self.finish(hash, coming).await
     }
 
-    async fn start(&self, hash: SequenceHash) -> Coming {
+    pub(super) async fn start(&self, hash: SequenceHash) -> Coming {
         let mut batch = Batch::default();
         let coming = self.start_in(&mut batch, hash).await;
         self.send(batch);
@@ -175,31 +184,31 @@ impl Promotion {
     async fn finish(&self, hash: SequenceHash, coming: Coming) -> Leasing {
         let mut coming = coming;
         loop {
-            if let Some(leasing) = self.settle(hash, coming).await {
-                return leasing;
+            match self.settle(coming).await {
+                Settled::As(leasing) => return leasing,
+                Settled::NotGiven => return self.not_given(hash),
+                Settled::Later => coming = self.start_later(hash).await,
             }
-            coming = self.start_later(hash).await;
         }
     }
 
-    /// Waits for what is under way. `None` where it came to nothing for a reason that is not the tiers': another try may do
-    /// better, see [`Self::start_later`].
-    pub(super) async fn settle(&self, hash: SequenceHash, coming: Coming) -> Option<Leasing> {
+    /// Waits for what is under way.
+    pub(super) async fn settle(&self, coming: Coming) -> Settled {
         match coming {
-            Coming::Now(leasing) => Some(leasing),
-            Coming::Outranked => Some(Leasing::Miss),
-            Coming::Later => None,
+            Coming::Now(leasing) => Settled::As(leasing),
+            Coming::Outranked => Settled::As(Leasing::Miss),
+            Coming::Later => Settled::Later,
             Coming::Soon(Flight(landing)) => match tokio::time::timeout_at(self.deadline, landing).await {
-                Ok(Ok(Landed::Here(block))) => Some(Leasing::Leased(block)),
-                Ok(Ok(Landed::Nowhere)) => Some(self.not_given(hash)),
-                Ok(Ok(Landed::Superseded | Landed::Busy) | Err(_)) => None,
-                Err(_) => Some(Leasing::InFlight),
+                Ok(Ok(Landed::Here(block))) => Settled::As(Leasing::Leased(block)),
+                Ok(Ok(Landed::Nowhere)) => Settled::NotGiven,
+                Ok(Ok(Landed::Superseded | Landed::Busy) | Err(_)) => Settled::Later,
+                Err(_) => Settled::As(Leasing::InFlight),
             },
         }
     }
 
     /// No tier gave it: it may have come into memory all the same. A tier that has it and failed may give it later.
-    fn not_given(&self, hash: SequenceHash) -> Leasing {
+    pub(super) fn not_given(&self, hash: SequenceHash) -> Leasing {
         match self.lease(hash) {
             Leasing::Miss if self.stack.source(&self.block(hash), TierSet::NONE).is_some() => Leasing::InFlight,
             leasing => leasing,

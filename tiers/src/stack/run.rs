@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use kvstore_plane::SequenceHash;
 
-use super::promote::{Batch, Coming, Promotion};
+use super::promote::{Batch, Coming, Promotion, Settled};
 use crate::host::Leasing;
 
 /// A block that a call asks for.
@@ -36,8 +36,6 @@ struct UnderWay {
     index: usize,
     hash: SequenceHash,
     coming: Coming,
-    /// A tier below memory was to give it.
-    is_brought: bool,
 }
 
 /// See the head of this file.
@@ -77,22 +75,29 @@ impl<'a> Window<'a> {
     /// near is not looked for there, and a bucket is searched along a chain.
     pub async fn next(&mut self) -> Option<(usize, SequenceHash, Leasing)> {
         self.refill().await;
-        let UnderWay { index, hash, coming, is_brought } = self.under_way.pop_front()?;
-        let mut leasing = self.settle(hash, coming).await?;
-        if matches!(leasing, Leasing::Miss) && is_brought && !std::mem::replace(&mut self.searched, true) {
-            self.promotion.search_all(&self.chain).await;
-            leasing = self.settle(hash, Coming::Later).await?;
-        }
+        let UnderWay { index, hash, coming } = self.under_way.pop_front()?;
+        let leasing = match self.settle(hash, coming).await? {
+            Some(leasing) => leasing,
+            None => {
+                if !std::mem::replace(&mut self.searched, true) {
+                    self.promotion.search_all(&self.chain).await;
+                }
+                let again = self.promotion.start(hash).await;
+                self.settle(hash, again).await?.unwrap_or_else(|| self.promotion.not_given(hash))
+            }
+        };
         self.has_yielded = true;
         Some((index, hash, leasing))
     }
 
-    /// Waits for a block; `None` where the window ends with it.
-    async fn settle(&mut self, hash: SequenceHash, coming: Coming) -> Option<Leasing> {
+    /// Waits for a block; `Some(None)` where no tier gave it, `None` where the window ends with it.
+    async fn settle(&mut self, hash: SequenceHash, coming: Coming) -> Option<Option<Leasing>> {
         let mut coming = coming;
         loop {
-            if let Some(leasing) = self.promotion.settle(hash, coming).await {
-                return Some(leasing);
+            match self.promotion.settle(coming).await {
+                Settled::As(leasing) => return Some(Some(leasing)),
+                Settled::NotGiven => return Some(None),
+                Settled::Later => {}
             }
             if self.policy.ends_full && self.has_yielded {
                 self.closed = true;
@@ -117,12 +122,11 @@ impl<'a> Window<'a> {
                 Some(leasing) => Coming::Now(leasing),
                 None => self.promotion.start_in(&mut batch, asked.hash).await,
             };
-            let is_brought = matches!(coming, Coming::Soon(_) | Coming::Later);
             let full = self.policy.ends_full && matches!(coming, Coming::Later);
             self.closed |= full || (self.policy.ends_outranked && matches!(coming, Coming::Outranked));
             if !full || self.under_way.is_empty() {
                 let Asked { index, hash, .. } = asked;
-                self.under_way.push_back(UnderWay { index, hash, coming, is_brought });
+                self.under_way.push_back(UnderWay { index, hash, coming });
             }
         }
         self.promotion.send(batch);
