@@ -44,6 +44,8 @@ pub struct TierOptions {
     pub nvme_bytes: u64,
     /// Bytes of that for the index; `None`: as configured by default.
     pub index_bytes: Option<u64>,
+    /// Folders of further disks, of the same size.
+    pub more_folders: Vec<std::path::PathBuf>,
     /// Faults of the disk.
     pub faults: Option<Arc<Faults>>,
     /// How the disk is driven.
@@ -61,6 +63,7 @@ impl Default for TierOptions {
             host_bytes,
             nvme_bytes,
             index_bytes: None,
+            more_folders: Vec::new(),
             faults: None,
             engine: NvmeEngine::Auto,
             layers: 1,
@@ -125,7 +128,7 @@ impl Tiers {
         };
         let host = HostTier::new(host, &["default".into()]);
         let nvme = NvmeOptions {
-            paths: vec![folder.to_owned()],
+            paths: std::iter::once(folder.to_owned()).chain(options.more_folders.iter().cloned()).collect(),
             bytes: options.nvme_bytes,
             index_bytes: options.index_bytes,
             dirty_bytes: options.host_bytes / 4,

@@ -21,6 +21,7 @@ mod modules;
 mod namespaces;
 mod nvme;
 mod nvme_bounds;
+mod nvme_doubts;
 mod nvme_faults;
 mod nvme_idle;
 mod nvme_promises;

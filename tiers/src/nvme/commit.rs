@@ -29,6 +29,9 @@ struct Pace {
     log_unsynced: bool,
     next_retry: Instant,
     retry_after: Duration,
+    /// Moves of a batch that failed. The index's log may have them all the same, so that the copies must stay: the next batch
+    /// has them again.
+    tried: Vec<Move>,
 }
 
 /// What came meanwhile, by kind.
@@ -39,7 +42,7 @@ struct Round {
     errors: Vec<io::Error>,
     waiters: Vec<(oneshot::Sender<bool>, u64)>,
     lives: Vec<(Life, mpsc::SyncSender<bool>)>,
-    moves: Vec<(Vec<Move>, mpsc::SyncSender<bool>)>,
+    moves: Vec<(Vec<Move>, Option<mpsc::SyncSender<bool>>)>,
     found: Vec<(Found, mpsc::SyncSender<bool>)>,
     stop: bool,
 }
@@ -57,7 +60,7 @@ impl Round {
                 Commit::Owed => {}
                 Commit::Sync(waiter, failures) => round.waiters.push((waiter, failures)),
                 Commit::Life(life, done) => round.lives.push((life, done)),
-                Commit::Moved(moves, done) => round.moves.push((moves, done)),
+                Commit::Moved(moves, done) => round.moves.push((moves, Some(done))),
                 Commit::Found(found, done) => round.found.push((found, done)),
                 Commit::Stop => round.stop = true,
             }
@@ -85,7 +88,13 @@ impl Store {
     /// The committer's life. Sleeps while there is nothing to write, nothing to sync, and nothing to try again.
     pub fn commit_forever(self: &Arc<Self>, commits: &mpsc::Receiver<Commit>) {
         let now = Instant::now();
-        let mut pace = Pace { last_sync: now, log_unsynced: true, next_retry: now, retry_after: RETRY_INDEX_AFTER };
+        let mut pace = Pace {
+            last_sync: now,
+            log_unsynced: true,
+            next_retry: now,
+            retry_after: RETRY_INDEX_AFTER,
+            tried: Vec::new(),
+        };
         loop {
             let first = match self.wait(&pace) {
                 Some(time) => commits.recv_timeout(time),
@@ -101,7 +110,7 @@ impl Store {
             let stop = round.stop;
             self.commit(round, &mut pace);
             if stop {
-                return;
+                return self.refuse_rest(commits);
             }
         }
     }
@@ -138,16 +147,19 @@ impl Store {
         if closed && !self.reopen_index(pace, round.stop) || !self.write_deletions(pace) {
             return self.refuse_round(round);
         }
+        if !pace.tried.is_empty() {
+            round.moves.insert(0, (std::mem::take(&mut pace.tried), None));
+        }
         let mut writes = self.writes(&round, pace, closed);
         if writes.batch.is_empty() && !writes.log {
-            return self.settle(round, &writes, true, true);
+            return self.settle(round, pace, &writes, true, true);
         }
         let (synced, indexed) = self.write_both(&mut writes, pace);
         if indexed.is_ok() {
             pace.retry_after = RETRY_INDEX_AFTER;
         }
         let (synced, indexed) = self.note_outcome(&writes, synced, indexed);
-        self.settle(round, &writes, synced, indexed);
+        self.settle(round, pace, &writes, synced, indexed);
     }
 
     /// Opens a failed index again, where it is time; false where it stays closed.
@@ -181,7 +193,7 @@ impl Store {
             pace.log_unsynced = true;
             let mut state = self.state.lock();
             match written {
-                Ok(()) => state.owed.written(),
+                Ok(()) => state.owed.written(false),
                 Err(error) => {
                     state.owed.failed();
                     drop(state);
@@ -275,23 +287,30 @@ impl Store {
             return (synced.is_ok(), false);
         }
         let mut state = self.state.lock();
-        state.owed.written();
+        state.owed.written(writes.log);
         state.numbers.saved(writes.numbers);
-        if std::mem::take(&mut state.health.index_closed) {
+        let opened = std::mem::take(&mut state.health.index_closed);
+        drop(state);
+        if opened {
             tracing::info!(path = %self.path.display(), "the index is open again");
+            // It sleeps without a limit while the volume takes no writes.
+            self.wake_flusher();
         }
         (synced.is_ok(), true)
     }
 
     /// Answers all who took part in a round.
-    fn settle(&self, round: Round, writes: &Writes, synced: bool, indexed: bool) {
+    fn settle(&self, round: Round, pace: &mut Pace, writes: &Writes, synced: bool, indexed: bool) {
         let safe = synced && indexed && writes.trusted;
         if indexed {
             self.publish_moves(round.moves);
             self.publish(round.written, safe && writes.log);
         } else {
-            self.fail(round.written);
-            round.moves.into_iter().for_each(|(_, done)| _ = done.send(false));
+            self.fail_tried(round.written);
+            for (moves, done) in round.moves {
+                pace.tried.extend(moves);
+                done.into_iter().for_each(|done| _ = done.send(false));
+            }
         }
         let forgets = self.state.lock().forgets_deletions;
         for (waiter, failures) in round.waiters {
@@ -312,9 +331,16 @@ impl Store {
         self.fail(round.written);
         round.waiters.into_iter().for_each(|(waiter, _)| _ = waiter.send(false));
         round.lives.into_iter().for_each(|(_, done)| _ = done.send(false));
-        round.moves.into_iter().for_each(|(_, done)| _ = done.send(false));
+        self.drop_moves(round.moves);
         round.found.into_iter().for_each(|(_, done)| _ = done.send(false));
         self.peers.cleaned.notify_waiters();
+    }
+
+    /// The committer ends: whoever still waits hears that nothing will come.
+    fn refuse_rest(&self, commits: &mpsc::Receiver<Commit>) {
+        self.refuse_round(Round::of(commits.try_iter().collect()));
+        let waiting = self.state.lock().pending.take_waiters();
+        waiting.into_iter().for_each(|waiter| _ = waiter.send(false));
     }
 
     /// The index failed: it is closed, and opened again until that works.

@@ -9,6 +9,7 @@ use kvstore_transfer::frame::FrameHeader;
 use kvstore_transfer::volume::{self, Direction, IoMemories, IoMemory, Transfer};
 use kvstore_transfer::{AlignedBytes, Lane, SectionSums};
 use parking_lot::MutexGuard;
+use tokio::sync::oneshot;
 
 use super::format::{Extent, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of};
 use super::segments::Place;
@@ -49,10 +50,8 @@ impl Store {
         let is_small = |dirty: &Dirty| u64::from(dirty.block.length()) < FrameHeader::APART_FROM_BYTES;
         let mut queue = self.queue.lock();
         loop {
-            while let Some(extent) = queue.buried.pop_front() {
-                if MutexGuard::unlocked(&mut queue, || !self.bury(extent)) {
-                    queue.unburied.push(extent);
-                }
+            while !queue.buried.is_empty() {
+                MutexGuard::unlocked(&mut queue, || self.bury_queued());
             }
             let has_chores = !queue.unburied.is_empty() || self.has_chores();
             if has_chores && Instant::now() >= queue.chores_at && !self.is_stopping() {
@@ -114,21 +113,37 @@ impl Store {
     /// Empties the segments that are worth least, whichever those are, until the others are within the bound.
     fn keep_to_bound(self: &Arc<Self>) {
         loop {
-            let (beyond, free) = {
+            let ((beyond, free), emptied) = {
                 let state = self.state.lock();
                 if !self.is_beyond_bound(&state) {
                     return;
                 }
-                state.segments.beyond_bound()
+                (state.segments.beyond_bound(), state.segments.counts().emptied)
             };
-            let freed = free.len();
-            if self.is_stopping() || free.into_iter().any(|segment| !self.give_back(segment)) {
+            if self.is_stopping() {
                 return;
             }
-            if freed < beyond && !self.reclaim() {
+            let missing = beyond.saturating_sub(free.len());
+            // What moved out of a segment is safe elsewhere before its disk space goes.
+            if !free.is_empty() && !self.is_synced() || free.into_iter().any(|segment| !self.give_back(segment)) {
+                return;
+            }
+            let going_on = match missing {
+                0 => true,
+                _ if missing <= emptied => self.await_emptied(),
+                _ => self.reclaim(),
+            };
+            if !going_on {
                 return;
             }
         }
+    }
+
+    /// Has all that was done before synced; true where it is.
+    fn is_synced(&self) -> bool {
+        let (send, receive) = oneshot::channel();
+        let failures = self.state.lock().failed_syncs;
+        self.commits.send(Commit::Sync(send, failures)).is_ok() && receive.blocking_recv() == Ok(true)
     }
 
     fn give_back(&self, segment: u32) -> bool {
@@ -368,6 +383,17 @@ impl Store {
         add(&self.counters.device_written_bytes, PAGE);
         volume::write_now(&*self.volume, offset, AlignedBytes::of(&[&header.encode()]))
             .map_err(|error| self.no_space(error))
+    }
+
+    /// Zeroes what is to be zeroed.
+    pub fn bury_queued(self: &Arc<Self>) {
+        loop {
+            let next = self.queue.lock().buried.pop_front();
+            let Some(extent) = next else { return };
+            if !self.bury(extent) {
+                self.queue.lock().unburied.push(extent);
+            }
+        }
     }
 
     /// Zeroes the first page of a frame, so that no later scan finds a block that was deleted. Whoever deleted it

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::format::PAGE;
+use super::state::State;
 use super::store::Store;
 use super::{NvmeTier, pins};
 use crate::block::{BlockRef, Digest};
@@ -64,8 +65,10 @@ impl NvmeTier {
             let pinned_bytes = state.extents.pages().1 * PAGE;
             let bytes_max = store.bytes_max.load(Ordering::Acquire) / 100 * crate::caps::HELD_PERCENT_MAX;
             if pinned_bytes > bytes_max {
+                // The index has not heard of it, and need not.
+                let _ = state.end_pin(id);
                 drop(state);
-                self.stores.iter().take(done + 1).for_each(|store| _ = store.unpin(id));
+                self.stores.iter().take(done).for_each(|store| _ = store.unpin(id));
                 return Err(PinRefused::TooManyBytes { pinned_bytes, bytes_max });
             }
             if let Some(record) = record {
@@ -111,15 +114,23 @@ impl NvmeTier {
 impl Store {
     fn unpin(&self, id: u128) -> bool {
         let mut state = self.state.lock();
-        let Some((freed, lasting)) = state.pins.end(id) else { return false };
-        for digest in freed {
-            state.extents.set_pinned(digest, false);
-        }
+        let Some(lasting) = state.end_pin(id) else { return false };
         if lasting {
             state.owed.unpin(id);
             drop(state);
             self.wake_committer();
         }
         true
+    }
+}
+
+impl State {
+    /// Ends a pin here; whether a record of it has to go from the index. `None`: there is none.
+    fn end_pin(&mut self, id: u128) -> Option<bool> {
+        let (freed, lasting) = self.pins.end(id)?;
+        for digest in freed {
+            self.extents.set_pinned(digest, false);
+        }
+        Some(lasting)
     }
 }

@@ -47,7 +47,7 @@ use crate::residency::Delete;
 
 use extents::Extents;
 use store::Store;
-use write::{Commit, Dirty, DirtyBytes, DirtyCount, Pending};
+use write::{Commit, Dirty, DirtyBytes, DirtyCount, Pending, answer};
 
 pub use bound::BoundRefused;
 pub use format::{Extent, FormatError, IndexValue, SegmentClass, SegmentHeader, VolumeHeader};
@@ -255,6 +255,9 @@ impl NvmeTier {
         local: bool,
     ) -> WriteBack {
         let (waiter, waiting) = oneshot::channel();
+        if self.stores.iter().any(|store| store.is_stopping()) {
+            return WriteBack::Refused;
+        }
         if let Some(store) = self.holder(block) {
             let safe = {
                 let state = store.state.lock();
@@ -264,13 +267,22 @@ impl NvmeTier {
             };
             // What a failed sync has left in doubt is written anew.
             if let Some(failures) = safe {
-                let waits = local && store.commits.send(Commit::Sync(waiter, failures)).is_ok();
-                return WriteBack::Queued(waits.then_some(waiting));
+                if !local {
+                    return WriteBack::Queued(None);
+                }
+                return match store.commits.send(Commit::Sync(waiter, failures)) {
+                    Ok(()) => WriteBack::Queued(Some(waiting)),
+                    Err(_) => WriteBack::Refused,
+                };
             }
         }
         let Some((store, digest)) = self.place_for(block) else { return WriteBack::Refused };
         {
             let mut state = store.state.lock();
+            // Under the lock: who stops answers all that wait under it, and answers nobody later.
+            if store.is_stopping() {
+                return WriteBack::Refused;
+            }
             if let Some(pending) = state.pending.get_mut(digest).filter(|pending| !pending.cancelled) {
                 if local {
                     pending.waiters.push(waiter);
@@ -288,7 +300,15 @@ impl NvmeTier {
             store.state.lock().pending.remove(digest);
             return WriteBack::Refused;
         };
-        store.queue.lock().items.push_back(dirty);
+        let mut queue = store.queue.lock();
+        if store.is_stopping() {
+            // The flusher may have looked at the queue for the last time.
+            drop(queue);
+            answer(store.state.lock().pending.remove(digest), false);
+            return WriteBack::Refused;
+        }
+        queue.items.push_back(dirty);
+        drop(queue);
         store.queue_changed.notify_one();
         WriteBack::Queued(local.then_some(waiting))
     }
@@ -331,11 +351,14 @@ impl NvmeTier {
     /// Deletes blocks; what became of each. One that is nowhere counts as deleted while a volume's index may still have it: its
     /// deletion is safe from a crash after the next [`Self::sync`].
     pub fn delete(&self, layout: &Arc<RegisteredLayout>, group: u16, hashes: &[SequenceHash]) -> Vec<Delete> {
-        let mut outcome = vec![Delete::Absent; hashes.len()];
+        // A pin on one volume keeps the block on all of them: it may have come to another one than the pin.
+        let pinned = |hash: &SequenceHash| self.is_pinned(&BlockRef { layout, group, hash: *hash });
+        let first = |hash| if pinned(hash) { Delete::Pinned } else { Delete::Absent };
+        let mut outcome: Vec<Delete> = hashes.iter().map(first).collect();
         for store in &self.stores {
             let mut gone = Vec::new();
             let mut state = store.state.lock();
-            for (hash, outcome) in hashes.iter().zip(&mut outcome) {
+            for (hash, outcome) in hashes.iter().zip(&mut outcome).filter(|(_, outcome)| **outcome != Delete::Pinned) {
                 let digest = self.digest(store, &BlockRef { layout, group, hash: *hash });
                 if state.pins.holds(digest) {
                     *outcome = Delete::Pinned;
@@ -421,7 +444,12 @@ impl NvmeTier {
             store.bytes_max.store(bytes, Ordering::Release);
             let index_bytes = self.index_bytes.unwrap_or_else(|| store.index.bytes_max());
             let allowed = Store::segments_allowed(bytes, index_bytes, store.header.segment_bytes);
-            store.state.lock().segments.set_allowed(allowed);
+            {
+                let mut state = store.state.lock();
+                state.segments.set_allowed(allowed);
+                // What the file system refused before, it is asked again.
+                state.health.keeps_space = false;
+            }
             store.wake_flusher();
         }
     }

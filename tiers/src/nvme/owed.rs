@@ -44,6 +44,8 @@ pub(super) struct Owed {
     next: Debts,
     /// Of the batch that is being written.
     writing: Debts,
+    /// The index took it, and its log was not synced yet: a sync that fails may have lost it.
+    unsynced: Debts,
 }
 
 impl Owed {
@@ -54,7 +56,7 @@ impl Owed {
 
     /// True where the index may still have a block that was deleted.
     pub fn is_deleted(&self, digest: Digest) -> bool {
-        self.next.deleted.contains(&digest) || self.writing.deleted.contains(&digest)
+        [&self.next, &self.writing, &self.unsynced].iter().any(|debts| debts.deleted.contains(&digest))
     }
 
     /// A scan must not find this block.
@@ -87,7 +89,8 @@ impl Owed {
     }
 
     fn is_tried(&self, id: u128) -> bool {
-        self.writing.pins.contains_key(&id) || self.next.pins.get(&id).is_some_and(|owed| owed.tried)
+        let taken = self.writing.pins.contains_key(&id) || self.unsynced.pins.contains_key(&id);
+        taken || self.next.pins.get(&id).is_some_and(|owed| owed.tried)
     }
 
     /// What a segment holds cannot be made safe from a loss of power any more.
@@ -106,7 +109,7 @@ impl Owed {
         self.next.given_back.remove(&segment);
     }
 
-    /// Nothing is owed.
+    /// Nothing is to be written.
     pub fn is_empty(&self) -> bool {
         self.next.is_empty() && self.writing.is_empty()
     }
@@ -140,24 +143,39 @@ impl Owed {
         self.writing = debts;
     }
 
-    /// The index took the batch.
-    pub fn written(&mut self) {
-        self.writing = Debts::default();
+    /// The index took the batch; with `synced`, its log has all of it and of the batches before on the disk.
+    pub fn written(&mut self, synced: bool) {
+        let debts = std::mem::take(&mut self.writing);
+        if synced {
+            self.unsynced = Debts::default();
+            return;
+        }
+        let Debts { deleted, buried, unburied, pins, suspects, given_back } = &mut self.unsynced;
+        deleted.extend(debts.deleted);
+        buried.extend(debts.buried);
+        if !debts.unburied.is_empty() {
+            buried.clear();
+        }
+        unburied.extend(debts.unburied);
+        pins.extend(debts.pins);
+        suspects.extend(debts.suspects);
+        given_back.extend(debts.given_back);
     }
 
-    /// It did not: all is owed as before; what came meanwhile is newer.
+    /// It did not, or could not sync its log: all since the last good sync is owed as before; what came meanwhile is newer.
     pub fn failed(&mut self) {
-        let debts = std::mem::take(&mut self.writing);
-        self.next.deleted.extend(debts.deleted);
-        self.next.unburied.extend(debts.unburied);
-        if self.next.unburied.is_empty() {
-            self.next.buried.extend(debts.buried);
+        for debts in [std::mem::take(&mut self.writing), std::mem::take(&mut self.unsynced)] {
+            self.next.deleted.extend(debts.deleted);
+            self.next.unburied.extend(debts.unburied);
+            if self.next.unburied.is_empty() {
+                self.next.buried.extend(debts.buried);
+            }
+            for (id, pin) in debts.pins {
+                self.next.pins.entry(id).and_modify(|newer| newer.tried = true).or_insert(pin);
+            }
+            self.next.suspects.extend(debts.suspects);
+            self.next.given_back.extend(debts.given_back);
         }
-        for (id, pin) in debts.pins {
-            self.next.pins.entry(id).and_modify(|newer| newer.tried = true).or_insert(pin);
-        }
-        self.next.suspects.extend(debts.suspects);
-        self.next.given_back.extend(debts.given_back);
     }
 }
 
@@ -183,7 +201,7 @@ mod tests {
         owed.failed();
         assert!(owed.is_deleted(Digest(1)));
         assert_eq!(begin(&mut owed, &[]), 3);
-        owed.written();
+        owed.written(true);
         assert!(owed.is_empty() && !owed.is_deleted(Digest(1)));
     }
 
@@ -196,7 +214,7 @@ mod tests {
         begin(&mut owed, &[]);
         owed.failed();
         assert_eq!(begin(&mut owed, &[1]), 1, "only the other one goes");
-        owed.written();
+        owed.written(true);
         assert!(owed.is_empty());
     }
 
@@ -214,9 +232,29 @@ mod tests {
         owed.unpin(1);
         owed.failed();
         assert_eq!(begin(&mut owed, &[]), 1, "the failed batch may have reached the log");
-        owed.written();
+        owed.written(true);
         owed.unpin(2);
         assert_eq!(begin(&mut owed, &[]), 1, "an older pin is deleted");
+    }
+
+    /// What the index took without a sync is not on the disk: where a later sync of its log fails, it is written once more.
+    #[test]
+    fn what_was_not_synced_is_owed_again_when_a_sync_fails() {
+        let mut owed = Owed::default();
+        owed.delete(Digest(1));
+        owed.pin(7, vec![1]);
+        assert_eq!(begin(&mut owed, &[]), 2);
+        owed.written(false);
+        assert!(owed.is_empty() && owed.is_deleted(Digest(1)), "nothing to write, and not safe yet");
+        owed.unpin(7);
+        assert_eq!(begin(&mut owed, &[]), 1);
+        owed.failed();
+        assert_eq!(begin(&mut owed, &[]), 2, "the deletion, and the end of the pin");
+        owed.written(true);
+        owed.delete(Digest(2));
+        begin(&mut owed, &[]);
+        owed.failed();
+        assert_eq!(begin(&mut owed, &[]), 1, "what was synced is done");
     }
 
     #[test]
@@ -226,7 +264,7 @@ mod tests {
         let mut parts = Vec::new();
         while !owed.is_empty() {
             parts.push(begin(&mut owed, &[]));
-            owed.written();
+            owed.written(true);
         }
         assert_eq!(parts, [100, 100, 50]);
     }

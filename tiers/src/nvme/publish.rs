@@ -57,7 +57,7 @@ impl Store {
     }
 
     /// The index has the new places of blocks that moved.
-    pub fn publish_moves(&self, moves: Vec<(Vec<Move>, mpsc::SyncSender<bool>)>) {
+    pub fn publish_moves(&self, moves: Vec<(Vec<Move>, Option<mpsc::SyncSender<bool>>)>) {
         for (moves, done) in moves {
             let mut buried = Vec::new();
             let mut state = self.state.lock();
@@ -76,8 +76,28 @@ impl Store {
             }
             drop(state);
             self.bury_later(buried);
-            let _ = done.send(true);
+            done.into_iter().for_each(|done| _ = done.send(true));
         }
+    }
+
+    /// The index never heard of these moves: the blocks stay where they were, the copies are dead.
+    pub fn drop_moves(&self, moves: Vec<(Vec<Move>, Option<mpsc::SyncSender<bool>>)>) {
+        for (moves, done) in moves {
+            self.drop_copies(moves.iter().map(|moved| moved.to.extent).collect());
+            done.into_iter().for_each(|done| _ = done.send(false));
+        }
+    }
+
+    /// These copies of blocks are dead, and a scan must not find them.
+    pub fn drop_copies(&self, copies: Vec<Extent>) {
+        {
+            let mut state = self.state.lock();
+            for copy in &copies {
+                state.segments.begin_read(copy.segment);
+                state.segments.end_write(copy.segment);
+            }
+        }
+        self.bury_later(copies);
     }
 
     /// Blocks were not written, or their write failed: they stay in memory alone. A scan must not find their frames, some of
@@ -99,6 +119,28 @@ impl Store {
         self.bury_later(buried);
     }
 
+    /// The same where the batch with the blocks failed: the index's log may have them, so that they are owed to be deleted
+    /// there. Where an earlier copy is served, both stay, whichever of them the index has.
+    pub fn fail_tried(&self, written: Vec<Framed>) {
+        let mut dead = Vec::with_capacity(written.len());
+        for Framed { dirty, value } in written {
+            let mut state = self.state.lock();
+            if state.extents.get(dirty.digest).is_none() {
+                state.owed.delete(dirty.digest);
+                drop(state);
+                dead.push(Framed { dirty, value });
+                continue;
+            }
+            state.segments.end_write(value.extent.segment);
+            let pending = state.pending.remove(dirty.digest);
+            drop(state);
+            add(&self.counters.refused_blocks, 1);
+            drop(dirty);
+            answer(pending, false);
+        }
+        self.fail(dead);
+    }
+
     /// The headers of these frames are to be zeroed. For each a read of its segment was begun, which the zeroing ends.
     pub fn bury_later(&self, extents: Vec<Extent>) {
         if !extents.is_empty() {
@@ -113,8 +155,14 @@ impl State {
     pub fn take_found(&mut self, found: &Found) -> Vec<Extent> {
         let mut buried = Vec::new();
         self.segments.restore(found.segment, found.life, found.class, false);
+        // Nobody knows whether that was ever synced.
+        self.unsynced.insert(found.segment);
         for (entry, _) in &found.blocks {
             if self.buried.contains(&entry.digest) {
+                if self.extents.get(entry.digest).is_some_and(|known| known.extent == entry.extent) {
+                    // Put anew since it was deleted.
+                    continue;
+                }
                 self.segments.begin_read(found.segment);
                 buried.push(entry.extent);
                 continue;

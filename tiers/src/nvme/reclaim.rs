@@ -8,6 +8,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvstore_transfer::frame::FrameHeader;
 use kvstore_transfer::{AlignedBytes, Lane, volume};
@@ -29,6 +30,9 @@ const FREE_SEGMENTS: usize = 2;
 /// ... of this many: on a small volume one must do.
 const SEGMENTS_PER_FREE: usize = 4;
 
+/// Reads and writes of what an emptied segment held are waited for this long.
+const EMPTIED_WITHIN: Duration = Duration::from_millis(250);
+
 impl Store {
     /// Empties segments until a few are free, or nothing more can be emptied.
     pub fn make_room(self: &Arc<Self>) {
@@ -36,16 +40,49 @@ impl Store {
             // Dead entries of dropped blocks: merging sheds them.
             self.index.compact();
         }
+        // Emptied segments that somebody reads for longer: others are needed in their place.
+        let mut stuck = 0;
         loop {
-            let (free, wanted, blocks) = {
+            let (counts, wanted, blocks) = {
                 let state = self.state.lock();
                 // A small volume has few segments to spare.
                 let wanted = (state.segments.allowed() / SEGMENTS_PER_FREE).clamp(1, FREE_SEGMENTS);
-                (state.segments.counts().free, wanted, state.extents.len() as u64)
+                (state.segments.counts(), wanted, state.extents.len() as u64)
             };
-            if free >= wanted && blocks < self.blocks_max() || !self.reclaim() {
+            stuck = counts.emptied.min(stuck);
+            let enough = counts.soon >= wanted + stuck;
+            if !(enough && blocks < self.blocks_max()) && self.reclaim() {
+                continue;
+            }
+            if counts.free > 0 || counts.emptied == 0 {
                 return;
             }
+            if !self.await_emptied() {
+                if !enough || !self.state.lock().health.takes_writes() {
+                    return;
+                }
+                stuck = counts.emptied;
+            }
+        }
+    }
+
+    /// Waits until an emptied segment is free: what is to be zeroed in it is zeroed here, because nobody else would. False where
+    /// that takes long.
+    pub fn await_emptied(self: &Arc<Self>) -> bool {
+        let until = Instant::now() + EMPTIED_WITHIN;
+        let before = self.state.lock().segments.counts().emptied;
+        loop {
+            self.bury_queued();
+            {
+                let state = self.state.lock();
+                if state.segments.counts().emptied < before {
+                    return true;
+                }
+                if !state.health.takes_writes() || Instant::now() >= until {
+                    return false;
+                }
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -173,8 +210,8 @@ impl Store {
                 Moved::Damaged => self.quarantine(entry),
                 // What is pinned stays where it is, and the segment with it.
                 Moved::NoRoom if class == SegmentClass::Pinned => {
-                    let copies: Vec<Extent> = moved.iter().map(|moved| moved.to.extent).collect();
-                    return self.abandon(&copies);
+                    self.drop_copies(moved.iter().map(|moved| moved.to.extent).collect());
+                    return false;
                 }
                 Moved::NoRoom => break,
             }
@@ -182,20 +219,7 @@ impl Store {
         self.leave_segment(victim, &entries, moved)
     }
 
-    /// The segment could not be emptied: the copies of what has moved so far are dead, and a scan must not find them.
-    fn abandon(&self, copies: &[Extent]) -> bool {
-        let mut state = self.state.lock();
-        for copy in copies {
-            state.segments.begin_read(copy.segment);
-            state.segments.end_write(copy.segment);
-        }
-        drop(state);
-        self.bury_later(copies.to_vec());
-        false
-    }
-
     fn leave_segment(self: &Arc<Self>, victim: u32, entries: &[Entry], moved: Vec<Move>) -> bool {
-        let copies: Vec<Extent> = moved.iter().map(|moved| moved.to.extent).collect();
         let moved_digests: HashSet<Digest> = moved.iter().map(|moved| moved.from.digest).collect();
         {
             let mut state = self.state.lock();
@@ -205,14 +229,16 @@ impl Store {
             // Pinned while the segment was being emptied: it stays, and the segment with it.
             if dropped.iter().any(|now| now.pinned) {
                 drop(state);
-                return self.abandon(&copies);
+                self.drop_copies(moved.iter().map(|moved| moved.to.extent).collect());
+                return false;
             }
             dropped.iter().for_each(|entry| _ = state.drop_block(entry.digest));
             add(&self.counters.dropped_blocks, dropped.len() as u64);
         }
         // With what was dropped, which is owed. What is deleted meanwhile, the committer hears of after this.
+        // Where the index does not take it, the committer sees to the copies.
         if !self.ask(|done| Commit::Moved(moved, done)) {
-            return self.abandon(&copies);
+            return false;
         }
         let life = self.state.lock().segments.next_life();
         // Until it is opened again, a scan must not find in it what has left, and may have been deleted since.

@@ -76,6 +76,10 @@ pub struct SegmentCounts {
     pub present: usize,
     /// That may be opened within the bound, with or without disk space yet.
     pub free: usize,
+    /// Emptied, while reads or writes of what they held go on.
+    pub emptied: usize,
+    /// That will be free once those end, the free ones included.
+    pub soon: usize,
     /// Full.
     pub sealed: usize,
     /// Yet to be scanned.
@@ -329,10 +333,13 @@ impl Segments {
         for known in &self.all {
             counts.present += usize::from(known.state != State::Absent);
             unused += usize::from(matches!(known.state, State::Free | State::Absent));
+            counts.emptied += usize::from(known.state == State::Emptied);
             counts.sealed += usize::from(matches!(known.state, State::Sealed { .. }));
             counts.unknown += usize::from(known.state == State::Unknown);
         }
-        counts.free = unused.min(self.allowed.saturating_sub(self.all.len() - unused));
+        let within_bound = |unused: usize| unused.min(self.allowed.saturating_sub(self.all.len() - unused));
+        counts.free = within_bound(unused);
+        counts.soon = within_bound(unused + counts.emptied);
         counts
     }
 }
@@ -378,6 +385,8 @@ mod tests {
             (0..2).filter_map(|_| segments.next_free(Ordinary)).any(|opening| opening.segment == first)
         };
         assert!(!free(&mut segments), "somebody reads it");
+        let counts = segments.counts();
+        assert_eq!((counts.free, counts.emptied, counts.soon), (2, 1, 3), "but it is on its way");
         segments.end_read(first);
         assert!(free(&mut segments));
     }

@@ -91,7 +91,7 @@ pub(super) struct State {
     /// Blocks on their way to the volume.
     pub pending: PendingBlocks,
     pub health: Health,
-    /// Segments that were written since the last sync began, or are being written.
+    /// Segments that were written since the last sync began, or are being written; at the start, all that an earlier life wrote.
     pub unsynced: HashSet<u32>,
     /// Segments that a failed sync was to cover: nothing in them is safe from a loss of power.
     pub suspects: HashSet<u32>,

@@ -177,10 +177,12 @@ impl Store {
         let mut state = self.state.lock();
         let mut stale = IndexBatch::default();
         let mut stale_blocks = 0;
-        let State { extents, segments, pins, numbers, suspects, buried, .. } = &mut *state;
+        let State { extents, segments, pins, numbers, suspects, buried, unsynced, .. } = &mut *state;
         let mut result = self.index.load(b's', |item| {
             if let IndexItem::Segment(segment, life, class) = item {
                 segments.restore(segment, life, class, true);
+                // The life before this one may have ended between its writes and their sync, and the index's log has them.
+                unsynced.insert(segment);
             }
         });
         result = result.and(self.index.load(b'p', |item| {

@@ -104,6 +104,11 @@ impl PendingBlocks {
         self.by_digest.is_empty()
     }
 
+    /// All who wait for a block.
+    pub fn take_waiters(&mut self) -> Vec<oneshot::Sender<bool>> {
+        self.by_digest.values_mut().flat_map(|pending| std::mem::take(&mut pending.waiters)).collect()
+    }
+
     pub fn has_tag(&self, tag: u64) -> bool {
         self.tags.contains(&tag)
     }
