@@ -6,11 +6,12 @@ use std::time::Instant;
 
 use kvstore::serve::{StartOptions, start};
 use kvstore::{replay, trace};
+use kvstore_tests::memory;
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::NamespaceId;
 use kvstore_tiers::sampled::SampledAccesses;
 use kvstore_tiers::simulate::simulate;
-use kvstore_tiers::{BlockKind, BootTime, DimensionOrder, LayerGroup, Layout, SequenceHash, Shard};
+use kvstore_tiers::{BootTime, SequenceHash};
 
 use crate::figure::{self, median};
 
@@ -99,23 +100,7 @@ fn access_log(trace: &[trace::TraceRequest], rounds: usize) -> anyhow::Result<f6
     };
     let runtime = tokio::runtime::Runtime::new()?;
     let running = runtime.block_on(start(options))?;
-    let group = LayerGroup {
-        kind: BlockKind::Attention,
-        layers: 1,
-        planes: 1,
-        heads: 1,
-        head_bytes: BLOCK as u32,
-        order: DimensionOrder::Opaque,
-    };
-    let layout = Layout {
-        model: b"advise".to_vec(),
-        weights_digest: Vec::new(),
-        dtype: "bytes".into(),
-        block_tokens: 1,
-        groups: vec![group],
-        shard: Shard { index: 0, count: 1 },
-        extra: Vec::new(),
-    };
+    let layout = memory::layout("advise", BLOCK as u32, 1);
     let layout = running.daemon.host.register_layout(NamespaceId(0), layout)?;
     let of = |id: &u64| SequenceHash::new(&replay::sequence_hash(*id)).map_err(anyhow::Error::from);
     let requests: Vec<Vec<SequenceHash>> =

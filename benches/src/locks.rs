@@ -8,13 +8,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kvstore::replay;
+use kvstore_tests::memory;
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::{
     BeginFill, FillRequest, HoldId, HoldKind, HostLimits, HostOptions, HostTier, NamespaceId, NamespaceLimits,
     PoolStatus, RegisteredLayout,
 };
 use kvstore_tiers::residency::{FlightSource, Priority, Urgency};
-use kvstore_tiers::{BlockKind, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, SequenceHash, Shard};
+use kvstore_tiers::{BootTime, HugePages, SequenceHash};
 
 use crate::figure::{self, median};
 
@@ -70,23 +71,7 @@ impl Tier {
         host.set_namespace_limits(
             (0..NAMESPACES).map(|at| NamespaceLimits { bytes: bound(at), ..NamespaceLimits::default() }),
         );
-        let group = LayerGroup {
-            kind: BlockKind::Attention,
-            layers: 1,
-            planes: 1,
-            heads: 1,
-            head_bytes: BLOCK_BYTES,
-            order: DimensionOrder::Opaque,
-        };
-        let layout = Layout {
-            model: b"locks".to_vec(),
-            weights_digest: Vec::new(),
-            dtype: "bytes".into(),
-            block_tokens: 1,
-            groups: vec![group],
-            shard: Shard { index: 0, count: 1 },
-            extra: Vec::new(),
-        };
+        let layout = memory::layout("locks", BLOCK_BYTES, 1);
         let register = |at: usize| host.register_layout(NamespaceId(at), layout.clone());
         let layouts = (0..NAMESPACES).map(register).collect::<Result<Vec<_>, _>>()?;
         let held = (0..HELD as u64).map(|at| hash(0, at)).collect();

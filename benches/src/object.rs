@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use futures::StreamExt;
 use kvstore::replay;
+use kvstore_tests::memory;
 use kvstore_tests::s3::{self, S3Server};
 use kvstore_tests::tier::{hash, now};
 use kvstore_tiers::eviction::PolicyKind;
@@ -17,7 +18,7 @@ use kvstore_tiers::host::{
 use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, ObjectUrl, Offer, Offered};
 use kvstore_tiers::residency::{FlightSource, Priority, Urgency};
 use kvstore_tiers::stack::{Asked, Policy, Promotion, Stack, Window};
-use kvstore_tiers::{BlockKind, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, Shard};
+use kvstore_tiers::{BootTime, HugePages};
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 
@@ -139,23 +140,7 @@ async fn tier(address: std::net::SocketAddr, prefix: &str, seed: u64) -> anyhow:
     };
     let namespaces = vec!["default".to_owned()];
     let host = HostTier::new(options, &namespaces);
-    let group = LayerGroup {
-        kind: BlockKind::Attention,
-        layers: 16,
-        planes: 1,
-        heads: 1,
-        head_bytes: BLOCK / 16,
-        order: DimensionOrder::LayerOpaque,
-    };
-    let layout = Layout {
-        model: b"benches".to_vec(),
-        weights_digest: Vec::new(),
-        dtype: "bytes".into(),
-        block_tokens: 1,
-        groups: vec![group],
-        shard: Shard { index: 0, count: 1 },
-        extra: Vec::new(),
-    };
+    let layout = memory::layout("benches", BLOCK, 16);
     let layout = host.register_layout(NamespaceId(0), layout)?;
     let options = ObjectOptions {
         opened: url(address, prefix).open()?,

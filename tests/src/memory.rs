@@ -13,6 +13,22 @@ use kvstore_tiers::{Block, BlockKind, BootTime, DimensionOrder, HugePages, Layer
 
 use crate::tier::{hash, now};
 
+/// The layout of blocks of so many bytes and layers, of one group and one shard.
+pub fn layout(model: &str, block_bytes: u32, layers: u32) -> Layout {
+    let order = if layers > 1 { DimensionOrder::LayerOpaque } else { DimensionOrder::Opaque };
+    let head_bytes = block_bytes / layers;
+    let group = LayerGroup { kind: BlockKind::Attention, layers, planes: 1, heads: 1, head_bytes, order };
+    Layout {
+        model: model.into(),
+        weights_digest: Vec::new(),
+        dtype: "bytes".into(),
+        block_tokens: 1,
+        groups: vec![group],
+        shard: Shard { index: 0, count: 1 },
+        extra: Vec::new(),
+    }
+}
+
 /// Memory, and one layout.
 pub struct Memory {
     /// Memory.
@@ -40,19 +56,7 @@ impl Memory {
 
     /// One more layout.
     pub fn register(host: &HostTier, model: &str, block_bytes: u32, layers: u32) -> Arc<RegisteredLayout> {
-        let order = if layers > 1 { DimensionOrder::LayerOpaque } else { DimensionOrder::Opaque };
-        let head_bytes = block_bytes / layers;
-        let group = LayerGroup { kind: BlockKind::Attention, layers, planes: 1, heads: 1, head_bytes, order };
-        let layout = Layout {
-            model: model.into(),
-            weights_digest: Vec::new(),
-            dtype: "bytes".into(),
-            block_tokens: 1,
-            groups: vec![group],
-            shard: Shard { index: 0, count: 1 },
-            extra: Vec::new(),
-        };
-        host.register_layout(NamespaceId(0), layout).unwrap()
+        host.register_layout(NamespaceId(0), layout(model, block_bytes, layers)).unwrap()
     }
 
     /// Block `id`.

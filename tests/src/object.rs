@@ -12,13 +12,10 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use kvstore::replay;
-use kvstore_tiers::eviction::PolicyKind;
-use kvstore_tiers::host::{
-    BeginFill, FillRequest, HostLimits, HostOptions, HostTier, LeasedBlock, NamespaceId, RegisteredLayout,
-};
+use kvstore_tiers::host::{BeginFill, FillRequest, HostTier, LeasedBlock, RegisteredLayout};
 use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, Offer, Offered, Opened};
 use kvstore_tiers::residency::{FlightSource, Priority, Urgency};
-use kvstore_tiers::{BlockKind, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, SequenceHash, Shard};
+use kvstore_tiers::{BootTime, SequenceHash};
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
@@ -28,6 +25,7 @@ use object_store::{
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
+use crate::memory::Memory;
 use crate::tier::{hash, now};
 
 /// A request to a [`FakeStore`].
@@ -225,22 +223,11 @@ impl ObjectTiers {
     /// Opens them, and waits for the probe.
     pub async fn open(store: &FakeStore, options: &ObjectTierOptions) -> Self {
         let bytes = 64 << 20;
-        let limits = HostLimits { bytes, high_watermark_percent: 99, low_watermark_percent: 98 };
-        let host = HostOptions {
-            limits,
-            huge_pages: HugePages::Off,
-            policy: PolicyKind::Lru,
-            seed: 1,
-            epoch: 1,
-            bytes_ceiling: bytes,
-        };
-        let namespaces = vec!["default".to_owned()];
-        let host = HostTier::new(host, &namespaces);
-        let layout = host.register_layout(NamespaceId(0), layout(options.block_bytes)).unwrap();
+        let Memory { host, layout } = Memory::new(bytes, options.block_bytes, 1);
         let opened = Opened { store: Arc::new(store.clone()), prefix: Path::from("p"), checks_uploads: false };
         let object = ObjectOptions {
             opened,
-            namespaces,
+            namespaces: vec!["default".to_owned()],
             limits: ObjectLimits { upload_bytes: bytes, backlog_bytes: bytes },
             stall: options.stall,
             log_folder: options.log_folder.clone(),
@@ -312,25 +299,5 @@ impl ObjectTiers {
             searching.ended().await;
         }
         self.object.presence(&self.layout, 0, &hashes)
-    }
-}
-
-fn layout(block_bytes: u32) -> Layout {
-    let group = LayerGroup {
-        kind: BlockKind::Attention,
-        layers: 1,
-        planes: 1,
-        heads: 1,
-        head_bytes: block_bytes,
-        order: DimensionOrder::Opaque,
-    };
-    Layout {
-        model: b"tiers".to_vec(),
-        weights_digest: Vec::new(),
-        dtype: "bytes".into(),
-        block_tokens: 1,
-        groups: vec![group],
-        shard: Shard { index: 0, count: 1 },
-        extra: Vec::new(),
     }
 }

@@ -6,18 +6,14 @@ use std::time::{Duration, Instant};
 
 use kvstore::replay;
 use kvstore_tiers::below::Ask;
-use kvstore_tiers::eviction::PolicyKind;
-use kvstore_tiers::host::{
-    BeginFill, FillRequest, HostLimits, HostOptions, HostTier, Leasing, NamespaceId, RegisteredLayout,
-};
+use kvstore_tiers::host::{BeginFill, FillRequest, HostTier, Leasing, RegisteredLayout};
 use kvstore_tiers::nvme::{NvmeEngine, NvmeOptions, NvmeTier, OpenError, WriteBack};
 use kvstore_tiers::residency::{Delete, FlightSource, Priority, Publish, Urgency};
 use kvstore_tiers::stack::{Asked, Policy, Promotion, Stack, Window};
-use kvstore_tiers::{
-    BlockKind, BlockRef, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, Run, SequenceHash, Shard, Tier,
-    TierSet,
-};
+use kvstore_tiers::{BlockRef, BootTime, Run, SequenceHash, Tier, TierSet};
 use kvstore_transfer::volume::Faults;
+
+use crate::memory::Memory;
 
 /// Both tiers, and one layout.
 pub struct Tiers {
@@ -117,16 +113,7 @@ pub fn as_killed(folder: &Path) -> tempfile::TempDir {
 impl Tiers {
     /// Opens the disk's folder, with an empty memory.
     pub fn open(folder: &Path, options: &TierOptions) -> Result<Self, OpenError> {
-        let limits = HostLimits { bytes: options.host_bytes, high_watermark_percent: 99, low_watermark_percent: 98 };
-        let host = HostOptions {
-            limits,
-            huge_pages: HugePages::Off,
-            policy: PolicyKind::Lru,
-            seed: 1,
-            epoch: 1,
-            bytes_ceiling: limits.bytes,
-        };
-        let host = HostTier::new(host, &["default".into()]);
+        let Memory { host, layout } = Memory::new(options.host_bytes, options.block_bytes, options.layers);
         let nvme = NvmeOptions {
             paths: std::iter::once(folder.to_owned()).chain(options.more_folders.iter().cloned()).collect(),
             bytes: options.nvme_bytes,
@@ -138,25 +125,6 @@ impl Tiers {
             faults: options.faults.clone(),
         };
         let nvme = NvmeTier::open(&nvme, &host)?;
-        let order = if options.layers > 1 { DimensionOrder::LayerOpaque } else { DimensionOrder::Opaque };
-        let group = LayerGroup {
-            kind: BlockKind::Attention,
-            layers: options.layers,
-            planes: 1,
-            heads: 1,
-            head_bytes: options.block_bytes / options.layers,
-            order,
-        };
-        let layout = Layout {
-            model: b"tiers".to_vec(),
-            weights_digest: Vec::new(),
-            dtype: "bytes".into(),
-            block_tokens: 1,
-            groups: vec![group],
-            shard: Shard { index: 0, count: 1 },
-            extra: Vec::new(),
-        };
-        let layout = host.register_layout(NamespaceId(0), layout).unwrap();
         let stack = Stack::new(&host, [(Tier::Nvme, Arc::clone(&nvme) as _)], now);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         Ok(Self { host, nvme, stack, layout, block_bytes: options.block_bytes, runtime })

@@ -178,22 +178,7 @@ async fn background_work_evicts_nothing_while_a_slab_is_made() {
 
 fn begin(daemon: &TestDaemon, id: u64, now: u64) -> BeginFill {
     let host = &daemon.running.daemon.host;
-    let layout = kvstore_tiers::Layout {
-        model: b"stall".to_vec(),
-        weights_digest: vec![],
-        dtype: "bytes".into(),
-        block_tokens: 1,
-        groups: vec![kvstore_tiers::LayerGroup {
-            kind: kvstore_tiers::BlockKind::Attention,
-            layers: 1,
-            planes: 1,
-            heads: 1,
-            head_bytes: BLOCK_BYTES,
-            order: kvstore_tiers::DimensionOrder::Opaque,
-        }],
-        shard: kvstore_tiers::Shard { index: 0, count: 1 },
-        extra: vec![],
-    };
+    let layout = kvstore_tests::memory::layout("stall", BLOCK_BYTES, 1);
     let layout = host.register_layout(NamespaceId(0), layout).unwrap();
     let hash = SequenceHash::new(&replay::sequence_hash(id)).unwrap();
     let request = FillRequest {

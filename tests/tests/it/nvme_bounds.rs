@@ -16,6 +16,22 @@ fn reason(tiers: &Tiers) -> String {
     tiers.nvme.status().volumes[0].reason.clone().unwrap_or_default()
 }
 
+/// While a block comes now and then, the disk gets within the bound; and then it takes more blocks than fit, and stays within.
+fn reaches_and_goes_on(tiers: &Tiers, disk: &Path, bytes: u64) {
+    let until = Instant::now() + Duration::from_secs(15);
+    let mut id = 10_000;
+    while disk_use(disk) > bytes {
+        assert!(Instant::now() < until, "{} bytes are still taken", disk_use(disk));
+        assert!(tiers.put(id, true), "block {id}: {:?}", tiers.nvme.status());
+        id += 1;
+        std::thread::sleep(Duration::from_millis(25));
+    }
+    for id in 20_000..20_900 {
+        assert!(tiers.put(id, true), "block {id}: {:?}", tiers.nvme.status());
+    }
+    assert!(disk_use(disk) <= bytes);
+}
+
 /// The bound was lowered while a client put a block now and then: disk space was given back only where nothing had come for half
 /// a second, and then no block was taken any more, because the segments within the bound were full and none could be emptied.
 #[test]
@@ -26,18 +42,7 @@ fn a_smaller_bound_is_reached_under_light_traffic_and_writing_goes_on() {
     tiers.settle();
     assert!(disk_use(disk.path()) > 100 << 20);
     tiers.nvme.set_limits(72 << 20, 8 << 20);
-    let until = Instant::now() + Duration::from_secs(15);
-    let mut id = 10_000;
-    while disk_use(disk.path()) > 72 << 20 {
-        assert!(Instant::now() < until, "{} bytes are still taken", disk_use(disk.path()));
-        assert!(tiers.put(id, true), "block {id}: {:?}", tiers.nvme.status());
-        id += 1;
-        std::thread::sleep(Duration::from_millis(25));
-    }
-    for id in 20_000..20_900 {
-        assert!(tiers.put(id, true), "block {id}: {:?}", tiers.nvme.status());
-    }
-    assert!(disk_use(disk.path()) <= 72 << 20);
+    reaches_and_goes_on(&tiers, disk.path(), 72 << 20);
     let copy = as_killed(disk.path());
     let later = self::tiers(copy.path(), 72);
     later.until_state("SERVING");
@@ -58,18 +63,7 @@ fn a_smaller_bound_holds_after_a_restart() {
     first.until_synced();
     first.close();
     let tiers = tiers(disk.path(), 64);
-    let until = Instant::now() + Duration::from_secs(15);
-    let mut id = 10_000;
-    while disk_use(disk.path()) > 64 << 20 {
-        assert!(Instant::now() < until, "{} bytes are still taken", disk_use(disk.path()));
-        assert!(tiers.put(id, true), "block {id}: {:?}", tiers.nvme.status());
-        id += 1;
-        std::thread::sleep(Duration::from_millis(25));
-    }
-    for id in 20_000..20_900 {
-        assert!(tiers.put(id, true), "block {id}: {:?}", tiers.nvme.status());
-    }
-    assert!(disk_use(disk.path()) <= 64 << 20);
+    reaches_and_goes_on(&tiers, disk.path(), 64 << 20);
     for id in [1290, 1299, 20_899] {
         assert!(tiers.get(id).bytes().is_some(), "block {id}");
     }
