@@ -8,7 +8,7 @@ pub enum Error {
     /// The address is not one.
     #[error("{0:?} is not an address; use unix:/path/to/socket or http://host:port")]
     Address(String),
-    /// No daemon answers there, or it drains. Try again later.
+    /// No daemon answers there, it drains, or it cannot keep now what an OK would promise. Try again later.
     #[error("unavailable: {0}")]
     Unavailable(String),
     /// A bound is reached. Try again later, or with less.

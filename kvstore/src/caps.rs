@@ -42,6 +42,8 @@ pub const DEADLINE_MAX: Duration = Duration::from_secs(600);
 pub const WATCHES_MAX: usize = 64;
 /// A router that takes no message for this long is sent away; it watches again when it can.
 pub const WATCH_STALL: Duration = Duration::from_secs(30);
+/// The same for whoever has blocks verified or garbage collected: one at a time may.
+pub const REPORT_STALL: Duration = Duration::from_secs(30);
 /// Names of one message to a router: 64 KiB, some hundred microseconds of its time.
 pub const WATCH_NAMES_PER_MESSAGE: usize = 8192;
 /// Changes of one message.
@@ -64,7 +66,7 @@ pub const PUBLISHER_TOPICS_MAX: usize = 64;
 pub const PUBLISHER_REQUEST_BYTES_MAX: usize = 4096;
 /// One that takes nothing for this long is cut off, and comes back to a replay.
 pub const PUBLISHER_STALL: Duration = Duration::from_secs(10);
-/// Descriptions that wait for the publisher: calls that describe up to some thousand blocks each.
+/// Descriptions that wait for the publisher: calls, each of which describes at most [`HASHES_PER_LOOKUP_MAX`] blocks.
 pub const DESCRIPTIONS_WAITING_MAX: usize = 256;
 /// Bytes that are copied to measure how fast memory is: more than caches have.
 pub const COPY_MEASURED_BYTES: usize = 32 << 20;

@@ -1,6 +1,7 @@
 //! Prefetches under way, and those that ended lately: what is asked of them later. `verbs/prefetch.rs` does their work.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use kvstore_proto::v1::PrefetchState;
 use kvstore_tiers::host::{HoldId, NamespaceId};
@@ -24,7 +25,7 @@ pub struct Prefetch {
     /// ... and layer group.
     pub group: u16,
     /// The blocks, in order.
-    pub hashes: Vec<SequenceHash>,
+    pub hashes: Arc<[SequenceHash]>,
     /// When it ends at the latest.
     pub deadline: BootTime,
     /// Blocks are being brought.

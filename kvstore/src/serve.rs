@@ -175,7 +175,7 @@ impl Running {
             daemon.nvme.iter().for_each(|nvme| nvme.close());
             let _ = done.send(());
         });
-        if tokio::time::timeout(VOLUMES_CLOSE_WITHIN, closed).await.is_err() {
+        if !matches!(tokio::time::timeout(VOLUMES_CLOSE_WITHIN, closed).await, Ok(Ok(()))) {
             tracing::error!(
                 "a disk does not answer; the daemon stops without writing the blocks that still wait for it"
             );

@@ -42,7 +42,7 @@ pub enum Ask {
     Read,
     /// What is on its way there counts, too.
     Coming,
-    /// Somebody waits for them: reads that are under way become urgent.
+    /// Somebody waits for them: reads that are under way become urgent, where the tier can do that.
     Hurry,
     /// What is not known is looked for: see [`Known::searching`].
     Search(BootTime),

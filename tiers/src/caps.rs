@@ -140,7 +140,7 @@ pub const OBJECT_SEARCHES_MAX: usize = 16;
 pub const OBJECT_LISTINGS_PER_SEARCH_MAX: usize = 1024;
 /// Packs that begin with one block and are looked at: branches of a prompt, and rewrites. The newest first.
 pub const OBJECT_BRANCHES_MAX: usize = 64;
-/// Bytes of one ranged read: two packs' worth, as several streams are faster than one.
+/// Bytes of one ranged read: a pack's worth. Several streams are faster than one.
 pub const OBJECT_READ_BYTES_MAX: u64 = 8 << 20;
 /// A request that brings nothing for this long is made anew.
 pub const OBJECT_STALL_MS: u64 = 5_000;
@@ -181,6 +181,8 @@ pub const PROMOTIONS_PER_CALL_MAX: usize = 4096;
 pub const OBJECT_WINDOW_BYTES: u64 = 64 << 20;
 /// How long a call waits for dirty blocks to be written, or uploaded, before it is answered Busy.
 pub const ROOM_BELOW_WITHIN: Duration = Duration::from_secs(5);
+/// ... and how often it looks again meanwhile, whatever is told.
+pub const ROOM_BELOW_POLL: Duration = Duration::from_millis(50);
 /// Packs that a collector says it deletes, and then deletes together: a second or a few, for which a pin of their blocks waits, and
 /// 40 KB that name them.
 pub const OBJECT_COLLECT_BATCH: usize = 256;
@@ -188,7 +190,6 @@ pub const OBJECT_COLLECT_BATCH: usize = 256;
 pub const OBJECT_REFERENCES_MAX: usize = 1 << 18;
 /// Blocks that these name, each as often as it is named: 128 MiB.
 pub const OBJECT_REFERRED_BLOCKS_MAX: usize = 1 << 22;
-/// Packs that are read at once to prove them before an acknowledgement rests on them: 8 MiB of memory each.
+/// Packs that are read at once to prove them before an acknowledgement rests on them: 8 MiB of memory each, or a frame, where
+/// that is larger.
 pub const OBJECT_PROOFS_MAX: usize = 8;
-/// ... and how often it looks again meanwhile, whatever is told.
-pub const ROOM_BELOW_POLL: Duration = Duration::from_millis(50);

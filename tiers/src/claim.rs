@@ -183,6 +183,6 @@ fn answers(path: &Path) -> bool {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
     let connected = socket.and_then(|socket| rustix::net::connect(&socket, &SocketAddrUnix::new(path)?));
-    // A listener with a full queue of connections, or of another kind, is there all the same.
-    matches!(connected, Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE))
+    // A listener with a full queue of connections, or of another kind, is there all the same; and where nobody can tell, one may be.
+    !matches!(connected, Err(Errno::CONNREFUSED | Errno::NOENT))
 }

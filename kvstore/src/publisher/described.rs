@@ -89,10 +89,9 @@ impl Described {
         Some(News { block: Arc::clone(&known.description), tier, stored })
     }
 
-    /// Nothing is known to be anywhere any more; the names of all that are described.
-    pub fn forget_places(&mut self) -> Vec<u64> {
+    /// Nothing is known to be anywhere any more.
+    pub fn forget_places(&mut self) {
         self.blocks.values_mut().for_each(|known| known.published = 0);
-        self.blocks.keys().copied().collect()
     }
 
     /// Blocks that are described.

@@ -54,7 +54,8 @@ pub async fn collect(
         Err(error @ CollectError::NoLease) => Err(Status::failed_precondition(error.to_string())),
         Err(error) => Err(Status::unavailable(error.to_string())),
     };
-    let _ = reports.send(answer).await;
+    // Who collects next waits for this one's end, and that not for its listener.
+    let _ = reports.send_timeout(answer, caps::REPORT_STALL).await;
 }
 
 fn progress(collected: &Collected, done: bool) -> v1::CollectProgress {

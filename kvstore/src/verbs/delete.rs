@@ -9,8 +9,8 @@ use super::until_synced;
 use crate::daemon::Daemon;
 use crate::{caps, wire};
 
-/// Deletes blocks; pinned ones stay and are counted. The lower tier first: a promotion that began before is
-/// then superseded in memory, and none can begin after.
+/// Deletes blocks; pinned ones stay, in every tier, and are counted. The lower tiers first: a promotion that began before is then
+/// superseded in memory, and none can begin after.
 pub async fn delete(
     daemon: &Daemon,
     namespace: NamespaceId,
@@ -18,32 +18,39 @@ pub async fn delete(
 ) -> Result<DeleteResponse, Status> {
     let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
     let (group, _) = wire::known_group(&layout, request.group)?;
-    let hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
+    let mut hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
+    let asked = hashes.len();
+    // What memory alone holds, for a ticket say, keeps its copies below.
+    let mut held = daemon.host.held(&layout, group, &hashes).into_iter();
+    hashes.retain(|_| held.next() == Some(false));
+    let mut pinned = asked - hashes.len();
     let mut deleting = daemon.deletions.begin();
-    let mut outcomes = vec![Delete::Absent; hashes.len()];
+    let mut below = vec![Delete::Absent; hashes.len()];
     let mut in_bucket = std::collections::HashSet::new();
     if let Some(nvme) = &daemon.nvme {
-        outcomes = nvme.delete(&layout, group, &hashes);
-        deleting.has_deleted = outcomes.contains(&Delete::Deleted);
+        below = nvme.delete(&layout, group, &hashes);
+        deleting.has_deleted = below.contains(&Delete::Deleted);
+        let held = below.iter().filter(|outcome| **outcome == Delete::Pinned).count();
+        pinned += held;
+        if held > 0 {
+            let mut outcomes = below.iter();
+            hashes.retain(|_| outcomes.next() != Some(&Delete::Pinned));
+            below.retain(|outcome| *outcome != Delete::Pinned);
+        }
     }
     if let Some(object) = &daemon.object {
-        let unpinned = hashes.iter().zip(&outcomes).filter(|(_, below)| **below != Delete::Pinned);
-        let unpinned: Vec<_> = unpinned.map(|(hash, _)| *hash).collect();
-        in_bucket = object.delete(&layout, group, &unpinned).await.map_err(|trouble| {
+        in_bucket = object.delete(&layout, group, &hashes).await.map_err(|trouble| {
             Status::unavailable(format!(
                 "the blocks were not deleted from the object store: {trouble}; delete them again once the store answers"
             ))
         })?;
     }
-    let (mut deleted, mut pinned) = (0, 0);
-    for (hash, below) in hashes.iter().zip(outcomes) {
-        let above = match below {
-            Delete::Pinned => vec![],
-            _ => daemon.host.delete(&layout, group, &[*hash]),
-        };
-        match (below, above.first()) {
-            (Delete::Pinned, _) | (_, Some(Delete::Pinned)) => pinned += 1,
-            (Delete::Deleted, _) | (_, Some(Delete::Deleted)) => deleted += 1,
+    let mut deleted = 0;
+    let above = daemon.host.delete(&layout, group, &hashes);
+    for ((hash, below), above) in hashes.iter().zip(below).zip(above) {
+        match (below, above) {
+            (_, Delete::Pinned) => pinned += 1,
+            (Delete::Deleted, _) | (_, Delete::Deleted) => deleted += 1,
             _ if in_bucket.contains(hash) => deleted += 1,
             _ => {}
         }
@@ -59,5 +66,5 @@ pub async fn delete(
         until_synced(daemon, problem).await?;
         deleting.synced(owed);
     }
-    Ok(DeleteResponse { deleted, pinned })
+    Ok(DeleteResponse { deleted, pinned: pinned as u64 })
 }

@@ -39,7 +39,12 @@ pub async fn lookup_patiently(
     namespace: NamespaceId,
     request: &LookupRequest,
 ) -> Result<LookupResponse, Status> {
-    let searches = search(daemon, namespace, request)?;
+    let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
+    let hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
+    let searches = match parts_of(daemon, &layout, request, &hashes)? {
+        Some(parts) => search(daemon, &parts, &hashes),
+        None => Vec::new(),
+    };
     let wait = Duration::from_millis(u64::from(request.search_wait_ms)).min(caps::SEARCH_WAIT_MAX);
     let ended = async {
         for search in searches {
@@ -56,18 +61,15 @@ pub fn may_wait(daemon: &Daemon, request: &LookupRequest) -> bool {
 }
 
 /// Starts to search the bucket for the blocks of which nothing is known.
-fn search(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) -> Result<Vec<Searching>, Status> {
+fn search(daemon: &Daemon, parts: &[Part], hashes: &[SequenceHash]) -> Vec<Searching> {
     if !daemon.stack.has(Tier::Object) {
-        return Ok(Vec::new());
+        return Vec::new();
     }
-    let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
-    let hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
-    let parts = parts_of(daemon, &layout, request, &hashes)?.unwrap_or_default();
     let search = |part: &Part| {
         let here = (0..hashes.len()).take_while(|block| part.at(*block).is_some_and(|at| at.is_here())).count();
         daemon.stack.search(&part.run(hashes.get(here..).unwrap_or_default()))
     };
-    Ok(parts.iter().flat_map(search).collect())
+    parts.iter().flat_map(search).collect()
 }
 
 /// Answers a look-up.
@@ -97,7 +99,7 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
         let run = hashes.get(..resident).unwrap_or_default();
         daemon.stack.asked_for(&part.run(run));
     }
-    let searching = readable < hashes.len() && !search(daemon, namespace, request)?.is_empty();
+    let searching = readable < hashes.len() && !search(daemon, &parts, &hashes).is_empty();
     let mut response =
         LookupResponse { readable_blocks: readable as u32, residency, searching, ..LookupResponse::default() };
     if request.ticket_ttl_ms > 0 && readable > 0 {
@@ -154,7 +156,7 @@ fn readable_blocks(layout: &RegisteredLayout, parts: &[Part]) -> usize {
     readable_prefix(&groups, layout.layout.block_tokens)
 }
 
-/// Holds what was found readable. Where some of it left since, the answer shrinks to what is held.
+/// Holds what was found readable. Where some of it left since, nothing is held, and the answer says that nothing is readable.
 fn hold_for_ticket(
     daemon: &Daemon,
     namespace: NamespaceId,

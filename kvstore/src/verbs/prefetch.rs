@@ -32,7 +32,7 @@ pub fn prefetch(
 ) -> Result<PrefetchResponse, Status> {
     let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
     let (group, _) = wire::known_group(&layout, request.group)?;
-    let hashes = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?;
+    let hashes: Arc<[SequenceHash]> = wire::hashes(&request.sequence_hashes, caps::HASHES_PER_LOOKUP_MAX)?.into();
     let deadline_max = caps::DEADLINE_MAX.as_millis() as u64;
     let deadline_ms = match u64::from(request.deadline_ms) {
         0 => DEADLINE_MS_DEFAULT,
@@ -60,7 +60,8 @@ pub fn prefetch(
     });
     let running = promotion.is_some();
     let layout_digest = layout.digest;
-    let prefetch = Prefetch { namespace, layout_digest, group, hashes: hashes.clone(), deadline, running, ended: None };
+    let prefetch =
+        Prefetch { namespace, layout_digest, group, hashes: Arc::clone(&hashes), deadline, running, ended: None };
     let mut prefetches = daemon.prefetches.lock();
     let kept: usize = prefetches.values().map(|prefetch| prefetch.hashes.len()).sum();
     if prefetches.len() >= caps::PREFETCHES_MAX || kept + prefetch.hashes.len() > caps::PREFETCH_HASHES_MAX {
@@ -79,19 +80,19 @@ pub fn prefetch(
 }
 
 /// Brings the blocks in, in order, until all are there or nowhere or the prefetch has ended.
-async fn bring(daemon: Arc<Daemon>, promotion: Promotion, id: HoldId, hashes: Vec<SequenceHash>) {
+async fn bring(daemon: Arc<Daemon>, promotion: Promotion, id: HoldId, hashes: Arc<[SequenceHash]>) {
     let below = promotion.below(&hashes).await;
     let presences = daemon.host.presence(&promotion.layout, promotion.group, &hashes);
     // More than that would push out its own beginning, and all else.
     let most = promotion.memory_blocks() / 2;
     let wanted = hashes
-        .into_iter()
+        .iter()
         .zip(below)
         .zip(presences)
         .filter(|((_, below), presence)| *below && *presence != Presence::Resident)
         .take(most)
         .enumerate()
-        .map(|(index, ((hash, _), _))| Asked { index, hash, known: None });
+        .map(|(index, ((hash, _), _))| Asked { index, hash: *hash, known: None });
     let policy = Policy { ahead: promotion.ahead(), ends_outranked: true, ends_full: false };
     let mut window = Window::new(&promotion, policy, wanted);
     while !daemon.prefetches.has_ended(id) && tokio::time::Instant::now() < promotion.deadline {

@@ -13,8 +13,9 @@ use crate::daemon::Daemon;
 use crate::telemetry;
 
 /// Verifies what is in memory now; a report after each batch, the last with `done`. Ends early when
-/// nobody listens any more.
+/// nobody listens any more, or takes no report for a while.
 pub async fn verify(daemon: Arc<Daemon>, reports: mpsc::Sender<VerifyProgress>) {
+    let tell = async |progress| reports.send_timeout(progress, caps::REPORT_STALL).await.is_ok();
     let on_disk = daemon.nvme.as_ref().map_or(0, |nvme| nvme.blocks());
     let mut progress = VerifyProgress { blocks: daemon.host.status().blocks + on_disk, ..VerifyProgress::default() };
     for (namespace, slab) in daemon.host.slabs() {
@@ -22,7 +23,7 @@ pub async fn verify(daemon: Arc<Daemon>, reports: mpsc::Sender<VerifyProgress>) 
             for key in batch {
                 check(&daemon, namespace, key, &mut progress);
             }
-            if reports.send(progress).await.is_err() {
+            if !tell(progress).await {
                 return;
             }
             tokio::task::yield_now().await;
@@ -36,17 +37,23 @@ pub async fn verify(daemon: Arc<Daemon>, reports: mpsc::Sender<VerifyProgress>) 
                 nvme.verify_segment(volume, segment, &mut report);
                 report
             });
-            let Ok(report) = checked.await else { return };
+            let report = match checked.await {
+                Ok(report) => report,
+                Err(error) => {
+                    tracing::error!(%error, "a segment could not be verified, so the verification ended early");
+                    return;
+                }
+            };
             progress.verified += report.verified;
             progress.verified_bytes += report.verified_bytes;
             progress.corrupt += report.corrupt;
-            if report.verified > 0 && reports.send(progress).await.is_err() {
+            if report.verified > 0 && !tell(progress).await {
                 return;
             }
         }
     }
     progress.done = true;
-    let _ = reports.send(progress).await;
+    tell(progress).await;
 }
 
 fn check(daemon: &Daemon, namespace: NamespaceId, key: &SlotKey, progress: &mut VerifyProgress) {

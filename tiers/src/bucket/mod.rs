@@ -1,7 +1,7 @@
 //! A bucket: an object store as a place with create-only writes, leases with epochs, and a clock of its own.
 //!
-//! Owns requests and how often they are made, what a store is proven to do, the store's time, and leases. Knows no blocks, packs or
-//! tiers: those stand on it. Decides nothing by the wall clock of this machine, which may be wrong and may jump.
+//! Owns requests and how often they are made, what a store is proven to do, the store's time, and leases. Handles no blocks, packs
+//! or tiers: those stand on it, and only its messages name what they lose without an ability of the store. Decides nothing by the wall clock of this machine, which may be wrong and may jump.
 
 mod clock;
 mod lease;

@@ -224,7 +224,7 @@ impl BlockFill {
         Ok(inside)
     }
 
-    /// Copies bytes out of a lower tier behind what is there; nobody takes such a block over, however slow it comes.
+    /// Copies bytes out of a lower tier behind what is there. That is no progress of a writer: a put of the block may take it over.
     pub fn append_promoted(&mut self, bytes: &[u8]) -> Result<(), FillError> {
         match self.fill.as_mut() {
             Some((_, fill)) => fill.append(bytes),

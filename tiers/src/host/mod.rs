@@ -289,6 +289,17 @@ impl HostTier {
         outcomes
     }
 
+    /// Which of these blocks a pin or a ticket holds here.
+    pub fn held(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> Vec<bool> {
+        let mut held = Vec::with_capacity(hashes.len());
+        let mut steps = Steps::begin(self);
+        for hash in hashes {
+            let Some(namespace) = steps.next().namespace_mut(layout.namespace) else { break };
+            held.push(namespace.residency.is_held(&Self::key(layout, group, *hash)));
+        }
+        held
+    }
+
     /// Drops a block that turned out damaged, pinned or not.
     pub fn drop_key(&self, namespace: NamespaceId, key: &SlotKey) {
         if let Some(namespace) = self.state.lock().namespace_mut(namespace) {

@@ -348,24 +348,25 @@ impl HostTier {
 
     /// Withdraws slabs until the tier is within its bound, as far as leases allow, the emptiest first.
     pub(super) fn shrink(&self) -> Vec<Arc<Slab>> {
-        let mut state = self.state.lock();
-        let mapped = self.mapped.load(Ordering::Acquire);
-        let mut over = mapped.saturating_sub(state.limits.bytes + state.retiring_bytes());
-        drop(state);
         let mut retired = Vec::new();
-        if over == 0 {
+        if !self.is_over() {
             return retired;
         }
         for (_, namespace, slab) in self.by_use(|_| true) {
-            if over == 0 {
+            // Asked again for each: others may shrink it at the same time.
+            if !self.is_over() {
                 break;
             }
-            if let Some(slab) = self.withdraw_unstuck(namespace, slab) {
-                over = over.saturating_sub(slab.geometry().slab_bytes);
-                retired.push(slab);
-            }
+            retired.extend(self.withdraw_unstuck(namespace, slab));
         }
         retired
+    }
+
+    /// True where the tier maps more than its bound, beside what is to be unmapped already.
+    fn is_over(&self) -> bool {
+        let mut state = self.state.lock();
+        let mapped = self.mapped.load(Ordering::Acquire);
+        mapped > state.limits.bytes + state.retiring_bytes()
     }
 
     /// Withdraws slabs of namespaces that have more than their own bound, as far as leases allow, the emptiest first.

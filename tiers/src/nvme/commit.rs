@@ -19,7 +19,7 @@ use crate::caps;
 const SYNC_EVERY: Duration = Duration::from_secs(1);
 /// Commits that one round takes at most.
 const COMMITS_PER_ROUND: usize = 4096;
-/// A failed index is opened again after this long, then after twice as long each time, up to a second.
+/// A failed index is opened again at once, then after twice this long, and after twice as long each time, up to a second.
 const RETRY_INDEX_AFTER: Duration = Duration::from_millis(25);
 
 /// When the committer syncs, and tries a failed index again.

@@ -1,5 +1,6 @@
 //! The flusher: finds places for the frames of dirty blocks and queues their writes. Opens segments, and has
-//! others emptied where none is free. Never waits for a sync but its segments' own. Sleeps while there is nothing to write.
+//! others emptied where none is free. Waits for no sync but its segments' own and, to get within
+//! a smaller bound, one of what lies beyond it. Sleeps while there is nothing to write.
 
 use std::io;
 use std::sync::Arc;

@@ -312,6 +312,8 @@ impl Collection<'_> {
                 Ok(Fate::Young) => continue,
                 Err(Trouble::Fenced) => {
                     is_lost = true;
+                    // The request may have been sent before.
+                    self.is_unsure = true;
                     continue;
                 }
                 Err(trouble) => {

@@ -24,7 +24,7 @@ use crate::bucket::{Trouble, retried, standing};
 
 /// Bytes of a mark at most: 256 names of 1,024 bytes, as JSON.
 const MARK_BYTES_MAX: u64 = 1 << 20;
-/// Marks that are looked through: one, and what killed collectors left.
+/// Marks that are looked through: one, and what collectors left that were killed, or unsure. Where there are as many, all is doomed.
 const MARKS_MAX: usize = 4096;
 /// How often a pin looks again.
 const POLL: Duration = Duration::from_millis(50);
@@ -101,6 +101,10 @@ impl ObjectTier {
         let marks = self.bucket.list(&self.marks_folder(), MARKS_MAX, deadline).await?;
         if marks.is_empty() {
             return Ok(false);
+        }
+        // The newest may be among those that are left out.
+        if marks.len() >= MARKS_MAX {
+            return Ok(true);
         }
         let lease = standing(&self.bucket, &self.collector_folder(), deadline).await?;
         // Where it is not known how late it is there, none is over.

@@ -175,10 +175,10 @@ impl UploadLog {
         let parent = owed.parent.map(|parent| parent.to_string()).unwrap_or_default();
         let record =
             Record::Block { l: owed.layout, g: owed.group, h: owed.hash.to_string(), p: parent, n: owed.length };
-        self.write(&record)?;
+        // First: where the file cannot be written, it is written anew with all that is owed.
         self.owed.insert((owed.layout, owed.group, owed.hash), (self.next, owed));
         self.next += 1;
-        Ok(())
+        self.write(&record)
     }
 
     /// A block is uploaded, or will not be.

@@ -23,6 +23,11 @@ impl<S: SlabMemory> Residency<S> {
         Delete::Deleted
     }
 
+    /// True where a pin or a ticket keeps the block.
+    pub fn is_held(&self, key: &SlotKey) -> bool {
+        self.find(key).is_some_and(|(_, entry)| entry.pins() > 0)
+    }
+
     /// Drops a resident block whose bytes turned out damaged, whatever promises were made of it.
     pub fn quarantine(&mut self, key: &SlotKey) {
         let Some((slot, entry)) = self.find(key).filter(|(_, entry)| entry.state() == SlotState::Resident) else {

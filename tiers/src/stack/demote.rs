@@ -1,7 +1,8 @@
 //! Demotion: copies of blocks that are readable in memory go to the tiers below.
 //!
 //! Each copy is decided in one order, whatever brought it about: is the block there? is it worth a write? is there room? Then it is
-//! written. So a block that is there costs nothing of the budget, and what counts is its real length.
+//! written. So a block that is there costs nothing of the budget, and what counts is its length; where that is not known because the block
+//! is in no call, the usual length of its group. What requests read in memory is asked about only while a disk has room.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
