@@ -96,11 +96,6 @@ pub const TICKS_UNTIL_QUIET: u32 = 20;
 pub const VERIFICATIONS_MAX: usize = 1;
 /// Collections of the bucket's garbage at once: each lists all of it.
 pub const COLLECTIONS_MAX: usize = 1;
-/// Pins that are being told to the bucket at once: each keeps up to 65,536 names, some MiB, for as long as the store takes, also when
-/// its caller has gone.
-pub const REFERENCES_MAX: usize = 32;
-/// Blocks that one pin has on their way to disk at once: a few syncs for a long prompt.
-pub const PIN_WRITES_MAX: usize = 1024;
 /// Blocks that a verification reads before it lets others run.
 pub const VERIFY_BATCH: usize = 64;
 /// Bytes that a volume takes at most where none are configured: hours of a busy GPU's KV, and no laptop's whole

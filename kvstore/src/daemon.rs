@@ -14,7 +14,6 @@ use tokio::sync::{Semaphore, watch};
 use crate::accesses::Accesses;
 use crate::calls::Calls;
 use crate::config::{self, Change, Config, ConfigError};
-use crate::deletions::Deletions;
 use crate::describing::Describing;
 use crate::log::LogControl;
 use crate::open::{self, OpenTiers, StartError};
@@ -52,10 +51,6 @@ pub struct Daemon {
     pub verifications: Arc<Semaphore>,
     /// Collections of the bucket's garbage that may still start.
     pub collections: Arc<Semaphore>,
-    /// Pins that may still be told to the bucket.
-    pub references: Arc<Semaphore>,
-    /// What deletions owe to the disks.
-    pub deletions: Deletions,
     /// Routers that may still follow.
     pub watches: Arc<Semaphore>,
     /// When this process started.
@@ -94,8 +89,6 @@ impl Daemon {
             leasable: Arc::new(Semaphore::new(caps::LEASED_BLOCKS_MAX)),
             verifications: Arc::new(Semaphore::new(caps::VERIFICATIONS_MAX)),
             collections: Arc::new(Semaphore::new(caps::COLLECTIONS_MAX)),
-            references: Arc::new(Semaphore::new(caps::REFERENCES_MAX)),
-            deletions: Deletions::default(),
             watches: Arc::new(Semaphore::new(caps::WATCHES_MAX)),
             started: Instant::now(),
             epoch,

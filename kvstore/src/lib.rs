@@ -11,7 +11,6 @@ mod clock;
 pub mod config;
 mod copy_rate;
 pub mod daemon;
-mod deletions;
 mod describing;
 mod http;
 mod listeners;

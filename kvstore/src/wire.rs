@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kvstore_proto::v1;
-use kvstore_tiers::host::{HoldError, HoldId, LayoutGroup, NamespaceId, RegisterError, RegisteredLayout};
+use kvstore_tiers::host::{HoldId, LayoutGroup, NamespaceId, RegisterError, RegisteredLayout};
 use kvstore_tiers::residency::Presence;
-use kvstore_tiers::stack::Level;
+use kvstore_tiers::stack::{HoldRefused, Level};
 use kvstore_tiers::tier::common_residency;
 use kvstore_tiers::{BlockKind, DimensionOrder, LayerGroup, Layout, SequenceHash, Shard, Tier, TierSet};
 use tonic::Status;
@@ -198,8 +198,14 @@ pub fn hold_bytes(id: HoldId) -> Bytes {
 }
 
 /// Why nothing was held.
-pub fn hold_error(error: HoldError) -> Status {
-    Status::resource_exhausted(error.to_string())
+pub fn hold_refused(error: &HoldRefused) -> Status {
+    let message = error.to_string();
+    match error {
+        HoldRefused::Memory(_) | HoldRefused::TooMuch(_) | HoldRefused::Left => Status::resource_exhausted(message),
+        HoldRefused::NotWritten | HoldRefused::NotRecorded(_) | HoldRefused::NotReferred(_) => {
+            Status::unavailable(message)
+        }
+    }
 }
 
 /// A range of layers or heads.

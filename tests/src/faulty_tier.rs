@@ -4,11 +4,16 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use kvstore_plane::SlotKey;
-use kvstore_tiers::Run;
-use kvstore_tiers::SequenceHash;
-use kvstore_tiers::below::{Arrived, Ask, Below, Known, NotRead, Read, ReadUrgency, Room, WhyNotRead, Write, Written};
-use kvstore_tiers::host::HostTier;
+use kvstore_tiers::below::{
+    Arrived, Ask, Below, Hold, Holding, Known, NotDeleted, NotHeld, NotRead, Read, ReadUrgency, Room, WhyNotRead,
+    Write, Written,
+};
+use kvstore_tiers::host::{HoldId, HoldKind, HostTier};
+use kvstore_tiers::residency::Delete;
+use kvstore_tiers::{BlockRef, OwnedRun, Run, SequenceHash};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 
@@ -33,6 +38,7 @@ pub struct FaultyTier {
     faults: Mutex<VecDeque<ReadFault>>,
     /// How many blocks came with each call of `read`.
     batches: Mutex<Vec<usize>>,
+    holds: Mutex<HashMap<(HoldId, HoldKind), Vec<SlotKey>>>,
     full: AtomicBool,
     freed: Notify,
 }
@@ -45,6 +51,7 @@ impl FaultyTier {
             blocks: Mutex::default(),
             faults: Mutex::default(),
             batches: Mutex::default(),
+            holds: Mutex::default(),
             full: AtomicBool::new(false),
             freed: Notify::new(),
         })
@@ -66,6 +73,10 @@ impl FaultyTier {
         self.batches.lock().clone()
     }
 
+    fn is_held(&self, key: &SlotKey) -> bool {
+        self.holds.lock().values().flatten().any(|held| held == key)
+    }
+
     /// Blocks that it has.
     pub fn len(&self) -> usize {
         self.blocks.lock().len()
@@ -78,7 +89,10 @@ impl FaultyTier {
 }
 
 impl Below for FaultyTier {
-    fn presence(&self, run: &Run<'_>, _ask: Ask) -> Known {
+    fn presence(&self, run: &Run<'_>, ask: Ask) -> Known {
+        if matches!(ask, Ask::Held) {
+            return run.blocks().map(|block| self.is_held(&block.key())).collect::<Vec<_>>().into();
+        }
         let blocks = self.blocks.lock();
         run.blocks().map(|block| blocks.contains_key(&block.key())).collect::<Vec<_>>().into()
     }
@@ -127,5 +141,25 @@ impl Below for FaultyTier {
     fn room(&self, _wanted: bool) -> Room<'_> {
         let freed = self.freed.notified();
         Room { is_there: !self.full.load(Ordering::Acquire), answers: true, freed }
+    }
+
+    fn hold(self: Arc<Self>, hold: Hold) -> Result<Holding, NotHeld> {
+        let keys = hold.runs.iter().flat_map(|run| run.as_ref().blocks().map(|block| block.key())).collect();
+        self.holds.lock().insert((hold.id, hold.kind), keys);
+        Ok(None)
+    }
+
+    fn release(self: Arc<Self>, id: HoldId, kind: HoldKind) -> bool {
+        self.holds.lock().remove(&(id, kind)).is_some()
+    }
+
+    fn delete(self: Arc<Self>, run: OwnedRun) -> BoxFuture<'static, Result<Vec<Delete>, NotDeleted>> {
+        let delete = |block: BlockRef<'_>| match self.is_held(&block.key()) {
+            true => Delete::Pinned,
+            false if self.blocks.lock().remove(&block.key()).is_some() => Delete::Deleted,
+            false => Delete::Absent,
+        };
+        let deleted = run.as_ref().blocks().map(delete).collect();
+        std::future::ready(Ok(deleted)).boxed()
     }
 }

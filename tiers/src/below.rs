@@ -5,15 +5,16 @@
 
 use std::sync::Arc;
 
+use futures::future::BoxFuture;
 use kvstore_plane::SequenceHash;
 use tokio::sync::futures::Notified;
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 
-use crate::block::{Block, Run};
+use crate::block::{Block, OwnedRun, Run};
 use crate::clock::BootTime;
-use crate::host::{BlockFill, FilledBlock, LeasedBlock};
-use crate::residency::Priority;
+use crate::host::{BlockFill, FilledBlock, HoldId, HoldKind, LeasedBlock};
+use crate::residency::{Delete, Priority};
 
 /// See the head of this file. `tests/tests/it/tier_conformance.rs` is the suite that every tier passes.
 pub trait Below: Send + Sync {
@@ -29,6 +30,19 @@ pub trait Below: Send + Sync {
 
     /// Whether more may be written now. Where it is `wanted` and there is none, what the tier is still gathering is written at once.
     fn room(&self, wanted: bool) -> Room<'_>;
+
+    /// Promises to keep blocks: those that it has by now, or that come while it holds them; a shared tier only those that are somewhere.
+    /// All of them or, where that is refused, none. The promise holds when this returns, and across a crash once [`Holding`] has ended well.
+    fn hold(self: Arc<Self>, hold: Hold) -> Result<Holding, NotHeld>;
+
+    /// Ends a hold before its time; false where there is none of this name and kind (any more). One that is still being made ends once
+    /// it is made.
+    fn release(self: Arc<Self>, id: HoldId, kind: HoldKind) -> bool;
+
+    /// Deletes blocks, but for those that a hold keeps; what became of each. What is on its way there is deleted, too. A tier that knows
+    /// what it has finds none of them once this returns. No crash brings one back once the future has ended well. Where the future is
+    /// dropped, some may be deleted.
+    fn delete(self: Arc<Self>, run: OwnedRun) -> BoxFuture<'static, Result<Vec<Delete>, NotDeleted>>;
 }
 
 /// Why the presence of blocks is asked.
@@ -42,6 +56,8 @@ pub enum Ask {
     Read,
     /// What is on its way there counts, too.
     Coming,
+    /// Only what a hold keeps counts, be it there or not.
+    Held,
     /// Somebody waits for them: reads that are under way become urgent, where the tier can do that.
     Hurry,
     /// What is not known is looked for: see [`Known::searching`].
@@ -165,3 +181,36 @@ pub struct Room<'a> {
     /// Resolves when there may be more.
     pub freed: Notified<'a>,
 }
+
+/// Blocks that are to be held.
+pub struct Hold {
+    /// Names it, in every tier by the same name.
+    pub id: HoldId,
+    /// A pin outlives the daemon, where the tier's bytes do. A ticket does not.
+    pub kind: HoldKind,
+    /// Which.
+    pub runs: Vec<OwnedRun>,
+    /// Until then.
+    pub expires: BootTime,
+    /// Now, by the same clock.
+    pub now: BootTime,
+}
+
+/// What of a hold has yet to happen before it is safe from a crash; `None` where that is nothing. Whoever drops it releases the hold.
+pub type Holding = Option<BoxFuture<'static, Result<(), NotHeld>>>;
+
+/// Why blocks are not held.
+#[derive(Debug, thiserror::Error)]
+pub enum NotHeld {
+    /// More would be held than may be.
+    #[error("{0}")]
+    TooMuch(String),
+    /// The tier cannot promise it now.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Why an answer cannot be that blocks are deleted: what to do is said, too.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct NotDeleted(pub String);

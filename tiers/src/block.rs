@@ -94,9 +94,32 @@ impl<'a> Run<'a> {
         hashes.iter().map(move |hash| BlockRef { layout, group, hash: *hash })
     }
 
+    /// The same run, to keep.
+    pub fn owned(&self) -> OwnedRun {
+        OwnedRun { layout: Arc::clone(self.layout), group: self.group, hashes: self.hashes.to_vec() }
+    }
+
     /// What a tier with this seed calls them.
     pub fn digests(&self, seed: u64) -> Vec<Digest> {
         self.blocks().map(|block| block.digest(seed)).collect()
+    }
+}
+
+/// A [`Run`] that owns its parts.
+#[derive(Clone)]
+pub struct OwnedRun {
+    /// The layout.
+    pub layout: Arc<RegisteredLayout>,
+    /// The layer group.
+    pub group: u16,
+    /// Their sequence hashes.
+    pub hashes: Vec<SequenceHash>,
+}
+
+impl OwnedRun {
+    /// The same run, borrowed.
+    pub fn as_ref(&self) -> Run<'_> {
+        Run { layout: &self.layout, group: self.group, hashes: &self.hashes }
     }
 }
 

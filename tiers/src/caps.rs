@@ -193,3 +193,14 @@ pub const OBJECT_REFERRED_BLOCKS_MAX: usize = 1 << 22;
 /// Packs that are read at once to prove them before an acknowledgement rests on them: 8 MiB of memory each, or a frame, where
 /// that is larger.
 pub const OBJECT_PROOFS_MAX: usize = 8;
+/// Pins that are being told to the bucket at once, or ended there: each keeps up to 65,536 names, some MiB, for as long as the store
+/// takes, also when its caller has gone.
+pub const OBJECT_REFERRING_MAX: usize = 32;
+/// Blocks that one pin has on their way to disk at once: a few syncs for a long prompt.
+pub const PIN_WRITES_MAX: usize = 1024;
+/// A block of a pin that the disk refuses is offered again so many times: a write of it that ends just now is in the way of another.
+pub const PIN_WRITE_ATTEMPTS: usize = 10;
+/// ... this much later.
+pub const PIN_WRITE_POLL: Duration = Duration::from_millis(1);
+/// Times that a hold looks again, where blocks leave between the look and the hold.
+pub const HOLD_ATTEMPTS: usize = 3;

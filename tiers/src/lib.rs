@@ -25,7 +25,7 @@ pub mod simulate;
 pub mod stack;
 pub mod tier;
 
-pub use block::{Block, BlockRef, Digest, Run, Wanted, block_name};
+pub use block::{Block, BlockRef, Digest, OwnedRun, Run, Wanted, block_name};
 pub use clock::BootTime;
 pub use kvstore_plane::{InvalidHash, SEQUENCE_HASH_BYTES_MAX, SequenceHash, SlotKey};
 pub use kvstore_transfer::{HugePages, Slab, crc32};

@@ -66,9 +66,14 @@ impl TierSet {
         Self(self.0 & other.0)
     }
 
+    /// Each of them, fast to slow.
+    pub fn iter(self) -> impl Iterator<Item = Tier> {
+        Tier::ALL.into_iter().filter(move |tier| self.has(*tier))
+    }
+
     /// The fastest of them.
     pub fn fastest(self) -> Option<Tier> {
-        Tier::ALL.into_iter().find(|tier| self.has(*tier))
+        self.iter().next()
     }
 
     /// A bit for each tier, as `LookupResponse.residency` has them: 2 for Host, 4 for Nvme, 8 for Object.

@@ -224,7 +224,7 @@ impl Promotion {
             let block = BlockRef { layout: &promotion.layout, group, hash };
             match leasing {
                 Leasing::Leased(block) => ready.push(block),
-                Leasing::Miss if daemon.nvme.as_ref().is_some_and(|nvme| nvme.is_pinned(&block)) => {
+                Leasing::Miss if daemon.stack.is_held_below(&block) => {
                     next = GetStatus::DataLoss;
                     break;
                 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use kvstore_tiers::Tier;
+use kvstore_tiers::{Tier, TierSet};
 
 use crate::describing::Description;
 
@@ -17,7 +17,7 @@ struct Known {
     description: Arc<Description>,
     order: u64,
     /// Tiers that it was published for.
-    published: u8,
+    published: TierSet,
 }
 
 /// See the head of this file.
@@ -29,17 +29,6 @@ pub struct Described {
     bytes: u64,
     bytes_max: u64,
 }
-
-fn bit(tier: Tier) -> u8 {
-    match tier {
-        Tier::Host => 1,
-        Tier::Nvme => 2,
-        Tier::Object => 4,
-    }
-}
-
-/// All of them.
-const TIERS: [Tier; 3] = [Tier::Host, Tier::Nvme, Tier::Object];
 
 /// What is to be published.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,7 +50,7 @@ impl Described {
     /// Describes a block. What has to be forgotten for it leaves, as far as others know: nobody could tell them later.
     pub fn describe(&mut self, name: u64, description: Description, news: &mut Vec<News>) {
         self.next += 1;
-        let mut published = 0;
+        let mut published = TierSet::NONE;
         if let Some(known) = self.blocks.remove(&name) {
             self.order.remove(&known.order);
             self.bytes -= bytes_of(&known.description);
@@ -74,7 +63,7 @@ impl Described {
             let Some((_, oldest)) = self.order.pop_first() else { break };
             let Some(known) = self.blocks.remove(&oldest) else { continue };
             self.bytes -= bytes_of(&known.description);
-            let left = TIERS.into_iter().filter(|tier| known.published & bit(*tier) != 0);
+            let left = known.published.iter();
             news.extend(left.map(|tier| News { block: Arc::clone(&known.description), tier, stored: false }));
         }
     }
@@ -82,16 +71,16 @@ impl Described {
     /// A block came or left; what others are to be told, if they do not know.
     pub fn change(&mut self, name: u64, tier: Tier, stored: bool) -> Option<News> {
         let known = self.blocks.get_mut(&name)?;
-        if (known.published & bit(tier) != 0) == stored {
+        if known.published.has(tier) == stored {
             return None;
         }
-        known.published ^= bit(tier);
+        known.published = if stored { known.published.with(tier) } else { known.published.without(tier) };
         Some(News { block: Arc::clone(&known.description), tier, stored })
     }
 
     /// Nothing is known to be anywhere any more.
     pub fn forget_places(&mut self) {
-        self.blocks.values_mut().for_each(|known| known.published = 0);
+        self.blocks.values_mut().for_each(|known| known.published = TierSet::NONE);
     }
 
     /// Blocks that are described.

@@ -11,11 +11,10 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use kvstore_tiers::Tier;
+use kvstore_tiers::below::Ask;
 use kvstore_tiers::changes::{Change, NamespaceTag};
 use kvstore_tiers::host::{RegisteredLayout, namespace_digest};
-use kvstore_tiers::residency::Presence;
-use kvstore_tiers::{BlockKind, SequenceHash};
+use kvstore_tiers::{BlockKind, Run, SequenceHash, Tier};
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -127,21 +126,12 @@ impl Follower {
         }
         let Some(group) = batch.blocks.first().map(|block| block.group) else { return };
         let hashes: Vec<SequenceHash> = batch.blocks.iter().map(|block| block.hash).collect();
-        let here = self.daemon.host.presence(layout, group, &hashes);
-        let on_disk = self.daemon.nvme.as_ref().map(|nvme| nvme.presence(layout, group, &hashes));
-        let in_bucket = self.daemon.object.as_ref().map(|object| object.presence(layout, group, &hashes));
+        let places = self.daemon.stack.residency(&Run { layout, group, hashes: &hashes }, Ask::Look);
         let Some(seed) = layout.group(u32::from(group)).map(|group| group.name_seed) else { return };
-        for (at, block) in batch.blocks.iter().enumerate() {
+        for (block, tiers) in batch.blocks.iter().zip(places) {
             let name = block.hash.event_name(seed);
             self.described.describe(name, block.clone(), news);
-            let is =
-                |flags: &Option<Vec<bool>>| flags.as_ref().and_then(|flags| flags.get(at)).copied().unwrap_or(false);
-            let tiers = [
-                (Tier::Host, here.get(at) == Some(&Presence::Resident)),
-                (Tier::Nvme, is(&on_disk)),
-                (Tier::Object, is(&in_bucket)),
-            ];
-            for (tier, _) in tiers.into_iter().filter(|(_, is_there)| *is_there) {
+            for tier in tiers.iter() {
                 news.extend(self.described.change(name, tier, true));
             }
         }

@@ -207,6 +207,6 @@ impl Bringing {
 
     fn is_pinned(&self, hash: SequenceHash) -> bool {
         let block = BlockRef { layout: &self.layout, group: self.group, hash };
-        self.daemon.nvme.as_ref().is_some_and(|nvme| nvme.is_pinned(&block))
+        self.daemon.stack.is_held_below(&block)
     }
 }

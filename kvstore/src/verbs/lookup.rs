@@ -6,13 +6,13 @@ use std::time::Duration;
 use kvstore_proto::v1::{LookupRequest, LookupResponse, ReleaseTicketRequest, ReleaseTicketResponse};
 use kvstore_tiers::below::{Ask, Searching};
 use kvstore_tiers::caps::TICKET_TTL_MS_MAX;
-use kvstore_tiers::host::{HoldId, HoldKind, NamespaceId, RegisteredLayout};
+use kvstore_tiers::host::{HoldKind, NamespaceId, RegisteredLayout};
 use kvstore_tiers::residency::Presence;
-use kvstore_tiers::{BlockRef, BootTime, GroupPresence, Run, SequenceHash, Tier, TierSet, readable_prefix};
+use kvstore_tiers::stack::{Found, Term};
+use kvstore_tiers::{GroupPresence, Run, SequenceHash, Tier, TierSet, readable_prefix};
 use tonic::Status;
 
-use super::taken::Taken;
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, random_hold_id};
 use crate::{caps, clock, telemetry, wire};
 
 /// One layer group of one shard that a look-up asks about.
@@ -166,51 +166,20 @@ fn hold_for_ticket(
     response: &mut LookupResponse,
 ) -> Result<(), Status> {
     let readable = response.readable_blocks as usize;
-    let held: Vec<Vec<SequenceHash>> = parts
-        .iter()
-        .map(|part| {
-            let run = hashes.iter().zip(&part.presences).take(readable);
-            run.filter(|(_, presence)| **presence == Presence::Resident).map(|(hash, _)| *hash).collect()
-        })
-        .collect();
-    let runs: Vec<_> =
-        parts.iter().zip(&held).map(|(part, hashes)| (&*part.layout, part.group, hashes.as_slice())).collect();
-    let expires = clock::now().plus_ms(u64::from(ttl_ms));
-    let mut taken = Taken::nothing(daemon, namespace, HoldKind::Ticket);
-    let got = taken.in_memory(&runs, expires).map_err(wire::hold_error)?;
-    let all = got.blocks == held.iter().map(Vec::len).sum::<usize>();
-    if !all || !hold_on_disk(daemon, parts, hashes, readable, taken.id(), expires)? {
-        response.readable_blocks = 0;
-        return Ok(());
+    let found = |part: &Part| {
+        let tiers = (0..readable).map(|block| part.at(block).map_or(TierSet::NONE, |at| at.tiers()));
+        tiers.collect::<Vec<_>>()
+    };
+    let leading = hashes.get(..readable).unwrap_or_default();
+    let found: Vec<Found<'_>> = parts.iter().map(|part| Found { run: part.run(leading), tiers: found(part) }).collect();
+    let now = clock::now();
+    let term = Term { now, expires: now.plus_ms(u64::from(ttl_ms)) };
+    let taken = daemon.stack.hold_found(namespace, random_hold_id(), &found, term);
+    match taken.map_err(|error| wire::hold_refused(&error))? {
+        Some(taken) => response.ticket = wire::hold_bytes(taken.keep()),
+        None => response.readable_blocks = 0,
     }
-    response.ticket = wire::hold_bytes(taken.keep());
     Ok(())
-}
-
-/// Holds the blocks that are on disk alone. False where one of them left meanwhile.
-fn hold_on_disk(
-    daemon: &Daemon,
-    parts: &[Part],
-    hashes: &[SequenceHash],
-    readable: usize,
-    id: HoldId,
-    expires: BootTime,
-) -> Result<bool, Status> {
-    let Some(nvme) = &daemon.nvme else { return Ok(true) };
-    let below = |part: &&Part, block: usize| part.at(block).is_some_and(|at| at.tiers().fastest() == Some(Tier::Nvme));
-    let blocks: Vec<BlockRef<'_>> = parts
-        .iter()
-        .flat_map(|part| {
-            let chosen = hashes.iter().take(readable).enumerate().filter(move |(block, _)| below(&part, *block));
-            chosen.map(move |(_, hash)| BlockRef { layout: &part.layout, group: part.group, hash: *hash })
-        })
-        .collect();
-    if blocks.is_empty() {
-        return Ok(true);
-    }
-    nvme.pin(id.0, &blocks, expires, false, clock::now())
-        .map_err(|refused| Status::resource_exhausted(refused.to_string()))?;
-    Ok(blocks.iter().all(|block| nvme.presence(block.layout, block.group, &[block.hash]) == [true]))
 }
 
 /// Ends a ticket before its time.
@@ -220,9 +189,5 @@ pub fn release_ticket(
     request: &ReleaseTicketRequest,
 ) -> Result<ReleaseTicketResponse, Status> {
     let id = wire::hold_id("ticket", &request.ticket)?;
-    let released = daemon.host.release_hold(namespace, id, HoldKind::Ticket);
-    if released && let Some(nvme) = &daemon.nvme {
-        nvme.unpin(id.0);
-    }
-    Ok(ReleaseTicketResponse { released })
+    Ok(ReleaseTicketResponse { released: daemon.stack.release(namespace, id, HoldKind::Ticket) })
 }

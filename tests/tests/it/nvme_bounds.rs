@@ -111,7 +111,7 @@ fn a_volume_that_is_much_larger_than_its_bound_is_made_anew() {
     }
     let large = tiers(disk.path(), 5 << 10);
     assert!(large.get(1).bytes().is_some(), "nothing was changed");
-    assert!(large.nvme.unpin(9));
+    assert!(large.nvme.unpin(9, true));
     large.until_synced();
     large.close();
     let small = tiers(disk.path(), 80);
@@ -158,7 +158,7 @@ fn a_volume_full_of_pinned_blocks_says_so() {
     assert!(!tiers.put(1000, true));
     assert!(reason(&tiers).contains("pinned"), "{:?}", tiers.nvme.status());
     assert!((0..300).all(|id| tiers.is_on_disk(id)));
-    (0..250).for_each(|id| assert!(tiers.nvme.unpin(id)));
+    (0..250).for_each(|id| assert!(tiers.nvme.unpin(id, true)));
     tiers.put_until_local(1001);
     assert_eq!(reason(&tiers), "");
     assert!((250..300).all(|id| tiers.get(id).bytes().is_some()));

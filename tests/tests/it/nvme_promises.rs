@@ -63,7 +63,7 @@ fn pins_outlast_an_index_that_takes_no_writes() {
     faults.arm(Fault::IndexFails, 1);
     pin(2, 2).unwrap();
     assert!(!tiers.sync());
-    assert!(tiers.nvme.unpin(1));
+    assert!(tiers.nvme.unpin(1, true));
     assert!(!tiers.sync());
     faults.disarm();
     tiers.until_synced();

@@ -10,13 +10,13 @@ use kvstore_tests::faulty_tier::FaultyTier;
 use kvstore_tests::memory::Memory;
 use kvstore_tests::s3::{self, S3Server};
 use kvstore_tests::tier::{hash, now};
-use kvstore_tiers::below::{Ask, Below, NotRead, Read, ReadUrgency, WhyNotRead, Write, Written};
-use kvstore_tiers::host::Leasing;
+use kvstore_tiers::below::{Ask, Below, Hold, NotHeld, NotRead, Read, ReadUrgency, WhyNotRead, Write, Written};
+use kvstore_tiers::host::{HoldId, HoldKind, Leasing};
 use kvstore_tiers::nvme::{NvmeEngine, NvmeOptions, NvmeTier};
 use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, ObjectUrl};
-use kvstore_tiers::residency::{FlightSource, Priority};
+use kvstore_tiers::residency::{Delete, FlightSource, Priority};
 use kvstore_tiers::stack::{Promotion, Stack};
-use kvstore_tiers::{Run, SequenceHash, Tier};
+use kvstore_tiers::{OwnedRun, Run, SequenceHash, Tier};
 use tokio::time::Instant;
 
 const BLOCK: u32 = 100_000;
@@ -107,6 +107,8 @@ async fn conforms(setup: &Setup) {
     neighbours_read_together_end_once_each(setup).await;
     a_block_that_is_there_is_not_written_again(setup).await;
     another_layouts_block_of_the_same_name_is_not_given(setup).await;
+    what_is_deleted_is_gone(setup).await;
+    what_is_held_is_not_deleted_until_it_is_released(setup).await;
     assert!(setup.tier.room(false).is_there);
     assert_eq!(setup.memory.host.status().flights, 0, "no slot is lost");
 }
@@ -168,6 +170,75 @@ async fn another_layouts_block_of_the_same_name_is_not_given(setup: &Setup) {
     assert_eq!(setup.tier.presence(&run, Ask::Look).there, [false; 2]);
     let promotion = Promotion { layout: other, ..setup.promotion() };
     assert!(matches!(promotion.bring(hash(0)).await, Leasing::Miss));
+}
+
+impl Setup {
+    fn run(&self, ids: std::ops::Range<u64>) -> OwnedRun {
+        OwnedRun { layout: Arc::clone(&self.memory.layout), group: 0, hashes: ids.map(hash).collect() }
+    }
+
+    async fn delete(&self, ids: std::ops::Range<u64>) -> Vec<Delete> {
+        let deleted = Arc::clone(&self.tier).delete(self.run(ids));
+        tokio::time::timeout(WITHIN, deleted).await.unwrap().unwrap()
+    }
+}
+
+/// In the midst of blocks that travelled together, on their way there, and nowhere.
+async fn what_is_deleted_is_gone(setup: &Setup) {
+    setup.write(300..310).await;
+    assert_eq!(setup.delete(304..306).await, [Delete::Deleted; 2]);
+    setup.memory.forget(300..310);
+    let left: Vec<bool> = (300..310).map(|id| !(304..306).contains(&id)).collect();
+    assert_eq!(setup.there(300..310, Ask::Look), left);
+    for (ended, left) in setup.read(300..310).await.into_iter().zip(left) {
+        assert_eq!(ended.is_ok(), left, "{ended:?}");
+    }
+    assert_eq!(setup.delete(304..306).await, [Delete::Absent; 2], "there is nothing to delete");
+    let (leased, sums) = setup.memory.put(320, None).unwrap();
+    let block = setup.memory.block(320);
+    let write = Write { block, parent: None, sums, leased: Some(leased), awaited: false, has_waited: true };
+    assert!(matches!(Arc::clone(&setup.tier).write(write), Written::Coming(None)));
+    setup.delete(320..321).await;
+    setup.memory.forget([320]);
+    assert_eq!(setup.there(320..321, Ask::Coming), [false], "nor does it come later");
+    setup.write(304..305).await;
+}
+
+impl Setup {
+    async fn hold(&self, id: HoldId, kind: HoldKind, ids: std::ops::Range<u64>) -> Result<(), NotHeld> {
+        let hold = Hold { id, kind, runs: vec![self.run(ids)], expires: now().plus_ms(600_000), now: now() };
+        match Arc::clone(&self.tier).hold(hold)? {
+            Some(safe) => tokio::time::timeout(WITHIN, safe).await.unwrap(),
+            None => Ok(()),
+        }
+    }
+}
+
+async fn what_is_held_is_not_deleted_until_it_is_released(setup: &Setup) {
+    setup.write(400..402).await;
+    for (kind, other) in [(HoldKind::Pin, HoldKind::Ticket), (HoldKind::Ticket, HoldKind::Pin)] {
+        let id = HoldId(kind as u128 + 7);
+        let release = |kind| Arc::clone(&setup.tier).release(id, kind);
+        if setup.which == Tier::Object {
+            // A pin there is a reference, which binds collectors alone. It is refused for blocks that are nowhere.
+            setup.hold(id, kind, 400..402).await.unwrap();
+            let refused = setup.hold(HoldId(id.0 + 10), kind, 401..403).await;
+            assert_eq!(refused.is_err(), kind == HoldKind::Pin, "{refused:?}");
+            assert_eq!(setup.there(400..403, Ask::Held), [false; 3]);
+            release(kind);
+            continue;
+        }
+        setup.hold(id, kind, 401..403).await.unwrap();
+        assert_eq!(setup.there(400..403, Ask::Held), [false, true, true], "what is yet to come is held, too");
+        assert_eq!(setup.delete(401..403).await, [Delete::Pinned; 2]);
+        assert_eq!(setup.there(400..403, Ask::Look), [true, true, false]);
+        assert!(!release(other), "it is none of that kind");
+        assert_eq!(setup.there(401..402, Ask::Held), [true]);
+        assert!(release(kind));
+        assert!(!release(kind), "it has ended");
+        assert_eq!(setup.there(400..403, Ask::Held), [false; 3]);
+    }
+    assert_eq!(setup.delete(400..402).await, [Delete::Deleted; 2]);
 }
 
 fn memory() -> Memory {

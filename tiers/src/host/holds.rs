@@ -21,7 +21,7 @@ use crate::residency::Pinned;
 pub struct HoldId(pub u128);
 
 /// Why blocks are held.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum HoldKind {
     /// Asked for by name.
     Pin,

@@ -2,14 +2,19 @@
 
 use std::sync::Arc;
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use kvstore_transfer::Lane;
 
 use super::read::Reading;
 use super::{NvmeTier, WriteBack};
-use crate::below::{Ask, Below, Known, NotRead, Read, ReadUrgency, Room, WhyNotRead, Write, Written};
-use crate::block::{BlockRef, Run, Wanted};
+use crate::below::{
+    Ask, Below, Hold, Holding, Known, NotDeleted, NotHeld, NotRead, Read, ReadUrgency, Room, WhyNotRead, Write, Written,
+};
+use crate::block::{BlockRef, OwnedRun, Run, Wanted};
+use crate::host::{HoldId, HoldKind};
 use crate::meter::ReadRate;
-use crate::residency::Priority;
+use crate::residency::{Delete, Priority};
 
 impl Below for NvmeTier {
     fn presence(&self, run: &Run<'_>, ask: Ask) -> Known {
@@ -24,6 +29,7 @@ impl Below for NvmeTier {
                 extents.get(digest).is_some()
             }),
             Ask::Coming => run.blocks().map(|block| self.will_have(&block)).collect(),
+            Ask::Held => run.blocks().map(|block| self.is_pinned(&block)).collect(),
             Ask::Hurry => {
                 for store in &self.stores {
                     run.digests(store.header.seed)
@@ -56,6 +62,43 @@ impl Below for NvmeTier {
     fn room(&self, _wanted: bool) -> Room<'_> {
         let freed = self.peers.cleaned.notified();
         Room { is_there: self.has_dirty_room(), answers: true, freed }
+    }
+
+    fn hold(self: Arc<Self>, hold: Hold) -> Result<Holding, NotHeld> {
+        let blocks: Vec<BlockRef<'_>> = hold.runs.iter().flat_map(|run| run.as_ref().blocks()).collect();
+        let lasting = hold.kind == HoldKind::Pin;
+        let pinned = self.pin(hold.id.0, &blocks, hold.expires, lasting, hold.now);
+        pinned.map_err(|refused| NotHeld::TooMuch(refused.to_string()))?;
+        Ok(lasting.then(|| {
+            let synced = self.synced();
+            let held = async move {
+                let not_recorded = || NotHeld::Failed("the disk could not record the pin".into());
+                synced.await.then_some(()).ok_or_else(not_recorded)
+            };
+            held.boxed()
+        }))
+    }
+
+    fn release(self: Arc<Self>, id: HoldId, kind: HoldKind) -> bool {
+        self.unpin(id.0, kind == HoldKind::Pin)
+    }
+
+    fn delete(self: Arc<Self>, run: OwnedRun) -> BoxFuture<'static, Result<Vec<Delete>, NotDeleted>> {
+        let mut deleting = self.deletions.begin();
+        let outcomes = NvmeTier::delete(&self, &run.layout, run.group, &run.hashes);
+        deleting.has_deleted = outcomes.contains(&Delete::Deleted);
+        let safe = async move {
+            if deleting.needs_sync() {
+                let owed = deleting.owed();
+                if !self.synced().await {
+                    let problem = "the blocks are deleted, but the disk's index could not be written: they may come back after a crash; delete them again once the disk takes writes";
+                    return Err(NotDeleted(problem.into()));
+                }
+                deleting.synced(owed);
+            }
+            Ok(outcomes)
+        };
+        safe.boxed()
     }
 }
 

@@ -55,7 +55,7 @@ impl NvmeTier {
             let mut state = store.state.lock();
             if !state.pins.has_room(digests.len()) {
                 drop(state);
-                self.stores.iter().take(done).for_each(|store| _ = store.unpin(id));
+                self.stores.iter().take(done).for_each(|store| _ = store.unpin(id, lasting));
                 return Err(PinRefused::TooMany);
             }
             let fresh = state.pins.add(id, digests, expires, lasting);
@@ -66,9 +66,9 @@ impl NvmeTier {
             let bytes_max = store.bytes_max.load(Ordering::Acquire) / 100 * crate::caps::HELD_PERCENT_MAX;
             if pinned_bytes > bytes_max {
                 // The index has not heard of it, and need not.
-                let _ = state.end_pin(id);
+                let _ = state.end_pin(id, lasting);
                 drop(state);
-                self.stores.iter().take(done).for_each(|store| _ = store.unpin(id));
+                self.stores.iter().take(done).for_each(|store| _ = store.unpin(id, lasting));
                 return Err(PinRefused::TooManyBytes { pinned_bytes, bytes_max });
             }
             if let Some(record) = record {
@@ -88,9 +88,9 @@ impl NvmeTier {
         }
     }
 
-    /// Ends a pin before its time; false where there is none (any more).
-    pub fn unpin(&self, id: u128) -> bool {
-        self.stores.iter().map(|store| store.unpin(id)).fold(false, |any, ended| any | ended)
+    /// Ends a pin before its time; false where there is none (any more) that lasts, or does not, as this says.
+    pub fn unpin(&self, id: u128, lasting: bool) -> bool {
+        self.stores.iter().map(|store| store.unpin(id, lasting)).fold(false, |any, ended| any | ended)
     }
 
     /// True while a pin names the block: where it is nowhere, that is a loss.
@@ -104,17 +104,19 @@ impl NvmeTier {
         for store in &self.stores {
             loop {
                 let expired = store.state.lock().pins.next_expired(now);
-                let Some(id) = expired else { break };
-                store.unpin(id);
+                let Some((id, lasting)) = expired else { break };
+                store.unpin(id, lasting);
             }
         }
     }
 }
 
 impl Store {
-    fn unpin(&self, id: u128) -> bool {
+    fn unpin(&self, id: u128, lasting: bool) -> bool {
         let mut state = self.state.lock();
-        let Some(lasting) = state.end_pin(id) else { return false };
+        if !state.end_pin(id, lasting) {
+            return false;
+        }
         if lasting {
             state.owed.unpin(id);
             drop(state);
@@ -125,12 +127,12 @@ impl Store {
 }
 
 impl State {
-    /// Ends a pin here; whether a record of it has to go from the index. `None`: there is none.
-    fn end_pin(&mut self, id: u128) -> Option<bool> {
-        let (freed, lasting) = self.pins.end(id)?;
+    /// Ends a pin here; false where there is none.
+    fn end_pin(&mut self, id: u128, lasting: bool) -> bool {
+        let Some(freed) = self.pins.end(id, lasting) else { return false };
         for digest in freed {
             self.extents.set_pinned(digest, false);
         }
-        Some(lasting)
+        true
     }
 }

@@ -9,6 +9,7 @@ mod below;
 mod bound;
 mod check;
 mod commit;
+mod deletions;
 mod extents;
 mod flush;
 mod format;
@@ -45,6 +46,7 @@ use crate::host::{HostTier, RegisteredLayout};
 use crate::meter::ReadMeter;
 use crate::residency::Delete;
 
+use deletions::Deletions;
 use extents::Extents;
 use store::Store;
 use write::{Commit, Dirty, DirtyBytes, DirtyCount, Pending, answer};
@@ -144,6 +146,7 @@ pub struct NvmeTier {
     sweeping: AtomicBool,
     swept: AtomicU64,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    deletions: Arc<Deletions>,
 }
 
 /// What came of asking for a block to be written.
@@ -186,6 +189,7 @@ impl NvmeTier {
             sweeping: AtomicBool::new(false),
             swept: AtomicU64::new(options.now.0),
             threads: Mutex::new(threads),
+            deletions: Arc::default(),
         }))
     }
 
@@ -392,6 +396,19 @@ impl NvmeTier {
             receive
         };
         self.stores.iter().map(one).collect()
+    }
+
+    /// The same, of all volumes; true where all promise it.
+    pub fn synced(&self) -> impl Future<Output = bool> + Send + 'static {
+        let waiting = self.sync();
+        async move {
+            // Without a channel, and where one is dropped, the disks are closed.
+            let mut safe = !waiting.is_empty();
+            for synced in waiting {
+                safe &= synced.await.unwrap_or(false);
+            }
+            safe
+        }
     }
 
     /// Which blocks of a prefix are on disk, and were not left in doubt by a failed sync.

@@ -52,8 +52,9 @@ impl Pins {
         fresh
     }
 
-    /// Ends one: the blocks that no pin names any more, and whether a record has to go. `None`: no such pin.
-    pub fn end(&mut self, id: u128) -> Option<(Vec<Digest>, bool)> {
+    /// Ends one: the blocks that no pin names any more. `None` where there is none that lasts, or does not, as this says.
+    pub fn end(&mut self, id: u128, lasting: bool) -> Option<Vec<Digest>> {
+        self.by_id.get(&id).filter(|pin| pin.lasting == lasting)?;
         let pin = self.by_id.remove(&id)?;
         self.by_expiry.remove(&(pin.expires, id));
         self.names -= pin.digests.len();
@@ -67,12 +68,13 @@ impl Pins {
                 }
             }
         }
-        Some((freed, pin.lasting))
+        Some(freed)
     }
 
-    /// The next pin whose time is over.
-    pub fn next_expired(&self, now: BootTime) -> Option<u128> {
-        self.by_expiry.first().filter(|(expires, _)| *expires <= now).map(|(_, id)| *id)
+    /// The next pin whose time is over, and whether it lasts.
+    pub fn next_expired(&self, now: BootTime) -> Option<(u128, bool)> {
+        let (_, id) = self.by_expiry.first().filter(|(expires, _)| *expires <= now)?;
+        self.by_id.get(id).map(|pin| (*id, pin.lasting))
     }
 
     /// Every lasting pin, as its record: for an index that is made anew.
@@ -119,12 +121,13 @@ mod tests {
         assert_eq!(pins.add(10, vec![a, b], BootTime(100), true), [a, b]);
         assert_eq!(pins.add(11, vec![b], BootTime(50), false), []);
         assert_eq!(pins.next_expired(BootTime(49)), None);
-        assert_eq!(pins.next_expired(BootTime(50)), Some(11));
-        assert_eq!(pins.end(11), Some((vec![], false)));
+        assert_eq!(pins.next_expired(BootTime(50)), Some((11, false)));
+        assert_eq!(pins.end(11, true), None, "a ticket is no pin");
+        assert_eq!(pins.end(11, false), Some(vec![]));
         assert!(pins.holds(b));
-        assert_eq!(pins.end(10), Some((vec![a, b], true)));
+        assert_eq!(pins.end(10, true), Some(vec![a, b]));
         assert!(!pins.holds(a));
-        assert_eq!(pins.end(10), None);
+        assert_eq!(pins.end(10, true), None);
     }
 
     /// Boot clocks start anew: a pin must neither last for ever nor end at once after a reboot.
@@ -134,10 +137,13 @@ mod tests {
         let mut same = Pins::default();
         same.restore(1, &bytes, &[1; 16], BootTime(4500));
         assert!(same.holds(Digest(7)));
-        assert_eq!((same.next_expired(BootTime(4999)), same.next_expired(BootTime(5000))), (None, Some(1)));
+        assert_eq!((same.next_expired(BootTime(4999)), same.next_expired(BootTime(5000))), (None, Some((1, true))));
         let mut rebooted = Pins::default();
         rebooted.restore(1, &bytes, &[2; 16], BootTime(10));
-        assert_eq!((rebooted.next_expired(BootTime(1009)), rebooted.next_expired(BootTime(1010))), (None, Some(1)));
+        assert_eq!(
+            (rebooted.next_expired(BootTime(1009)), rebooted.next_expired(BootTime(1010))),
+            (None, Some((1, true)))
+        );
         assert_eq!(rebooted.records(&[2; 16], BootTime(10)).len(), 1);
         rebooted.restore(2, &bytes[..20], &[2; 16], BootTime(10));
         assert_eq!(rebooted.records(&[2; 16], BootTime(10)).len(), 1, "half a record is no pin");

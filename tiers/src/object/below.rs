@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 
+use futures::future::BoxFuture;
+use futures::{FutureExt, TryFutureExt};
 use kvstore_plane::SequenceHash;
 
 use super::ObjectTier;
 use super::upload::{Offer, Offered};
-use crate::below::{Ask, Below, Known, Read, ReadUrgency, Room, Write, Written};
-use crate::block::Run;
+use crate::below::{Ask, Below, Hold, Holding, Known, NotDeleted, NotHeld, Read, ReadUrgency, Room, Write, Written};
+use crate::block::{OwnedRun, Run};
+use crate::host::{HoldId, HoldKind};
+use crate::residency::Delete;
 
 impl Below for ObjectTier {
     fn presence(&self, run: &Run<'_>, ask: Ask) -> Known {
@@ -19,6 +23,8 @@ impl Below for ObjectTier {
                 let waits = |hash: &SequenceHash| uploads.has(self.digest(run.layout, run.group, hash));
                 there.iter_mut().zip(run.hashes).for_each(|(there, hash)| *there |= waits(hash));
             }
+            // A reference in the bucket binds collectors, not who deletes: see `hold`.
+            Ask::Held => there.fill(false),
             Ask::Search(now) => {
                 let this = self.this.upgrade();
                 let searching = this.and_then(|this| this.search(run.layout, run.group, run.hashes, now));
@@ -53,5 +59,40 @@ impl Below for ObjectTier {
             self.make_room();
         }
         Room { is_there, answers: self.answers(), freed }
+    }
+
+    /// A pin is a reference in the bucket: no collector deletes its blocks. A ticket ends long before a collector would come.
+    fn hold(self: Arc<Self>, hold: Hold) -> Result<Holding, NotHeld> {
+        match hold.kind {
+            HoldKind::Ticket => Ok(None),
+            HoldKind::Pin => {
+                let [run] = <[OwnedRun; 1]>::try_from(hold.runs)
+                    .map_err(|_| NotHeld::Failed("a pin in the bucket is of one run".into()))?;
+                let ttl_ms = hold.expires.0.saturating_sub(hold.now.0);
+                let referred = self.refer_whoever_waits(hold.id.0, run, ttl_ms);
+                Ok(Some(referred.map_err(|trouble| NotHeld::Failed(trouble.to_string())).boxed()))
+            }
+        }
+    }
+
+    fn release(self: Arc<Self>, id: HoldId, kind: HoldKind) -> bool {
+        if kind == HoldKind::Pin {
+            self.end_reference(id.0);
+        }
+        // Whether there was one nobody knows before the store says so.
+        false
+    }
+
+    fn delete(self: Arc<Self>, run: OwnedRun) -> BoxFuture<'static, Result<Vec<Delete>, NotDeleted>> {
+        let deleted = async move {
+            let deleted = ObjectTier::delete(&self, &run.layout, run.group, &run.hashes).await.map_err(|trouble| {
+                NotDeleted(format!(
+                    "the blocks were not deleted from the object store: {trouble}; delete them again once the store answers"
+                ))
+            })?;
+            let of = |hash: &SequenceHash| if deleted.contains(hash) { Delete::Deleted } else { Delete::Absent };
+            Ok(run.hashes.iter().map(of).collect())
+        };
+        deleted.boxed()
     }
 }

@@ -83,7 +83,7 @@ impl ObjectTier {
         if batch.held_on_disk
             && let Some(nvme) = &self.nvme
         {
-            nvme.unpin(batch.id);
+            nvme.unpin(batch.id, false);
         }
     }
 }

@@ -55,6 +55,7 @@ pub use directory::Pack;
 use log::{Owed, UploadLog};
 use names::Names;
 use proof::Resting;
+use references::IsEnded;
 use upload::Uploads;
 
 pub use crate::bucket::{Abilities, ObjectUrl, OpenStoreError, Opened, Trouble};
@@ -197,6 +198,10 @@ pub struct ObjectTier {
     reads: Arc<Semaphore>,
     prefetch_reads: Arc<Semaphore>,
     proofs: Semaphore,
+    /// References that may still be written or ended.
+    referring: Arc<Semaphore>,
+    /// References that are being written.
+    unfinished_references: Mutex<HashMap<u128, IsEnded>>,
     /// An upload ended.
     uploaded: Notify,
     /// There is something to upload.
@@ -248,6 +253,8 @@ impl ObjectTier {
             reads: Arc::new(Semaphore::new(caps::OBJECT_READS_MAX)),
             prefetch_reads: Arc::new(Semaphore::new(caps::OBJECT_PREFETCH_READS_MAX)),
             proofs: Semaphore::new(caps::OBJECT_PROOFS_MAX),
+            referring: Arc::new(Semaphore::new(caps::OBJECT_REFERRING_MAX)),
+            unfinished_references: Mutex::default(),
             uploaded: Notify::new(),
             work: Notify::new(),
             stopping: AtomicBool::new(false),

@@ -12,6 +12,7 @@ use kvstore_plane::SequenceHash;
 use object_store::path::Path;
 use object_store::{ObjectMeta, PutPayload};
 use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::ObjectTier;
@@ -19,6 +20,7 @@ use super::collect::{CollectError, Listing};
 use super::directory::Pack;
 use super::names::{BlockName, GroupNames};
 use super::proof::Stamp;
+use crate::block::OwnedRun;
 use crate::bucket::{Trouble, retried};
 use crate::caps;
 use crate::host::RegisteredLayout;
@@ -39,6 +41,9 @@ struct Reference {
 const REFERENCE_BYTES_MAX: u64 = 4 << 20;
 /// References that are read at once.
 const READS_AT_ONCE: usize = 16;
+
+/// Whether a reference that is being written is not wanted any more.
+pub(super) struct IsEnded(bool);
 
 /// What a collector knows of the references.
 #[derive(Default)]
@@ -164,15 +169,51 @@ impl ObjectTier {
         (0..elsewhere.len()).all(is_here).then(|| packs.into_values().collect())
     }
 
-    /// Ends a reference before its time, in the background. Where that fails, it ends by its time.
+    /// The same, not cut off where the caller leaves: the store may have the request already. Where it was ended meanwhile, what the
+    /// request then made is ended, too.
+    pub(super) async fn refer_whoever_waits(
+        self: Arc<Self>,
+        id: u128,
+        run: OwnedRun,
+        ttl_ms: u64,
+    ) -> Result<(), Trouble> {
+        let stopped = || Trouble::Failed("the daemon is stopping".into());
+        let permit = Arc::clone(&self.referring).acquire_owned().await.map_err(|_| stopped())?;
+        self.unfinished_references.lock().insert(id, IsEnded(false));
+        let (done, outcome) = oneshot::channel();
+        let tier = Arc::clone(&self);
+        self.runtime.spawn(async move {
+            let referred = tier.refer(id, &run.layout, run.group, &run.hashes, ttl_ms).await;
+            let ended = tier.unfinished_references.lock().remove(&id);
+            if let Some(IsEnded(true)) = ended {
+                tier.delete_reference(id).await;
+            }
+            drop(permit);
+            let _ = done.send(referred);
+        });
+        outcome.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    /// Ends a reference before its time, in the background. Where that fails, or too many requests of references are under way, it ends
+    /// by its time.
     pub fn end_reference(self: &Arc<Self>, id: u128) {
+        if let Some(is_ended) = self.unfinished_references.lock().get_mut(&id) {
+            *is_ended = IsEnded(true);
+            return;
+        }
+        let Ok(permit) = Arc::clone(&self.referring).try_acquire_owned() else { return };
         let tier = Arc::clone(self);
         self.runtime.spawn(async move {
-            let deadline = Instant::now() + tier.bucket.stall() * 4;
-            if let Err(trouble) = tier.bucket.delete(&tier.reference_at(id), deadline).await {
-                tracing::debug!(%trouble, "a reference in the bucket could not be ended early; it ends at its time");
-            }
+            tier.delete_reference(id).await;
+            drop(permit);
         });
+    }
+
+    async fn delete_reference(&self, id: u128) {
+        let deadline = Instant::now() + self.bucket.stall() * 4;
+        if let Err(trouble) = self.bucket.delete(&self.reference_at(id), deadline).await {
+            tracing::debug!(%trouble, "a reference in the bucket could not be ended early; it ends at its time");
+        }
     }
 
     /// Reads a reference; nothing where it ended. One whose time is over is deleted.

@@ -6,11 +6,15 @@
 //! - `demote`: a copy is offered to the tiers below: is it there? is it worth it? is there room? then it is written.
 //! - `admit`: what is worth a write, by namespace and tier.
 //! - `room`: calls wait while too much has yet to be written.
+//! - `hold`: pins and tickets keep blocks in the tiers that have them.
+//! - `delete`: blocks leave every tier, and no crash brings them back.
 //!
 //! Knows no wire and no configuration file; time is told by the clock that it is given.
 
 pub mod admit;
+mod delete;
 mod demote;
+mod hold;
 mod promote;
 mod room;
 mod run;
@@ -28,7 +32,9 @@ use crate::host::{HostTier, NamespaceId};
 use crate::tier::{Tier, TierSet};
 
 pub use admit::{Admission, AdmissionRules, NamespaceRules, Occasion};
+pub use delete::Deleted;
 pub use demote::{Copies, Copy};
+pub use hold::{Found, HoldRefused, Taken, Term};
 pub use promote::{Batch, Coming, Promotion};
 pub use room::{Level, Wish};
 pub use run::{Asked, Policy, Window};

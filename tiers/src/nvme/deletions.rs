@@ -1,8 +1,9 @@
 //! What deletions owe to the disks' indexes.
 //!
 //! A deletion whose sync failed was not answered OK, and is made up for by the next one, whichever blocks that one finds: until then
-//! the daemon remembers that a sync is owed.
+//! the tier remembers that a sync is owed.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// See the head of this file.
@@ -16,21 +17,21 @@ pub struct Deletions {
 }
 
 /// A deletion under way. Dropped before it was synced, it leaves a sync owed.
-pub struct Deleting<'a> {
-    of: &'a Deletions,
+pub struct Deleting {
+    of: Arc<Deletions>,
     /// It found something.
     pub has_deleted: bool,
 }
 
 impl Deletions {
     /// Before the first block goes: who finds a block gone finds the deletion, too.
-    pub fn begin(&self) -> Deleting<'_> {
+    pub fn begin(self: &Arc<Self>) -> Deleting {
         self.under_way.fetch_add(1, Ordering::SeqCst);
-        Deleting { of: self, has_deleted: false }
+        Deleting { of: Arc::clone(self), has_deleted: false }
     }
 }
 
-impl Deleting<'_> {
+impl Deleting {
     /// True where an answer needs a sync: this deletion found something, or another did and has yet to sync.
     pub fn needs_sync(&self) -> bool {
         let others = self.of.under_way.load(Ordering::SeqCst) > 1;
@@ -50,7 +51,7 @@ impl Deleting<'_> {
     }
 }
 
-impl Drop for Deleting<'_> {
+impl Drop for Deleting {
     fn drop(&mut self) {
         if self.has_deleted {
             self.of.unsynced.fetch_add(1, Ordering::SeqCst);
@@ -67,7 +68,7 @@ mod tests {
     /// to delete, and must sync all the same; and so on until one does.
     #[test]
     fn a_deletion_that_was_not_synced_leaves_a_sync_owed() {
-        let deletions = Deletions::default();
+        let deletions = Arc::new(Deletions::default());
         assert!(!deletions.begin().needs_sync(), "nothing was deleted");
         let mut first = deletions.begin();
         first.has_deleted = true;
