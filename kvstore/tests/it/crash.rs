@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kvstore::replay;
@@ -14,8 +16,11 @@ use kvstore_client::{Client, GetOutcome, GroupRef, PutBlock, PutOptions};
 const KILLS: u64 = 40;
 /// Bytes of a block: some have their header apart, some are packed.
 const SIZES: [u32; 3] = [3000, 70_000, 300_000];
-/// How much of the newest log is checked after each kill: the disk holds more than that.
+/// LOCAL blocks that are checked after each kill, at most: the newest.
 const CHECKED: usize = 60;
+/// ... as far as no more than this was put after them, at any level. The disk has three times as much, and drops what is older for what
+/// is new.
+const KEPT_BYTES: u64 = 64 << 20;
 
 struct Daemon {
     child: Child,
@@ -73,15 +78,16 @@ fn block(id: u64) -> PutBlock {
     PutBlock::new(replay::sequence_hash(id), replay::content(id, bytes as usize))
 }
 
-/// Puts blocks until the daemon is gone; those that it said are LOCAL.
-async fn load(client: Client, groups: Vec<GroupRef>, worker: u64, first: u64) -> Vec<u64> {
+/// Puts blocks until the daemon is gone, and counts their bytes; those that it said are LOCAL, each with the count before it.
+async fn load(client: Client, groups: Vec<GroupRef>, put: Arc<AtomicU64>, worker: u64, first: u64) -> Vec<(u64, u64)> {
     let mut local = Vec::new();
     for at in 0.. {
         let id = first + at * 4 + worker;
         let level = if id % 4 == 1 { Level::Memory } else { Level::Local };
         let options = PutOptions { level, ..PutOptions::default() };
+        let before = put.fetch_add(u64::from(SIZES[(id % 3) as usize]), Ordering::Relaxed);
         match client.put_with(&groups[(id % 3) as usize], vec![block(id)], options).await {
-            Ok(results) if results[0].level() == Level::Local => local.push(id),
+            Ok(results) if results[0].level() == Level::Local => local.push((before, id)),
             Ok(results) => assert_ne!(results[0].status(), PutStatus::Unspecified),
             Err(_) => return local,
         }
@@ -92,9 +98,10 @@ async fn load(client: Client, groups: Vec<GroupRef>, worker: u64, first: u64) ->
 #[tokio::test(flavor = "multi_thread")]
 async fn kill_9_under_load_loses_nothing_that_was_local() {
     let folder = tempfile::tempdir().unwrap();
-    // The client's own log: id of every LOCAL block, by the kill before which it was acknowledged.
-    let mut log: BTreeMap<u64, u64> = BTreeMap::new();
-    let mut first = 0;
+    let put = Arc::new(AtomicU64::new(0));
+    // The client's own log: every LOCAL block, by the bytes that were put before it; and the kill that came next.
+    let mut log: BTreeMap<(u64, u64), u64> = BTreeMap::new();
+    let (mut first, mut checked) = (0, 0);
     let mut ready = Vec::new();
     for kill in 0..KILLS {
         let started = Instant::now();
@@ -102,7 +109,9 @@ async fn kill_9_under_load_loses_nothing_that_was_local() {
         let client = daemon.client().await;
         ready.push(started.elapsed());
         let groups = groups(&client).await;
-        for (id, since) in log.iter().rev().take(CHECKED) {
+        let kept = put.load(Ordering::Relaxed).saturating_sub(KEPT_BYTES);
+        for ((_, id), since) in log.range((kept, 0)..).rev().take(CHECKED) {
+            checked += 1;
             let outcome = client.get(&groups[(id % 3) as usize], &[replay::sequence_hash(*id)]).await.unwrap();
             match &outcome[0] {
                 GetOutcome::Hit(bytes) => assert_eq!(replay::wrong_bytes(*id, bytes), 0, "WRONG BYTES in {id}"),
@@ -111,17 +120,17 @@ async fn kill_9_under_load_loses_nothing_that_was_local() {
         }
         let mut workers = tokio::task::JoinSet::new();
         for worker in 0..4 {
-            workers.spawn(load(daemon.client().await, groups.clone(), worker, first));
+            workers.spawn(load(daemon.client().await, groups.clone(), Arc::clone(&put), worker, first));
         }
         // Another moment each time: within the first milliseconds, in the midst, after a sync or two.
         tokio::time::sleep(Duration::from_millis(20 + kill * 37 % 400)).await;
         drop(daemon);
         while let Some(local) = workers.join_next().await {
-            log.extend(local.unwrap().into_iter().map(|id| (id, kill)));
+            log.extend(local.unwrap().into_iter().map(|acknowledged| (acknowledged, kill)));
         }
         first += 1_000_000;
     }
-    assert!(log.len() > 500, "the load was no load: {} LOCAL blocks", log.len());
+    assert!(checked > 500, "the load was no load: {} LOCAL blocks, {checked} checks", log.len());
     // The median: one start on a machine that is busy with other tests says nothing.
     ready.sort();
     assert!(ready[ready.len() / 2] < Duration::from_secs(2), "ready after {ready:?}");
