@@ -98,9 +98,13 @@ fn the_tests_of_the_contract_exist() {
     let mut named = 0;
     for name in text.split('`').filter(|name| name.contains("::")) {
         let (file, function) = name.split_once("::").unwrap();
-        let folders = ["tests/tests/it", "kvstore/tests/it"];
-        let is_there = folders.iter().any(|folder| {
-            let source = std::fs::read_to_string(root.join(folder).join(format!("{file}.rs")));
+        let folders = match file.split_once('/') {
+            // A test beside the code that it tests.
+            Some((krate, module)) => vec![format!("{krate}/src/{module}.rs")],
+            None => ["tests/tests/it", "kvstore/tests/it"].map(|folder| format!("{folder}/{file}.rs")).to_vec(),
+        };
+        let is_there = folders.iter().any(|file| {
+            let source = std::fs::read_to_string(root.join(file));
             source.is_ok_and(|source| source.contains(&format!("fn {function}(")))
         });
         assert!(is_there, "docs/contract.md names {name}, which is no test");

@@ -49,13 +49,21 @@ pub enum LeaseError {
     Store(#[from] Trouble),
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, PartialEq, Eq, Debug)]
 struct Record {
+    /// The first builds did not write it.
+    #[serde(default = "version")]
+    version: u32,
     holder: String,
     /// By the store's clock.
     expires_ms: i64,
     #[serde(default)]
     epoch: u64,
+}
+
+/// The version that is written, and the one that is read.
+const fn version() -> u32 {
+    1
 }
 
 /// What the highest number of a folder says.
@@ -146,7 +154,7 @@ impl Lease {
 
     /// Ends it early. Where that fails, it ends by its time.
     pub async fn end(mut self, bucket: &Bucket, deadline: Instant) {
-        let record = Record { holder: self.holder.clone(), expires_ms: 0, epoch: self.epoch };
+        let record = Record { version: version(), holder: self.holder.clone(), expires_ms: 0, epoch: self.epoch };
         if let Err(error) = self.create(bucket, &record, deadline).await {
             tracing::debug!(%error, folder = %self.folder, "a lease could not be ended early; it ends at its time");
         }
@@ -155,7 +163,7 @@ impl Lease {
     async fn write_next(&mut self, bucket: &Bucket, deadline: Instant) -> Result<(), LeaseError> {
         let now = bucket.now();
         let expires_ms = bucket.clock.latest_ms(now).ok_or(LeaseError::NoTime)? + self.term.ms as i64;
-        let record = Record { holder: self.holder.clone(), expires_ms, epoch: self.epoch };
+        let record = Record { version: version(), holder: self.holder.clone(), expires_ms, epoch: self.epoch };
         self.create(bucket, &record, deadline).await?;
         self.until = now.plus_ms(self.term.ms - self.term.margin_ms);
         Ok(())
@@ -206,6 +214,11 @@ pub async fn standing(bucket: &Bucket, folder: &Path, deadline: Instant) -> Resu
         // One that cannot be read may be held.
         let record: Record = serde_json::from_slice(&bytes)
             .map_err(|error| Trouble::Unsupported(format!("the lease {location} cannot be read: {error}")))?;
+        if record.version != version() {
+            let problem =
+                format!("the lease {location} has version {}, which this build does not know", record.version);
+            return Err(Trouble::Unsupported(problem));
+        }
         let epoch = if record.epoch == 0 { number } else { record.epoch };
         return Ok(Some(Standing { number, epoch, expires_ms: record.expires_ms }));
     }
@@ -302,5 +315,23 @@ mod tests {
         bucket.create(&location, PutPayload::from("{\"holder\":")).await.unwrap();
         let taken = Lease::take(&bucket, &folder, "a", TERM, soon()).await;
         assert!(matches!(&taken, Err(LeaseError::Store(Trouble::Unsupported(why))) if why.contains("leases/")));
+    }
+
+    /// A record as version 1 writes it, which later builds must read; the first builds' without a version, too. One of a later version
+    /// may be held.
+    #[tokio::test]
+    async fn lease_version_1() {
+        let record = Record { version: 1, holder: "me".into(), expires_ms: 12_345, epoch: 6 };
+        let sample = r#"{"version":1,"holder":"me","expires_ms":12345,"epoch":6}"#;
+        assert_eq!(serde_json::to_string(&record).unwrap(), sample, "it is written differently now");
+        assert_eq!(serde_json::from_str::<Record>(sample).unwrap(), record);
+        let early = r#"{"holder":"me","expires_ms":12345,"epoch":6}"#;
+        assert_eq!(serde_json::from_str::<Record>(early).unwrap(), record);
+        let (store, folder) = (Arc::new(InMemory::new()), Path::from("leases"));
+        let bucket = bucket(&store, BootTime::default);
+        let later = PutPayload::from(sample.replace(":1,", ":2,"));
+        bucket.create(&location(&folder, 7), later).await.unwrap();
+        let taken = Lease::take(&bucket, &folder, "a", TERM, soon()).await;
+        assert!(matches!(&taken, Err(LeaseError::Store(Trouble::Unsupported(why))) if why.contains("version 2")));
     }
 }

@@ -148,4 +148,20 @@ mod tests {
         rebooted.restore(2, &bytes[..20], &[2; 16], BootTime(10));
         assert_eq!(rebooted.records(&[2; 16], BootTime(10)).len(), 1, "half a record is no pin");
     }
+
+    /// A record as version 1 writes it, which later builds must read.
+    #[test]
+    fn pin_record_version_1() {
+        let mut sample = vec![1];
+        sample.extend([7; 16]);
+        sample.extend([0x88, 0x13, 0, 0, 0, 0, 0, 0, 0xE8, 3, 0, 0, 0, 0, 0, 0]);
+        sample.extend((1..=32).collect::<Vec<u8>>());
+        let digests =
+            [0x100F_0E0D_0C0B_0A09_0807_0605_0403_0201, 0x201F_1E1D_1C1B_1A19_1817_1615_1413_1211].map(Digest);
+        assert_eq!(record(&digests, BootTime(5000), &[7; 16], BootTime(4000)), sample, "it is written differently now");
+        let mut pins = Pins::default();
+        pins.restore(1, &sample, &[7; 16], BootTime(4500));
+        assert!(digests.iter().all(|digest| pins.holds(*digest)));
+        assert_eq!(pins.next_expired(BootTime(5000)), Some((1, true)));
+    }
 }

@@ -20,7 +20,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::layout::Layout;
 
-const MAGIC: &[u8; 8] = b"KVUPLOG1";
+/// What every log begins with ...
+const NAME: &[u8; 7] = b"KVUPLOG";
+/// ... and what follows in those that this build reads and writes.
+const VERSION: u8 = b'1';
 /// The log is written anew when it has this many bytes ...
 const COMPACT_FROM_BYTES: u64 = 1 << 20;
 /// ... and this many times what is still needed.
@@ -83,6 +86,7 @@ impl UploadLog {
         let mut log = Self::empty(open_file(&path, false)?, path);
         let mut all = Vec::new();
         log.file.read_to_end(&mut all)?;
+        log.check_version(&all)?;
         log.replay(&all);
         log.forget_layouts();
         log.compact()?;
@@ -103,8 +107,30 @@ impl UploadLog {
         }
     }
 
+    /// A later build's log is left alone. What is no log at all is put aside.
+    fn check_version(&self, all: &[u8]) -> io::Result<()> {
+        match all.strip_prefix(NAME) {
+            Some([VERSION, ..]) => Ok(()),
+            Some([version, ..]) => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                format!(
+                    "{} has version {:?}, and this build reads version 1: start the build that wrote it, or move the file away to forget its uploads",
+                    self.path.display(),
+                    char::from(*version)
+                ),
+            )),
+            _ if all.is_empty() => Ok(()),
+            _ => {
+                let aside = self.path.with_extension("damaged");
+                tracing::warn!(path = %self.path.display(), aside = %aside.display(), "the upload log does not begin as one: the uploads recorded in it are forgotten, and the file is put aside");
+                std::fs::rename(&self.path, aside)
+            }
+        }
+    }
+
     fn replay(&mut self, all: &[u8]) {
-        let Some(mut rest) = all.strip_prefix(MAGIC) else { return };
+        let Some([VERSION, rest @ ..]) = all.strip_prefix(NAME) else { return };
+        let mut rest = rest;
         while let Some((head, behind)) = rest.split_first_chunk::<8>() {
             let [a, b, c, d, e, f, g, h] = *head;
             let (length, sum) = (u32::from_le_bytes([a, b, c, d]) as usize, u32::from_le_bytes([e, f, g, h]));
@@ -253,8 +279,9 @@ impl UploadLog {
     pub fn compact(&mut self) -> io::Result<()> {
         let new_path = self.path.with_extension("new");
         let mut new = Self::empty(open_file(&new_path, true)?, self.path.clone());
-        new.file.write_all(MAGIC)?;
-        new.bytes = MAGIC.len() as u64;
+        new.file.write_all(NAME)?;
+        new.file.write_all(&[VERSION])?;
+        new.bytes = NAME.len() as u64 + 1;
         for (namespace, layout) in &self.layouts {
             new.number(namespace, layout)?;
         }
@@ -418,6 +445,56 @@ mod tests {
             std::fs::write(&path, damaged).unwrap();
             assert_eq!(UploadLog::open(&folder).unwrap().owed().len(), 4);
         }
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    /// A log as version 1 writes it, which later builds must read.
+    #[test]
+    fn upload_log_version_1() {
+        let records = [
+            concat!(
+                r#"{"l":[0,{"namespace":"a","layout":{"model":[109],"weights_digest":[255],"dtype":"bfloat16","block_tokens":16,"#,
+                r#""groups":[{"kind":{"SlidingWindow":{"tokens":7}},"layers":1,"planes":2,"heads":3,"head_bytes":4,"order":"Opaque"}]"#,
+                r#","shard":{"index":1,"count":2},"extra":[]}}]}"#,
+            ),
+            r#"{"b":{"l":0,"g":0,"h":"0000000000000001","p":"","n":9}}"#,
+            r#"{"b":{"l":0,"g":0,"h":"0000000000000002","p":"0000000000000001","n":9}}"#,
+            r#"{"d":{"l":0,"g":0,"h":"0000000000000001"}}"#,
+        ];
+        let mut sample = b"KVUPLOG1".to_vec();
+        for record in records {
+            sample.extend((record.len() as u32).to_le_bytes());
+            sample.extend(crc32(record.as_bytes()).to_le_bytes());
+            sample.extend(record.as_bytes());
+        }
+        let folder = folder("upload-log-sample");
+        let mut log = UploadLog::open(&folder).unwrap();
+        let number = log.number("a", &layout("m")).unwrap();
+        log.add(Owed { layout: number, group: 0, hash: hash(1), parent: None, length: 9 }).unwrap();
+        log.add(Owed { layout: number, group: 0, hash: hash(2), parent: Some(hash(1)), length: 9 }).unwrap();
+        log.done(number, 0, hash(1)).unwrap();
+        let path = folder.join("uploads");
+        assert!(std::fs::read(&path).unwrap() == sample, "version 1 is written differently now");
+        drop(log);
+        std::fs::write(&path, &sample).unwrap();
+        let owed = UploadLog::open(&folder).unwrap().owed();
+        assert_eq!(owed, [Owed { layout: number, group: 0, hash: hash(2), parent: Some(hash(1)), length: 9 }]);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    /// A log of a later build was taken for an empty one, and replaced.
+    #[test]
+    fn a_log_of_another_version_is_refused_by_name_and_left_alone() {
+        let folder = folder("upload-log-version");
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("uploads");
+        std::fs::write(&path, b"KVUPLOG2 whatever").unwrap();
+        let refused = UploadLog::open(&folder).err().unwrap().to_string();
+        assert!(refused.contains("uploads has version '2'"), "{refused}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"KVUPLOG2 whatever");
+        std::fs::write(&path, b"something else").unwrap();
+        assert!(UploadLog::open(&folder).unwrap().owed().is_empty());
+        assert_eq!(std::fs::read(folder.join("uploads.damaged")).unwrap(), b"something else", "nothing is lost");
         std::fs::remove_dir_all(&folder).unwrap();
     }
 }

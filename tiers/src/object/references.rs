@@ -27,7 +27,7 @@ use crate::host::RegisteredLayout;
 use crate::residency::Presence;
 
 /// A promise in the bucket that blocks stay: a pin's.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, PartialEq, Eq, Debug)]
 struct Reference {
     version: u32,
     /// By the store's clock.
@@ -237,5 +237,20 @@ impl ObjectTier {
             return Ok(None);
         }
         Ok(Some(reference))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A reference as version 1 writes it, which later builds must read.
+    #[test]
+    fn reference_version_1() {
+        let name = BlockName::of(&SequenceHash::new(&[7; 20]).unwrap()).to_string();
+        let reference = Reference { version: 1, expires_ms: 12_345, folder: "a/b".into(), blocks: vec![name] };
+        let sample = r#"{"version":1,"expires_ms":12345,"folder":"a/b","blocks":["6d083df7e4e3a09ac5a29dad59b9ed2d"]}"#;
+        assert_eq!(serde_json::to_string(&reference).unwrap(), sample, "it is written differently now");
+        assert_eq!(serde_json::from_str::<Reference>(sample).unwrap(), reference);
     }
 }
