@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvstore_proto::v1;
 use kvstore_tiers::host::{HoldError, HoldId, LayoutGroup, NamespaceId, RegisterError, RegisteredLayout};
+use kvstore_tiers::nvme::PinRefused;
 use kvstore_tiers::residency::Presence;
 use kvstore_tiers::stack::Level;
 use kvstore_tiers::tier::common_residency;
@@ -121,7 +122,7 @@ fn layer_group_message(group: &LayerGroup) -> v1::LayerGroup {
 /// Why a layout was refused.
 pub fn register_error(error: RegisterError) -> Status {
     match error {
-        RegisterError::TooMany | RegisterError::TooManySizes => Status::resource_exhausted(error.to_string()),
+        RegisterError::TooMany | RegisterError::TooManySizes => Status::failed_precondition(error.to_string()),
         _ => Status::invalid_argument(error.to_string()),
     }
 }
@@ -199,7 +200,23 @@ pub fn hold_bytes(id: HoldId) -> Bytes {
 
 /// Why nothing was held.
 pub fn hold_error(error: HoldError) -> Status {
-    Status::resource_exhausted(error.to_string())
+    let message = error.to_string();
+    match error {
+        HoldError::TooLarge { .. } => Status::failed_precondition(message),
+        HoldError::TooManyBytes { .. } | HoldError::TierFull { .. } | HoldError::TooMany => {
+            Status::resource_exhausted(message)
+        }
+    }
+}
+
+/// Why nothing was held on disk.
+pub fn pin_refused(refused: PinRefused) -> Status {
+    match refused {
+        PinRefused::TooLarge { .. } => Status::failed_precondition(refused.to_string()),
+        PinRefused::TooManyBytes { .. } | PinRefused::TooMany => {
+            Status::resource_exhausted(format!("{refused}: unpin other blocks, or wait until a pin expires"))
+        }
+    }
 }
 
 /// A range of layers or heads.

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use kvstore_proto::v1::{LookupRequest, LookupResponse, ReleaseTicketRequest, ReleaseTicketResponse};
 use kvstore_tiers::below::{Ask, Searching};
 use kvstore_tiers::caps::TICKET_TTL_MS_MAX;
 use kvstore_tiers::host::{HoldId, HoldKind, NamespaceId, RegisteredLayout};
+use kvstore_tiers::nvme::PinRefused;
 use kvstore_tiers::residency::Presence;
 use kvstore_tiers::{BlockRef, BootTime, GroupPresence, Run, SequenceHash, Tier, TierSet, readable_prefix};
 use tonic::Status;
@@ -14,6 +16,9 @@ use tonic::Status;
 use super::taken::Taken;
 use crate::daemon::Daemon;
 use crate::{caps, clock, telemetry, wire};
+
+/// Times that blocks are looked for to be held, where some leave between the look and the hold.
+const TICKET_ATTEMPTS: usize = 3;
 
 /// One layer group of one shard that a look-up asks about.
 struct Part {
@@ -87,11 +92,27 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
     if is_new {
         daemon.stack.count(&layout, &hashes);
     }
-    let Some(parts) = parts_of(daemon, &layout, request, &hashes)? else {
-        // There is no room to register every shard of the group: nothing is known of it.
-        return Ok(LookupResponse { residency: vec![0; hashes.len()], ..LookupResponse::default() });
+    let mut ticket = Bytes::new();
+    let mut attempts = if request.ticket_ttl_ms > 0 { TICKET_ATTEMPTS } else { 0 };
+    let (parts, readable) = loop {
+        let Some(parts) = parts_of(daemon, &layout, request, &hashes)? else {
+            // There is no room to register every shard of the group: nothing is known of it.
+            return Ok(LookupResponse { residency: vec![0; hashes.len()], ..LookupResponse::default() });
+        };
+        let readable = readable_blocks(&layout, &parts);
+        if readable == 0 || attempts == 0 {
+            break (parts, readable);
+        }
+        attempts -= 1;
+        match hold_for_ticket(daemon, namespace, &parts, hashes.get(..readable).unwrap_or_default(), request) {
+            Holding::Held(id) => {
+                ticket = wire::hold_bytes(id);
+                break (parts, readable);
+            }
+            Holding::Refused => attempts = 0,
+            Holding::Left => {}
+        }
     };
-    let readable = readable_blocks(&layout, &parts);
     let residency =
         (0..hashes.len()).map(|block| wire::residency(parts.iter().filter_map(|part| part.at(block)))).collect();
     for part in parts.iter().filter(|_| is_new) {
@@ -100,12 +121,7 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
         daemon.stack.asked_for(&part.run(run));
     }
     let searching = readable < hashes.len() && !search(daemon, &parts, &hashes).is_empty();
-    let mut response =
-        LookupResponse { readable_blocks: readable as u32, residency, searching, ..LookupResponse::default() };
-    if request.ticket_ttl_ms > 0 && readable > 0 {
-        hold_for_ticket(daemon, namespace, &parts, &hashes, request.ticket_ttl_ms, &mut response)?;
-    }
-    Ok(response)
+    Ok(LookupResponse { readable_blocks: readable as u32, residency, searching, ticket })
 }
 
 /// The asked groups of the asked shards; `None` where a shard cannot be registered.
@@ -156,60 +172,67 @@ fn readable_blocks(layout: &RegisteredLayout, parts: &[Part]) -> usize {
     readable_prefix(&groups, layout.layout.block_tokens)
 }
 
-/// Holds what was found readable. Where some of it left since, nothing is held, and the answer says that nothing is readable.
+/// What became of a ticket.
+enum Holding {
+    /// It holds all of it.
+    Held(HoldId),
+    /// A block left since it was found.
+    Left,
+    /// As much is held as may be.
+    Refused,
+}
+
+/// Holds what was found readable, or nothing.
 fn hold_for_ticket(
     daemon: &Daemon,
     namespace: NamespaceId,
     parts: &[Part],
-    hashes: &[SequenceHash],
-    ttl_ms: u32,
-    response: &mut LookupResponse,
-) -> Result<(), Status> {
-    let readable = response.readable_blocks as usize;
+    readable: &[SequenceHash],
+    request: &LookupRequest,
+) -> Holding {
     let held: Vec<Vec<SequenceHash>> = parts
         .iter()
         .map(|part| {
-            let run = hashes.iter().zip(&part.presences).take(readable);
+            let run = readable.iter().zip(&part.presences);
             run.filter(|(_, presence)| **presence == Presence::Resident).map(|(hash, _)| *hash).collect()
         })
         .collect();
     let runs: Vec<_> =
         parts.iter().zip(&held).map(|(part, hashes)| (&*part.layout, part.group, hashes.as_slice())).collect();
-    let expires = clock::now().plus_ms(u64::from(ttl_ms));
+    let expires = clock::now().plus_ms(u64::from(request.ticket_ttl_ms));
     let mut taken = Taken::nothing(daemon, namespace, HoldKind::Ticket);
-    let got = taken.in_memory(&runs, expires).map_err(wire::hold_error)?;
-    let all = got.blocks == held.iter().map(Vec::len).sum::<usize>();
-    if !all || !hold_on_disk(daemon, parts, hashes, readable, taken.id(), expires)? {
-        response.readable_blocks = 0;
-        return Ok(());
+    let Ok(got) = taken.in_memory(&runs, expires) else { return Holding::Refused };
+    if got.blocks < held.iter().map(Vec::len).sum::<usize>() {
+        return Holding::Left;
     }
-    response.ticket = wire::hold_bytes(taken.keep());
-    Ok(())
+    match hold_on_disk(daemon, parts, readable, taken.id(), expires) {
+        Ok(true) => Holding::Held(taken.keep()),
+        Ok(false) => Holding::Left,
+        Err(_) => Holding::Refused,
+    }
 }
 
 /// Holds the blocks that are on disk alone. False where one of them left meanwhile.
 fn hold_on_disk(
     daemon: &Daemon,
     parts: &[Part],
-    hashes: &[SequenceHash],
-    readable: usize,
+    readable: &[SequenceHash],
     id: HoldId,
     expires: BootTime,
-) -> Result<bool, Status> {
+) -> Result<bool, PinRefused> {
     let Some(nvme) = &daemon.nvme else { return Ok(true) };
     let below = |part: &&Part, block: usize| part.at(block).is_some_and(|at| at.tiers().fastest() == Some(Tier::Nvme));
     let blocks: Vec<BlockRef<'_>> = parts
         .iter()
         .flat_map(|part| {
-            let chosen = hashes.iter().take(readable).enumerate().filter(move |(block, _)| below(&part, *block));
+            let chosen = readable.iter().enumerate().filter(move |(block, _)| below(&part, *block));
             chosen.map(move |(_, hash)| BlockRef { layout: &part.layout, group: part.group, hash: *hash })
         })
         .collect();
     if blocks.is_empty() {
         return Ok(true);
     }
-    nvme.pin(id.0, &blocks, expires, false, clock::now())
-        .map_err(|refused| Status::resource_exhausted(refused.to_string()))?;
+    nvme.pin(id.0, &blocks, expires, false, clock::now())?;
     Ok(blocks.iter().all(|block| nvme.presence(block.layout, block.group, &[block.hash]) == [true]))
 }
 

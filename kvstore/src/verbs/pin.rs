@@ -183,9 +183,7 @@ fn hold_on_disk(
     run: &Run,
 ) -> Result<bool, Status> {
     let blocks: Vec<BlockRef<'_>> = (0..run.blocks).filter_map(|at| prefix.block(at)).collect();
-    nvme.pin(taken.id().0, &blocks, prefix.expires, true, clock::now()).map_err(|refused| {
-        Status::resource_exhausted(format!("{refused}: unpin other blocks, or wait until a pin expires"))
-    })?;
+    nvme.pin(taken.id().0, &blocks, prefix.expires, true, clock::now()).map_err(wire::pin_refused)?;
     let on_disk = prefix.on_disk(daemon);
     Ok(run.here.iter().all(|at| on_disk.get(*at) == Some(&true)))
 }
@@ -200,9 +198,12 @@ pub fn unpin(daemon: &Daemon, namespace: NamespaceId, request: &UnpinRequest) ->
     {
         unpinned |= nvme.unpin(id.0);
     }
-    if let Some(object) = &daemon.object {
-        // Where it fails the reference ends by its time.
-        object.end_reference(id.0);
+    // Any name may be told, and each costs a request to the bucket. Where too many are under way, or it fails, the reference ends by
+    // its time.
+    if let Some(object) = &daemon.object
+        && let Ok(permit) = Arc::clone(&daemon.references).try_acquire_owned()
+    {
+        object.end_reference(id.0, permit);
     }
     Ok(UnpinResponse { unpinned })
 }

@@ -59,12 +59,15 @@ impl<'a> Taken<'a> {
         let (done, outcome) = oneshot::channel();
         self.reference = Some(answer);
         let (id, layout, hashes) = (self.id.0, Arc::clone(layout), hashes.to_vec());
+        let references = Arc::clone(&self.daemon.references);
         tokio::spawn(async move {
             let referred = object.refer(id, &layout, group, &hashes, ttl_ms).await;
             drop((permit, hashes));
             let _ = done.send(referred);
-            if answered.await.is_err() {
-                object.end_reference(id);
+            if answered.await.is_err()
+                && let Ok(permit) = references.acquire_owned().await
+            {
+                object.end_reference(id, permit);
             }
         });
         outcome.await.unwrap_or_else(|_| Err(stopped()))

@@ -164,14 +164,16 @@ impl ObjectTier {
         (0..elsewhere.len()).all(is_here).then(|| packs.into_values().collect())
     }
 
-    /// Ends a reference before its time, in the background. Where that fails, it ends by its time.
-    pub fn end_reference(self: &Arc<Self>, id: u128) {
+    /// Ends a reference before its time, in the background. Where that fails, it ends by its time. `permit` is dropped when that is
+    /// done: callers bound with it how many are ended at once.
+    pub fn end_reference(self: &Arc<Self>, id: u128, permit: impl Send + 'static) {
         let tier = Arc::clone(self);
         self.runtime.spawn(async move {
             let deadline = Instant::now() + tier.bucket.stall() * 4;
             if let Err(trouble) = tier.bucket.delete(&tier.reference_at(id), deadline).await {
                 tracing::debug!(%trouble, "a reference in the bucket could not be ended early; it ends at its time");
             }
+            drop(permit);
         });
     }
 
