@@ -15,6 +15,7 @@ mod locks;
 mod long;
 mod nvme;
 mod object;
+mod outside;
 mod overcommit;
 mod process;
 mod restart;
@@ -28,7 +29,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Measure the figures of one group.
 #[derive(Parser)]
 struct Arguments {
-    /// The group: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing or idle.
+    /// The group: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, idle or outside.
     #[arg(long)]
     group: String,
     /// Rounds of each paired measurement.
@@ -66,8 +67,10 @@ fn main() -> anyhow::Result<()> {
         "advise" => advise::measure(&arguments.daemon, &arguments.trace, arguments.rounds),
         "routing" => routing::measure(&arguments.trace, arguments.rounds),
         "idle" => idle::measure(&arguments.daemon, &arguments.disk),
+        "outside" => outside::measure(&arguments.daemon, arguments.rounds),
         other => {
-            let valid = "grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, idle";
+            let valid =
+                "grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, idle, outside";
             anyhow::bail!("unknown group {other:?}: valid are {valid}")
         }
     }

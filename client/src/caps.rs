@@ -13,7 +13,8 @@ pub(crate) const BLOCKS_PER_PROMOTE_MIN: usize = 64;
 pub(crate) const PROMOTE_BYTES: u64 = 16 << 20;
 /// Blocks of one hint: records that take two thirds of the ring, so that other commands have room.
 pub(crate) const BLOCKS_PER_HINT_MAX: usize = 8 * HASHES_PER_PROMOTE_MAX;
-/// Blocks of a LOCAL put that wait for the disk: each has a task of the daemon's, which has 256 for one client.
+/// Blocks of all LOCAL puts of this process that wait for the disk: each has a task of the daemon's, which has 256 for one client, and
+/// answers MEMORY where it has none left.
 pub(crate) const UNSYNCED_MAX: usize = 96;
 /// Misses of one get over the local plane, each a command: the rest is read over gRPC, whose answer brings all of them.
 pub(crate) const MISSES_MAX: usize = 16;

@@ -11,7 +11,7 @@ pub enum Error {
     /// No daemon answers there, it drains, or it cannot keep now what an OK would promise. Try again later.
     #[error("unavailable: {0}")]
     Unavailable(String),
-    /// A bound is reached. Try again later, or with less.
+    /// All calls together reach a bound. Try again later.
     #[error("busy: {0}")]
     Busy(String),
     /// The request is wrong.
@@ -20,7 +20,7 @@ pub enum Error {
     /// The layout or ticket is unknown to the daemon: it restarted, perhaps. Register the layout again.
     #[error("not found: {0}")]
     NotFound(String),
-    /// The level asked for has no tier there.
+    /// The daemon can never do this as it is configured: it has no tier for the level, or may never pin so much.
     #[error("unsupported: {0}")]
     Unsupported(String),
     /// The call's time is over.

@@ -6,8 +6,12 @@ use std::time::Duration;
 pub const HASHES_PER_LOOKUP_MAX: usize = 65_536;
 /// Blocks of one get: the same prompt; its hashes are one message.
 pub const BLOCKS_PER_GET_MAX: usize = HASHES_PER_LOOKUP_MAX;
-/// Blocks that a get leases together: this bounds what one call keeps from being evicted.
+/// Blocks of a get that are looked for below memory together.
 pub const BLOCKS_PER_GET_WINDOW: usize = 4096;
+/// Blocks that a get leases at a time ...
+pub const LEASED_AHEAD_BLOCKS: u64 = 16;
+/// ... and their bytes, unless one has more: all calls that nobody reads keep little of the memory.
+pub const LEASED_AHEAD_BYTES: u64 = 1 << 20;
 /// Blocks of one put: the same prompt; bounds the reply.
 pub const BLOCKS_PER_PUT_MAX: usize = HASHES_PER_LOOKUP_MAX;
 /// Bytes of a control message: 65,536 hashes of 32 bytes with their tags, and room.
@@ -15,13 +19,43 @@ pub const CONTROL_MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Connections of one listener: engines of a node have a few each. Times the connection's window below,
 /// it bounds what unread streams can keep: 1 GiB, were every peer hostile.
 pub const CONNECTIONS_MAX: usize = 256;
+/// A peer of a gRPC listener has this long to send the preface of HTTP/2, which every client sends at once.
+pub const PREFACE_WITHIN: Duration = Duration::from_secs(5);
+/// Bytes of that preface.
+pub const PREFACE_BYTES: usize = 24;
+/// Connections of the HTTP listener: a few scrapers and probes.
+pub const HTTP_CONNECTIONS_MAX: usize = 64;
+/// A peer of the HTTP listener has this long to ask for something ...
+pub const HTTP_ASKS_WITHIN: Duration = Duration::from_secs(5);
+/// ... and then for the next thing: scrapers come every minute or so.
+pub const HTTP_ASKS_AGAIN_WITHIN: Duration = Duration::from_secs(150);
+/// Places of a way in, however few descriptors there are: an operator must get in.
+pub const PLACES_MIN: usize = 4;
+/// Descriptors of the process but for those below: the runtime, listeners, logs, epolls, and requests to the object store, of which
+/// some dozen are under way at once.
+pub const OWN_DESCRIPTORS: usize = 192;
+/// Descriptors of one volume: its file, locks, its ring, and an index with its log and [`NVME_INDEX_FILES_MAX`] tables; twice that
+/// where an index is built anew beside the old one.
+///
+/// [`NVME_INDEX_FILES_MAX`]: kvstore_tiers::caps::NVME_INDEX_FILES_MAX
+pub const DESCRIPTORS_PER_VOLUME: usize = 2 * (kvstore_tiers::caps::NVME_INDEX_FILES_MAX as usize + 16);
+/// Descriptors of one client of the local plane: its socket, process, eventfd, two pages and staging memory.
+pub const DESCRIPTORS_PER_LOCAL_PEER: usize = 6;
+/// A TCP peer of the publisher that says nothing for this long is asked whether it lives ...
+pub const PUBLISHER_KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
+/// ... again after this long ...
+pub const PUBLISHER_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+/// ... and so many times, before its place is free: half a minute, as on the other listeners.
+pub const PUBLISHER_KEEPALIVE_PROBES: u32 = 3;
 /// Calls at once on one connection.
 pub const STREAMS_PER_CONNECTION_MAX: u32 = 256;
 /// Put and get calls at once, of all connections: each may keep a fill or leases.
 pub const DATA_CALLS_MAX: usize = 1024;
-/// Leases that gets hold at once: a multiple of a call's largest window, so that a few slow readers do not stop
-/// everyone; the rest of the tier can always turn over.
+/// Blocks that gets may bring ahead from below, and that the local plane may promote, at once: a multiple of the largest promotion, so
+/// that a few slow readers do not stop everyone; the rest of the tier can always turn over.
 pub const LEASED_BLOCKS_MAX: usize = 4 * BLOCKS_PER_GET_WINDOW;
+/// A get takes this part of what is left of these, so that any number of slow readers leaves some.
+pub const LEASABLE_PARTS: usize = 8;
 /// What a peer may send on one stream before it is read: hides the latency of a wake-up, bounds memory.
 pub const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 /// The same for all streams of a connection.
@@ -66,8 +100,10 @@ pub const PUBLISHER_TOPICS_MAX: usize = 64;
 pub const PUBLISHER_REQUEST_BYTES_MAX: usize = 4096;
 /// One that takes nothing for this long is cut off, and comes back to a replay.
 pub const PUBLISHER_STALL: Duration = Duration::from_secs(10);
-/// Descriptions that wait for the publisher: calls, each of which describes at most [`HASHES_PER_LOOKUP_MAX`] blocks.
+/// Descriptions that wait for the publisher: calls, each of which describes at most [`HASHES_PER_LOOKUP_MAX`] blocks ...
 pub const DESCRIPTIONS_WAITING_MAX: usize = 256;
+/// ... and their bytes: a few of the largest, of a prompt of a million tokens each.
+pub const DESCRIPTIONS_WAITING_BYTES_MAX: usize = 64 << 20;
 /// Bytes that are copied to measure how fast memory is: more than caches have.
 pub const COPY_MEASURED_BYTES: usize = 32 << 20;
 /// How often a put that waits for another writer looks again.

@@ -3,15 +3,18 @@
 
 mod accesses;
 pub mod advise;
+mod authority;
 mod caller;
 mod calls;
 pub mod caps;
 pub mod cli;
 mod clock;
 pub mod config;
+mod connections;
 mod copy_rate;
 pub mod daemon;
 mod describing;
+mod descriptors;
 mod http;
 mod listeners;
 pub mod local;

@@ -2,9 +2,7 @@
 
 use std::io;
 use std::path::Path;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context as TaskContext, Poll};
 
 use anyhow::Context as _;
 use futures::Stream;
@@ -13,15 +11,18 @@ use kvstore_proto::v1::admin_server::AdminServer;
 use kvstore_proto::v1::blocks_server::BlocksServer;
 use kvstore_proto::v1::events_server::EventsServer;
 use kvstore_tiers::claim::{self, Claim, ClaimError, SocketFile};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
+use tonic::body::Body;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
+use tower::util::{MapRequestLayer, MapResponseLayer};
 
+use crate::authority::AnyAuthority;
 use crate::caller::{Caller, Proof, Rights};
 use crate::caps;
 use crate::config::{Address, Listener};
+use crate::connections::{Connection, Place, Places};
 use crate::daemon::Daemon;
 use crate::local::{PlaneListener, plane_path};
 use crate::service::{self, Context};
@@ -107,8 +108,13 @@ fn bind_plane(path: &Path) -> anyhow::Result<Option<PlaneListener>> {
     PlaneListener::bind(&path).map(Some)
 }
 
-/// Serves a listener until `stop` says so; calls under way are finished.
-pub async fn serve(daemon: Arc<Daemon>, bound: BoundListener, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
+/// Serves a listener, and so many connections at once, until `stop` says so; calls under way are finished.
+pub async fn serve(
+    daemon: Arc<Daemon>,
+    bound: BoundListener,
+    places: usize,
+    stop: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
     let caller = bound.caller(&daemon)?;
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<BlocksServer<Context>>().await;
@@ -117,7 +123,7 @@ pub async fn serve(daemon: Arc<Daemon>, bound: BoundListener, stop: watch::Recei
     health.set_service_status("kvstore.v1.BlockData", tonic_health::ServingStatus::Serving).await;
     let reporting = tokio::spawn(report_health(Arc::clone(&daemon), health));
     let routes = service::routes(&Context { daemon, caller }, health_service)?;
-    let connections = Arc::new(Semaphore::new(caps::CONNECTIONS_MAX));
+    let places = Places::new(places);
     let server = Server::builder()
         .initial_stream_window_size(caps::STREAM_WINDOW_BYTES)
         .initial_connection_window_size(caps::CONNECTION_WINDOW_BYTES)
@@ -127,16 +133,18 @@ pub async fn serve(daemon: Arc<Daemon>, bound: BoundListener, stop: watch::Recei
         .http2_keepalive_interval(Some(caps::KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(caps::KEEPALIVE_TIMEOUT))
         .tcp_nodelay(true)
+        .layer(MapRequestLayer::new(keep_place))
+        .layer(MapResponseLayer::new(service::blame_the_caller))
         .add_routes(routes);
     let stopped = stopped(stop);
     let served = match bound.socket {
         Socket::Unix(socket, file) => {
-            let incoming =
-                incoming(
-                    connections,
-                    socket,
-                    |socket: UnixListener| async move { (accept_own(&socket).await, socket) },
-                );
+            let incoming = incoming(
+                places,
+                socket,
+                |socket: UnixListener| async move { (accept_own(&socket).await, socket) },
+                AnyAuthority::new,
+            );
             let served = server.serve_with_incoming_shutdown(incoming, stopped).await;
             drop(file);
             served
@@ -146,7 +154,9 @@ pub async fn serve(daemon: Arc<Daemon>, bound: BoundListener, stop: watch::Recei
                 let accepted = socket.accept().await.and_then(|(io, _)| io.set_nodelay(true).map(|()| io));
                 (accepted, socket)
             };
-            server.serve_with_incoming_shutdown(incoming(connections, socket, accept), stopped).await
+            server
+                .serve_with_incoming_shutdown(incoming(places, socket, accept, |connection| connection), stopped)
+                .await
         }
     };
     reporting.abort();
@@ -179,26 +189,27 @@ async fn report_health(daemon: Arc<Daemon>, health: tonic_health::server::Health
     health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
 }
 
-/// Connections as they come, at most so many at once; those beyond wait to be accepted. A failed accept
-/// (out of file descriptors, say) is tried again a little later.
-fn incoming<L, F, A, IO>(
-    connections: Arc<Semaphore>,
+/// Connections as they come, at most so many at once; see [`Places`]. A failed accept (out of file descriptors, say) is tried again a
+/// little later. `wrap` makes of a connection what is served.
+fn incoming<L, F, A, IO, T>(
+    places: Arc<Places>,
     listener: L,
     accept: F,
-) -> impl Stream<Item = io::Result<Counted<IO>>>
+    wrap: impl Fn(Connection<IO>) -> T + Copy,
+) -> impl Stream<Item = io::Result<T>>
 where
     F: Fn(L) -> A + Copy,
     A: Future<Output = (io::Result<IO>, L)>,
 {
-    stream::unfold((connections, listener), move |(connections, mut listener)| async move {
-        let permit = Arc::clone(&connections).acquire_owned().await.ok()?;
+    stream::unfold((places, listener), move |(places, mut listener)| async move {
         loop {
             let (accepted, back) = accept(listener).await;
             listener = back;
             match accepted {
                 Ok(io) => {
-                    metrics::gauge!("kvstore_connections").increment(1.0);
-                    return Some((Ok(Counted { io, _permit: permit }), (connections, listener)));
+                    let place = places.take().await;
+                    let connection = Connection::new(io, place, caps::PREFACE_WITHIN, Some(caps::PREFACE_BYTES));
+                    return Some((Ok(wrap(connection)), (places, listener)));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection; trying again");
@@ -209,52 +220,26 @@ where
     })
 }
 
-/// A connection that counts.
-struct Counted<IO> {
-    io: IO,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl<IO> Drop for Counted<IO> {
-    fn drop(&mut self) {
-        metrics::gauge!("kvstore_connections").decrement(1.0);
+/// Whoever makes a call keeps the place of their connection.
+fn keep_place(request: http::Request<Body>) -> http::Request<Body> {
+    if let Some(place) = request.extensions().get::<Arc<Place>>() {
+        place.keep();
     }
+    request
 }
 
-impl<IO> Connected for Counted<IO> {
-    type ConnectInfo = ();
+impl<IO> Connected for Connection<IO> {
+    type ConnectInfo = Arc<Place>;
 
-    fn connect_info(&self) {}
-}
-
-impl<IO: AsyncRead + Unpin> AsyncRead for Counted<IO> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(cx, buf)
+    fn connect_info(&self) -> Arc<Place> {
+        Arc::clone(self.place())
     }
 }
 
-impl<IO: AsyncWrite + Unpin> AsyncWrite for Counted<IO> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
+impl<IO> Connected for AnyAuthority<Connection<IO>> {
+    type ConnectInfo = Arc<Place>;
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut TaskContext<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
+    fn connect_info(&self) -> Arc<Place> {
+        Arc::clone(self.inner().place())
     }
 }

@@ -13,9 +13,10 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::daemon::Daemon;
+use crate::descriptors::Shares;
 use crate::publisher::Publisher;
 use crate::sources::Sources;
-use crate::{caps, http, listeners, local, log, publisher, status, tick};
+use crate::{caps, descriptors, http, listeners, local, log, publisher, status, tick};
 
 /// A daemon that stops writes back this long at most: half of what Kubernetes gives a pod by default.
 const WRITE_BACK_WITHIN: Duration = Duration::from_secs(15);
@@ -72,13 +73,14 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
     }
     let (stop, stopping) = watch::channel(false);
     let mut tasks = JoinSet::new();
-    let Listening { addresses, plane, claims } = listen(&daemon, &mut tasks, &stopping).await?;
+    let shares = descriptors::share(&config);
+    let Listening { addresses, plane, claims } = listen(&daemon, &mut tasks, &stopping, &shares).await?;
     let http = match config.http {
-        Some(address) => Some(serve_http(&daemon, address, &mut tasks, &stopping).await?),
+        Some(address) => Some(serve_http(&daemon, address, shares.http, &mut tasks, &stopping).await?),
         None => None,
     };
     let publisher = match &config.publisher {
-        Some(publisher) => Some(publisher::start(&daemon, publisher).await?),
+        Some(publisher) => Some(publisher::start(&daemon, publisher, shares.publisher).await?),
         None => None,
     };
     for endpoint in publisher.iter().flat_map(|publisher| &publisher.endpoints) {
@@ -104,6 +106,7 @@ async fn listen(
     daemon: &Arc<Daemon>,
     tasks: &mut JoinSet<anyhow::Result<()>>,
     stopping: &watch::Receiver<bool>,
+    shares: &Shares,
 ) -> anyhow::Result<Listening> {
     let config = daemon.config();
     let (mut planes, mut claims, mut bound) = (Vec::new(), Vec::new(), Vec::new());
@@ -115,12 +118,12 @@ async fn listen(
         claims.extend(one.claim.take());
         bound.push(one);
     }
-    let plane = local::start(daemon, planes).context("cannot start the local plane")?;
+    let plane = local::start(daemon, planes, shares.local_peers).context("cannot start the local plane")?;
     let mut addresses = Vec::new();
     for (one, listener) in bound.into_iter().zip(&config.listeners) {
         tracing::info!(address = one.address, namespace = listener.namespace, "listening");
         addresses.push(one.address.clone());
-        tasks.spawn(listeners::serve(Arc::clone(daemon), one, stopping.clone()));
+        tasks.spawn(listeners::serve(Arc::clone(daemon), one, shares.connections, stopping.clone()));
     }
     Ok(Listening { addresses, plane, claims })
 }
@@ -128,6 +131,7 @@ async fn listen(
 async fn serve_http(
     daemon: &Arc<Daemon>,
     address: SocketAddr,
+    places: usize,
     tasks: &mut JoinSet<anyhow::Result<()>>,
     stopping: &watch::Receiver<bool>,
 ) -> anyhow::Result<SocketAddr> {
@@ -137,7 +141,7 @@ async fn serve_http(
     let address = listener.local_addr()?;
     tracing::info!(%address, "serving metrics and health");
     let (daemon, stopping) = (Arc::clone(daemon), stopping.clone());
-    tasks.spawn(async move { Ok(http::serve(daemon, listener, stopping).await?) });
+    tasks.spawn(async move { Ok(http::serve(daemon, listener, places, stopping).await?) });
     Ok(address)
 }
 

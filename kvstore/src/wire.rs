@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kvstore_proto::v1;
-use kvstore_tiers::host::{HoldId, LayoutGroup, NamespaceId, RegisterError, RegisteredLayout};
+use kvstore_tiers::host::{HoldError, HoldId, LayoutGroup, NamespaceId, RegisterError, RegisteredLayout};
 use kvstore_tiers::residency::Presence;
 use kvstore_tiers::stack::{HoldRefused, Level};
 use kvstore_tiers::tier::common_residency;
@@ -121,7 +121,7 @@ fn layer_group_message(group: &LayerGroup) -> v1::LayerGroup {
 /// Why a layout was refused.
 pub fn register_error(error: RegisterError) -> Status {
     match error {
-        RegisterError::TooMany | RegisterError::TooManySizes => Status::resource_exhausted(error.to_string()),
+        RegisterError::TooMany | RegisterError::TooManySizes => Status::failed_precondition(error.to_string()),
         _ => Status::invalid_argument(error.to_string()),
     }
 }
@@ -201,6 +201,9 @@ pub fn hold_bytes(id: HoldId) -> Bytes {
 pub fn hold_refused(error: &HoldRefused) -> Status {
     let message = error.to_string();
     match error {
+        HoldRefused::Memory(HoldError::TooLarge { .. }) | HoldRefused::TooLarge(_) => {
+            Status::failed_precondition(message)
+        }
         HoldRefused::Memory(_) | HoldRefused::TooMuch(_) | HoldRefused::Left => Status::resource_exhausted(message),
         HoldRefused::NotWritten | HoldRefused::NotRecorded(_) | HoldRefused::NotReferred(_) => {
             Status::unavailable(message)

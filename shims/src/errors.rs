@@ -11,7 +11,7 @@ create_exception!(
     PyException,
     "A call failed. A miss, or a block that is on its way, is a value and does not raise."
 );
-create_exception!(kvstore, Busy, KvStoreError, "A bound is reached. Try again later, or ask for less.");
+create_exception!(kvstore, Busy, KvStoreError, "All calls together reach a bound. Try again later.");
 create_exception!(
     kvstore,
     DataLoss,
@@ -37,7 +37,12 @@ create_exception!(
     "The request is wrong. The message names what is wrong, and what would be valid. Also a ValueError."
 );
 create_exception!(kvstore, NotFound, KvStoreError, "The daemon does not know the layout or ticket.");
-create_exception!(kvstore, Unsupported, KvStoreError, "The daemon, or the plane, does not support the request.");
+create_exception!(
+    kvstore,
+    Unsupported,
+    KvStoreError,
+    "The daemon can never do this as it is configured, or the plane does not support it."
+);
 
 /// The client's error, as Python sees it.
 pub fn raise(error: Error) -> PyErr {

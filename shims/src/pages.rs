@@ -168,7 +168,15 @@ impl Pages {
             windows => windows?,
         };
         // Each window's leases end before the next one is asked for.
-        while let Some(leases) = block_on(windows.next())? {
+        loop {
+            windows.set_deadline(load.left());
+            let leases = match block_on(windows.next()) {
+                Ok(Some(leases)) => leases,
+                Ok(None) => break,
+                // Other leases of this process leave no room: copies need none.
+                Err(Error::Busy(_)) => return self.load_copies(load, windows.done(), done),
+                Err(error) => return Err(error),
+            };
             let first = windows.done() - leases.len();
             let is_last = windows.done() == load.hashes.len();
             let numbers = load.numbers.get(first..windows.done()).unwrap_or_default();
@@ -194,7 +202,7 @@ impl Pages {
             let names = load.hashes.get(loaded..end).unwrap_or_default();
             let numbers = load.numbers.get(loaded..end).unwrap_or_default();
             let mut buffers: Vec<_> = bounce.chunks_exact_mut(self.block_bytes).take(names.len()).collect();
-            let got = block_on(load.client.get_into(&load.group, names, &mut buffers))?;
+            let got = block_on(load.client.with_deadline(load.left()).get_into(&load.group, names, &mut buffers))?;
             let is_last = loaded + got == load.hashes.len();
             self.scatter(&buffers.iter().take(got).map(|buffer| &**buffer).collect::<Vec<_>>(), numbers, &|region| {
                 if is_last {
@@ -215,6 +223,19 @@ struct Load {
     group: GroupRef,
     hashes: Vec<Bytes>,
     numbers: Vec<u32>,
+    /// The end of all windows together.
+    until: Instant,
+}
+
+impl Load {
+    fn new(client: &Client, group: &GroupRef, hashes: Vec<Bytes>, numbers: Vec<u32>) -> Self {
+        let until = Instant::now() + client.deadline();
+        Self { client: client.clone(), group: group.clone(), hashes, numbers, until }
+    }
+
+    fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
 }
 
 /// Reads the leading blocks of a prefix into pages; how many were read.
@@ -227,7 +248,7 @@ pub fn get(
     numbers: Vec<u32>,
 ) -> PyResult<usize> {
     pages.check(hashes.len(), &numbers)?;
-    let load = Load { client: client.clone(), group: group.clone(), hashes, numbers };
+    let load = Load::new(client, group, hashes, numbers);
     py.detach(|| pages.load(&load, &|_| {})).map_err(raise)
 }
 
@@ -240,7 +261,7 @@ pub fn start_get(
     numbers: Vec<u32>,
 ) -> PyResult<PagesLoad> {
     pages.get().check(hashes.len(), &numbers)?;
-    let load = Load { client: client.clone(), group: group.clone(), hashes, numbers };
+    let load = Load::new(client, group, hashes, numbers);
     let state = Arc::new(State { inner: Mutex::default(), changed: Condvar::new() });
     let progress = Arc::clone(&state);
     spawn_blocking(move || {

@@ -41,6 +41,8 @@ pub struct FaultyTier {
     holds: Mutex<HashMap<(HoldId, HoldKind), Vec<SlotKey>>>,
     full: AtomicBool,
     freed: Notify,
+    /// Reads that wait, where they are to.
+    stalled: Mutex<Option<Vec<Read>>>,
 }
 
 impl FaultyTier {
@@ -54,12 +56,24 @@ impl FaultyTier {
             holds: Mutex::default(),
             full: AtomicBool::new(false),
             freed: Notify::new(),
+            stalled: Mutex::default(),
         })
     }
 
     /// The next reads fail so, in this order.
     pub fn fail(&self, faults: impl IntoIterator<Item = ReadFault>) {
         self.faults.lock().extend(faults);
+    }
+
+    /// Reads wait from now on, until [`Self::let_go`].
+    pub fn stall(&self) {
+        self.stalled.lock().get_or_insert_default();
+    }
+
+    /// Reads that wait are answered, and later ones at once.
+    pub fn let_go(&self) {
+        let stalled = self.stalled.lock().take();
+        stalled.into_iter().flatten().for_each(|read| self.answer(read));
     }
 
     /// Whether it has room.
@@ -86,6 +100,30 @@ impl FaultyTier {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    fn answer(&self, Read { block, mut fill, done }: Read) {
+        let key = block.as_ref().key();
+        match self.faults.lock().pop_front() {
+            Some(ReadFault::Silent) => return,
+            Some(ReadFault::Told(why)) => {
+                if why == WhyNotRead::Damaged {
+                    self.blocks.lock().remove(&key);
+                }
+                return done(Err(NotRead { fill: Some(fill), why }));
+            }
+            Some(ReadFault::Lost(why)) => return done(Err(NotRead { fill: None, why })),
+            None => {}
+        }
+        let found = self.blocks.lock().get(&key).cloned();
+        done(match found {
+            None => Err(NotRead { fill: Some(fill), why: WhyNotRead::Absent }),
+            Some((bytes, parent)) => {
+                fill.append_promoted(&bytes).unwrap();
+                let sums = fill.section_sums();
+                Ok(Arrived { filled: fill.filled().unwrap(), sums, parent })
+            }
+        });
+    }
 }
 
 impl Below for FaultyTier {
@@ -99,32 +137,11 @@ impl Below for FaultyTier {
 
     fn read(self: Arc<Self>, reads: Vec<Read>, _urgency: ReadUrgency) {
         self.batches.lock().push(reads.len());
-        for Read { block, mut fill, done } in reads {
-            let key = block.as_ref().key();
-            match self.faults.lock().pop_front() {
-                Some(ReadFault::Silent) => continue,
-                Some(ReadFault::Told(why)) => {
-                    if why == WhyNotRead::Damaged {
-                        self.blocks.lock().remove(&key);
-                    }
-                    done(Err(NotRead { fill: Some(fill), why }));
-                    continue;
-                }
-                Some(ReadFault::Lost(why)) => {
-                    done(Err(NotRead { fill: None, why }));
-                    continue;
-                }
-                None => {}
+        for read in reads {
+            match &mut *self.stalled.lock() {
+                Some(stalled) => stalled.push(read),
+                None => self.answer(read),
             }
-            let found = self.blocks.lock().get(&key).cloned();
-            done(match found {
-                None => Err(NotRead { fill: Some(fill), why: WhyNotRead::Absent }),
-                Some((bytes, parent)) => {
-                    fill.append_promoted(&bytes).unwrap();
-                    let sums = fill.section_sums();
-                    Ok(Arrived { filled: fill.filled().unwrap(), sums, parent })
-                }
-            });
         }
     }
 

@@ -202,9 +202,12 @@ pub type Holding = Option<BoxFuture<'static, Result<(), NotHeld>>>;
 /// Why blocks are not held.
 #[derive(Debug, thiserror::Error)]
 pub enum NotHeld {
-    /// More would be held than may be.
+    /// More would be held than may be. Another time it may be less.
     #[error("{0}")]
     TooMuch(String),
+    /// These blocks alone are more than may be held: to wait does not help.
+    #[error("{0}")]
+    TooLarge(String),
     /// The tier cannot promise it now.
     #[error("{0}")]
     Failed(String),

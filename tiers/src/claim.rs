@@ -42,6 +42,16 @@ pub enum ClaimError {
         /// What would be right.
         expected: &'static str,
     },
+    /// It is another user's.
+    #[error("{path} must belong to user {user}, but it belongs to user {owner}: chown it, or choose another folder")]
+    NotOwn {
+        /// The folder.
+        path: PathBuf,
+        /// This process's user.
+        user: u32,
+        /// The folder's user.
+        owner: u32,
+    },
     /// Others may write to a folder.
     #[error(
         "{path} must belong to user {user} and be writable only by that user, but it belongs to user {owner} and has mode \
@@ -84,9 +94,18 @@ pub fn private_folder(path: &Path) -> Result<(), ClaimError> {
     }
 }
 
-/// Makes a folder, or takes one that is there, so that only this user may enter it.
+/// Makes a folder, or takes one of this user's that is there, so that only this user may enter it. A symbolic link is not followed:
+/// somebody else could have chosen the folder that it leads to.
 pub fn own_folder(path: &Path) -> Result<(), ClaimError> {
     std::fs::create_dir_all(path).map_err(io_error("make the folder", path))?;
+    let found = path.symlink_metadata().map_err(io_error("look at", path))?;
+    if !found.is_dir() {
+        return Err(ClaimError::Other { path: path.to_owned(), expected: "folder" });
+    }
+    let (owner, user) = (found.uid(), rustix::process::geteuid().as_raw());
+    if owner != user {
+        return Err(ClaimError::NotOwn { path: path.to_owned(), user, owner });
+    }
     std::fs::set_permissions(path, PermissionsExt::from_mode(0o700)).map_err(io_error("make private", path))
 }
 

@@ -18,7 +18,7 @@ use kvstore_plane::{
     capabilities,
 };
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use super::calls::Calls;
 use super::fork::forks;
@@ -26,6 +26,7 @@ use super::mapping::{Access, MappedSlab, Mapping};
 use super::socket;
 use super::staging::Staging;
 use crate::Error;
+use crate::caps::UNSYNCED_MAX;
 
 /// The daemon has this long to accept, and as long again to answer a Hello.
 const HELLO_WITHIN: Duration = Duration::from_secs(2);
@@ -45,6 +46,8 @@ pub(crate) struct Attachment {
     pub(super) words: Mutex<WordPool>,
     pub(super) calls: Calls,
     pub(super) staging: Staging,
+    /// Blocks of LOCAL puts that may still wait for the disk.
+    pub(super) unsynced: Semaphore,
     /// The daemon's numbers for layouts, and bytes of their groups' blocks, by digest.
     pub(super) layouts: ArcSwap<LocalLayouts>,
     receiving: Mutex<()>,
@@ -96,6 +99,7 @@ impl Attachment {
             words: Mutex::default(),
             calls: Calls::default(),
             staging: Staging::default(),
+            unsynced: Semaphore::new(UNSYNCED_MAX),
             layouts: ArcSwap::default(),
             receiving: Mutex::default(),
             staging_came: Notify::new(),

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use kvstore_plane::caps::BLOCKS_PER_STAGE_MAX;
 use kvstore_plane::{Command, Completion, SequenceHash, StageBlock};
 use kvstore_proto::v1;
+use tokio::sync::SemaphorePermit;
 
 use super::attachment::Attachment;
 use super::calls::{Waiting, failure};
 use super::staging::Place;
 use crate::Error;
-use crate::caps::UNSYNCED_MAX;
 
 /// Blocks that one put has staged and not brought yet: enough that the daemon is never waited for.
 const STAGED_AHEAD: usize = 8;
@@ -51,6 +51,8 @@ struct Putting<'a> {
     /// Which blocks have a slot.
     has_slot: Vec<bool>,
     staged: usize,
+    /// For each block of a LOCAL put that is staged and not decided.
+    unsynced: Option<SemaphorePermit<'a>>,
 }
 
 impl Attachment {
@@ -63,7 +65,8 @@ impl Attachment {
         let waiting = self.wait_for(blocks.len() as u64);
         let results = blocks.iter().map(|_| None).collect();
         let has_slot = vec![false; blocks.len()];
-        let mut putting = Putting { attachment: self, waiting, results, decided: 0, has_slot, staged: 0 };
+        let mut putting =
+            Putting { attachment: self, waiting, results, decided: 0, has_slot, staged: 0, unsynced: None };
         for (at, block) in blocks.iter().enumerate() {
             putting.stage_ahead(into, blocks, at).await?;
             putting.bring(at, block).await?;
@@ -83,11 +86,13 @@ impl<'a> Putting<'a> {
         if self.staged >= blocks.len() || ahead > STAGED_AHEAD / 2 {
             return Ok(());
         }
-        while into.local && self.staged - self.decided >= UNSYNCED_MAX {
-            let (tag, completion) = self.waiting.next().await?;
-            self.file(tag, completion);
+        let mut end = (at + STAGED_AHEAD).min(blocks.len()).min(self.staged + BLOCKS_PER_STAGE_MAX);
+        if into.local {
+            match self.room_for(end - self.staged, ahead == 0).await? {
+                0 => return Ok(()),
+                room => end = self.staged + room,
+            }
         }
-        let end = (at + STAGED_AHEAD).min(blocks.len()).min(self.staged + BLOCKS_PER_STAGE_MAX);
         let last = blocks.len() - 1;
         let stage = |(at, block): (usize, &LocalPut<'_>)| StageBlock {
             hash: block.hash,
@@ -101,6 +106,42 @@ impl<'a> Putting<'a> {
         let tag = self.tag(self.staged);
         self.staged = end;
         self.attachment.submit(tag, &command).await
+    }
+
+    /// How many more blocks may wait for the disk, at most so many. `waits`: at least one; all that is staged has been brought then,
+    /// so that nobody waits for what this put holds.
+    async fn room_for(&mut self, blocks: usize, waits: bool) -> Result<usize, Error> {
+        let attachment = self.attachment;
+        loop {
+            let room = blocks.min(attachment.unsynced.available_permits());
+            if room > 0
+                && let Ok(permit) = attachment.unsynced.try_acquire_many(room as u32)
+            {
+                self.keep(permit);
+                return Ok(room);
+            }
+            if !waits {
+                return Ok(0);
+            }
+            tokio::select! {
+                biased;
+                letter = self.waiting.next() => {
+                    let (tag, completion) = letter?;
+                    self.file(tag, completion);
+                }
+                permit = attachment.unsynced.acquire() => {
+                    self.keep(permit.map_err(|_| super::calls::lost())?);
+                    return Ok(1);
+                }
+            }
+        }
+    }
+
+    fn keep(&mut self, permit: SemaphorePermit<'a>) {
+        match &mut self.unsynced {
+            Some(kept) => kept.merge(permit),
+            None => self.unsynced = Some(permit),
+        }
     }
 
     fn file(&mut self, tag: u64, completion: Completion) {
@@ -119,6 +160,7 @@ impl<'a> Putting<'a> {
         if let Some(place @ None) = self.results.get_mut(at) {
             *place = Some(decided);
             self.decided += 1;
+            drop(self.unsynced.as_mut().and_then(|kept| kept.split(1)));
         }
     }
 

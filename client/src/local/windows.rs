@@ -1,6 +1,8 @@
 //! Reading a prefix in windows: while the caller uses one, the daemon brings what the next one lacks. So a prompt of any length
 //! takes a bounded number of leases, and its reader never waits for a disk that could have been at work.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use kvstore_plane::{SequenceHash, capabilities};
 
@@ -158,6 +160,12 @@ impl LeaseWindows {
             }
             Step::Whole => Ok(None),
         }
+    }
+
+    /// Each window from now on has this much time: a reader of many windows gives what is left of its own.
+    pub fn set_deadline(&mut self, deadline: Duration) {
+        self.client = self.client.with_deadline(deadline);
+        self.reading.deadline_ms = self.client.deadline_ms();
     }
 
     /// Blocks that were leased so far, over all windows.

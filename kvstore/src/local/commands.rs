@@ -18,8 +18,8 @@ use super::client::{LocalClient, Promoted, Task};
 use super::stage::{self, Batch, Piece};
 use crate::daemon::{Daemon, InFlight};
 use crate::verbs::put::Target;
-use crate::verbs::{delete, lookup, pin, prefetch, register_layout};
-use crate::{caps, clock, telemetry, wire};
+use crate::verbs::{self, delete, get, lookup, pin, prefetch, register_layout};
+use crate::{caps, telemetry, wire};
 
 /// Does what a record asks for. False where the client does not keep to the protocol.
 pub fn run(
@@ -69,10 +69,8 @@ fn start(
         }
         Command::Promote { layout, group, deadline_ms, ticket, hashes } => {
             let (layout, group) = known(daemon, client, layout, group)?;
-            if ticket != 0 && !daemon.host.has_ticket(client.namespace(), HoldId(ticket), clock::now()) {
-                return Err(Status::not_found(
-                    "ticket: the ticket is unknown or has expired: look the prefix up again",
-                ));
+            if ticket != 0 {
+                get::known_ticket(daemon, client.namespace(), HoldId(ticket))?;
             }
             let task = begin_task(client)?;
             let until = Instant::now() + deadline(daemon, deadline_ms);
@@ -94,8 +92,8 @@ fn start(
             }
         }
         Command::Call { verb, deadline_ms, request } => {
-            let deadline = deadline(daemon, deadline_ms);
-            return self::call(daemon, runtime, client, tag, verb, &request, deadline, call);
+            let later = Later { runtime, client, tag, time: deadline(daemon, deadline_ms), in_flight: call };
+            return self::call(daemon, later, verb, &request);
         }
         Command::Copy { .. } | Command::Abandon | Command::Release => {}
     }
@@ -130,69 +128,62 @@ fn decode<M: Message + Default>(request: &[u8]) -> Result<M, Status> {
     M::decode(request).map_err(|error| wire::invalid("request", error))
 }
 
-/// A call of `kvstore.v1.Blocks`: the verbs that gRPC serves, without it.
-#[expect(clippy::too_many_arguments, reason = "what every command has, and what this one brings")]
-fn call(
-    daemon: &Arc<Daemon>,
-    runtime: &tokio::runtime::Handle,
-    client: &Arc<LocalClient>,
+/// A call that a task may have to wait for.
+struct Later<'a> {
+    runtime: &'a tokio::runtime::Handle,
+    client: &'a Arc<LocalClient>,
     tag: u64,
-    verb: u16,
-    request: &[u8],
-    deadline: Duration,
+    time: Duration,
     in_flight: InFlight,
-) -> Result<(), Status> {
-    let namespace = client.namespace();
+}
+
+impl Later<'_> {
+    /// Has a task wait for the call, and answer it.
+    fn spawn<M: Message>(self, call: impl Future<Output = Result<M, Status>> + Send + 'static) -> Result<(), Status> {
+        let task = begin_task(self.client)?;
+        let (client, tag, time, in_flight) = (Arc::clone(self.client), self.tag, self.time, self.in_flight);
+        self.runtime.spawn(async move {
+            match verbs::by_deadline(time, call).await {
+                Ok(response) => client.complete(tag, &Completion::Response(response.encode_to_vec())),
+                Err(status) => client.fail(tag, &status),
+            }
+            drop((task, in_flight));
+        });
+        Ok(())
+    }
+}
+
+/// A call of `kvstore.v1.Blocks`: the verbs that gRPC serves, without it.
+fn call(daemon: &Arc<Daemon>, later: Later<'_>, verb: u16, request: &[u8]) -> Result<(), Status> {
+    let namespace = later.client.namespace();
     let response = match verb {
         call::REGISTER_LAYOUT => register_layout::register_layout(daemon, namespace, decode(request)?)?.encode_to_vec(),
         call::LOOKUP => {
             let request: LookupRequest = decode(request)?;
-            if !lookup::may_wait(daemon, &request) {
-                lookup::lookup(daemon, namespace, &request)?.encode_to_vec()
-            } else {
-                let task = begin_task(client)?;
-                let (daemon, client) = (Arc::clone(daemon), Arc::clone(client));
-                runtime.spawn(async move {
-                    let late = |_| Status::deadline_exceeded("the call's deadline passed");
-                    let looked_up = lookup::lookup_patiently(&daemon, namespace, &request);
-                    match tokio::time::timeout(deadline, looked_up).await.map_err(late).flatten() {
-                        Ok(response) => client.complete(tag, &Completion::Response(response.encode_to_vec())),
-                        Err(status) => client.fail(tag, &status),
-                    }
-                    drop((task, in_flight));
-                });
-                return Ok(());
+            if lookup::may_wait(daemon, &request) {
+                let daemon = Arc::clone(daemon);
+                return later.spawn(async move { lookup::lookup_patiently(&daemon, namespace, &request).await });
             }
+            lookup::lookup(daemon, namespace, &request)?.encode_to_vec()
         }
         call::RELEASE_TICKET => lookup::release_ticket(daemon, namespace, &decode(request)?)?.encode_to_vec(),
         call::PREFETCH => {
-            let _runtime = runtime.enter();
+            let _runtime = later.runtime.enter();
             prefetch::prefetch(daemon, namespace, &decode(request)?)?.encode_to_vec()
         }
         call::CANCEL_PREFETCH => prefetch::cancel(daemon, namespace, &decode(request)?)?.encode_to_vec(),
         call::UNPIN => pin::unpin(daemon, namespace, &decode(request)?)?.encode_to_vec(),
-        call::PIN | call::DELETE => {
-            let task = begin_task(client)?;
-            let (daemon, client, request) = (Arc::clone(daemon), Arc::clone(client), request.to_vec());
-            runtime.spawn(async move {
-                let done = async {
-                    Ok(match verb {
-                        call::PIN => pin::pin(&daemon, namespace, &decode(&request)?).await?.encode_to_vec(),
-                        _ => delete::delete(&daemon, namespace, &decode(&request)?).await?.encode_to_vec(),
-                    })
-                };
-                let late = |_| Status::deadline_exceeded("the call's deadline passed");
-                match tokio::time::timeout(deadline, done).await.map_err(late).flatten() {
-                    Ok(response) => client.complete(tag, &Completion::Response(response)),
-                    Err(status) => client.fail(tag, &status),
-                }
-                drop((task, in_flight));
-            });
-            return Ok(());
+        call::PIN => {
+            let (daemon, request) = (Arc::clone(daemon), decode(request)?);
+            return later.spawn(async move { pin::pin(&daemon, namespace, &request).await });
+        }
+        call::DELETE => {
+            let (daemon, request) = (Arc::clone(daemon), decode(request)?);
+            return later.spawn(async move { delete::delete(&daemon, namespace, &request).await });
         }
         other => return Err(Status::unimplemented(format!("the local plane has no verb {other}"))),
     };
-    client.complete(tag, &Completion::Response(response));
+    later.client.complete(later.tag, &Completion::Response(response));
     Ok(())
 }
 

@@ -59,8 +59,8 @@ impl Stop {
     }
 }
 
-/// Serves the local plane on `listeners`.
-pub fn start(daemon: &Arc<Daemon>, listeners: Vec<(PlaneListener, Caller)>) -> io::Result<Plane> {
+/// Serves the local plane on `listeners`, and at most `peers_max` clients at once.
+pub fn start(daemon: &Arc<Daemon>, listeners: Vec<(PlaneListener, Caller)>, peers_max: usize) -> io::Result<Plane> {
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let stop = Arc::new(Stop { wake, stopped: AtomicBool::new(false) });
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -81,6 +81,7 @@ pub fn start(daemon: &Arc<Daemon>, listeners: Vec<(PlaneListener, Caller)>) -> i
         epoll,
         listeners,
         peers: HashMap::new(),
+        peers_max,
         next: 0,
         active: Vec::new(),
         blocked: false,
@@ -119,6 +120,7 @@ struct Server {
     epoll: OwnedFd,
     listeners: Vec<(PlaneListener, Caller)>,
     peers: HashMap<u32, Peer>,
+    peers_max: usize,
     next: u32,
     /// Clients whose rings are looked at without a kick.
     active: Vec<u32>,
@@ -226,10 +228,10 @@ impl Server {
             let _ = socket::send(&socket, &refused.encode(), &[]);
             return Ok(());
         }
-        if self.peers.len() >= caps::LOCAL_PEERS_MAX {
+        if self.peers.len() >= self.peers_max {
             let refused = FromDaemon::Refused(format!(
                 "{} clients are connected, which is the maximum: try again later",
-                caps::LOCAL_PEERS_MAX
+                self.peers_max
             ));
             let _ = socket::send(&socket, &refused.encode(), &[]);
             return Ok(());

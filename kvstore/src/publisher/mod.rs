@@ -21,8 +21,9 @@ use tokio::task::JoinHandle;
 
 use crate::caps;
 use crate::config::PublisherConfig;
+use crate::connections::Places;
 use crate::daemon::Daemon;
-use crate::describing::{Describing, Descriptions};
+use crate::describing::{Describing, Descriptions, Waiting};
 
 use described::{Described, News};
 use sockets::{Published, SocketKind};
@@ -40,8 +41,8 @@ impl Drop for Publisher {
     }
 }
 
-/// Starts to publish.
-pub async fn start(daemon: &Arc<Daemon>, config: &PublisherConfig) -> anyhow::Result<Publisher> {
+/// Starts to publish, to at most so many connections of each socket.
+pub async fn start(daemon: &Arc<Daemon>, config: &PublisherConfig, places: usize) -> anyhow::Result<Publisher> {
     let namespace = daemon.namespace(&config.namespace).context("the namespace is not configured")?;
     let published = Published::new(config.topic.clone());
     let (mut endpoints, mut tasks) = (Vec::new(), Vec::new());
@@ -54,7 +55,7 @@ pub async fn start(daemon: &Arc<Daemon>, config: &PublisherConfig) -> anyhow::Re
             )
         })?;
         endpoints.push(bound.endpoint());
-        tasks.push(tokio::spawn(sockets::serve(bound, Arc::clone(&published), kind)));
+        tasks.push(tokio::spawn(sockets::serve(bound, Arc::clone(&published), kind, Places::new(places))));
     }
     let (describing, receiver) = Describing::new(namespace);
     daemon.set_describing(describing);
@@ -81,7 +82,7 @@ struct Follower {
 }
 
 impl Follower {
-    async fn follow(mut self, mut descriptions: mpsc::Receiver<Descriptions>) {
+    async fn follow(mut self, mut descriptions: mpsc::Receiver<Waiting>) {
         let log = Arc::clone(self.daemon.host.changes());
         let mut next = log.follow();
         let mut changes: Vec<Change> = Vec::new();
@@ -90,7 +91,7 @@ impl Follower {
             tokio::select! {
                 biased;
                 batch = descriptions.recv() => match batch {
-                    Some(batch) => self.describe(&batch, &mut news),
+                    Some((batch, _room)) => self.describe(&batch, &mut news),
                     None => return,
                 },
                 () = log.wait(next) => {

@@ -9,11 +9,13 @@ use bytes::Bytes;
 use kvstore_proto::zmtp::{Connection, Endpoint, ZmtpError, encode};
 use kvstore_tiers::claim::{self, Claim, SocketFile};
 use parking_lot::Mutex;
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{Semaphore, watch};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::sync::watch;
 
 use crate::caps;
+use crate::connections::Places;
 
 struct Messages {
     kept: VecDeque<Bytes>,
@@ -115,13 +117,13 @@ pub enum SocketKind {
 }
 
 /// Serves a socket until the future is dropped.
-pub async fn serve(bound: BoundSocket, published: Arc<Published>, kind: SocketKind) {
-    let peers = Arc::new(Semaphore::new(caps::PUBLISHER_PEERS_MAX));
+pub async fn serve(bound: BoundSocket, published: Arc<Published>, kind: SocketKind, places: Arc<Places>) {
     let mut connections = tokio::task::JoinSet::new();
     loop {
         let accepted: io::Result<Box<dyn Stream>> = match &bound {
             BoundSocket::Tcp(listener) => listener.accept().await.map(|(stream, _)| {
                 let _ = stream.set_nodelay(true);
+                ask_whether_it_lives(&stream);
                 Box::new(stream) as Box<dyn Stream>
             }),
             BoundSocket::Ipc(listener, ..) => {
@@ -134,13 +136,18 @@ pub async fn serve(bound: BoundSocket, published: Arc<Published>, kind: SocketKi
             continue;
         };
         // One too many is hung up on.
-        let Ok(permit) = Arc::clone(&peers).try_acquire_owned() else { continue };
+        let Some(place) = places.take_of_silent().await else { continue };
         let published = Arc::clone(&published);
         connections.spawn(async move {
-            let _permit = permit;
-            let ended = match kind {
-                SocketKind::Publish => publish_to(stream, &published).await,
-                SocketKind::Replay => replay_to(stream, &published).await,
+            let follow = async {
+                match kind {
+                    SocketKind::Publish => publish_to(stream, &published, || place.keep()).await,
+                    SocketKind::Replay => replay_to(stream, &published, || place.asked(caps::PUBLISHER_STALL)).await,
+                }
+            };
+            let ended = tokio::select! {
+                ended = follow => ended,
+                () = place.evicted() => Err(ZmtpError::Protocol("it was silent, and others need its place".into())),
             };
             if let Err(error) = ended {
                 tracing::debug!(%error, "a follower of the published events left");
@@ -149,13 +156,22 @@ pub async fn serve(bound: BoundSocket, published: Arc<Published>, kind: SocketKi
     }
 }
 
+/// A TCP peer that vanished without a word is found out. Where the system takes no such option, it keeps its place.
+fn ask_whether_it_lives(stream: &TcpStream) {
+    let _ = sockopt::set_tcp_keepidle(stream, caps::PUBLISHER_KEEPALIVE_IDLE);
+    let _ = sockopt::set_tcp_keepintvl(stream, caps::PUBLISHER_KEEPALIVE_INTERVAL);
+    let _ = sockopt::set_tcp_keepcnt(stream, caps::PUBLISHER_KEEPALIVE_PROBES);
+    let _ = sockopt::set_socket_keepalive(stream, true);
+}
+
 async fn greet(stream: Box<dyn Stream>, kind: &str) -> Result<Connection<Box<dyn Stream>>, ZmtpError> {
     let greeting = Connection::handshake(stream, kind, caps::PUBLISHER_REQUEST_BYTES_MAX);
     let late = |_| ZmtpError::Protocol("the peer did not send its greeting in time".into());
     tokio::time::timeout(caps::PUBLISHER_STALL, greeting).await.map_err(late)?
 }
 
-async fn publish_to(stream: Box<dyn Stream>, published: &Published) -> Result<(), ZmtpError> {
+/// Publishes to a peer; `subscribed` is called once it has asked for something.
+async fn publish_to(stream: Box<dyn Stream>, published: &Published, subscribed: impl Fn()) -> Result<(), ZmtpError> {
     let mut peer = greet(stream, "PUB").await?;
     let mut next = published.next.subscribe();
     let mut topics: Vec<Bytes> = Vec::new();
@@ -164,7 +180,12 @@ async fn publish_to(stream: Box<dyn Stream>, published: &Published) -> Result<()
     loop {
         tokio::select! {
             received = peer.receive() => match received? {
-                Some(frames) => subscribe(&mut topics, &frames)?,
+                Some(frames) => {
+                    subscribe(&mut topics, &frames)?;
+                    if !topics.is_empty() {
+                        subscribed();
+                    }
+                }
                 None => return Ok(()),
             },
             changed = next.changed() => {
@@ -215,12 +236,14 @@ fn subscribe(topics: &mut Vec<Bytes>, frames: &[Bytes]) -> Result<(), ZmtpError>
     }
 }
 
-/// Answers `[..., "", first number]` with `["", number, payload]` for each message that is kept, and -1 at the end.
-async fn replay_to(stream: Box<dyn Stream>, published: &Published) -> Result<(), ZmtpError> {
+/// Answers `[..., "", first number]` with `["", number, payload]` for each message that is kept, and -1 at the end. `asked` is called
+/// at each request.
+async fn replay_to(stream: Box<dyn Stream>, published: &Published, asked: impl Fn()) -> Result<(), ZmtpError> {
     let mut peer = greet(stream, "ROUTER").await?;
     while let Some(frames) = peer.receive().await? {
-        let asked = frames.last().and_then(|frame| frame.as_ref().try_into().ok()).map(u64::from_be_bytes);
-        let Some(from) = asked else {
+        asked();
+        let first = frames.last().and_then(|frame| frame.as_ref().try_into().ok()).map(u64::from_be_bytes);
+        let Some(from) = first else {
             return Err(ZmtpError::Protocol("a request for a replay must be a number of 8 bytes".into()));
         };
         let mut number = from.max(published.first());
@@ -254,7 +277,7 @@ mod tests {
     ) -> (Connection<tokio::io::DuplexStream>, tokio::task::JoinHandle<Result<(), ZmtpError>>) {
         let (ours, theirs) = tokio::io::duplex(2048);
         let publishing = Arc::clone(published);
-        let task = tokio::spawn(async move { publish_to(Box::new(ours), &publishing).await });
+        let task = tokio::spawn(async move { publish_to(Box::new(ours), &publishing, || {}).await });
         let mut peer = Connection::handshake(theirs, "SUB", 1 << 20).await.unwrap();
         peer.send(&[b"\x01"]).await.unwrap();
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;

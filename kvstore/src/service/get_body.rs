@@ -17,7 +17,6 @@ use kvstore_proto::v1::get_response::Part;
 use kvstore_proto::v1::{GetBlock, GetResponse, GetStatus};
 use kvstore_tiers::host::LeasedBlock;
 use parking_lot::Mutex;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tonic::Status;
@@ -32,14 +31,11 @@ const DATA_BYTES: usize = 1 << 20;
 const GATHER_BELOW_BYTES: u64 = 4096;
 
 /// A block's bytes on their way into the connection: ends the lease when the last slice is gone.
-struct Outgoing {
-    block: LeasedBlock,
-    _permit: Option<OwnedSemaphorePermit>,
-}
+struct Outgoing(LeasedBlock);
 
 impl AsRef<[u8]> for Outgoing {
     fn as_ref(&self) -> &[u8] {
-        &self.block
+        &self.0
     }
 }
 
@@ -59,17 +55,14 @@ impl Sending {
             if let Some(bytes) = self.ready.pop_front() {
                 return Poll::Ready(Some(bytes));
             }
-            let next = match &mut self.get.source {
-                Source::Ready(blocks) => blocks.pop_front(),
-                Source::Coming(blocks) => std::task::ready!(blocks.poll_recv(context)),
-            };
+            let next = std::task::ready!(self.get.source.poll_next(context));
             let Some((index, answer)) = next else { return Poll::Ready(None) };
             let hit = answer.is_hit();
             let counter = if hit { &self.daemon.traffic.get_hits } else { &self.daemon.traffic.get_misses };
             telemetry::add(counter, 1);
             self.prepare(index, answer);
             if self.get.leading_run && !hit {
-                self.get.source = Source::Ready(VecDeque::new());
+                self.get.source = Source::Ended;
             }
         }
     }
@@ -80,14 +73,14 @@ impl Sending {
             let block = GetBlock { index: index as u32, status: status.into(), length: length as u64, crc32 };
             data_stream::message(&GetResponse { part: Some(Part::Block(block)) })
         };
-        let (block, _permit) = match answer {
+        let block = match answer {
             Answer::Miss => return self.ready.push_back(message(GetStatus::Miss, 0, None)),
             Answer::InFlight => return self.ready.push_back(message(GetStatus::InFlight, 0, None)),
             Answer::Lost => return self.ready.push_back(message(GetStatus::DataLoss, 0, None)),
-            Answer::Hit(block, permit) => (block, permit),
+            Answer::Hit(block) => block,
         };
         let crc32 = block.crc32();
-        let bytes = Bytes::from_owner(Outgoing { block, _permit });
+        let bytes = Bytes::from_owner(Outgoing(block));
         let pieces = match &self.get.ranges {
             None => vec![bytes.clone()],
             Some(ranges) => cut(&bytes, ranges),

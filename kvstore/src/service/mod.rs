@@ -13,15 +13,16 @@ use std::time::Duration;
 use kvstore_proto::v1::admin_server::AdminServer;
 use kvstore_proto::v1::blocks_server::BlocksServer;
 use kvstore_proto::v1::events_server::EventsServer;
+use tonic::body::Body;
 use tonic::service::interceptor::InterceptedService;
 use tonic::service::{Routes, RoutesBuilder};
-use tonic::{Response, Status};
+use tonic::{Code, Response, Status};
 use tonic_health::pb::health_server::{Health, HealthServer};
 
 use crate::caller::Caller;
 use crate::caps;
 use crate::daemon::{Daemon, InFlight};
-use crate::wire;
+use crate::{verbs, wire};
 
 /// What every service of one listener shares.
 #[derive(Clone)]
@@ -42,17 +43,25 @@ impl Context {
         wire::deadline_of(headers).unwrap_or_else(|| self.daemon.config().call_deadline)
     }
 
-    /// Waits for a call until its deadline. A call that is dropped then gives back what it took.
+    /// See [`verbs::by_deadline`].
     async fn by_deadline<T>(
         &self,
         headers: &http::HeaderMap,
         call: impl Future<Output = Result<T, Status>>,
     ) -> Result<Response<T>, Status> {
-        match tokio::time::timeout(self.deadline(headers), call).await {
-            Ok(answer) => answer.map(Response::new),
-            Err(_) => Err(Status::deadline_exceeded("the call's deadline passed: try again, with more time")),
-        }
+        verbs::by_deadline(self.deadline(headers), call).await.map(Response::new)
     }
+}
+
+/// A message that is too large, or that cannot be decoded, is the caller's mistake. What tonic refuses by itself has other codes, of
+/// which no verb makes use: OUT_OF_RANGE, and INTERNAL, which blames the daemon.
+pub(crate) fn blame_the_caller(mut response: http::Response<Body>) -> http::Response<Body> {
+    if let Some(code) = response.headers_mut().get_mut(Status::GRPC_STATUS)
+        && [Code::OutOfRange, Code::Internal].contains(&Code::from_bytes(code.as_bytes()))
+    {
+        *code = http::HeaderValue::from(Code::InvalidArgument as u16);
+    }
+    response
 }
 
 /// All services of one listener.

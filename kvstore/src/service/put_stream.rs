@@ -62,7 +62,6 @@ fn late() -> Status {
 fn stream_error(error: StreamError) -> Status {
     match error {
         StreamError::Compressed => Status::unimplemented(error.to_string()),
-        StreamError::TooLarge(_) => Status::resource_exhausted(error.to_string()),
         _ => Status::invalid_argument(error.to_string()),
     }
 }

@@ -12,7 +12,7 @@ use super::{Described, Field, Kind, Metric, Node, Unit, Value};
 const LATENCY_BUCKETS: [f64; 13] = [1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 5e-2, 0.25, 1.0, 10.0];
 
 /// What is recorded where it happens, and is not part of the status.
-const RECORDED: [(&str, Kind, &str); 6] = [
+const RECORDED: [(&str, Kind, &str); 7] = [
     ("kvstore_put_seconds", Kind::Histogram, "Duration of put calls, seconds"),
     (
         "kvstore_get_seconds",
@@ -20,7 +20,12 @@ const RECORDED: [(&str, Kind, &str); 6] = [
         "Duration of get calls until the last byte was handed to the connection, seconds",
     ),
     ("kvstore_lookup_seconds", Kind::Histogram, "Duration of look-ups, seconds"),
-    ("kvstore_connections", Kind::Gauge, "Open gRPC connections"),
+    ("kvstore_connections", Kind::Gauge, "Open gRPC and HTTP connections"),
+    (
+        "kvstore_connections_evicted_total",
+        Kind::Counter,
+        "Silent connections that were closed, because others needed their place",
+    ),
     ("kvstore_described_blocks", Kind::Gauge, "Blocks whose tokens the publisher of events knows"),
     ("kvstore_published_events_total", Kind::Counter, "Events published over ZeroMQ"),
 ];

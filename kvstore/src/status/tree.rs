@@ -13,8 +13,10 @@ use crate::telemetry::get;
 
 /// The daemon at this moment. Asks the file systems of its disks for their sizes.
 pub fn status(daemon: &Daemon) -> v1::StatusResponse {
-    let (pins, tickets) = daemon.host.hold_counts();
-    daemon_status(daemon, pins as u64, tickets as u64)
+    // After a restart, only the disks know a pin.
+    let mut pins = daemon.nvme.as_ref().map(|nvme| nvme.lasting_pins()).unwrap_or_default();
+    pins.extend(daemon.host.pins().iter().map(|id| id.0));
+    daemon_status(daemon, pins.len() as u64, daemon.host.ticket_count() as u64)
 }
 
 described! {

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use kvstore_proto::v1::{LookupRequest, LookupResponse, ReleaseTicketRequest, ReleaseTicketResponse};
 use kvstore_tiers::below::{Ask, Searching};
 use kvstore_tiers::caps::TICKET_TTL_MS_MAX;
-use kvstore_tiers::host::{HoldKind, NamespaceId, RegisteredLayout};
+use kvstore_tiers::host::{HoldId, HoldKind, NamespaceId, RegisteredLayout};
 use kvstore_tiers::residency::Presence;
 use kvstore_tiers::stack::{Found, Term};
 use kvstore_tiers::{GroupPresence, Run, SequenceHash, Tier, TierSet, readable_prefix};
@@ -14,6 +15,9 @@ use tonic::Status;
 
 use crate::daemon::{Daemon, random_hold_id};
 use crate::{caps, clock, telemetry, wire};
+
+/// Times that blocks are looked for to be held, where some leave between the look and the hold.
+const TICKET_ATTEMPTS: usize = 3;
 
 /// One layer group of one shard that a look-up asks about.
 struct Part {
@@ -87,11 +91,27 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
     if is_new {
         daemon.stack.count(&layout, &hashes);
     }
-    let Some(parts) = parts_of(daemon, &layout, request, &hashes)? else {
-        // There is no room to register every shard of the group: nothing is known of it.
-        return Ok(LookupResponse { residency: vec![0; hashes.len()], ..LookupResponse::default() });
+    let mut ticket = Bytes::new();
+    let mut attempts = if request.ticket_ttl_ms > 0 { TICKET_ATTEMPTS } else { 0 };
+    let (parts, readable) = loop {
+        let Some(parts) = parts_of(daemon, &layout, request, &hashes)? else {
+            // There is no room to register every shard of the group: nothing is known of it.
+            return Ok(LookupResponse { residency: vec![0; hashes.len()], ..LookupResponse::default() });
+        };
+        let readable = readable_blocks(&layout, &parts);
+        if readable == 0 || attempts == 0 {
+            break (parts, readable);
+        }
+        attempts -= 1;
+        match hold_for_ticket(daemon, namespace, &parts, hashes.get(..readable).unwrap_or_default(), request) {
+            Holding::Held(id) => {
+                ticket = wire::hold_bytes(id);
+                break (parts, readable);
+            }
+            Holding::Refused => attempts = 0,
+            Holding::Left => {}
+        }
     };
-    let readable = readable_blocks(&layout, &parts);
     let residency =
         (0..hashes.len()).map(|block| wire::residency(parts.iter().filter_map(|part| part.at(block)))).collect();
     for part in parts.iter().filter(|_| is_new) {
@@ -100,12 +120,7 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
         daemon.stack.asked_for(&part.run(run));
     }
     let searching = readable < hashes.len() && !search(daemon, &parts, &hashes).is_empty();
-    let mut response =
-        LookupResponse { readable_blocks: readable as u32, residency, searching, ..LookupResponse::default() };
-    if request.ticket_ttl_ms > 0 && readable > 0 {
-        hold_for_ticket(daemon, namespace, &parts, &hashes, request.ticket_ttl_ms, &mut response)?;
-    }
-    Ok(response)
+    Ok(LookupResponse { readable_blocks: readable as u32, residency, searching, ticket })
 }
 
 /// The asked groups of the asked shards; `None` where a shard cannot be registered.
@@ -156,30 +171,37 @@ fn readable_blocks(layout: &RegisteredLayout, parts: &[Part]) -> usize {
     readable_prefix(&groups, layout.layout.block_tokens)
 }
 
-/// Holds what was found readable. Where some of it left since, nothing is held, and the answer says that nothing is readable.
+/// What became of a ticket.
+enum Holding {
+    /// It holds all of it.
+    Held(HoldId),
+    /// A block left since it was found.
+    Left,
+    /// As much is held as may be.
+    Refused,
+}
+
+/// Holds what was found readable, or nothing.
 fn hold_for_ticket(
     daemon: &Daemon,
     namespace: NamespaceId,
     parts: &[Part],
-    hashes: &[SequenceHash],
-    ttl_ms: u32,
-    response: &mut LookupResponse,
-) -> Result<(), Status> {
-    let readable = response.readable_blocks as usize;
+    readable: &[SequenceHash],
+    request: &LookupRequest,
+) -> Holding {
     let found = |part: &Part| {
-        let tiers = (0..readable).map(|block| part.at(block).map_or(TierSet::NONE, |at| at.tiers()));
+        let tiers = (0..readable.len()).map(|block| part.at(block).map_or(TierSet::NONE, |at| at.tiers()));
         tiers.collect::<Vec<_>>()
     };
-    let leading = hashes.get(..readable).unwrap_or_default();
-    let found: Vec<Found<'_>> = parts.iter().map(|part| Found { run: part.run(leading), tiers: found(part) }).collect();
+    let found: Vec<Found<'_>> =
+        parts.iter().map(|part| Found { run: part.run(readable), tiers: found(part) }).collect();
     let now = clock::now();
-    let term = Term { now, expires: now.plus_ms(u64::from(ttl_ms)) };
-    let taken = daemon.stack.hold_found(namespace, random_hold_id(), &found, term);
-    match taken.map_err(|error| wire::hold_refused(&error))? {
-        Some(taken) => response.ticket = wire::hold_bytes(taken.keep()),
-        None => response.readable_blocks = 0,
+    let term = Term { now, expires: now.plus_ms(u64::from(request.ticket_ttl_ms)) };
+    match daemon.stack.hold_found(namespace, random_hold_id(), &found, term) {
+        Ok(Some(taken)) => Holding::Held(taken.keep()),
+        Ok(None) => Holding::Left,
+        Err(_) => Holding::Refused,
     }
-    Ok(())
 }
 
 /// Ends a ticket before its time.

@@ -256,12 +256,9 @@ class Layout:
         return Lookup(*found)
 
     def look_up_and_hold(self, hashes, seconds: float, *, all_shards: bool = False) -> Lookup:
-        """As :meth:`lookup` with ``hold``, for prefixes of any length. If the daemon cannot hold so many blocks now (tickets and
-        pins may have half of its memory), the blocks are found but not held, and ``ticket`` is None."""
-        try:
-            return self.lookup(hashes, all_shards=all_shards, hold=seconds)
-        except Busy:
-            return self.lookup(hashes, all_shards=all_shards)
+        """As :meth:`lookup` with ``hold``. If the daemon cannot hold so many blocks (tickets and pins may have half of its memory),
+        the blocks are found but not held, and ``ticket`` is None."""
+        return self.lookup(hashes, all_shards=all_shards, hold=seconds)
 
     def group(self, number: int = 0) -> Group:
         """Returns one of the layout's layer groups."""

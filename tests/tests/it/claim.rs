@@ -53,6 +53,24 @@ fn a_folder_that_others_may_write_to_is_refused() {
     assert!(error.contains("is not a folder (symbolic links are not followed)"), "{error}");
 }
 
+/// A volume's folder behind a symbolic link, or another user's, was taken as one's own. Only root can make the latter.
+#[test]
+fn a_folder_that_is_not_ones_own_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let theirs = folder.path().join("theirs");
+    std::fs::create_dir(&theirs).unwrap();
+    std::fs::set_permissions(&theirs, PermissionsExt::from_mode(0o755)).unwrap();
+    let link = folder.path().join("link");
+    std::os::unix::fs::symlink(&theirs, &link).unwrap();
+    let error = own_folder(&link).unwrap_err().to_string();
+    assert!(error.contains("link is not a folder (symbolic links are not followed)"), "{error}");
+    if std::os::unix::fs::chown(&theirs, Some(65_534), None).is_ok() {
+        let error = own_folder(&theirs).unwrap_err().to_string();
+        assert!(error.contains("belongs to user 65534: chown it"), "{error}");
+    }
+    assert_eq!(mode_of(&theirs), 0o755, "nothing was done to it");
+}
+
 /// A listener's path was cleared whatever lay there: a file that was named by mistake was lost.
 #[test]
 fn a_dead_socket_is_replaced_and_nothing_else_is() {

@@ -433,3 +433,26 @@ async fn pinned_data_that_is_lost_is_an_error_over_the_local_plane_too() {
     }
     let _ = GetStatus::DataLoss;
 }
+
+/// Each LOCAL put kept to the daemon's 256 waiting blocks of one client, and several puts at once did not: the blocks beyond were
+/// answered MEMORY, and that was all their callers learned.
+#[tokio::test(flavor = "multi_thread")]
+async fn local_puts_of_one_process_share_what_may_wait_for_the_disk() {
+    let disk = tempfile::tempdir().unwrap();
+    let path = format!("nvme.paths={}", disk.path().display());
+    let daemon = TestDaemon::start(&[path.as_str(), "nvme.bytes=256MiB"]).await;
+    let (client, group) = daemon.group_over(Plane::Local, 8192).await;
+    let puts = (0..12u64).map(|put| {
+        let (client, group) = (client.clone(), group.clone());
+        tokio::spawn(async move {
+            let options = PutOptions { level: Level::Local, ..PutOptions::default() };
+            let ids = put * 1000..put * 1000 + 200;
+            client.put_with(&group, kvstore_tests::chain(ids, 8192), options).await.unwrap()
+        })
+    });
+    for put in puts.collect::<Vec<_>>() {
+        let results = put.await.unwrap();
+        let short = results.iter().filter(|result| result.level() != Level::Local).count();
+        assert_eq!((results.len(), short), (200, 0));
+    }
+}

@@ -29,6 +29,7 @@ mod object;
 mod object_collect;
 mod object_outage;
 mod object_proofs;
+mod outside;
 mod pins;
 mod placement;
 mod project;

@@ -36,7 +36,7 @@ const KVSTORE: Layers = Layers {
     layers: &[
         &["advise", "caps", "clock", "random", "telemetry"],
         &["calls", "config", "copy_rate", "describing", "prefetches", "trace"],
-        &["accesses", "caller", "log", "open", "sources"],
+        &["accesses", "authority", "caller", "connections", "descriptors", "log", "open", "sources"],
         &["daemon"],
         &["status", "tick", "wire"],
         &["verbs"],

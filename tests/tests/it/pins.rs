@@ -10,6 +10,7 @@ use kvstore_tests::fault_proxy::{Fault, FaultProxy, Meant};
 use kvstore_tests::s3::{self, BUCKET, S3Server};
 use kvstore_tests::tier::{TierOptions, Tiers, hash};
 use kvstore_tests::{TestDaemon, chain, hashes, two_namespaces, until};
+use kvstore_tiers::caps::OBJECT_REFERRING_MAX;
 use kvstore_tiers::host::{HoldId, HoldKind, NamespaceId};
 use kvstore_tiers::nvme::NvmeTier;
 use kvstore_tiers::residency::{Delete, Presence};
@@ -24,7 +25,8 @@ async fn put(client: &Client, group: &GroupRef, ids: std::ops::Range<u64>, level
     assert!(results.iter().all(|result| result.level() == level), "{results:?}");
 }
 
-async fn ticket(client: &Client, group: &GroupRef, ids: std::ops::Range<u64>) -> Result<usize, Error> {
+/// The readable blocks, and whether a ticket holds them.
+async fn ticket(client: &Client, group: &GroupRef, ids: std::ops::Range<u64>) -> (usize, bool) {
     let request = LookupRequest {
         layout_digest: group.layout_digest.clone(),
         groups: vec![group.group],
@@ -32,7 +34,8 @@ async fn ticket(client: &Client, group: &GroupRef, ids: std::ops::Range<u64>) ->
         ticket_ttl_ms: 20_000,
         ..LookupRequest::default()
     };
-    client.lookup(request).await.map(|answer| answer.readable_blocks as usize)
+    let answer = client.lookup(request).await.unwrap();
+    (answer.readable_blocks as usize, !answer.ticket.is_empty())
 }
 
 /// A bucket behind a proxy, and a daemon with a disk that uses it.
@@ -123,7 +126,8 @@ async fn a_pin_whose_client_goes_holds_nothing() {
     stalling.assert_nothing_is_held(bucket.path()).await;
 }
 
-/// A look-up's ticket that the disk refuses, because too much of it is pinned, held the blocks in memory all the same.
+/// A look-up's ticket that the disk refuses, because too much of it is pinned, held the blocks in memory all the same, and the
+/// look-up failed. It says what is readable, without a ticket. A pin of as much is refused for good: to wait does not help.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_ticket_that_is_refused_holds_nothing() {
     let disk = tempfile::tempdir().unwrap();
@@ -134,11 +138,42 @@ async fn a_ticket_that_is_refused_holds_nothing() {
         put(&client, &group, at..at + 20, Level::Local).await;
     }
     assert_eq!(client.readable_blocks(&group, &hashes(0..720)).await.unwrap(), 720);
-    let refused = ticket(&client, &group, 0..720).await;
-    assert!(matches!(&refused, Err(Error::Busy(problem)) if problem.contains("pinned")), "{refused:?}");
+    assert_eq!(ticket(&client, &group, 0..720).await, (720, false));
+    let refused = client.pin(&group, &hashes(0..720), 60_000).await;
+    assert!(
+        matches!(&refused, Err(Error::Unsupported(problem)) if problem.contains("half of a volume")),
+        "{refused:?}"
+    );
     let status = client.status().await.unwrap();
     let on_disk = status.nvme.unwrap().volumes[0].pinned_bytes;
     assert_eq!((status.tickets, status.host.unwrap().pinned_bytes, on_disk), (0, 0, 0));
+}
+
+/// Blocks behind a pinned prefix come and go. Where one went between the look and the hold, the look-up said that nothing was
+/// readable, the pinned prefix included. It looks again, and says what is there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_ticket_is_made_although_blocks_leave_meanwhile() {
+    let daemon = TestDaemon::start(&["host.bytes=128MiB"]).await;
+    let (client, group) = daemon.group(4096).await;
+    let options = PutOptions { level: Level::Memory, ..PutOptions::default() };
+    client.put_with(&group, chain(0..4000, 4096), options.clone()).await.unwrap();
+    assert_eq!(client.pin(&group, &hashes(0..3900), 600_000).await.unwrap().pinned_blocks, 3900);
+    let churn = tokio::spawn({
+        let (host, layout) = (Arc::clone(&daemon.running.daemon.host), layout(&daemon, &group));
+        let (client, group) = (client.clone(), group.clone());
+        async move {
+            let last: Vec<_> = (3900..4000).map(hash).collect();
+            loop {
+                host.delete(&layout, 0, &last);
+                client.put_with(&group, chain(3900..4000, 4096), options.clone()).await.unwrap();
+            }
+        }
+    });
+    for _ in 0..300 {
+        let (readable, _) = ticket(&client, &group, 0..4000).await;
+        assert!(readable >= 3900, "{readable} blocks are readable");
+    }
+    churn.abort();
 }
 
 /// At most half of the memory may be pinned. Each namespace was held to that alone: two pinned 56 of 64 MiB together.
@@ -151,19 +186,16 @@ async fn half_of_the_memory_is_the_most_that_all_namespaces_pin() {
     put(&b, &group_b, 0..270, Level::Memory).await;
     let pinned = a.pin(&group_a, &hashes(0..270), 60_000).await.unwrap();
     assert_eq!(pinned.pinned_blocks, 270);
-    for refused in [
-        b.pin(&group_b, &hashes(0..270), 60_000).await.map(|pin| pin.pinned_blocks as usize),
-        ticket(&b, &group_b, 0..270).await,
-    ] {
-        assert!(matches!(&refused, Err(Error::Busy(problem)) if problem.contains("all namespaces")), "{refused:?}");
-    }
+    let refused = b.pin(&group_b, &hashes(0..270), 60_000).await;
+    assert!(matches!(&refused, Err(Error::Busy(problem)) if problem.contains("all namespaces")), "{refused:?}");
+    assert_eq!(ticket(&b, &group_b, 0..270).await, (270, false));
     let status = b.status().await.unwrap();
     assert!(status.host.as_ref().unwrap().pinned_bytes <= 32 * MIB, "{status:?}");
     assert_eq!((status.pins, status.tickets), (1, 0));
     // What is left may be had, and all of it once the other ends.
     assert_eq!(b.pin(&group_b, &hashes(0..40), 60_000).await.unwrap().pinned_blocks, 40);
     assert!(a.unpin(pinned.pin).await.unwrap());
-    assert_eq!(ticket(&b, &group_b, 0..270).await.unwrap(), 270);
+    assert_eq!(ticket(&b, &group_b, 0..270).await, (270, true));
     running.shut_down().await;
 }
 
@@ -295,4 +327,44 @@ async fn a_delete_leaves_every_copy_of_what_a_ticket_holds() {
     let answer = client.delete(&group, &hashes(0..10)).await.unwrap();
     assert_eq!((answer.deleted, answer.pinned), (8, 0));
     assert_eq!(client.lookup(request).await.unwrap().residency, [0; 10]);
+}
+
+/// Each unpin of any name was a request to the bucket, without end. A bounded number is under way at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn unpins_of_any_name_are_a_bounded_number_of_requests() {
+    let (bucket, disk) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let stalling = Stalling::start(bucket.path(), disk.path()).await;
+    let client = stalling.daemon.client().await;
+    stalling.proxy.always(Some((Meant::Any, Fault::Delay(Duration::from_secs(2)))));
+    let before = stalling.proxy.done();
+    for at in 0..200u128 {
+        assert!(!client.unpin(at.to_le_bytes().to_vec().into()).await.unwrap());
+    }
+    let begun = Instant::now();
+    let requests = || stalling.proxy.done() - before;
+    while requests() < OBJECT_REFERRING_MAX as u64 {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{} requests", requests());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // All of them have ended by then, and others would have followed.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(requests() < 2 * OBJECT_REFERRING_MAX as u64, "{} requests of 200 unpins", requests());
+}
+
+/// After a restart only the disk knows a pin: the status said that there is none.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pin_is_counted_after_a_restart() {
+    let disk = tempfile::tempdir().unwrap();
+    let path = format!("nvme.paths={}", disk.path().display());
+    let settings = [path.as_str(), "nvme.bytes=128MiB"];
+    let daemon = TestDaemon::start(&settings).await;
+    let (client, group) = daemon.group(BLOCK).await;
+    put(&client, &group, 0..20, Level::Local).await;
+    let pin = client.pin(&group, &hashes(0..20), 600_000).await.unwrap().pin;
+    assert_eq!(client.status().await.unwrap().pins, 1);
+    let daemon = daemon.restart(&settings).await;
+    let client = daemon.client().await;
+    assert_eq!(client.status().await.unwrap().pins, 1);
+    assert!(client.unpin(pin).await.unwrap());
+    assert_eq!(client.status().await.unwrap().pins, 0);
 }

@@ -63,7 +63,7 @@ async fn a_namespaces_pins_are_bounded_by_its_own_part() {
     put(&a, &group_a, 0..200).await;
     put(&b, &group_b, 0..200).await;
     let error = a.pin(&group_a, &hashes(0..200), 60_000).await.unwrap_err();
-    assert!(matches!(&error, Error::Busy(why) if why.contains("10%")), "{error}");
+    assert!(matches!(&error, Error::Unsupported(why) if why.contains("10%")), "{error}");
     assert_eq!(a.pin(&group_a, &hashes(0..100), 60_000).await.unwrap().pinned_blocks, 100);
     assert_eq!(b.pin(&group_b, &hashes(0..200), 60_000).await.unwrap().pinned_blocks, 200);
     running.shut_down().await;

@@ -99,16 +99,46 @@ async fn the_next_tier_is_tried_and_awaited() {
 async fn a_caller_that_leaves_costs_no_slot() {
     let two = Two::new();
     two.below(0..20);
+    two.disk.stall();
     for id in 0..20 {
-        two.disk.fail([ReadFault::Told(WhyNotRead::Damaged)]);
+        if id % 2 == 0 {
+            two.disk.fail([ReadFault::Told(WhyNotRead::Damaged)]);
+        }
         let promotion = two.promotion(Duration::from_secs(5));
         let bringing = promotion.bring(hash(id));
-        let _ = tokio::time::timeout(Duration::from_nanos(1), bringing).await;
+        let left = tokio::time::timeout(Duration::from_millis(1), bringing).await;
+        assert!(left.is_err(), "block {id} came though the disk holds it");
     }
+    assert_eq!(two.memory.host.status().flights, 20, "nobody waits, and all of them are on their way");
+    two.disk.let_go();
     two.is_at_rest();
     for id in 0..20 {
-        assert!(two.bring(id).await, "block {id} is in the bucket");
+        assert!(two.bring(id).await, "block {id} is in memory, or in the bucket");
     }
+    two.is_at_rest();
+}
+
+/// A put that is to be on disk waits while the disk is full, and goes on once there is room. What was stored meanwhile stays in
+/// memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_tier_is_waited_for_and_costs_no_block() {
+    let two = Two::new();
+    two.disk.set_full(true);
+    let store = |id: u64| {
+        let (leased, sums) = two.memory.put(id, None).unwrap();
+        let copy = Copy { block: two.memory.block(id), parent: None, sums, leased: Some(leased) };
+        two.stack.stored(copy, &two.wish(StackLevel::Local))
+    };
+    assert!(store(1).local.is_none(), "the disk takes nothing");
+    assert!(two.disk.is_empty() && !two.stack.has_room(&two.wish(StackLevel::Local)));
+    assert!(two.bring(1).await, "it is in memory");
+    let (stack, wish) = (Arc::clone(&two.stack), two.wish(StackLevel::Local));
+    let mut waits = tokio::spawn(async move { stack.until_room(&wish).await });
+    assert!(tokio::time::timeout(Duration::from_millis(50), &mut waits).await.is_err(), "it does not wait for room");
+    two.disk.set_full(false);
+    assert!(waits.await.unwrap());
+    assert_eq!(store(2).local.unwrap().await, Ok(true));
+    assert_eq!(two.disk.len(), 1);
     two.is_at_rest();
 }
 

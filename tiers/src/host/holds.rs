@@ -53,6 +53,16 @@ pub enum HoldError {
         /// The most.
         bytes_max: u64,
     },
+    /// More than may be held, though nothing else is held: to wait does not help.
+    #[error(
+        "these blocks alone are more than the {bytes_max} bytes ({percent}% of the Host tier) that may be pinned; name fewer blocks, or raise pin_percent or host.bytes"
+    )]
+    TooLarge {
+        /// The most.
+        bytes_max: u64,
+        /// The same, of the tier.
+        percent: u64,
+    },
     /// Too many holds.
     #[error(
         "the namespace would have more than {} pins and tickets, or they would name more than {} blocks; unpin blocks, or wait until a pin ends",
@@ -129,6 +139,11 @@ impl Holds {
 }
 
 impl State {
+    /// Of all namespaces.
+    fn pinned_bytes(&self) -> u64 {
+        self.namespaces.iter().map(|namespace| namespace.residency.pinned_bytes()).sum()
+    }
+
     /// Whether what is pinned is within the bounds of its namespace and of the tier.
     fn check_held(&self, namespace: NamespaceId) -> Result<(), HoldError> {
         let Some(at) = self.namespace(namespace) else { return Err(HoldError::TooMany) };
@@ -138,8 +153,7 @@ impl State {
             return Err(HoldError::TooManyBytes { held_bytes, bytes_max, percent });
         }
         let bytes_max = self.limits.bytes / 100 * caps::HELD_PERCENT_MAX;
-        let all: u64 = self.namespaces.iter().map(|namespace| namespace.residency.pinned_bytes()).sum();
-        if all > bytes_max { Err(HoldError::TierFull { bytes_max }) } else { Ok(()) }
+        if self.pinned_bytes() > bytes_max { Err(HoldError::TierFull { bytes_max }) } else { Ok(()) }
     }
 }
 
@@ -172,11 +186,18 @@ impl HostTier {
         let mut state = self.state.lock();
         let Some(at) = state.namespace_mut(namespace) else { return Err(HoldError::TooMany) };
         at.holds.end_making(room, made);
-        let held_now = at.residency.pinned_bytes();
+        let held_bytes = at.residency.pinned_bytes();
+        let held_by_all = state.pinned_bytes();
         match refused {
             None => Ok(Held { id, blocks }),
+            Some(HoldError::TooManyBytes { bytes_max, percent, .. }) if held_bytes == 0 => {
+                Err(HoldError::TooLarge { bytes_max, percent })
+            }
             Some(HoldError::TooManyBytes { bytes_max, percent, .. }) => {
-                Err(HoldError::TooManyBytes { held_bytes: held_now, bytes_max, percent })
+                Err(HoldError::TooManyBytes { held_bytes, bytes_max, percent })
+            }
+            Some(HoldError::TierFull { bytes_max }) if held_by_all == 0 => {
+                Err(HoldError::TooLarge { bytes_max, percent: caps::HELD_PERCENT_MAX })
             }
             Some(refused) => Err(refused),
         }
@@ -251,10 +272,15 @@ impl HostTier {
         hold.is_some_and(|hold| hold.kind == HoldKind::Ticket && hold.expires > now)
     }
 
-    /// Pins and tickets at this moment.
-    pub fn hold_counts(&self) -> (usize, usize) {
+    /// Pins at this moment.
+    pub fn pins(&self) -> Vec<HoldId> {
         let state = self.state.lock();
-        let holds = state.namespaces.iter().map(|namespace| &namespace.holds);
-        holds.fold((0, 0), |(pins, tickets), of| (pins + of.by_id.len() - of.tickets, tickets + of.tickets))
+        let holds = state.namespaces.iter().flat_map(|namespace| &namespace.holds.by_id);
+        holds.filter(|(_, hold)| hold.kind == HoldKind::Pin).map(|(id, _)| *id).collect()
+    }
+
+    /// Tickets at this moment.
+    pub fn ticket_count(&self) -> usize {
+        self.state.lock().namespaces.iter().map(|namespace| namespace.holds.tickets).sum()
     }
 }

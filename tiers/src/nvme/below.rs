@@ -7,7 +7,7 @@ use futures::future::BoxFuture;
 use kvstore_transfer::Lane;
 
 use super::read::Reading;
-use super::{NvmeTier, WriteBack};
+use super::{NvmeTier, PinRefused, WriteBack};
 use crate::below::{
     Ask, Below, Hold, Holding, Known, NotDeleted, NotHeld, NotRead, Read, ReadUrgency, Room, WhyNotRead, Write, Written,
 };
@@ -68,7 +68,10 @@ impl Below for NvmeTier {
         let blocks: Vec<BlockRef<'_>> = hold.runs.iter().flat_map(|run| run.as_ref().blocks()).collect();
         let lasting = hold.kind == HoldKind::Pin;
         let pinned = self.pin(hold.id.0, &blocks, hold.expires, lasting, hold.now);
-        pinned.map_err(|refused| NotHeld::TooMuch(refused.to_string()))?;
+        pinned.map_err(|refused| match refused {
+            PinRefused::TooLarge { .. } => NotHeld::TooLarge(refused.to_string()),
+            PinRefused::TooManyBytes { .. } | PinRefused::TooMany => NotHeld::TooMuch(refused.to_string()),
+        })?;
         Ok(lasting.then(|| {
             let synced = self.synced();
             let held = async move {

@@ -1,5 +1,6 @@
 //! Holding: promises not to drop blocks, kept on the volumes that have them.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -18,6 +19,14 @@ pub enum PinRefused {
     TooManyBytes {
         /// With the refused pin.
         pinned_bytes: u64,
+        /// The most.
+        bytes_max: u64,
+    },
+    /// Bytes of this pin alone: to wait does not help.
+    #[error(
+        "these blocks alone are more than the {bytes_max} bytes (half of a volume) that may be pinned; name fewer blocks, or raise nvme.bytes"
+    )]
+    TooLarge {
         /// The most.
         bytes_max: u64,
     },
@@ -67,9 +76,13 @@ impl NvmeTier {
             if pinned_bytes > bytes_max {
                 // The index has not heard of it, and need not.
                 let _ = state.end_pin(id, lasting);
+                let own_bytes = pinned_bytes - state.extents.pages().1 * PAGE;
                 drop(state);
                 self.stores.iter().take(done).for_each(|store| _ = store.unpin(id, lasting));
-                return Err(PinRefused::TooManyBytes { pinned_bytes, bytes_max });
+                return Err(match own_bytes > bytes_max {
+                    true => PinRefused::TooLarge { bytes_max },
+                    false => PinRefused::TooManyBytes { pinned_bytes, bytes_max },
+                });
             }
             if let Some(record) = record {
                 state.owed.pin(id, record);
@@ -91,6 +104,11 @@ impl NvmeTier {
     /// Ends a pin before its time; false where there is none (any more) that lasts, or does not, as this says.
     pub fn unpin(&self, id: u128, lasting: bool) -> bool {
         self.stores.iter().map(|store| store.unpin(id, lasting)).fold(false, |any, ended| any | ended)
+    }
+
+    /// The pins that survive a restart.
+    pub fn lasting_pins(&self) -> HashSet<u128> {
+        self.stores.iter().flat_map(|store| store.state.lock().pins.lasting().collect::<Vec<_>>()).collect()
     }
 
     /// True while a pin names the block: where it is nowhere, that is a loss.

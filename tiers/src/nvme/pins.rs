@@ -71,6 +71,11 @@ impl Pins {
         Some(freed)
     }
 
+    /// Pins that survive a restart.
+    pub fn lasting(&self) -> impl Iterator<Item = u128> {
+        self.by_id.iter().filter(|(_, pin)| pin.lasting).map(|(id, _)| *id)
+    }
+
     /// The next pin whose time is over, and whether it lasts.
     pub fn next_expired(&self, now: BootTime) -> Option<(u128, bool)> {
         let (_, id) = self.by_expiry.first().filter(|(expires, _)| *expires <= now)?;

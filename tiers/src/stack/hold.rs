@@ -29,6 +29,9 @@ pub enum HoldRefused {
     /// Too much of a tier below would be.
     #[error("{0}: unpin other blocks, or wait until a pin expires")]
     TooMuch(String),
+    /// These blocks alone are too much: to wait does not help.
+    #[error("{0}")]
+    TooLarge(String),
     /// Blocks left while they were being held, time and again.
     #[error("blocks left memory while they were being pinned: try again")]
     Left,
@@ -295,6 +298,7 @@ impl Lower {
 fn refused(not_held: NotHeld) -> HoldRefused {
     match not_held {
         NotHeld::TooMuch(why) => HoldRefused::TooMuch(why),
+        NotHeld::TooLarge(why) => HoldRefused::TooLarge(why),
         NotHeld::Failed(why) => HoldRefused::NotRecorded(why),
     }
 }

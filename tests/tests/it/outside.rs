@@ -1,0 +1,191 @@
+//! Peers that say nothing, or that read nothing of what they asked for: they cost themselves alone.
+
+use std::time::Duration;
+
+use http::Request;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use kvstore::serve::{StartOptions, start};
+use kvstore_client::v1::GetRequest;
+use kvstore_client::{Client, GetOutcome, Plane};
+use kvstore_proto::zmtp::Connection;
+use kvstore_tests::{BLOCK_BYTES, TestDaemon, chain, hashes};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+
+/// Longer than anything takes here that ends at all.
+const GUARD: Duration = Duration::from_secs(60);
+
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
+
+async fn connect(address: &str) -> Box<dyn Stream> {
+    match address.strip_prefix("unix:") {
+        Some(path) => Box::new(UnixStream::connect(path).await.unwrap()),
+        None => Box::new(TcpStream::connect(address.strip_prefix("http://").unwrap()).await.unwrap()),
+    }
+}
+
+/// How many of these connections the daemon has closed. Each is at its end, or has nothing to read.
+async fn closed(silent: &mut [Box<dyn Stream>]) -> usize {
+    let mut closed = 0;
+    for stream in silent {
+        let mut bytes = [0; 256];
+        let read = async {
+            loop {
+                if matches!(stream.read(&mut bytes).await, Ok(0) | Err(_)) {
+                    return;
+                }
+            }
+        };
+        closed += usize::from(tokio::time::timeout(Duration::from_millis(1), read).await.is_ok());
+    }
+    closed
+}
+
+/// 256 sockets that said nothing held all places of a listener, for ever. The same with a preface and nothing after it, which ended
+/// only with the keepalive.
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_peers_lock_nobody_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = format!("unix:{}", folder.path().join("test.sock").display());
+    let settings = ["host.bytes=64MiB", "http.address=off", "log.level=error", "nvme.paths=off"];
+    let settings = settings.iter().map(|setting| setting.to_string()).collect();
+    let listen = vec![socket, "127.0.0.1:0".into()];
+    let running = start(StartOptions { file: None, settings, listen }).await.unwrap();
+    for address in &running.addresses {
+        for first_words in
+            [&b""[..], b"PRI * HT", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"]
+        {
+            let speaker = Client::connect_over(address, Plane::Grpc).await.unwrap();
+            speaker.status().await.unwrap();
+            let mut silent = Vec::new();
+            for _ in 0..600 {
+                let mut stream = connect(address).await;
+                // One that was closed meanwhile cannot be written to.
+                let _ = stream.write_all(first_words).await;
+                silent.push(stream);
+            }
+            let newcomer = async { Client::connect_over(address, Plane::Grpc).await.unwrap().status().await };
+            let served = tokio::time::timeout(GUARD, newcomer).await;
+            assert!(matches!(served, Ok(Ok(_))), "{address}, after {first_words:?}: {served:?}");
+            assert!(closed(&mut silent).await >= 300, "{address}, after {first_words:?}");
+            speaker.status().await.unwrap();
+        }
+    }
+    running.shut_down().await;
+}
+
+/// The HTTP listener took connections without end: 10,000 that said nothing were 10,000 descriptors.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_http_listener_is_bounded_and_answers_newcomers() {
+    let daemon = TestDaemon::start(&["http.address=127.0.0.1:0"]).await;
+    let address = format!("http://{}", daemon.running.http.unwrap());
+    let mut silent = Vec::new();
+    for at in 0..400 {
+        let mut stream = connect(&address).await;
+        let words: &[u8] = if at % 2 == 0 { b"" } else { b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" };
+        let _ = stream.write_all(words).await;
+        silent.push(stream);
+    }
+    let newcomer = async {
+        let mut stream = connect(&address).await;
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    };
+    let answer = tokio::time::timeout(GUARD, newcomer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("ok\n"), "{answer}");
+    assert!(closed(&mut silent).await >= 300);
+}
+
+/// Followers of the events that say nothing gave their places up after ten seconds; on the replay socket they kept them, once greeted.
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_followers_lock_nobody_out() {
+    let daemon = TestDaemon::start(&["events.publish=tcp://127.0.0.1:0", "events.replay=tcp://127.0.0.1:0"]).await;
+    let endpoints = daemon.running.publisher.as_ref().unwrap().endpoints.clone();
+    for (endpoint, kind) in endpoints.iter().zip(["SUB", "DEALER"]) {
+        let connect = async || TcpStream::connect(endpoint.strip_prefix("tcp://").unwrap()).await.unwrap();
+        let mut silent = Vec::new();
+        let mut greeted = Vec::new();
+        for at in 0..160 {
+            match at % 2 {
+                0 => silent.push(connect().await),
+                _ => greeted.extend(Connection::handshake(connect().await, kind, 1 << 20).await.ok()),
+            }
+        }
+        let newcomer = Connection::handshake(connect().await, kind, 1 << 20);
+        let mut newcomer = tokio::time::timeout(GUARD, newcomer).await.unwrap().unwrap();
+        if kind == "DEALER" {
+            newcomer.send(&[b"", &0u64.to_be_bytes()]).await.unwrap();
+            let end = tokio::time::timeout(GUARD, newcomer.receive()).await.unwrap().unwrap().unwrap();
+            assert_eq!(end[1].as_ref(), (-1i64).to_be_bytes());
+        }
+    }
+}
+
+/// 64 gets whose readers read nothing held all leases that gets may have: every other get of every namespace was answered Busy until
+/// their deadline, ten minutes where they asked for that.
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_that_read_nothing_cost_themselves_alone() {
+    let disk = tempfile::tempdir().unwrap();
+    let path = format!("nvme.paths={}", disk.path().display());
+    for settings in [vec!["nvme.paths=off"], vec![path.as_str(), "nvme.bytes=256MiB", "host.bytes=16MiB"]] {
+        let daemon = TestDaemon::start(&settings).await;
+        let (client, group) = daemon.group(16 << 10).await;
+        for at in (0..2048).step_by(256) {
+            client.put(&group, chain(at..at + 256, 16 << 10)).await.unwrap();
+        }
+        let path = daemon.address.strip_prefix("unix:").unwrap();
+        let mut unread = Vec::new();
+        for _ in 0..16 {
+            let io = TokioIo::new(UnixStream::connect(path).await.unwrap());
+            let (mut sender, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
+                .initial_stream_window_size(65_535)
+                .handshake(io)
+                .await
+                .unwrap();
+            tokio::spawn(connection);
+            for _ in 0..8 {
+                let request = GetRequest {
+                    layout_digest: group.layout_digest.clone(),
+                    sequence_hashes: hashes(0..2048),
+                    ..GetRequest::default()
+                };
+                let message = kvstore_proto::data_stream::message(&request);
+                let request = Request::post("http://kvstore/kvstore.v1.BlockData/Get")
+                    .header("content-type", "application/grpc")
+                    .header("grpc-timeout", "600S")
+                    .body(http_body_util::Full::new(message))
+                    .unwrap();
+                sender.ready().await.unwrap();
+                let response = sender.send_request(request).await.unwrap();
+                assert!(response.headers().get("grpc-status").is_none(), "{:?}", response.headers());
+                unread.push(response);
+            }
+            // The connection stays.
+            unread.last_mut().unwrap().extensions_mut().insert(sender);
+        }
+        let client = client.with_deadline(GUARD);
+        let outcomes = client.get(&group, &hashes(1500..2048)).await.unwrap();
+        let hits = outcomes.iter().filter(|outcome| matches!(outcome, GetOutcome::Hit(_))).count();
+        assert_eq!(hits, 548, "{settings:?}");
+        assert!(daemon.running.daemon.leasable.available_permits() > 0);
+        drop(unread);
+    }
+}
+
+/// A few bytes of one get in a thousand calls: each answers what is there.
+#[tokio::test]
+async fn a_get_of_many_blocks_answers_each() {
+    let daemon = TestDaemon::start(&[]).await;
+    let (client, group) = daemon.group(BLOCK_BYTES).await;
+    client.put(&group, chain(0..1000, BLOCK_BYTES)).await.unwrap();
+    client.delete(&group, &hashes([0, 15, 16, 17, 500, 999])).await.unwrap();
+    let outcomes = client.get(&group, &hashes(0..1000)).await.unwrap();
+    for (id, outcome) in outcomes.iter().enumerate() {
+        let is_gone = [0, 15, 16, 17, 500, 999].contains(&id);
+        assert_eq!(matches!(outcome, GetOutcome::Miss), is_gone, "block {id}");
+    }
+    assert_eq!(outcomes.len(), 1000);
+}
