@@ -228,7 +228,7 @@ impl Server {
             let _ = socket::send(&socket, &refused.encode(), &[]);
             return Ok(());
         }
-        if self.peers.len() >= self.peers_max {
+        if self.peers.len() >= self.peers_max && !self.hang_up_on_silent() {
             let refused = FromDaemon::Refused(format!(
                 "{} clients are connected, which is the maximum: try again later",
                 self.peers_max
@@ -256,6 +256,17 @@ impl Server {
         let state = PeerState::Greeting(socket, Instant::now() + caps::LOCAL_HELLO_WITHIN);
         self.peers.insert(number, Peer { namespace: caller.namespace, process, state });
         Ok(())
+    }
+
+    /// Hangs up on whoever has connected longest ago and said nothing. False where nobody is silent.
+    fn hang_up_on_silent(&mut self) -> bool {
+        let silent = self.peers.iter().filter_map(|(number, peer)| match peer.state {
+            PeerState::Greeting(_, until) => Some((until, *number)),
+            _ => None,
+        });
+        let Some((_, number)) = silent.min() else { return false };
+        self.hang_up(number);
+        true
     }
 
     /// The client's process has ended: what it named is free.

@@ -9,6 +9,7 @@ use kvstore_client::v1::GetRequest;
 use kvstore_client::{Client, GetOutcome, Plane};
 use kvstore_proto::zmtp::Connection;
 use kvstore_tests::{BLOCK_BYTES, TestDaemon, chain, hashes};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
@@ -188,4 +189,25 @@ async fn a_get_of_many_blocks_answers_each() {
         assert_eq!(matches!(outcome, GetOutcome::Miss), is_gone, "block {id}");
     }
     assert_eq!(outcomes.len(), 1000);
+}
+
+/// Peers of the local plane that said nothing kept newcomers out for five seconds each.
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_peers_of_the_local_plane_lock_nobody_out() {
+    let daemon = TestDaemon::start(&[]).await;
+    let path = kvstore::local::plane_path(std::path::Path::new(daemon.address.strip_prefix("unix:").unwrap()));
+    let flood = tokio::task::spawn_blocking(move || {
+        let address = SocketAddrUnix::new(&path).unwrap();
+        let connect = |_| {
+            let kind = SocketType::SEQPACKET;
+            let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
+            rustix::net::connect(&socket, &address).unwrap();
+            socket
+        };
+        (0..kvstore::caps::LOCAL_PEERS_MAX + 200).map(connect).collect::<Vec<_>>()
+    });
+    let silent = flood.await.unwrap();
+    let client = daemon.client_over(Plane::Local).await;
+    client.status().await.unwrap();
+    assert!(client.is_local(), "{} silent peers kept it out", silent.len());
 }

@@ -156,7 +156,7 @@ async fn a_ticket_is_made_although_blocks_leave_meanwhile() {
     let daemon = TestDaemon::start(&["host.bytes=128MiB"]).await;
     let (client, group) = daemon.group(4096).await;
     let options = PutOptions { level: Level::Memory, ..PutOptions::default() };
-    client.put_with(&group, chain(0..4000, 4096), options.clone()).await.unwrap();
+    client.put_with(&group, chain(0..4000, 4096), options).await.unwrap();
     assert_eq!(client.pin(&group, &hashes(0..3900), 600_000).await.unwrap().pinned_blocks, 3900);
     let churn = tokio::spawn({
         let (host, layout) = (Arc::clone(&daemon.running.daemon.host), layout(&daemon, &group));
@@ -165,7 +165,7 @@ async fn a_ticket_is_made_although_blocks_leave_meanwhile() {
             let last: Vec<_> = (3900..4000).map(hash).collect();
             loop {
                 host.delete(&layout, 0, &last);
-                client.put_with(&group, chain(3900..4000, 4096), options.clone()).await.unwrap();
+                client.put_with(&group, chain(3900..4000, 4096), options).await.unwrap();
             }
         }
     });
