@@ -24,6 +24,7 @@ mod nvme_bounds;
 mod nvme_doubts;
 mod nvme_faults;
 mod nvme_idle;
+mod nvme_index;
 mod nvme_promises;
 mod object;
 mod object_collect;

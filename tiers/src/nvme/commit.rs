@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::index::{IndexBatch, IndexError};
+use super::batch::IndexBatch;
+use super::index::IndexError;
 use super::state::{State, add};
 use super::store::Store;
 use super::write::{Commit, Found, Framed, Life, Move, is_no_space};
@@ -197,7 +198,7 @@ impl Store {
                 Err(error) => {
                     state.owed.failed();
                     drop(state);
-                    self.close_index(&error);
+                    self.index_failed(&error);
                     return false;
                 }
             }
@@ -283,7 +284,7 @@ impl Store {
         }
         if let Err(error) = &indexed {
             self.state.lock().owed.failed();
-            self.close_index(error);
+            self.index_failed(error);
             return (synced.is_ok(), false);
         }
         let mut state = self.state.lock();
@@ -343,12 +344,22 @@ impl Store {
         waiting.into_iter().for_each(|waiter| _ = waiter.send(false));
     }
 
+    /// The index did not take a batch.
+    fn index_failed(&self, error: &IndexError) {
+        add(&self.counters.index_failures, 1);
+        self.close_index(error);
+    }
+
     /// The index failed: it is closed, and opened again until that works.
     pub fn close_index(&self, error: &IndexError) {
         let mut state = self.state.lock();
         if !state.health.index_closed {
             tracing::error!(%error, path = %self.path.display(), "the index cannot be written; it is opened again until that works");
             state.health.index_closed = true;
+        }
+        drop(state);
+        if error.is_no_space() {
+            self.file_system_is_full();
         }
     }
 

@@ -171,7 +171,8 @@ impl Store {
             }
             state.segments.next_free(SegmentClass::Ordinary)
         };
-        // Where all of the bound has its disk space, no more is needed.
+        // The index first: what it takes is what makes room. Where all of the bound has its disk space, no more is needed.
+        self.index.take_reserve();
         let room = next.is_none_or(|next| {
             self.volume.file().allocate(self.segment_at(next.segment), self.header.segment_bytes).is_ok()
         });

@@ -9,9 +9,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::batch::IndexBatch;
 use super::extents::Entry;
 use super::format::PAGE;
-use super::index::IndexBatch;
 use super::state::add;
 use super::store::Store;
 use super::{NvmeTier, Peers};

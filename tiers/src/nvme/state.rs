@@ -76,6 +76,8 @@ pub(super) struct Counters {
     pub refused_blocks: AtomicU64,
     pub syncs: AtomicU64,
     pub sync_failures: AtomicU64,
+    pub index_failures: AtomicU64,
+    pub index_rebuilds: AtomicU64,
     pub io_errors: AtomicU64,
 }
 
