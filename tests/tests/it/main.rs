@@ -22,6 +22,7 @@ mod namespaces;
 mod nvme;
 mod nvme_bounds;
 mod nvme_doubts;
+mod nvme_errors;
 mod nvme_faults;
 mod nvme_idle;
 mod nvme_index;

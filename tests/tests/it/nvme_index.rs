@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::nvme_faults::LoopMount;
 use kvstore_tests::tier::{Got, TierOptions, Tiers, as_killed, now};
 use kvstore_tiers::residency::Delete;
 
@@ -184,4 +185,92 @@ fn an_index_that_was_killed_is_not_taken_for_damaged() {
         assert!(!moment.pinned || tiers.delete(20) == Delete::Pinned, "{}", moment.story);
         tiers.close();
     }
+}
+
+/// A folder on a small file system, as a kill -9 leaves it: blocks 0 to 49 are LOCAL, but 3, which was deleted; 7 is pinned. The
+/// index's log is to be replayed, and the file system is full.
+fn killed_and_full(mount: &LoopMount) -> (PathBuf, PathBuf) {
+    let disk = mount.path().join("disk");
+    let tiers = Tiers::open(&disk, &TierOptions::default()).unwrap();
+    (0..50).for_each(|id| assert!(tiers.put(id, true)));
+    tiers.nvme.pin(1, &[tiers.block(7)], now().plus_ms(600_000), true, now()).unwrap();
+    assert_eq!(tiers.delete(3), Delete::Deleted);
+    assert!(tiers.sync());
+    let killed = as_killed(&disk);
+    tiers.close();
+    std::fs::remove_dir_all(disk.join("index")).unwrap();
+    for file in ["index", "mark"] {
+        let copied = std::process::Command::new("cp").arg("-r").args([killed.path().join(file), disk.clone()]).status();
+        assert!(copied.unwrap().success());
+    }
+    let ballast = mount.fill();
+    (disk, ballast)
+}
+
+fn assert_whole(tiers: &Tiers, story: &str) {
+    let volume = tiers.nvme.status().volumes.remove(0);
+    assert_eq!(volume.index_rebuilds, 0, "{story}: {volume:?}");
+    let lost: Vec<u64> = (0..50).filter(|id| ![3, 9].contains(id) && tiers.get(*id).bytes().is_none()).collect();
+    assert!(lost.is_empty(), "{story}: {lost:?} are lost");
+    assert_eq!(tiers.get(3), Got::Miss, "{story}: a deleted block came back");
+    assert_eq!(tiers.delete(7), Delete::Pinned, "{story}: the pin is lost");
+}
+
+/// RocksDB writes a table before it opens its log. On a full disk it could not, and that was taken for damage: the index was thrown
+/// away, all pins with it, and each restart scanned the disk.
+#[test]
+fn a_kill_on_a_full_disk_costs_nothing_and_deletes_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(mount) = LoopMount::new(folder.path(), 60) else {
+        eprintln!("skipped: a loop file system needs root, losetup and mkfs.ext4");
+        return;
+    };
+    let (disk, ballast) = killed_and_full(&mount);
+    let tiers = Tiers::open(&disk, &TierOptions::default()).unwrap();
+    assert_whole(&tiers, "with the reserve");
+    assert_eq!(tiers.delete(9), Delete::Deleted);
+    tiers.until_synced();
+    let killed = as_killed(&disk);
+    let later = Tiers::open(killed.path(), &TierOptions::default()).unwrap();
+    assert!(!later.is_on_disk(9), "a deletion that was promised on a full disk came back");
+    later.close();
+    std::fs::remove_file(ballast).unwrap();
+    tiers.put_until_local(1000);
+    tiers.close();
+    assert!(
+        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(disk.join("reserve")).unwrap()) > 0,
+        "taken again"
+    );
+}
+
+/// The same without a reserve: the index is opened to be read. What it cannot promise it does not; once there is room, it does.
+#[test]
+fn an_index_that_has_no_room_to_open_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(mount) = LoopMount::new(folder.path(), 60) else {
+        eprintln!("skipped: a loop file system needs root, losetup and mkfs.ext4");
+        return;
+    };
+    let (disk, ballast) = killed_and_full(&mount);
+    std::fs::File::options().write(true).open(disk.join("reserve")).unwrap().set_len(0).unwrap();
+    let more = mount.fill_with("more");
+    for start in ["the first start", "the second one"] {
+        let tiers = Tiers::open(&disk, &TierOptions::default()).unwrap();
+        assert_whole(&tiers, start);
+        let volume = tiers.nvme.status().volumes.remove(0);
+        assert_eq!(volume.state, "NO_SPACE", "{start}: {volume:?}");
+        assert!(!tiers.sync(), "{start}: promised by an index that takes nothing");
+        tiers.close();
+    }
+    let tiers = Tiers::open(&disk, &TierOptions::default()).unwrap();
+    [ballast, more].into_iter().for_each(|file| std::fs::remove_file(file).unwrap());
+    tiers.until_state("SERVING");
+    assert_whole(&tiers, "with room again");
+    assert_eq!(tiers.delete(9), Delete::Deleted);
+    tiers.until_synced();
+    tiers.close();
+    let tiers = Tiers::open(&disk, &TierOptions::default()).unwrap();
+    assert_whole(&tiers, "afterwards");
+    assert!(!tiers.is_on_disk(9));
+    tiers.close();
 }

@@ -188,6 +188,8 @@ impl Index {
         options.set_max_log_file_size(256 << 10);
         options.set_log_level(LogLevel::Error);
         options.set_max_manifest_file_size(1 << 20);
+        // By default 4 MiB ahead, which would take all that the reserve gives, and fail.
+        options.set_manifest_preallocation_size(64 << 10);
         options.set_skip_stats_update_on_db_open(true);
         options.set_stats_dump_period_sec(0);
         options
@@ -362,6 +364,16 @@ impl Index {
             db.flush_opt(&flush).map_err(|error| self.error(error))?;
         }
         Ok(())
+    }
+
+    /// True where the file system was found full, and the index lives on its reserve.
+    pub fn is_on_reserve(&self) -> bool {
+        self.reserve.is_given_up()
+    }
+
+    /// Bytes that its reserve has not taken again.
+    pub fn reserve_lacks(&self) -> u64 {
+        if self.reserve.is_given_up() { self.reserve.bytes() } else { 0 }
     }
 
     /// Takes the disk space of the reserve, where it was given up and there is room again.

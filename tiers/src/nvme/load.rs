@@ -43,6 +43,9 @@ impl Store {
                 }
             }
         }
+        if self.index.is_on_reserve() {
+            self.file_system_is_full();
+        }
         self.find_unknown(present);
         Ok(())
     }

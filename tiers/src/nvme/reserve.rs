@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FallocateFlags;
 
@@ -13,12 +14,19 @@ use rustix::fs::FallocateFlags;
 pub(super) struct Reserve {
     path: PathBuf,
     bytes: u64,
+    /// It was given up, and not taken again since.
+    is_given_up: AtomicBool,
 }
 
 impl Reserve {
     /// Of `bytes`, in the file `path`.
     pub fn new(path: PathBuf, bytes: u64) -> Self {
-        Self { path, bytes }
+        Self { path, bytes, is_given_up: AtomicBool::new(false) }
+    }
+
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// Bytes of disk that it has.
@@ -33,9 +41,10 @@ impl Reserve {
         }
         let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(&self.path)?;
         let taken = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, self.bytes).map_err(io::Error::from);
-        if taken.is_err() {
+        match taken {
+            Ok(()) => self.is_given_up.store(false, Ordering::Release),
             // A part of it would be of no use.
-            let _ = file.set_len(0);
+            Err(_) => _ = file.set_len(0),
         }
         taken
     }
@@ -43,7 +52,14 @@ impl Reserve {
     /// Gives its disk space up; false where it had none.
     pub fn give_up(&self) -> bool {
         let had = self.disk_bytes() > 0;
-        had && File::options().write(true).open(&self.path).and_then(|file| file.set_len(0)).is_ok()
+        let given = had && File::options().write(true).open(&self.path).and_then(|file| file.set_len(0)).is_ok();
+        self.is_given_up.fetch_or(given, Ordering::AcqRel);
+        given
+    }
+
+    /// True from then on until it is taken again.
+    pub fn is_given_up(&self) -> bool {
+        self.is_given_up.load(Ordering::Acquire)
     }
 }
 

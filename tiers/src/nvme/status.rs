@@ -136,6 +136,10 @@ impl Store {
                 "blocks of more than {} bytes have no room in a segment and stay in memory alone; one of {bytes} bytes was put",
                 self.block_bytes_max()
             )),
+            _ if !state.unread.is_empty() => Some(format!(
+                "{} segments could not be read in full when the index was built again; a restart scans them once more",
+                state.unread.len()
+            )),
             _ if !state.suspects.is_empty() => Some(format!(
                 "a sync failed: the blocks in {} segments are served, and are LOCAL again once they are put again",
                 state.suspects.len()
