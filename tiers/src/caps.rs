@@ -101,6 +101,10 @@ pub const NVME_INDEX_BYTES_MIN: u64 = 16 << 20;
 /// Bytes of the index's reservation for each block: 53 of key and value with RocksDB's own, three times over,
 /// because a merge writes a level anew before it drops the old one, and rounded up.
 pub const NVME_INDEX_BYTES_PER_BLOCK: u64 = 192;
+/// Batches whose numbers the index keeps: a power of two, four times as many as it takes before its write buffer goes to a table.
+pub const NVME_INDEX_RING: u64 = 4096;
+/// The reserve of an index for a full file system, in write buffers: tables of two, and the log of one.
+pub const NVME_INDEX_RESERVE_BUFFERS: u64 = 3;
 /// Memory for the blocks of RocksDB's files. It is read at the start and in merges only.
 pub const NVME_INDEX_CACHE_BYTES: usize = 8 << 20;
 /// Files that RocksDB keeps open for one volume.

@@ -228,7 +228,12 @@ described! {
                 "Blocks that were not written because there was no room or the volume takes no writes");
         syncs: volume.syncs, plain().json("written.syncs").counter("kvstore_nvme_syncs_total", "Syncs of a volume");
         sync_failures: volume.sync_failures, plain().json("sync_failures")
-            .counter("kvstore_nvme_sync_failures_total", "Syncs of a volume that failed");
+            .counter("kvstore_nvme_sync_failures_total", "Syncs of a volume's data that failed");
+        index_failures: volume.index_failures, plain().json("index_failures")
+            .counter("kvstore_nvme_index_failures_total", "Batches that a volume's index did not take or did not sync");
+        index_rebuilds: volume.index_rebuilds, plain().json("index_rebuilds")
+            .counter("kvstore_nvme_index_rebuilds_total",
+                "Indexes that were found damaged at the start and were built again from the blocks");
         io_errors: volume.io_errors, plain().json("io_errors")
             .counter("kvstore_nvme_io_errors_total", "Reads and writes of a volume that failed");
     }

@@ -470,7 +470,7 @@ fn a_stop_leaves_no_write_behind() {
         tiers.close();
         let tiers = Tiers::open(folder.path(), &TierOptions::default()).unwrap();
         let there = ids.filter(|id| matches!(tiers.get(*id), Got::Disk(_))).count();
-        assert_eq!(there, 30, "round {round}");
+        assert_eq!(there, 30, "round {round}: {:?}", tiers.nvme.status());
         tiers.close();
     }
 }

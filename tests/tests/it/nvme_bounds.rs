@@ -126,6 +126,20 @@ fn a_volume_that_is_much_larger_than_its_bound_is_made_anew() {
     small.close();
 }
 
+/// The same with a pin whose time was over: nobody had ended it yet, and it kept the volume from starting.
+#[test]
+fn a_pin_whose_time_is_over_keeps_no_volume_from_starting() {
+    let disk = tempfile::tempdir().unwrap();
+    let large = tiers(disk.path(), 5 << 10);
+    assert!(large.put(1, true));
+    large.nvme.pin(9, &[large.block(1)], now(), true, now()).unwrap();
+    large.until_synced();
+    large.close();
+    let small = tiers(disk.path(), 80);
+    assert!(small.put(2, true) && !small.is_on_disk(1), "made anew");
+    small.close();
+}
+
 /// Blocks no smaller than a segment never went to disk, and nobody heard of it.
 #[test]
 fn blocks_that_fit_no_segment_are_said() {

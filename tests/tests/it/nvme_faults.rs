@@ -12,7 +12,7 @@ use kvstore_tiers::below::Ask;
 use kvstore_transfer::frame::{FrameHeader, FrameIdentity};
 use kvstore_transfer::volume::{Fault, Faults};
 
-fn faulty(faults: &Arc<Faults>) -> TierOptions {
+pub fn faulty(faults: &Arc<Faults>) -> TierOptions {
     TierOptions { faults: Some(Arc::clone(faults)), ..TierOptions::default() }
 }
 
@@ -97,10 +97,10 @@ fn the_nth_operation_fails_while_recovering() {
             // A block that could not be read is a miss; all others are there, and all are what they were.
             let there = (0..30).filter(|id| tiers.get(*id).bytes().is_some()).count();
             let lost = 30 - there;
-            assert!(lost <= usize::from(faults.hit() > 0) * 30, "n = {n}: {lost} blocks lost without a fault");
+            // A read that failed in a scan is made again; only the read of a block that is wanted just now costs that one.
+            assert!(lost <= usize::from(faults.hit() > 0), "index lost: {lose_index}, n = {n}: {lost} blocks lost");
             faults.disarm();
             tiers.close();
-            // Nothing is lost for good by a read that failed once: put again what is missing.
             let again = Tiers::open(disk.path(), &TierOptions::default()).unwrap();
             again.until_state("SERVING");
             (0..30).for_each(|id| assert!(again.put(id, true)));
@@ -194,7 +194,7 @@ fn a_pulled_disk_is_a_tier_that_left() {
     tiers.close();
 }
 
-fn fill(disk: &Path, ids: std::ops::Range<u64>) {
+pub fn fill(disk: &Path, ids: std::ops::Range<u64>) {
     let tiers = Tiers::open(disk, &TierOptions::default()).unwrap();
     ids.for_each(|id| assert!(tiers.put(id, true)));
     tiers.close();
@@ -434,10 +434,10 @@ fn a_full_file_system_refuses_writes_and_ends_by_itself() {
 }
 
 /// A small file system in a file; goes with this value.
-struct LoopMount(PathBuf);
+pub struct LoopMount(PathBuf);
 
 impl LoopMount {
-    fn new(folder: &Path, mib: u64) -> Option<Self> {
+    pub fn new(folder: &Path, mib: u64) -> Option<Self> {
         let (image, mount) = (folder.join("image"), folder.join("mount"));
         std::fs::File::create(&image).unwrap().set_len(mib << 20).unwrap();
         std::fs::create_dir(&mount).unwrap();
@@ -449,8 +449,23 @@ impl LoopMount {
         made.then_some(Self(mount))
     }
 
-    fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// Takes all of its room, to the last byte; removed, the file gives it back.
+    pub fn fill(&self) -> PathBuf {
+        self.fill_with("ballast")
+    }
+
+    /// The same, with a file of this name.
+    pub fn fill_with(&self, name: &str) -> PathBuf {
+        let ballast = self.0.join(name);
+        let mut file = std::fs::File::create(&ballast).unwrap();
+        for bytes in [1 << 20, 4096] {
+            while std::io::Write::write_all(&mut file, &vec![1; bytes]).is_ok() {}
+        }
+        ballast
     }
 }
 

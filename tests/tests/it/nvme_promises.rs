@@ -278,3 +278,71 @@ fn writes_that_fail_now_and_then_do_not_cost_the_volume() {
     }
     tiers.close();
 }
+
+/// The data's sync and the index's log fail in one round: nothing of it is promised, and what was owed is written later.
+#[test]
+fn data_and_index_that_fail_in_one_round_promise_nothing_and_lose_nothing() {
+    let disk = tempfile::tempdir().unwrap();
+    let faults = Faults::none();
+    let tiers = Tiers::open(disk.path(), &faulty(&faults)).unwrap();
+    (0..10).for_each(|id| assert!(tiers.put(id, true)));
+    faults.arm(Fault::SyncAndIndexFail, 1);
+    assert!(!tiers.put(10, true), "acknowledged by neither");
+    assert_eq!(tiers.delete(4), Delete::Deleted);
+    assert!(!tiers.sync());
+    faults.disarm();
+    let failed = volume(&tiers);
+    assert!(failed.sync_failures > 0 && failed.index_failures > 0, "{failed:?}");
+    tiers.put_until_local(10);
+    tiers.until_synced();
+    let (_copy, later) = after_kill(disk.path());
+    assert!(!later.is_on_disk(4), "it came back");
+    let lost: Vec<u64> = (0..11).filter(|id| *id != 4 && later.get(*id).bytes().is_none()).collect();
+    assert!(lost.is_empty(), "{lost:?} are lost");
+    assert_eq!(volume(&later).index_rebuilds, 0);
+    later.close();
+    tiers.close();
+}
+
+/// The index fails and is opened again: what it had taken before, and its log had not synced, is in it all the same, and can be
+/// made LOCAL by a sync alone.
+#[test]
+fn what_an_index_had_taken_before_it_failed_is_there_after_it_is_opened_again() {
+    let disk = tempfile::tempdir().unwrap();
+    let faults = Faults::none();
+    let tiers = Tiers::open(disk.path(), &faulty(&faults)).unwrap();
+    (0..20).for_each(|id| assert!(tiers.put(id, false)));
+    tiers.settle();
+    faults.arm(Fault::IndexFails, 1);
+    assert_eq!(tiers.delete(0), Delete::Deleted);
+    assert!(!tiers.sync());
+    faults.disarm();
+    tiers.until_state("SERVING");
+    tiers.until_synced();
+    (1..20).for_each(|id| assert!(tiers.put(id, true)));
+    assert_eq!(volume(&tiers).admitted_blocks, 20, "none was written anew");
+    let (_copy, later) = after_kill(disk.path());
+    let lost: Vec<u64> = (1..20).filter(|id| later.get(*id).bytes().is_none()).collect();
+    assert!(lost.is_empty() && !later.is_on_disk(0), "{lost:?} are lost");
+    assert_eq!(volume(&later).index_rebuilds, 0);
+    later.close();
+    tiers.close();
+}
+
+/// The disk is gone: a deletion of what it holds is not promised, and neither is a pin.
+#[test]
+fn a_volume_that_left_promises_nothing() {
+    let disk = tempfile::tempdir().unwrap();
+    let faults = Faults::none();
+    let tiers = Tiers::open(disk.path(), &TierOptions { host_bytes: 4 << 20, ..faulty(&faults) }).unwrap();
+    (0..100).for_each(|id| assert!(tiers.put(id, false)));
+    tiers.settle();
+    faults.arm(Fault::Gone, 1);
+    (0..60).for_each(|id| _ = tiers.get(id));
+    tiers.until_state("LEFT");
+    assert_eq!(tiers.delete(70), Delete::Deleted, "it may come back with the disk");
+    assert!(!tiers.sync());
+    let _ = tiers.nvme.pin(1, &[tiers.block(71)], now().plus_ms(600_000), true, now());
+    assert!(!tiers.sync());
+    tiers.close();
+}

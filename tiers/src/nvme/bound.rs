@@ -4,8 +4,11 @@ use std::path::{Path, PathBuf};
 
 use kvstore_transfer::volume::Volume;
 
+use super::NvmeOptions;
+use super::batch::IndexItem;
 use super::format::{SEGMENTS_AT, VolumeHeader};
-use super::index::Index;
+use super::index::{Index, IndexFound};
+use super::pins::Pins;
 use super::store::{OpenError, Store, make_header};
 use crate::caps;
 
@@ -58,16 +61,32 @@ fn size(bytes: u64) -> String {
 pub(super) fn make_anew(
     volume: &dyn Volume,
     index: &Index,
+    found: IndexFound,
     header: &VolumeHeader,
-    bytes: u64,
+    options: &NvmeOptions,
     refused: BoundRefused,
 ) -> Result<VolumeHeader, OpenError> {
-    let mut pins = 0;
-    let loaded = index.load(b'p', |_| pins += 1);
-    if pins > 0 {
+    let mut pins = Pins::default();
+    let loaded = index.load(b'p', |item| {
+        if let IndexItem::Pin(id, record) = item {
+            pins.restore(id, record, &options.boot_id, options.now);
+        }
+    });
+    // Pins whose time is over have nobody to end them yet.
+    while let Some(id) = pins.next_expired(options.now) {
+        pins.end(id);
+    }
+    if !pins.is_empty() {
         return Err(BoundRefused { why: "while blocks of it are pinned", ..refused }.into());
     }
-    loaded.and_then(|()| index.recreate()).map_err(OpenError::Index)?;
+    match found {
+        // What a damaged index does not say, nobody knows.
+        IndexFound::Damaged(_) => {}
+        IndexFound::Closed(error) => return Err(OpenError::index(error)),
+        IndexFound::Whole => loaded.map_err(OpenError::index)?,
+    }
+    index.recreate().map_err(OpenError::index)?;
+    let bytes = options.bytes;
     let file_path = volume.file().path().to_owned();
     let step = |cause| OpenError::Io { step: "make anew", path: file_path, cause };
     let made =

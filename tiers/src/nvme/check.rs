@@ -8,11 +8,9 @@
 use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use kvstore_transfer::Lane;
 
-use super::read::read_frame;
 use super::state::{State, add};
 use super::store::Store;
 
@@ -38,7 +36,6 @@ impl Store {
     /// A sync of the data failed that covered these segments.
     pub fn sync_failed(self: &Arc<Self>, error: &io::Error, covered: &HashSet<u32>) {
         add(&self.counters.sync_failures, 1);
-        let failures = self.counters.sync_failures.load(Ordering::Relaxed);
         tracing::error!(%error, path = %self.path.display(), "a sync failed; the blocks written since the last sync are checked");
         let suspects: HashSet<u32> = {
             let mut state = self.state.lock();
@@ -50,6 +47,7 @@ impl Store {
                 state.owed.suspect(*segment);
             }
             state.failed_syncs += 1;
+            let failures = state.failed_syncs;
             state.health.checking = true;
             state.health.reason = Some(format!("a sync failed: {error}"));
             if failures >= SYNC_FAILURES_MAX {
@@ -76,9 +74,9 @@ impl Store {
                     return;
                 }
                 if self.begin_read(entry.digest).is_some_and(|now| {
-                    let sound = matches!(read_frame(self, &now, Lane::Prefetch), Ok(Some(_)));
+                    let damaged = matches!(self.read_whole(&now, Lane::Prefetch), Ok(None));
                     self.end_read(&now);
-                    !sound
+                    damaged
                 }) {
                     lost += 1;
                     add(&self.counters.corrupt_blocks, 1);

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::index::{IndexBatch, IndexError};
+use super::batch::IndexBatch;
+use super::index::IndexError;
 use super::state::{State, add};
 use super::store::Store;
 use super::write::{Commit, Found, Framed, Life, Move, is_no_space};
@@ -32,6 +33,8 @@ struct Pace {
     /// Moves of a batch that failed. The index's log may have them all the same, so that the copies must stay: the next batch
     /// has them again.
     tried: Vec<Move>,
+    /// Moves that the index has, and whose copies no sync has made safe: the next batch takes them back.
+    undone: Vec<Move>,
 }
 
 /// What came meanwhile, by kind.
@@ -94,6 +97,7 @@ impl Store {
             next_retry: now,
             retry_after: RETRY_INDEX_AFTER,
             tried: Vec::new(),
+            undone: Vec::new(),
         };
         loop {
             let first = match self.wait(&pace) {
@@ -121,7 +125,10 @@ impl Store {
         if state.health.index_closed {
             return (!state.health.left).then(|| pace.next_retry.saturating_duration_since(Instant::now()));
         }
-        let due = pace.log_unsynced || !state.owed.is_empty() || state.syncs() && !state.unsynced.is_empty();
+        let due = pace.log_unsynced
+            || !pace.undone.is_empty()
+            || !state.owed.is_empty()
+            || state.syncs() && !state.unsynced.is_empty();
         (due && !state.health.left).then(|| SYNC_EVERY.saturating_sub(pace.last_sync.elapsed()))
     }
 
@@ -197,7 +204,7 @@ impl Store {
                 Err(error) => {
                     state.owed.failed();
                     drop(state);
-                    self.close_index(&error);
+                    self.index_failed(&error);
                     return false;
                 }
             }
@@ -219,6 +226,11 @@ impl Store {
         for (found, _) in &round.found {
             state.put_found(found, &mut batch);
         }
+        for moved in &pace.undone {
+            if state.extents.get(moved.from.digest).is_some_and(|now| now.extent == moved.from.extent) {
+                batch.put_block(moved.from.digest, &moved.before);
+            }
+        }
         for moved in round.moves.iter().flat_map(|(moves, _)| moves) {
             if state.extents.get(moved.from.digest).is_some_and(|now| now.extent == moved.from.extent) {
                 batch.put_block(moved.from.digest, &moved.value);
@@ -228,7 +240,9 @@ impl Store {
             batch.put_segment(life.segment, life.life, life.class);
             batch.delete_suspect(life.segment);
         }
-        let mut waits = !round.waiters.is_empty() || !round.lives.is_empty() || reopened;
+        // The old places of what moved stay as they are until the copies are synced.
+        let moves = !pace.undone.is_empty() || round.moves.iter().any(|(moves, _)| !moves.is_empty());
+        let mut waits = moves || !round.waiters.is_empty() || !round.lives.is_empty() || reopened;
         for framed in &round.written {
             let pending = state.pending.get(framed.dirty.digest);
             match pending.is_some_and(|pending| pending.cancelled) {
@@ -240,7 +254,7 @@ impl Store {
         let due = round.stop || pace.last_sync.elapsed() >= SYNC_EVERY;
         let trusted = state.syncs();
         let unsynced = trusted && !state.unsynced.is_empty();
-        let log = (waits || due) && (unsynced || pace.log_unsynced || !batch.is_empty());
+        let log = (waits || due) && (unsynced || pace.log_unsynced || !batch.is_empty() || !pace.undone.is_empty());
         let data = (log && unsynced).then(|| state.begin_sync());
         let failures = state.failed_syncs;
         drop(state);
@@ -283,12 +297,12 @@ impl Store {
         }
         if let Err(error) = &indexed {
             self.state.lock().owed.failed();
-            self.close_index(error);
+            self.index_failed(error);
             return (synced.is_ok(), false);
         }
         let mut state = self.state.lock();
         state.owed.written(writes.log);
-        state.numbers.saved(writes.numbers);
+        state.numbers.saved(writes.numbers, writes.log);
         let opened = std::mem::take(&mut state.health.index_closed);
         drop(state);
         if opened {
@@ -303,7 +317,18 @@ impl Store {
     fn settle(&self, round: Round, pace: &mut Pace, writes: &Writes, synced: bool, indexed: bool) {
         let safe = synced && indexed && writes.trusted;
         if indexed {
-            self.publish_moves(round.moves);
+            if writes.log {
+                // The index's log says again where they are.
+                let undone = std::mem::take(&mut pace.undone);
+                self.drop_copies(undone.iter().map(|moved| moved.to.extent).collect());
+            }
+            let (there, held): (Vec<_>, Vec<_>) =
+                round.moves.into_iter().partition(|(moves, _)| safe && writes.log || moves.is_empty());
+            self.publish_moves(there);
+            for (moves, done) in held {
+                pace.undone.extend(moves);
+                done.into_iter().for_each(|done| _ = done.send(false));
+            }
             self.publish(round.written, safe && writes.log);
         } else {
             self.fail_tried(round.written);
@@ -343,6 +368,13 @@ impl Store {
         waiting.into_iter().for_each(|waiter| _ = waiter.send(false));
     }
 
+    /// The index did not take a batch.
+    fn index_failed(&self, error: &IndexError) {
+        add(&self.counters.index_failures, 1);
+        self.state.lock().numbers.failed();
+        self.close_index(error);
+    }
+
     /// The index failed: it is closed, and opened again until that works.
     pub fn close_index(&self, error: &IndexError) {
         let mut state = self.state.lock();
@@ -350,9 +382,14 @@ impl Store {
             tracing::error!(%error, path = %self.path.display(), "the index cannot be written; it is opened again until that works");
             state.health.index_closed = true;
         }
+        drop(state);
+        if error.is_no_space() {
+            self.file_system_is_full();
+        }
     }
 
-    fn write_failed(&self, error: &io::Error) {
+    /// A write failed: it is counted, and the volume's health with it.
+    pub fn write_failed(&self, error: &io::Error) {
         add(&self.counters.io_errors, 1);
         if is_no_space(error) {
             return self.file_system_is_full();

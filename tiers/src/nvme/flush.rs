@@ -164,17 +164,22 @@ impl Store {
 
     /// Whether the file system has room again: a segment's worth of it.
     fn retry_space(&self) {
-        let next = {
+        let (next, is_absent) = {
             let mut state = self.state.lock();
             if !state.health.no_space {
                 return;
             }
-            state.segments.next_free(SegmentClass::Ordinary)
+            let next = state.segments.next_free(SegmentClass::Ordinary);
+            (next, next.is_some_and(|next| state.segments.is_absent(next.segment)))
         };
-        // Where all of the bound has its disk space, no more is needed.
-        let room = next.is_none_or(|next| {
-            self.volume.file().allocate(self.segment_at(next.segment), self.header.segment_bytes).is_ok()
-        });
+        // A try that fails would take, for a moment, what the index lives on.
+        let wanted = self.index.reserve_lacks() + if is_absent { self.header.segment_bytes } else { 0 };
+        if self.volume.file().room().is_ok_and(|room| room < wanted) {
+            return;
+        }
+        // The index first: what it takes is what makes room. Where all of the bound has its disk space, no more is needed.
+        self.index.take_reserve();
+        let room = next.is_none_or(|next| self.allocate(next.segment).is_ok());
         if room {
             let mut state = self.state.lock();
             next.into_iter().for_each(|next| state.segments.opening_failed(next));
@@ -359,17 +364,31 @@ impl Store {
         let opening = self.state.lock().segments.next_free(class).ok_or(NoPlace::NoRoom)?;
         let offset = self.segment_at(opening.segment);
         // Also where there was disk space: what an earlier life did not use was given back.
-        self.volume.file().allocate(offset, self.header.segment_bytes).map_err(|error| self.no_space(error))?;
+        self.allocate(opening.segment).map_err(|error| self.no_space(error))?;
         let opened = self.start_life(opening, offset);
         let mut state = self.state.lock();
         match opened {
             Ok(()) => {
                 state.suspects.remove(&opening.segment);
+                if state.unread.remove(&opening.segment) && state.unread.is_empty() && state.health.rebuilding == 0 {
+                    state.unbury_all();
+                }
                 state.segments.open(opening);
             }
             Err(_) => state.segments.opening_failed(opening),
         }
         opened
+    }
+
+    /// Takes the disk space of a segment that holds nothing. A part of it, which a full file system may have given, is given back.
+    fn allocate(&self, segment: u32) -> io::Result<()> {
+        let (offset, bytes) = (self.segment_at(segment), self.header.segment_bytes);
+        let is_absent = self.state.lock().segments.is_absent(segment);
+        self.volume.file().allocate(offset, bytes).inspect_err(|_| {
+            if is_absent {
+                let _ = self.volume.file().punch(offset, bytes);
+            }
+        })
     }
 
     /// What the segment held is gone for good before it is written anew: blocks that moved out of it are
@@ -419,6 +438,8 @@ impl Store {
             tag: 0,
             done: Box::new(move |result, _| {
                 if let Err(error) = result {
+                    // It is tried again twice a second: only counted, so that one bad page does not cost the volume.
+                    add(&store.counters.io_errors, 1);
                     tracing::debug!(%error, "the header of a deleted block cannot be zeroed yet");
                     store.queue.lock().unburied.push(extent);
                     store.queue_changed.notify_one();
@@ -438,6 +459,7 @@ impl Store {
     fn no_space(&self, error: io::Error) -> NoPlace {
         if !is_no_space(&error) {
             add(&self.counters.io_errors, 1);
+            self.note_device_error(&error);
             return NoPlace::Io(error);
         }
         self.file_system_is_full();

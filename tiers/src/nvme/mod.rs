@@ -5,6 +5,7 @@
 //! What a caller gets here it gets at once, or through a channel: nothing in here waits for a disk on the
 //! caller's thread. `docs/design/volume.md` draws what is on the disk.
 
+mod batch;
 mod below;
 mod bound;
 mod check;
@@ -15,6 +16,8 @@ mod flush;
 mod format;
 mod hold;
 mod index;
+mod load;
+mod mark;
 mod namespaces;
 mod owed;
 mod pins;
@@ -22,6 +25,7 @@ mod publish;
 mod read;
 mod rebuild;
 mod reclaim;
+mod reserve;
 mod segments;
 mod state;
 mod status;

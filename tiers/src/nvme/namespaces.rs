@@ -9,9 +9,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::batch::IndexBatch;
 use super::extents::Entry;
 use super::format::PAGE;
-use super::index::IndexBatch;
 use super::state::add;
 use super::store::Store;
 use super::{NvmeTier, Peers};
@@ -35,6 +35,8 @@ pub(super) struct Numbers {
     digests: BTreeMap<u8, [u8; 32]>,
     /// Those that the index has yet to take.
     unsaved: Vec<u8>,
+    /// Those that it took, and its log was not synced since.
+    unsynced: Vec<u8>,
 }
 
 impl Numbers {
@@ -79,9 +81,17 @@ impl Numbers {
         self.unsaved.len()
     }
 
-    /// The index has the first `count` of what it lacked.
-    pub fn saved(&mut self, count: usize) {
-        self.unsaved.drain(..count.min(self.unsaved.len()));
+    /// The index has the first `count` of what it lacked; with `synced`, its log has them and all before on the disk.
+    pub fn saved(&mut self, count: usize, synced: bool) {
+        self.unsynced.extend(self.unsaved.drain(..count.min(self.unsaved.len())));
+        if synced {
+            self.unsynced.clear();
+        }
+    }
+
+    /// It failed: what it took since the last good sync, it may lack.
+    pub fn failed(&mut self) {
+        self.unsaved.append(&mut self.unsynced);
     }
 }
 
@@ -325,6 +335,23 @@ mod tests {
         assert_eq!((again.assign(&[3; 32]), again.assign(&[2; 32])), (1, 2));
         let many = (0..300u16).map(|at| again.assign(blake3::hash(&at.to_le_bytes()).as_bytes())).collect::<Vec<_>>();
         assert_eq!(many.iter().filter(|number| **number == 0).count(), 300 - 253, "no number is given twice");
+    }
+
+    /// A number that the index took without a sync, before it failed, was never written again: blocks of that namespace would have
+    /// had a number that says nothing, or another's.
+    #[test]
+    fn numbers_that_a_failed_index_may_lack_are_saved_again() {
+        let mut numbers = Numbers::default();
+        numbers.assign(&[1; 32]);
+        let lacking = |numbers: &Numbers| numbers.save(&mut IndexBatch::default());
+        numbers.saved(1, false);
+        assert_eq!(lacking(&numbers), 0);
+        numbers.assign(&[2; 32]);
+        numbers.failed();
+        assert_eq!(lacking(&numbers), 2);
+        numbers.saved(2, true);
+        numbers.failed();
+        assert_eq!(lacking(&numbers), 0, "what was synced is done");
     }
 
     #[test]

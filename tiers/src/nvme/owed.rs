@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::index::IndexBatch;
+use super::batch::IndexBatch;
 use crate::block::Digest;
 
 /// A pin's record that is to be written, or `None` where it is to go.

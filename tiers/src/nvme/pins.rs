@@ -31,6 +31,11 @@ impl Pins {
         self.counts.contains_key(&digest)
     }
 
+    /// True where there is none.
+    pub fn is_empty(&self) -> bool {
+        self.by_id.is_empty()
+    }
+
     /// True where a pin of this many blocks is within the bounds on pins.
     pub fn has_room(&self, blocks: usize) -> bool {
         self.by_id.len() < caps::HOLDS_MAX && self.names + blocks <= caps::HELD_KEYS_MAX

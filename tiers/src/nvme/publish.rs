@@ -2,9 +2,9 @@
 
 use std::sync::mpsc;
 
+use super::batch::IndexBatch;
 use super::extents::Entry;
 use super::format::{Extent, IndexValue};
-use super::index::IndexBatch;
 use super::state::{State, add};
 use super::store::Store;
 use super::write::{Found, Framed, Move, answer};

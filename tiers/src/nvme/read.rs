@@ -134,6 +134,25 @@ impl Store {
         }
     }
 
+    /// [`read_frame`], where an error counts towards the volume's health. `None`: it was read, and does not verify; a block that
+    /// was not read is no damaged one.
+    pub fn read_whole(&self, entry: &Entry, lane: Lane) -> io::Result<Option<(FrameHeader, AlignedBytes)>> {
+        match read_frame(self, entry, lane) {
+            // A file that was cut off.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            Err(error) => {
+                add(&self.counters.io_errors, 1);
+                tracing::warn!(%error, path = %self.path.display(), "a block cannot be read for now");
+                self.note_device_error(&error);
+                Err(error)
+            }
+            Ok(frame) => {
+                self.device_errors.store(0, Ordering::Release);
+                Ok(frame)
+            }
+        }
+    }
+
     /// A frame is not what its place should hold: it is not found any more.
     pub fn quarantine(&self, entry: &Entry) {
         add(&self.counters.corrupt_blocks, 1);
@@ -194,7 +213,7 @@ fn check(payload: &Payload, wanted: &Wanted, life: Option<u64>, slot: &mut SlotF
 }
 
 /// Reads and checks one whole frame, without a slot: for reinsertion and verification. Blocks.
-pub(super) fn read_frame(store: &Store, entry: &Entry, lane: Lane) -> io::Result<Option<(FrameHeader, AlignedBytes)>> {
+fn read_frame(store: &Store, entry: &Entry, lane: Lane) -> io::Result<Option<(FrameHeader, AlignedBytes)>> {
     let bytes = entry.extent.bytes() as usize;
     let pages = kvstore_transfer::volume::read_now(&*store.volume, lane, store.offset_of(&entry.extent), bytes)?;
     let life = store.state.lock().segments.life(entry.extent.segment);

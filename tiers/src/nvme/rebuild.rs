@@ -8,7 +8,7 @@ use kvstore_transfer::{AlignedBytes, Lane, volume};
 
 use super::extents::Entry;
 use super::format::{Extent, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of, life_of};
-use super::state::State;
+use super::state::add;
 use super::store::Store;
 use super::write::{Commit, Found};
 use crate::block::Digest;
@@ -19,6 +19,20 @@ const WINDOW_BYTES: u64 = 64 << 10;
 const BATCH_BLOCKS: usize = 4096;
 /// What the index did not take is scanned again after this long.
 const AGAIN_AFTER: Duration = Duration::from_millis(50);
+/// A segment that could not be read in full is scanned so many times; then the next start does it.
+const READ_PASSES: u32 = 3;
+/// Reads of a segment that may fail before the rest of it is left to the next scan: each may take seconds.
+const FAILED_READS_MAX: u32 = 16;
+
+/// What came of the scan of a segment.
+enum Scanned {
+    /// The index has all of it.
+    Whole(SegmentClass),
+    /// The index did not take it.
+    NotTaken,
+    /// Something of it could not be read. What could be is served.
+    Unread(SegmentClass),
+}
 
 impl Store {
     /// Scans every segment whose blocks are unknown. What is found is served as it is found. A segment stays unknown until the index
@@ -31,12 +45,19 @@ impl Store {
                 if self.is_stopping() {
                     return;
                 }
-                if let Some(class) = self.scan(segment) {
-                    let mut state = self.state.lock();
-                    state.segments.scanned(segment, class);
-                    // Only the end of the scan makes it 0, below.
-                    state.health.rebuilding = state.segments.counts().unknown.max(1);
+                let scanned = self.scan(segment);
+                let mut state = self.state.lock();
+                match scanned {
+                    Scanned::Whole(class) => state.segments.scanned(segment, class),
+                    Scanned::Unread(class) if pass + 1 >= READ_PASSES => {
+                        tracing::error!(path = %self.path.display(), segment, "a segment cannot be read in full: blocks in it are not found before a restart");
+                        state.unread.insert(segment);
+                        state.segments.scanned(segment, class);
+                    }
+                    Scanned::Unread(_) | Scanned::NotTaken => {}
                 }
+                // Only the end of the scan makes it 0, below.
+                state.health.rebuilding = state.segments.counts().unknown.max(1);
             }
             if self.state.lock().segments.counts().unknown == 0 {
                 return self.end_rebuild();
@@ -66,19 +87,25 @@ impl Store {
     fn end_rebuild(&self) {
         let mut state = self.state.lock();
         state.health.rebuilding = 0;
-        state.forgets_deletions = false;
-        let State { owed, buried, .. } = &mut *state;
-        owed.unbury(buried.drain());
+        if state.unread.is_empty() {
+            state.unbury_all();
+        }
         tracing::info!(path = %self.path.display(), blocks = state.extents.len(), "the index is complete again");
         drop(state);
         self.wake_committer();
     }
 
     /// Finds the frames of one segment, from header to header; where a header is damaged, page by page until
-    /// the next. Its class, once the index has all of them.
-    fn scan(self: &Arc<Self>, segment: u32) -> Option<SegmentClass> {
+    /// the next.
+    fn scan(self: &Arc<Self>, segment: u32) -> Scanned {
         let pages = (self.header.segment_bytes / PAGE) as u32;
-        let header = self.window(segment, 0, PAGE).and_then(|page| SegmentHeader::decode(&page).ok());
+        let mut failed = 0;
+        let first = self.window(segment, 0, PAGE, &mut failed);
+        if failed > 0 {
+            // Nothing says which of its frames are of its life.
+            return Scanned::Unread(SegmentClass::Ordinary);
+        }
+        let header = first.and_then(|page| SegmentHeader::decode(&page).ok());
         let known = header.filter(|header| header.volume_id == self.header.volume_id && header.number == segment);
         // Without a header of its own, the life of the frames that follow each other from its start.
         let mut life = known.map(|header| header.life);
@@ -87,15 +114,21 @@ impl Store {
         let mut page = 1;
         let mut window: Option<(u32, AlignedBytes)> = None;
         while page < pages {
+            let failed_before = failed;
             let inside = |from: u32, bytes: &AlignedBytes| {
                 page >= from && u64::from(page - from) * PAGE + PAGE <= bytes.len() as u64
             };
             if !window.as_ref().is_some_and(|(from, bytes)| inside(*from, bytes)) {
-                let bytes = WINDOW_BYTES.min(u64::from(pages - page) * PAGE);
-                window = self.window(segment, page, bytes).map(|bytes| (page, bytes));
+                // Where something could not be read, page by page.
+                let most = if failed == 0 { WINDOW_BYTES } else { PAGE };
+                let bytes = most.min(u64::from(pages - page) * PAGE);
+                window = self.window(segment, page, bytes, &mut failed).map(|bytes| (page, bytes));
             }
             let Some((from, bytes)) = &window else {
-                page += 1;
+                if failed > FAILED_READS_MAX {
+                    break;
+                }
+                page += u32::from(failed_before > 0 || failed == 0);
                 continue;
             };
             let at = (u64::from(page - from) * PAGE) as usize;
@@ -120,18 +153,31 @@ impl Store {
                 page += 1;
             }
         }
-        self.tell_found(segment, life.unwrap_or(0), class, found).then_some(class)
+        // A segment that is not in the index is scanned at the next start.
+        let taken = self.tell_found(segment, life.unwrap_or(0), class, found, failed == 0);
+        match (failed, taken) {
+            (0, true) => Scanned::Whole(class),
+            (_, false) => Scanned::NotTaken,
+            _ => Scanned::Unread(class),
+        }
     }
 
     /// Tells the committer what was found; true where the index has all of it.
-    fn tell_found(&self, segment: u32, life: u64, class: SegmentClass, found: Vec<(Entry, IndexValue)>) -> bool {
+    fn tell_found(
+        &self,
+        segment: u32,
+        life: u64,
+        class: SegmentClass,
+        found: Vec<(Entry, IndexValue)>,
+        whole: bool,
+    ) -> bool {
         let mut taken = true;
         let mut found = found.into_iter().peekable();
         loop {
             let blocks: Vec<_> = found.by_ref().take(BATCH_BLOCKS).collect();
             let last = found.peek().is_none();
             // The segment itself only where the index has all blocks before.
-            let part = Found { segment, life, class, blocks, last: last && taken };
+            let part = Found { segment, life, class, blocks, last: last && taken && whole };
             taken &= self.ask(|done| Commit::Found(part, done));
             if last {
                 return taken;
@@ -139,9 +185,23 @@ impl Store {
         }
     }
 
-    fn window(&self, segment: u32, page: u32, bytes: u64) -> Option<AlignedBytes> {
+    /// Pages of a segment; `None`, and one more in `failed`, where they cannot be read just now.
+    fn window(&self, segment: u32, page: u32, bytes: u64, failed: &mut u32) -> Option<AlignedBytes> {
         let offset = self.segment_at(segment) + u64::from(page) * PAGE;
-        volume::read_now(&*self.volume, Lane::Prefetch, offset, bytes as usize).ok()
+        match volume::read_now(&*self.volume, Lane::Prefetch, offset, bytes as usize) {
+            Ok(bytes) => Some(bytes),
+            // A file that was cut off has nothing there.
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => None,
+            Err(error) => {
+                add(&self.counters.io_errors, 1);
+                *failed += 1;
+                tracing::warn!(%error, path = %self.path.display(), segment, page, "a part of a segment cannot be scanned for now");
+                if *failed == 1 {
+                    self.note_device_error(&error);
+                }
+                None
+            }
+        }
     }
 
     fn found(&self, frame: &FrameHeader, extent: Extent, encoded: &[u8]) -> (Entry, IndexValue) {

@@ -16,7 +16,6 @@ use kvstore_transfer::{AlignedBytes, Lane, volume};
 use super::extents::Entry;
 use super::format::{Extent, IndexValue, PAGE, SegmentClass, SegmentHeader, event_name_of};
 use super::namespaces::Standings;
-use super::read::read_frame;
 use super::state::add;
 use super::store::Store;
 use super::write::{Commit, Move};
@@ -203,17 +202,20 @@ impl Store {
             .chain(hot.into_iter().map(|entry| (entry, SegmentClass::Ordinary)))
         {
             match self.move_on(entry, class) {
-                Moved::To(value) => {
+                Moved::To { value, before } => {
                     let to = Entry { extent: value.extent, hits: entry.hits / 2, ..*entry };
-                    moved.push(Move { from: *entry, to, value });
+                    moved.push(Move { from: *entry, to, value, before });
                 }
                 Moved::Damaged => self.quarantine(entry),
-                // What is pinned stays where it is, and the segment with it.
-                Moved::NoRoom if class == SegmentClass::Pinned => {
+                Moved::Unread if class == SegmentClass::Ordinary => {}
+                // What is pinned stays where it is, and the segment with it; so does all while the volume takes no writes.
+                Moved::Unread | Moved::NoRoom
+                    if class == SegmentClass::Pinned || !self.state.lock().health.takes_writes() =>
+                {
                     self.drop_copies(moved.iter().map(|moved| moved.to.extent).collect());
                     return false;
                 }
-                Moved::NoRoom => break,
+                Moved::Unread | Moved::NoRoom => break,
             }
         }
         self.leave_segment(victim, &entries, moved)
@@ -253,14 +255,27 @@ impl Store {
         add(&self.counters.device_written_bytes, PAGE);
         let page = AlignedBytes::of(&[&header.encode()]);
         if let Err(error) = volume::write_now(&*self.volume, self.segment_at(number), page) {
+            self.write_failed(&error);
             tracing::warn!(%error, "an emptied segment keeps its header until it is opened again");
         }
     }
 
     /// Copies a frame to a new place. The write is over when this returns, and counts until the caller says so.
     fn move_on(self: &Arc<Self>, entry: &Entry, class: SegmentClass) -> Moved {
-        let Ok(frame) = read_frame(self, entry, Lane::Writeback) else { return Moved::Damaged };
-        let Some((header, mut pages)) = frame else { return Moved::Damaged };
+        let (header, mut pages) = match self.read_whole(entry, Lane::Writeback) {
+            Ok(Some(frame)) => frame,
+            Ok(None) => return Moved::Damaged,
+            // It may be read the next time: see `read_whole`.
+            Err(_) => return Moved::Unread,
+        };
+        let before = IndexValue {
+            extent: entry.extent,
+            generation: header.generation,
+            header_crc32: FrameHeader::header_crc32(&pages),
+            parent_tag: entry.parent_tag,
+            namespace: entry.namespace,
+            name: entry.name,
+        };
         // Only segments that are ready: opening one may lead back here.
         let place = {
             let mut state = self.state.lock();
@@ -275,11 +290,13 @@ impl Store {
         };
         let head = header.rebind(place.generation).encode();
         pages.iter_mut().zip(&head).for_each(|(to, from)| *to = *from);
-        if self.write_frame(place.extent, pages).is_err() {
-            self.state.lock().segments.end_write(place.extent.segment);
+        if let Err(error) = self.write_frame(place.extent, pages) {
+            self.write_failed(&error);
+            // Some of it may be there all the same.
+            self.drop_copies(vec![place.extent]);
             return Moved::NoRoom;
         }
-        Moved::To(IndexValue {
+        let value = IndexValue {
             extent: place.extent,
             generation: place.generation,
             header_crc32: FrameHeader::header_crc32(&head),
@@ -287,7 +304,8 @@ impl Store {
             namespace: entry.namespace,
             // An earlier build did not note it.
             name: if entry.name == 0 { event_name_of(&header.identity) } else { entry.name },
-        })
+        };
+        Moved::To { value, before }
     }
 
     fn write_frame(&self, extent: Extent, pages: AlignedBytes) -> std::io::Result<()> {
@@ -303,7 +321,12 @@ impl Store {
 }
 
 enum Moved {
-    To(IndexValue),
+    To {
+        value: IndexValue,
+        before: IndexValue,
+    },
     Damaged,
+    /// The device did not give it.
+    Unread,
     NoRoom,
 }

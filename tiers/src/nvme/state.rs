@@ -76,6 +76,8 @@ pub(super) struct Counters {
     pub refused_blocks: AtomicU64,
     pub syncs: AtomicU64,
     pub sync_failures: AtomicU64,
+    pub index_failures: AtomicU64,
+    pub index_rebuilds: AtomicU64,
     pub io_errors: AtomicU64,
 }
 
@@ -103,6 +105,8 @@ pub(super) struct State {
     pub buried: HashSet<Digest>,
     /// There were too many of those: deletions are not promised before the scan is over.
     pub forgets_deletions: bool,
+    /// Segments that a scan could not read in full: the next start scans them again.
+    pub unread: HashSet<u32>,
     /// The namespaces' numbers.
     pub numbers: Numbers,
     /// Of this daemon's life.
@@ -124,6 +128,7 @@ impl State {
             owed: Owed::default(),
             buried: HashSet::new(),
             forgets_deletions: false,
+            unread: HashSet::new(),
             numbers: Numbers::default(),
             second: 0,
         }
@@ -143,6 +148,13 @@ impl State {
         Some(entry)
     }
 
+    /// No scan is to come any more: what must not be found by one is forgotten.
+    pub fn unbury_all(&mut self) {
+        self.forgets_deletions = false;
+        let Self { owed, buried, .. } = self;
+        owed.unbury(buried.drain());
+    }
+
     /// The same for one that must not come back: also not by a scan that is still to come across it. Its place, whose header is to
     /// be zeroed: a read of the segment begins.
     pub fn delete_block(&mut self, digest: Digest) -> Deleted {
@@ -150,7 +162,7 @@ impl State {
         if let Some(entry) = &entry {
             self.segments.begin_read(entry.extent.segment);
         }
-        let scanned = self.health.rebuilding == 0;
+        let scanned = self.health.rebuilding == 0 && self.unread.is_empty();
         if !scanned && !self.buried.contains(&digest) {
             self.forgets_deletions |= self.buried.len() >= caps::NVME_BURIED_MAX;
             if !self.forgets_deletions {

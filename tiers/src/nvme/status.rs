@@ -82,8 +82,12 @@ pub struct VolumeStatus {
     pub refused_blocks: u64,
     /// Syncs.
     pub syncs: u64,
-    /// Syncs that failed.
+    /// Syncs of the data that failed.
     pub sync_failures: u64,
+    /// Batches that the index did not take, or did not sync.
+    pub index_failures: u64,
+    /// Times that the index was found damaged and was built again: 1, or none.
+    pub index_rebuilds: u64,
     /// Reads and writes that failed.
     pub io_errors: u64,
 }
@@ -120,7 +124,9 @@ impl Store {
             }
             Health { checking: true, .. } => health.reason.clone(),
             Health { rebuilding: 1.., .. } => {
-                Some("the index was lost or damaged; a scan is finding the blocks again".into())
+                let unfinished =
+                    || "an earlier start found the index damaged; a scan is finding the blocks again".into();
+                Some(health.reason.clone().unwrap_or_else(unfinished))
             }
             Health { no_room: true, .. } => Some(state.no_room_reason(self.header.segment_bytes)),
             Health { keeps_space: true, .. } => {
@@ -129,6 +135,10 @@ impl Store {
             Health { too_large: Some(bytes), .. } => Some(format!(
                 "blocks of more than {} bytes have no room in a segment and stay in memory alone; one of {bytes} bytes was put",
                 self.block_bytes_max()
+            )),
+            _ if !state.unread.is_empty() => Some(format!(
+                "{} segments could not be read in full when the index was built again; a restart scans them once more",
+                state.unread.len()
             )),
             _ if !state.suspects.is_empty() => Some(format!(
                 "a sync failed: the blocks in {} segments are served, and are LOCAL again once they are put again",
@@ -183,6 +193,8 @@ impl NvmeTier {
                 refused_blocks: get(&counters.refused_blocks),
                 syncs: get(&counters.syncs),
                 sync_failures: get(&counters.sync_failures),
+                index_failures: get(&counters.index_failures),
+                index_rebuilds: get(&counters.index_rebuilds),
                 io_errors: get(&counters.io_errors),
             }
         });

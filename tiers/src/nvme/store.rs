@@ -1,23 +1,22 @@
 //! One volume of the tier: its folder, what is known of it in memory, and how it is opened.
 //!
-//! A folder holds `lock`, `blocks` (the volume's file) and `index` (RocksDB). Whoever holds the lock file's
-//! lock owns all three. What the index says is read once, at the start; from then on memory is asked, and
-//! the index is only written.
+//! A folder holds `lock`, `blocks` (the volume's file), `index` (RocksDB), and its `mark` and `reserve`. Whoever holds the lock file's
+//! lock owns them all. What the index says is read once, at the start (`load.rs`); from then on memory is
+//! asked, and the index is only written.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 
-use kvstore_transfer::volume::{self, Faults, FaultyVolume, IoEngine, Volume, VolumeFile};
+use kvstore_transfer::volume::{self, FaultyVolume, IoEngine, Volume, VolumeFile};
 use kvstore_transfer::{AlignedBytes, Lane};
 use parking_lot::{Condvar, Mutex};
 
 use super::bound::{BoundRefused, bound_of, make_anew};
-use super::extents::Entry;
-use super::format::{FormatError, IndexValue, PAGE, SEGMENTS_AT, SegmentClass, SegmentHeader, VolumeHeader, life_of};
-use super::index::{Index, IndexBatch, IndexError, IndexItem};
+use super::format::{FormatError, PAGE, SEGMENTS_AT, VolumeHeader};
+use super::index::{Index, IndexError, IndexFound};
 use super::segments::Segments;
-use super::state::{Counters, State, add};
+use super::state::{Counters, State};
 use super::write::{Commit, WriteQueue};
 use super::{NvmeOptions, Peers};
 use crate::caps;
@@ -58,6 +57,17 @@ pub enum OpenError {
     /// The index is of another version.
     #[error("{0}; nothing was changed. Move the folder away to start with an empty one")]
     Index(IndexError),
+    /// The index cannot be read, for a reason that lies outside it.
+    #[error(
+        "{0}; nothing was changed. If this stays, remove the folder `index` there: it is built again from the blocks, and pins are lost"
+    )]
+    IndexUnread(IndexError),
+}
+
+impl OpenError {
+    pub(super) fn index(error: IndexError) -> Self {
+        if error.is_environment() { Self::IndexUnread(error) } else { Self::Index(error) }
+    }
 }
 
 /// See the head of this file.
@@ -114,14 +124,13 @@ impl Store {
             Some(faults) => Arc::new(FaultyVolume::new(volume, Arc::clone(faults))) as Arc<dyn Volume>,
             None => volume,
         };
-        let index_path = path.join("index");
         let index_bytes = options.index_bytes.unwrap_or_else(|| index_bytes_of(options.bytes));
         let mut present = (length.saturating_sub(SEGMENTS_AT) / header.segment_bytes) as usize;
-        let (index, lost) = open_index(&index_path, index_bytes, options.faults.clone(), present > 0)?;
-        let refused = bound_of(path, options.bytes, index_bytes, header.segment_bytes);
-        if let Err(refused) = refused {
-            header = make_anew(&*volume, &index, &header, options.bytes, refused)?;
-            present = 0;
+        let (index, mut found) =
+            Index::open(path, index_bytes, present > 0, options.faults.clone()).map_err(OpenError::index)?;
+        if let Err(refused) = bound_of(path, options.bytes, index_bytes, header.segment_bytes) {
+            header = make_anew(&*volume, &index, found, &header, options, refused)?;
+            (present, found) = (0, IndexFound::Whole);
         }
         let allowed = Self::segments_allowed(options.bytes, index_bytes, header.segment_bytes);
         let state = State::new(Segments::new(header.segment_bytes, 0, allowed.max(present)));
@@ -148,12 +157,7 @@ impl Store {
             state.segments.set_allowed(allowed);
             state.segments.start_lives_after(first_life(&header));
         }
-        let lost = lost || !store.load(options);
-        store.state.lock().extents.follow(Arc::clone(&store.peers.changes));
-        if lost && present > 0 {
-            store.prepare_rebuild(present, options);
-        }
-        store.find_unknown(present);
+        store.take_index(found, present, options)?;
         Ok((store, commits_to))
     }
 
@@ -170,116 +174,6 @@ impl Store {
     /// Where an extent starts in the file.
     pub fn offset_of(&self, extent: &super::format::Extent) -> u64 {
         self.segment_at(extent.segment) + u64::from(extent.page) * PAGE
-    }
-
-    /// Reads the index; false where it turned out damaged. What could be read before is kept.
-    fn load(&self, options: &NvmeOptions) -> bool {
-        let mut state = self.state.lock();
-        let mut stale = IndexBatch::default();
-        let mut stale_blocks = 0;
-        let State { extents, segments, pins, numbers, suspects, buried, unsynced, .. } = &mut *state;
-        let mut result = self.index.load(b's', |item| {
-            if let IndexItem::Segment(segment, life, class) = item {
-                segments.restore(segment, life, class, true);
-                // The life before this one may have ended between its writes and their sync, and the index's log has them.
-                unsynced.insert(segment);
-            }
-        });
-        result = result.and(self.index.load(b'p', |item| {
-            if let IndexItem::Pin(id, record) = item {
-                pins.restore(id, record, &options.boot_id, options.now);
-            }
-        }));
-        result = result.and(self.index.load(b'n', |item| {
-            if let IndexItem::Namespace(number, digest) = item {
-                numbers.restore(number, digest);
-                extents.name_namespace(number, &digest);
-            }
-        }));
-        result = result.and(self.index.load(b't', |item| {
-            if let IndexItem::Suspect(segment) = item {
-                suspects.insert(segment);
-            }
-        }));
-        result = result.and(self.index.load(b'd', |item| {
-            if let IndexItem::Buried(digest) = item {
-                buried.insert(digest);
-            }
-        }));
-        result = result.and(self.index.load(b'b', |item| {
-            let IndexItem::Block(digest, value) = item else { return };
-            // Fenced off: the segment has begun another life since.
-            let current = segments.life(value.extent.segment) == Some(life_of(value.generation));
-            if !current || !segments.holds(&value.extent) {
-                stale.delete_block(digest);
-                stale_blocks += 1;
-                return;
-            }
-            let pinned = pins.holds(digest);
-            let IndexValue { extent, parent_tag, namespace, name, .. } = value;
-            extents.insert(Entry { digest, parent_tag, extent, hits: 0, pinned, namespace, used: 0, name });
-        }));
-        drop(state);
-        add(&self.counters.stale_blocks, stale_blocks);
-        if let Err(error) = result {
-            tracing::error!(%error, "the index is damaged; the blocks that it still names are served, and a scan finds the others");
-            return false;
-        }
-        if !stale.is_empty()
-            && let Err(error) = self.index.write(stale, false)
-        {
-            tracing::warn!(%error, "stale entries cannot be removed from the index");
-        }
-        true
-    }
-
-    /// The index is lost: starts it anew and marks what has to be scanned. What could be read of it is written again.
-    fn prepare_rebuild(&self, present: usize, options: &NvmeOptions) {
-        {
-            let mut state = self.state.lock();
-            state.numbers.save_again();
-            for (id, record) in state.pins.records(&options.boot_id, options.now) {
-                state.owed.pin(id, record);
-            }
-            let State { owed, suspects, buried, .. } = &mut *state;
-            suspects.iter().for_each(|segment| owed.suspect(*segment));
-            buried.iter().for_each(|digest| owed.bury(*digest));
-        }
-        if let Err(error) = self.index.recreate() {
-            self.close_index(&error);
-        }
-        for segment in 0..present as u32 {
-            self.mark_unknown(segment);
-        }
-    }
-
-    /// Segments of which the index knows nothing, and which hold something all the same: it was being built again when an earlier
-    /// daemon ended. They are to be scanned.
-    fn find_unknown(&self, present: usize) {
-        for segment in 0..present as u32 {
-            let absent = self.state.lock().segments.is_absent(segment);
-            if absent && self.first_page(segment).is_none_or(|page| page.iter().any(|byte| *byte != 0)) {
-                self.mark_unknown(segment);
-            }
-        }
-        let mut state = self.state.lock();
-        state.health.rebuilding = state.segments.unknown().len();
-        if state.health.rebuilding == 0 {
-            let State { owed, buried, .. } = &mut *state;
-            owed.unbury(buried.drain());
-        }
-    }
-
-    fn first_page(&self, segment: u32) -> Option<AlignedBytes> {
-        volume::read_now(&*self.volume, Lane::Prefetch, self.segment_at(segment), PAGE as usize).ok()
-    }
-
-    fn mark_unknown(&self, segment: u32) {
-        let header = self.first_page(segment).and_then(|page| SegmentHeader::decode(&page).ok());
-        let ours = header.filter(|header| header.volume_id == self.header.volume_id && header.number == segment);
-        // Where its life is unknown, the frames in it say: see rebuild::scan.
-        let (life, class) = ours.map_or((0, SegmentClass::Ordinary), |header| (header.life, header.class));
-        self.state.lock().segments.restore(segment, life, class, false);
     }
 
     /// The device failed for good, as far as this process can tell.
@@ -374,25 +268,6 @@ fn read_header(volume: &dyn Volume) -> Result<VolumeHeader, FormatError> {
         page.map_err(|_| FormatError::Checksum("the volume header")).and_then(|page| VolumeHeader::decode(&page))
     };
     copy(0).or_else(|error| copy(PAGE).map_err(|_| error))
-}
-
-/// Opens the index; a damaged one is removed. True: what it knew is lost.
-fn open_index(
-    path: &Path,
-    bytes: u64,
-    faults: Option<Arc<Faults>>,
-    expected: bool,
-) -> Result<(Index, bool), OpenError> {
-    let missing = expected && !path.exists();
-    match Index::open(path, bytes, faults.clone()) {
-        Ok(index) => Ok((index, missing)),
-        Err(error @ IndexError::Version { .. }) => Err(OpenError::Index(error)),
-        Err(error) => {
-            tracing::error!(%error, "the index cannot be opened; it is built again from the frames");
-            Index::destroy(path).map_err(|cause| OpenError::Io { step: "remove", path: path.to_owned(), cause })?;
-            Ok((Index::open(path, bytes, faults).map_err(OpenError::Index)?, true))
-        }
-    }
 }
 
 /// What the segments of a volume may take, for a test or a message: see [`Store::segments_allowed`].

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use kvstore_transfer::Lane;
 
 use super::extents::Entry;
-use super::read::read_frame;
 use super::store::{OpenError, Store};
 use super::write::Commit;
 use super::{NvmeOptions, NvmeTier, Peers};
@@ -68,7 +67,7 @@ fn verify_segment(store: &Arc<Store>, segment: u32, options: VerifyOptions, repo
     for entry in entries {
         // Forgotten or moved since.
         let Some(now) = store.begin_read(entry.digest) else { continue };
-        let frame = read_frame(store, &now, Lane::Writeback);
+        let frame = store.read_whole(&now, Lane::Writeback);
         store.end_read(&now);
         report.verified += 1;
         report.verified_bytes += now.extent.bytes();
@@ -76,7 +75,8 @@ fn verify_segment(store: &Arc<Store>, segment: u32, options: VerifyOptions, repo
             continue;
         }
         report.corrupt += 1;
-        if options.quarantine {
+        // What could not be read may be sound.
+        if options.quarantine && frame.is_ok() {
             store.quarantine(&now);
         }
     }

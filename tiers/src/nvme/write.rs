@@ -149,6 +149,8 @@ pub(super) struct Move {
     pub from: Entry,
     pub to: Entry,
     pub value: IndexValue,
+    /// What the index had of it before: to go back to, where the copy cannot be made safe.
+    pub before: IndexValue,
 }
 
 /// Blocks that a scan found in a segment.

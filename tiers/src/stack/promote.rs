@@ -47,6 +47,13 @@ pub enum Coming {
 /// See [`Coming::Soon`].
 pub struct Flight(oneshot::Receiver<Landed>);
 
+impl Flight {
+    /// True where it has ended. What it brought is let go.
+    pub(super) fn has_landed(&mut self) -> bool {
+        !matches!(self.0.try_recv(), Err(oneshot::error::TryRecvError::Empty))
+    }
+}
+
 /// How a flight ended.
 enum Landed {
     Here(LeasedBlock),

@@ -136,7 +136,13 @@ impl<'a> Window<'a> {
     fn give_back(&mut self) {
         let held = |leasing: &Leasing| matches!(leasing, Leasing::Leased(_));
         for under_way in &mut self.under_way {
-            if matches!(&under_way.coming, Coming::Now(leasing) if held(leasing)) {
+            // Also what has landed, and was not looked at yet: its lease is in the channel.
+            let holds = match &mut under_way.coming {
+                Coming::Now(leasing) => held(leasing),
+                Coming::Soon(flight) => flight.has_landed(),
+                Coming::Later | Coming::Outranked => false,
+            };
+            if holds {
                 under_way.coming = Coming::Later;
             }
         }

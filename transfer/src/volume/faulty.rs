@@ -31,6 +31,12 @@ pub enum Fault {
     WritesFail = 9,
     /// From here on reads wait until nothing fails any more; only reads are counted for it.
     ReadsWait = 10,
+    /// From here on every sync and every write to an index fails; only those are counted for it.
+    SyncAndIndexFail = 11,
+    /// From here on every read answers EIO; only reads are counted for it.
+    ReadsFail = 12,
+    /// A write is reported as done and nothing was written, and the next sync fails; only writes are counted for it.
+    LostAndUnsynced = 13,
 }
 
 /// What is about to be done.
@@ -111,10 +117,21 @@ impl Faults {
             8 if operation == Operation::Index => Fault::IndexFails,
             9 if operation == Operation::Write => Fault::WritesFail,
             10 if operation == Operation::Read => Fault::ReadsWait,
+            11 if matches!(operation, Operation::Sync | Operation::Index) => Fault::SyncAndIndexFail,
+            12 if operation == Operation::Read => Fault::ReadsFail,
+            13 if operation == Operation::Write => Fault::LostAndUnsynced,
             _ => return None,
         };
         let before = self.left.load(Ordering::Acquire);
-        let stays = matches!(fault, Fault::Gone | Fault::IndexFails | Fault::WritesFail | Fault::ReadsWait);
+        let stays = matches!(
+            fault,
+            Fault::Gone
+                | Fault::IndexFails
+                | Fault::WritesFail
+                | Fault::ReadsWait
+                | Fault::SyncAndIndexFail
+                | Fault::ReadsFail
+        );
         let due = if stays && before == 0 { true } else { before > 0 && self.left.fetch_sub(1, Ordering::AcqRel) == 1 };
         self.hit.fetch_add(u64::from(due), Ordering::AcqRel);
         due.then_some(fault)
@@ -146,7 +163,10 @@ impl Volume for FaultyVolume {
         };
         match (self.faults.next(operation), transfer.direction) {
             (None, _) => self.inner.submit(lane, transfer),
-            (Some(Fault::Lost), Direction::Write) => {
+            (Some(fault @ (Fault::Lost | Fault::LostAndUnsynced)), Direction::Write) => {
+                if fault == Fault::LostAndUnsynced {
+                    self.faults.arm(Fault::SyncFails, 1);
+                }
                 let Transfer { done, memories, .. } = *transfer;
                 done(Ok(()), memories);
                 Ok(())

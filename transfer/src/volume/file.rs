@@ -61,6 +61,12 @@ impl VolumeFile {
         }
     }
 
+    /// Bytes that the file system has left.
+    pub fn room(&self) -> io::Result<u64> {
+        let system = rustix::fs::fstatvfs(&self.file)?;
+        Ok(system.f_bavail.saturating_mul(system.f_frsize))
+    }
+
     /// Gives the disk space of `bytes` from `offset` back; they read as zero then.
     pub fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
