@@ -1,5 +1,6 @@
 //! The Object tier beside plain requests of the same client library to the same store, interleaved. The store is an S3 server in a
-//! process of its own, over a folder in memory, so that neither a disk nor its CPU time is measured.
+//! process of its own, over a folder in memory, so that neither a disk nor its CPU time is measured. Then reads of a bucket on a local
+//! path, a folder in memory, too.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,11 +16,10 @@ use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::{
     BeginFill, FillRequest, HostLimits, HostOptions, HostTier, LeasedBlock, Leasing, NamespaceId, RegisteredLayout,
 };
-use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, ObjectUrl, Offer, Offered};
+use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, ObjectUrl, Offer, Offered, Verify};
 use kvstore_tiers::residency::{FlightSource, Priority, Urgency};
 use kvstore_tiers::stack::{Asked, Policy, Promotion, Stack, Window};
 use kvstore_tiers::{BootTime, HugePages};
-use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 
 use crate::figure::{self, median};
@@ -65,27 +65,30 @@ pub fn measure(rounds: usize) -> anyhow::Result<()> {
     let _server = Process::start(command, &folder.path().join("ready"))?;
     let address: std::net::SocketAddr = std::fs::read_to_string(folder.path().join("address"))?.parse()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let (mut reads, mut writes) = (Vec::new(), Vec::new());
+    let (mut reads, mut writes, mut local_reads) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..rounds {
         let prefix = format!("round{round}");
         runtime.block_on(async {
+            let (s3, local) = (url(address, &prefix), local_url(folder.path(), &prefix));
             // Who goes first takes turns.
-            let (write, read) = if round.is_multiple_of(2) {
-                let ours = write_blocks(address, &prefix).await?;
-                let write = [ours, plain_writes(address, &prefix).await?];
-                let ours = read_blocks(address, &prefix).await?;
-                (write, [ours, plain_reads(address, &prefix).await?])
+            let ours_first = round.is_multiple_of(2);
+            let write = if ours_first {
+                let ours = write_blocks(&s3).await?;
+                [ours, plain_writes(&s3).await?]
             } else {
-                let plain = plain_writes(address, &prefix).await?;
-                let write = [write_blocks(address, &prefix).await?, plain];
-                let plain = plain_reads(address, &prefix).await?;
-                (write, [read_blocks(address, &prefix).await?, plain])
+                let plain = plain_writes(&s3).await?;
+                [write_blocks(&s3).await?, plain]
             };
+            let read = reads_of(&s3, ours_first).await?;
+            write_blocks(&local).await?;
+            plain_writes(&local).await?;
+            local_reads.push(reads_of(&local, ours_first).await?);
             writes.push(write);
             reads.push(read);
             anyhow::Ok(())
         })?;
         std::fs::remove_dir_all(folder.path().join(s3::BUCKET).join(&prefix))?;
+        std::fs::remove_dir_all(folder.path().join("local").join(&prefix))?;
     }
     for (what, runs, target) in [("read", &reads, ">= 0.9"), ("write", &writes, ">= 0.85")] {
         let of = |value: &dyn Fn(&[Run; 2]) -> f64| median(runs.iter().map(value).collect());
@@ -98,7 +101,21 @@ pub fn measure(rounds: usize) -> anyhow::Result<()> {
         figure::note("object", &name("cpu_s_per_gb"), of(&|[a, _]| a.cpu_seconds_per_gb));
         figure::note("object", &name("plain_cpu_s_per_gb"), of(&|[_, b]| b.cpu_seconds_per_gb));
     }
+    let of = |value: &dyn Fn(&[Run; 2]) -> f64| median(local_reads.iter().map(value).collect());
+    figure::print("object", "local_read_1MiB_of_get_range", of(&|[a, b]| a.gbps / b.gbps), ">= 0.8");
+    figure::note("object", "local_read_1MiB_gbps", of(&|[a, _]| a.gbps));
+    figure::note("object", "local_read_1MiB_get_range_gbps", of(&|[_, b]| b.gbps));
     Ok(())
+}
+
+/// Reads of the tier, and plain ones of as many bytes.
+async fn reads_of(url: &ObjectUrl, ours_first: bool) -> anyhow::Result<[Run; 2]> {
+    if ours_first {
+        let ours = read_blocks(url).await?;
+        return Ok([ours, plain_reads(url).await?]);
+    }
+    let plain = plain_reads(url).await?;
+    Ok([read_blocks(url).await?, plain])
 }
 
 impl Run {
@@ -120,6 +137,10 @@ fn url(address: std::net::SocketAddr, prefix: &str) -> ObjectUrl {
     }
 }
 
+fn local_url(folder: &std::path::Path, prefix: &str) -> ObjectUrl {
+    ObjectUrl { url: format!("file://{}/local/{prefix}", folder.display()), options: Vec::new() }
+}
+
 struct Tier {
     host: Arc<HostTier>,
     object: Arc<ObjectTier>,
@@ -127,7 +148,7 @@ struct Tier {
 }
 
 /// A tier over an empty memory, all of whose slabs are made and full of other blocks.
-async fn tier(address: std::net::SocketAddr, prefix: &str, seed: u64) -> anyhow::Result<Tier> {
+async fn tier(url: &ObjectUrl, seed: u64) -> anyhow::Result<Tier> {
     let bytes = (BLOCKS * u64::from(BLOCK)) + (128 << 20);
     let limits = HostLimits { bytes, high_watermark_percent: 99, low_watermark_percent: 98 };
     let options = HostOptions {
@@ -143,9 +164,10 @@ async fn tier(address: std::net::SocketAddr, prefix: &str, seed: u64) -> anyhow:
     let layout = memory::layout("benches", BLOCK, 16);
     let layout = host.register_layout(NamespaceId(0), layout)?;
     let options = ObjectOptions {
-        opened: url(address, prefix).open()?,
+        opened: url.open()?,
         namespaces,
         limits: ObjectLimits { upload_bytes: bytes, backlog_bytes: bytes },
+        verify: Verify::Probe,
         stall: Duration::from_secs(5),
         log_folder: None,
         seed,
@@ -184,8 +206,8 @@ impl Tier {
 }
 
 /// Blocks of one chain that are in memory, until all of them are DURABLE.
-async fn write_blocks(address: std::net::SocketAddr, prefix: &str) -> anyhow::Result<Run> {
-    let tier = tier(address, prefix, 1).await?;
+async fn write_blocks(url: &ObjectUrl) -> anyhow::Result<Run> {
+    let tier = tier(url, 1).await?;
     let mut blocks = Vec::new();
     for id in 0..BLOCKS {
         let (block, sums) = tier.put(id, id.checked_sub(1))?;
@@ -219,15 +241,15 @@ async fn write_blocks(address: std::net::SocketAddr, prefix: &str) -> anyhow::Re
 }
 
 /// The same bytes as plain creates of the size of a pack.
-async fn plain_writes(address: std::net::SocketAddr, prefix: &str) -> anyhow::Result<Run> {
-    let opened = url(address, prefix).open()?;
+async fn plain_writes(url: &ObjectUrl) -> anyhow::Result<Run> {
+    let opened = url.open()?;
     let content: Vec<Bytes> =
         (0..REQUEST / u64::from(BLOCK)).map(|id| Bytes::from(replay::content(id, BLOCK as usize).to_vec())).collect();
     let requests = BLOCKS * u64::from(BLOCK) / REQUEST;
     let (started, cpu) = (Instant::now(), own_cpu_seconds());
     let mut under_way = futures::stream::iter(0..requests)
         .map(|number| {
-            let location = Path::from(format!("{prefix}/plain/{number}"));
+            let location = opened.prefix.clone().join("plain").join(number.to_string());
             let payload: PutPayload = content.iter().cloned().collect();
             let store = Arc::clone(&opened.store);
             tokio::spawn(async move { store.put_opts(&location, payload, PutMode::Create.into()).await })
@@ -240,8 +262,8 @@ async fn plain_writes(address: std::net::SocketAddr, prefix: &str) -> anyhow::Re
 }
 
 /// The chain's blocks from the bucket into memory, checked, in order.
-async fn read_blocks(address: std::net::SocketAddr, prefix: &str) -> anyhow::Result<Run> {
-    let tier = tier(address, prefix, 2).await?;
+async fn read_blocks(url: &ObjectUrl) -> anyhow::Result<Run> {
+    let tier = tier(url, 2).await?;
     let hashes: Vec<_> = (0..BLOCKS).map(hash).collect();
     if let Some(search) = tier.object.search(&tier.layout, 0, &hashes, now()) {
         search.ended().await;
@@ -266,13 +288,13 @@ async fn read_blocks(address: std::net::SocketAddr, prefix: &str) -> anyhow::Res
 }
 
 /// The same bytes as plain ranged GETs.
-async fn plain_reads(address: std::net::SocketAddr, prefix: &str) -> anyhow::Result<Run> {
-    let opened = url(address, prefix).open()?;
+async fn plain_reads(url: &ObjectUrl) -> anyhow::Result<Run> {
+    let opened = url.open()?;
     let requests = BLOCKS * u64::from(BLOCK) / REQUEST;
     let (started, cpu) = (Instant::now(), own_cpu_seconds());
     let mut under_way = futures::stream::iter(0..requests)
         .map(|number| {
-            let location = Path::from(format!("{prefix}/plain/{number}"));
+            let location = opened.prefix.clone().join("plain").join(number.to_string());
             let store = Arc::clone(&opened.store);
             tokio::spawn(async move { store.get_range(&location, 0..REQUEST).await })
         })

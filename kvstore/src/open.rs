@@ -64,6 +64,7 @@ fn open_object(
         opened: object.url.open()?,
         namespaces: namespaces.to_vec(),
         limits: object.limits,
+        verify: object.verify,
         stall: object.stall,
         log_folder: config.nvme.as_ref().and_then(|nvme| nvme.paths.first().cloned()),
         seed: random::random_u128() as u64,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, StreamBody};
-use hyper::body::{Frame, Incoming};
+use hyper::body::{Body, Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -18,6 +18,7 @@ use std::sync::Mutex;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
+type ProxyClient = Client<HttpConnector, ProxyBody>;
 type ProxyBody = http_body_util::combinators::UnsyncBoxBody<Bytes, std::io::Error>;
 
 /// What is done to one request.
@@ -33,7 +34,7 @@ pub enum Fault {
     Reset,
     /// The body ends early, as if that were all of it.
     Truncate,
-    /// A bit of the body is flipped.
+    /// A bit of the body is flipped: of an object's that is read, or written.
     Flip,
     /// The store does what it was asked for, and the answer is lost: a repeated create is then refused (412).
     LostReply,
@@ -76,6 +77,7 @@ pub struct FaultProxy {
     pub address: SocketAddr,
     plan: Arc<Mutex<Plan>>,
     done: Arc<AtomicU64>,
+    read_bytes: Arc<AtomicU64>,
     task: JoinHandle<()>,
 }
 
@@ -91,18 +93,26 @@ impl FaultProxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (plan, done) = (Arc::new(Mutex::new(Plan::default())), Arc::new(AtomicU64::new(0)));
-        let client: Client<HttpConnector, Incoming> = Client::builder(TokioExecutor::new()).build_http();
+        let read_bytes = Arc::new(AtomicU64::new(0));
+        let client: ProxyClient = Client::builder(TokioExecutor::new()).build_http();
         let task = tokio::spawn({
-            let (plan, done) = (Arc::clone(&plan), Arc::clone(&done));
+            let (plan, done, read_bytes) = (Arc::clone(&plan), Arc::clone(&done), Arc::clone(&read_bytes));
             async move {
                 while let Ok((socket, _)) = listener.accept().await {
                     let (plan, done, client) = (Arc::clone(&plan), Arc::clone(&done), client.clone());
-                    let serve = service_fn(move |request| {
+                    let read_bytes = Arc::clone(&read_bytes);
+                    let serve = service_fn(move |request: Request<Incoming>| {
                         let (plan, done, client) = (Arc::clone(&plan), Arc::clone(&done), client.clone());
+                        let read_bytes = Arc::clone(&read_bytes);
                         async move {
                             let fault = next_fault(&plan, &request);
                             done.fetch_add(u64::from(fault != Fault::None), Ordering::Relaxed);
-                            forward(store, client, request, fault).await
+                            let is_read = request.method() == Method::GET;
+                            let answer = forward(store, client, request, fault).await?;
+                            if is_read {
+                                read_bytes.fetch_add(answer.size_hint().lower(), Ordering::Relaxed);
+                            }
+                            Ok::<_, std::io::Error>(answer)
                         }
                     });
                     tokio::spawn(async move {
@@ -114,7 +124,7 @@ impl FaultProxy {
                 }
             }
         });
-        Self { address, plan, done, task }
+        Self { address, plan, done, read_bytes, task }
     }
 
     /// These faults come next, one a request that is meant.
@@ -130,6 +140,11 @@ impl FaultProxy {
     /// What was planned and not done is taken back.
     pub fn forget(&self) {
         *self.plan.lock().unwrap() = Plan::default();
+    }
+
+    /// Bytes of the bodies of answers to reads, of objects and listings, as far as their length was said.
+    pub fn read_bytes(&self) -> u64 {
+        self.read_bytes.load(Ordering::Relaxed)
     }
 
     /// Faults that were done.
@@ -155,7 +170,7 @@ fn broken() -> std::io::Error {
 
 async fn forward(
     store: SocketAddr,
-    client: Client<HttpConnector, Incoming>,
+    client: ProxyClient,
     mut request: Request<Incoming>,
     fault: Fault,
 ) -> Result<Response<ProxyBody>, std::io::Error> {
@@ -172,7 +187,14 @@ async fn forward(
     }
     // The Host header stays: it is signed.
     *request.uri_mut() = format!("http://{store}{}", request.uri().path_and_query().unwrap()).parse().unwrap();
-    let answer = client.request(request).await.map_err(|_| broken())?;
+    let (head, body) = request.into_parts();
+    let body = match fault {
+        Fault::Flip if head.method == Method::PUT => {
+            full(flipped(&body.collect().await.map_err(|_| broken())?.to_bytes()))
+        }
+        _ => body.map_err(|_| broken()).boxed_unsync(),
+    };
+    let answer = client.request(Request::from_parts(head, body)).await.map_err(|_| broken())?;
     match fault {
         Fault::LostReply => {
             let _ = answer.into_body().collect().await;
@@ -192,14 +214,7 @@ async fn forward(
             head.headers.insert(http::header::CONTENT_LENGTH, kept.len().into());
             full(kept)
         }
-        Fault::Flip => {
-            let mut flipped = whole.to_vec();
-            let at = flipped.len() * 2 / 3;
-            if let Some(byte) = flipped.get_mut(at) {
-                *byte ^= 4;
-            }
-            full(flipped.into())
-        }
+        Fault::Flip => full(flipped(&whole)),
         Fault::Reset => {
             let kept = whole.slice(..whole.len() / 2);
             let frames = vec![Ok(Frame::data(kept)), Err(broken())];
@@ -215,6 +230,15 @@ async fn forward(
         }
     };
     Ok(Response::from_parts(head, body))
+}
+
+fn flipped(whole: &[u8]) -> Bytes {
+    let mut flipped = whole.to_vec();
+    let at = flipped.len() * 2 / 3;
+    if let Some(byte) = flipped.get_mut(at) {
+        *byte ^= 4;
+    }
+    flipped.into()
 }
 
 fn full(bytes: Bytes) -> ProxyBody {

@@ -13,7 +13,7 @@ use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use kvstore::replay;
 use kvstore_tiers::host::{BeginFill, FillRequest, HostTier, LeasedBlock, RegisteredLayout};
-use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, Offer, Offered, Opened};
+use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, Offer, Offered, Opened, Verify};
 use kvstore_tiers::residency::{FlightSource, Priority, Urgency};
 use kvstore_tiers::{BootTime, SequenceHash};
 use object_store::memory::InMemory;
@@ -211,11 +211,20 @@ pub struct ObjectTierOptions {
     pub log_folder: Option<PathBuf>,
     /// A request that brings nothing for this long is made anew.
     pub stall: Duration,
+    /// When an upload is read back.
+    pub verify: Verify,
 }
 
 impl Default for ObjectTierOptions {
     fn default() -> Self {
-        Self { block_bytes: 5000, seed: 1, clock: now, log_folder: None, stall: Duration::from_secs(2) }
+        Self {
+            block_bytes: 5000,
+            seed: 1,
+            clock: now,
+            log_folder: None,
+            stall: Duration::from_secs(2),
+            verify: Verify::Probe,
+        }
     }
 }
 
@@ -224,11 +233,12 @@ impl ObjectTiers {
     pub async fn open(store: &FakeStore, options: &ObjectTierOptions) -> Self {
         let bytes = 64 << 20;
         let Memory { host, layout } = Memory::new(bytes, options.block_bytes, 1);
-        let opened = Opened { store: Arc::new(store.clone()), prefix: Path::from("p"), checks_uploads: false };
+        let opened = Opened { store: Arc::new(store.clone()), prefix: Path::from("p") };
         let object = ObjectOptions {
             opened,
             namespaces: vec!["default".to_owned()],
             limits: ObjectLimits { upload_bytes: bytes, backlog_bytes: bytes },
+            verify: options.verify,
             stall: options.stall,
             log_folder: options.log_folder.clone(),
             seed: options.seed,

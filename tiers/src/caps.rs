@@ -140,12 +140,17 @@ pub const OBJECT_PREFETCH_READS_MAX: usize = 32;
 pub const OBJECT_WRITES_MAX: usize = 8;
 /// Listings and footers that one search has under way.
 pub const OBJECT_SEARCHES_MAX: usize = 16;
-/// Listings of one search: what is beyond is found by the next one.
+/// ... and that of a deletion, which looks for each block of its chain: thousands within a call's deadline.
+pub const OBJECT_SEARCHES_EVERYWHERE_MAX: usize = 64;
+/// Listings of one search, by one deadline: what is beyond is found by the next one, and a deletion goes on with it.
 pub const OBJECT_LISTINGS_PER_SEARCH_MAX: usize = 1024;
 /// Packs that begin with one block and are looked at: branches of a prompt, and rewrites. The newest first.
 pub const OBJECT_BRANCHES_MAX: usize = 64;
 /// Bytes of one ranged read: a pack's worth. Several streams are faster than one.
 pub const OBJECT_READ_BYTES_MAX: u64 = 8 << 20;
+/// Bytes of a file that are read at once, where the store is a local path: few enough to stay in a core's cache until they are
+/// copied, and many for one call to another thread.
+pub const OBJECT_FILE_STEP_BYTES: u64 = 512 << 10;
 /// A request that brings nothing for this long is made anew.
 pub const OBJECT_STALL_MS: u64 = 5_000;
 /// A failed request is made again after this long, with jitter, then after twice as long each time ...
@@ -194,8 +199,7 @@ pub const OBJECT_COLLECT_BATCH: usize = 256;
 pub const OBJECT_REFERENCES_MAX: usize = 1 << 18;
 /// Blocks that these name, each as often as it is named: 128 MiB.
 pub const OBJECT_REFERRED_BLOCKS_MAX: usize = 1 << 22;
-/// Packs that are read at once to prove them before an acknowledgement rests on them: 8 MiB of memory each, or a frame, where
-/// that is larger.
+/// Packs that are read at once to prove them before an acknowledgement rests on them: a piece of each is in memory.
 pub const OBJECT_PROOFS_MAX: usize = 8;
 /// Pins that are being told to the bucket at once, or ended there: each keeps up to 65,536 names, some MiB, for as long as the store
 /// takes, also when its caller has gone.
@@ -208,3 +212,13 @@ pub const PIN_WRITE_ATTEMPTS: usize = 10;
 pub const PIN_WRITE_POLL: Duration = Duration::from_millis(1);
 /// Times that a hold looks again, where blocks leave between the look and the hold.
 pub const HOLD_ATTEMPTS: usize = 3;
+/// Bytes of packs that are in memory to be proven, or were read back: 8 MiB for each pack that is proven or written, or one frame,
+/// where that is larger.
+pub const OBJECT_CHECKED_BYTES_MAX: u64 = (OBJECT_PROOFS_MAX + OBJECT_WRITES_MAX) as u64 * OBJECT_READ_BYTES_MAX;
+/// Bytes of packs that are in memory to be written again, because some of their blocks are deleted: four full ones, or one frame,
+/// where that is larger.
+pub const OBJECT_REWRITTEN_BYTES_MAX: u64 = 8 * OBJECT_PACK_BYTES;
+/// An upload log that could not be written is written anew after twice this long, then after twice as long each time ...
+pub const OBJECT_LOG_BACKOFF_MS: u64 = 100;
+/// ... up to this. Deletions are refused meanwhile, and a restart would forget what came since.
+pub const OBJECT_LOG_BACKOFF_MS_MAX: u64 = 10_000;

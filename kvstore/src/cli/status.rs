@@ -97,10 +97,12 @@ const OBJECT: &Lines = &[
     ("  written", "{written_blocks} blocks in {written_packs} packs, {written_bytes}"),
     ("  read", "{read_blocks} blocks, {read_bytes}"),
     ("  known", "{known_blocks} blocks"),
+    ("  uploads", "{confirmed}"),
     ("  requests", "{requests}, {retries} of them repeated, {failures} failed; {writes} writing, {reads} reading now"),
     (
         "  trouble",
-        "{corrupt_blocks} corrupt, {refused_blocks} not taken for upload, {lost_blocks} lost before their upload",
+        "{corrupt_blocks} corrupt, {refused_blocks} not taken for upload, {lost_blocks} lost before their upload, \
+         {log_failures} failures of the upload log",
     ),
 ];
 
@@ -261,6 +263,7 @@ mod tests {
             state: "AWAY".into(),
             reason: "it does not answer".into(),
             lacks: vec!["one thing".into(), "another".into()],
+            confirmed: "every upload is read back".into(),
             known_blocks: n(),
             backlog_blocks: n(),
             backlog_bytes: n(),
@@ -280,6 +283,7 @@ mod tests {
             requests: n(),
             retries: n(),
             failures: n(),
+            log_failures: 7,
         }
     }
 

@@ -29,6 +29,7 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
         ("nvme.io", nvme(old, |nvme| nvme.engine) == nvme(new, |nvme| nvme.engine)),
         ("object.url", object(old, |object| object.url.url.clone()) == object(new, |object| object.url.url.clone())),
         ("object.options", object(old, |object| object.url.clone()) == object(new, |object| object.url.clone())),
+        ("object.verify", object(old, |object| object.verify) == object(new, |object| object.verify)),
         ("object.stall", object(old, |object| object.stall) == object(new, |object| object.stall)),
         ("local.plane", old.local_plane == new.local_plane),
         ("listen", old.listeners == new.listeners),

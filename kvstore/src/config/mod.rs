@@ -21,7 +21,7 @@ use kvstore_tiers::caps::HELD_PERCENT_MAX;
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::{HostLimits, NamespaceLimits};
 use kvstore_tiers::nvme::NvmeEngine;
-use kvstore_tiers::object::{ObjectLimits, ObjectUrl};
+use kvstore_tiers::object::{ObjectLimits, ObjectUrl, Verify};
 use kvstore_tiers::stack::{AdmissionRules, NamespaceRules};
 
 pub use live::{Change, changes};
@@ -133,6 +133,8 @@ pub struct ObjectConfig {
     pub uploads: Admission,
     /// Bounds.
     pub limits: ObjectLimits,
+    /// When an upload is read back before it is acknowledged.
+    pub verify: Verify,
     /// A request that brings nothing for this long is made anew.
     pub stall: Duration,
     /// What is older goes.

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use bytesize::ByteSize;
 use kvstore_tiers::admission::Admission;
 use kvstore_tiers::host::HostLimits;
-use kvstore_tiers::object::{ObjectLimits, ObjectUrl};
+use kvstore_tiers::object::{ObjectLimits, ObjectUrl, Verify};
 
 use super::raw::{RawObject, duration, size_or_auto};
 use super::{ConfigError, NvmeConfig, ObjectConfig, invalid};
@@ -17,6 +17,15 @@ impl RawObject {
         nvme: Option<&NvmeConfig>,
     ) -> Result<Option<ObjectConfig>, ConfigError> {
         let uploads = Admission::from_str(&self.upload).map_err(|problem| invalid("object.upload", problem))?;
+        let verify = match self.verify.as_str() {
+            "probe" => Verify::Probe,
+            "always" => Verify::Always,
+            "never" => Verify::Never,
+            text => {
+                let problem = format!("{text:?} is none of \"probe\", \"always\" and \"never\"");
+                return Err(invalid("object.verify", problem));
+            }
+        };
         let stall = duration("object.stall", &self.stall)?;
         if self.url == "off" {
             return Ok(None);
@@ -55,6 +64,6 @@ impl RawObject {
                 invalid("object.keep_bytes", format!("{text:?} is neither \"off\" nor a size such as \"10TiB\""))
             })?,
         };
-        Ok(Some(ObjectConfig { url, uploads, limits, stall, keep_age, keep_bytes }))
+        Ok(Some(ObjectConfig { url, uploads, limits, verify, stall, keep_age, keep_bytes }))
     }
 }

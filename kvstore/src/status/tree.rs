@@ -258,6 +258,7 @@ described! {
             .gauge_while("SERVING", "kvstore_object_serving", "1 while the object store answers");
         lacks: lacks(&object), plain().json("lacks");
         reason: object.reason, plain().json("reason").ready();
+        confirmed: object.confirmed.into(), plain().json("confirmed");
         known_blocks: object.known_blocks, plain().json("known_blocks")
             .gauge("kvstore_object_known_blocks", "Blocks whose place in the bucket the daemon knows");
         backlog_blocks: object.backlog_blocks, plain().json("backlog.blocks")
@@ -301,5 +302,8 @@ described! {
         failures: object.failures, plain().json("requests.failures")
             .counter("kvstore_object_failures_total",
                 "Requests to the object store that failed or were not answered in time");
+        log_failures: object.log_failures, plain().json("log_failures")
+            .counter("kvstore_object_log_failures_total",
+                "Times that the log of waiting uploads could not be written or synced");
     }
 }

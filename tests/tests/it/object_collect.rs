@@ -191,3 +191,48 @@ async fn a_collector_that_slept_through_its_lease_deletes_nothing_more() {
     assert!(error.contains("lease ended"), "{error}");
     assert!(store.packs().await.len() >= packs.len() - 1, "{} of 100 are left", store.packs().await.len());
 }
+
+/// A pack cannot be asked for just now, so it is not deleted. That was taken for a deletion that may still come: the lease was left to
+/// its end, and its mark with it, so that pins of the whole batch were refused for minutes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pack_that_cannot_be_asked_for_leaves_nothing_in_doubt() {
+    let store = FakeStore::default();
+    let options = ObjectTierOptions { stall: Duration::from_millis(50), ..ObjectTierOptions::default() };
+    let tier = ObjectTiers::open(&store, &options).await;
+    let packs = old_packs(&store, &tier, 3).await;
+    let dead = packs[1].0.clone();
+    let hang = dead.clone();
+    store.before_each(move |request, location| match request == Request::Head && *location == hang {
+        true => futures::future::pending().boxed(),
+        false => futures::future::ready(()).boxed(),
+    });
+    let collected = collect(&tier).await.unwrap();
+    assert_eq!((collected.deleted.packs, collected.failed.packs), (2, 1), "{collected:?}");
+    assert_eq!(store.names("/doomed/").await, [], "the mark");
+    store.before_none();
+    assert_eq!(collect(&tier).await.unwrap().deleted.packs, 1, "the lease");
+    assert_eq!(store.packs().await, []);
+}
+
+/// There are many pins, and to read them takes longer than a lease lasts: it is renewed meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lease_is_kept_while_pins_are_read() {
+    static PASSED_MS: AtomicU64 = AtomicU64::new(0);
+    let clock = || BootTime(kvstore_tests::tier::now().0 + PASSED_MS.load(Ordering::Acquire));
+    let store = FakeStore::default();
+    let tier = ObjectTiers::open(&store, &ObjectTierOptions { clock, ..ObjectTierOptions::default() }).await;
+    old_packs(&store, &tier, 1).await;
+    // 16 are read at once, which take less than the lease lasts; all together take longer.
+    for id in 1..=40u64 {
+        let body = format!("{{\"version\":1,\"expires_ms\":{},\"folder\":\"x/y/0\",\"blocks\":[]}}", i64::MAX);
+        store.write(&Path::from(format!("p/v1/refs/{id:032x}")), body.into_bytes()).await;
+    }
+    store.before_each(|request, location| {
+        if request == Request::Get && location.as_ref().contains("/refs/") {
+            PASSED_MS.fetch_add(10_000, Ordering::AcqRel);
+        }
+        futures::future::ready(()).boxed()
+    });
+    assert_eq!(collect(&tier).await.unwrap().deleted.packs, 1);
+    assert!(PASSED_MS.load(Ordering::Acquire) >= 400_000, "all were read");
+}

@@ -12,6 +12,7 @@ use kvstore_client::v1::{Level, LookupRequest};
 use kvstore_client::{Client, GroupRef, PutOptions};
 use kvstore_tests::object::{FakeStore, ObjectTierOptions, ObjectTiers, Request};
 use kvstore_tests::{TestDaemon, chain, hashes, until};
+use kvstore_tiers::caps::OBJECT_LISTINGS_PER_SEARCH_MAX;
 
 const BLOCK: u32 = 50_000;
 
@@ -217,4 +218,35 @@ async fn a_deletion_that_cannot_be_looked_for_is_an_error() {
     assert!(second.object.delete(&second.layout, 0, &second.hashes(0..1)).await.is_err());
     store.before_none();
     assert_eq!(store.packs().await.len(), 1);
+}
+
+/// A search ends after so many listings. A deletion of a longer chain was answered with the rest of its blocks still there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chain_of_any_length_is_deleted_to_its_end() {
+    let blocks = OBJECT_LISTINGS_PER_SEARCH_MAX as u64 + 20;
+    let store = FakeStore::default();
+    let first = tiers(&store, 1).await;
+    for id in 0..blocks {
+        let told = first.offer(id, id.checked_sub(1), true).unwrap();
+        first.object.flush();
+        assert_eq!(told.await, Ok(true));
+    }
+    assert_eq!(store.packs().await.len() as u64, blocks, "each in a pack of its own");
+    let second = tiers(&store, 2).await;
+    second.object.delete(&second.layout, 0, &second.hashes(0..blocks)).await.unwrap();
+    assert_eq!(store.packs().await.len(), 0, "answered, and still there");
+}
+
+/// Some blocks in the middle were deleted, so that the rest of their pack is in one that begins where no pack begins otherwise. Another
+/// node deletes all, and found nothing behind the gap.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_lies_behind_a_gap_is_deleted_too() {
+    let store = FakeStore::default();
+    let first = tiers(&store, 1).await;
+    assert_eq!(first.put_durable(0..10).await, [true; 10]);
+    first.object.delete(&first.layout, 0, &first.hashes(4..6)).await.unwrap();
+    assert!(store.packs().await.len() >= 2);
+    let second = tiers(&store, 2).await;
+    second.object.delete(&second.layout, 0, &second.hashes(0..10)).await.unwrap();
+    assert_eq!(store.packs().await.len(), 0, "answered, and still there");
 }

@@ -13,7 +13,7 @@ use kvstore_tests::tier::{hash, now};
 use kvstore_tiers::below::{Ask, Below, Hold, NotHeld, NotRead, Read, ReadUrgency, WhyNotRead, Write, Written};
 use kvstore_tiers::host::{HoldId, HoldKind, Leasing};
 use kvstore_tiers::nvme::{NvmeEngine, NvmeOptions, NvmeTier};
-use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, ObjectUrl};
+use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, ObjectUrl, Verify};
 use kvstore_tiers::residency::{Delete, FlightSource, Priority};
 use kvstore_tiers::stack::{Promotion, Stack};
 use kvstore_tiers::{OwnedRun, Run, SequenceHash, Tier};
@@ -291,6 +291,7 @@ async fn bucket(settings: &[String]) -> (Setup, Arc<ObjectTier>) {
         opened,
         namespaces: vec!["default".into()],
         limits: ObjectLimits { upload_bytes: 16 << 20, backlog_bytes: 64 << 20 },
+        verify: Verify::Probe,
         stall: Duration::from_secs(5),
         log_folder: None,
         seed: SEED.fetch_add(1, Ordering::Relaxed),

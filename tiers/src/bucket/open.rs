@@ -11,6 +11,8 @@ use object_store::path::Path;
 use object_store::{BackoffConfig, ClientConfigKey, ObjectStore, ObjectStoreScheme, RetryConfig};
 use url::Url;
 
+use super::swap::SwapConnector;
+
 /// Where the blocks go, as an operator writes it.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct ObjectUrl {
@@ -27,9 +29,6 @@ pub struct Opened {
     pub store: Arc<dyn ObjectStore>,
     /// Our prefix in it.
     pub prefix: Path,
-    /// The server is known to check a checksum of what it is sent: AWS does, the SHA-256 in S3's signatures. Servers that speak
-    /// the same protocol need not.
-    pub checks_uploads: bool,
 }
 
 /// What is wrong with a URL or an option.
@@ -67,6 +66,7 @@ fn one_try() -> RetryConfig {
 macro_rules! configured {
     ($builder:ident, $key:path, $url:expr, $options:expr) => {{
         let mut builder = $builder::from_env().with_url($url.as_str()).with_retry(one_try());
+        builder = builder.with_http_connector(SwapConnector);
         for (key, value) in CLIENT {
             builder = builder.with_config(<$key>::Client(key), value);
         }
@@ -86,13 +86,10 @@ impl ObjectUrl {
         let (scheme, prefix) = ObjectStoreScheme::parse(&url).map_err(|error| wrong(error.to_string()))?;
         // Whoever came first has set it already.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let mut checks_uploads = false;
         let options = self.options.iter();
         let store: Arc<dyn ObjectStore> = match scheme {
             ObjectStoreScheme::AmazonS3 => {
-                let builder = configured!(AmazonS3Builder, AmazonS3ConfigKey, url, options);
-                checks_uploads = builder.get_config_value(&AmazonS3ConfigKey::Endpoint).is_none();
-                Arc::new(builder.build()?)
+                Arc::new(configured!(AmazonS3Builder, AmazonS3ConfigKey, url, options).build()?)
             }
             ObjectStoreScheme::GoogleCloudStorage => {
                 let builder = configured!(GoogleCloudStorageBuilder, object_store::gcp::GoogleConfigKey, url, options);
@@ -114,7 +111,7 @@ impl ObjectUrl {
             }
             _ => return Err(wrong("this build does not know such a store".into())),
         };
-        Ok(Opened { store, prefix, checks_uploads })
+        Ok(Opened { store, prefix })
     }
 }
 
@@ -131,12 +128,10 @@ mod tests {
     fn urls_are_understood_or_refused_by_name() {
         assert_eq!(open("file:///data/kv", &[]).unwrap().prefix, Path::from("data/kv"));
         let s3 = open("s3://bucket/a/b", &[("aws_region", "eu-west-1"), ("aws_allow_http", "true")]).unwrap();
-        assert_eq!((s3.prefix, s3.checks_uploads), (Path::from("a/b"), true));
-        let other = open("s3://bucket", &[("aws_endpoint", "http://127.0.0.1:1"), ("aws_allow_http", "true")]).unwrap();
-        assert!(!other.checks_uploads, "whoever answers there");
+        assert_eq!(s3.prefix, Path::from("a/b"));
         assert_eq!(open("gs://bucket/a", &[]).unwrap().prefix, Path::from("a"));
         let azure = open("az://container/a", &[("azure_storage_account_name", "me")]).unwrap();
-        assert_eq!((azure.prefix, azure.checks_uploads), (Path::from("a"), false));
+        assert_eq!(azure.prefix, Path::from("a"));
         for bad in ["", "bucket", "file:///", "ftp://x/y", "http://host/bucket", "memory:///"] {
             let error = open(bad, &[]).unwrap_err().to_string();
             assert!(error.contains(&format!("{bad:?}")) && error.contains("s3://bucket"), "{bad}: {error}");

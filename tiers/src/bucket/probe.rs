@@ -1,10 +1,12 @@
 //! The probe: what a store is proven to do before anything rests on it.
 
+use bytes::Bytes;
 use object_store::path::Path;
 use object_store::{PutMode, PutPayload, UpdateVersion};
 use tokio::time::Instant;
 
 use super::requests::{Bucket, Trouble, retried};
+use super::swap::{Answered, Swap};
 
 /// What a store does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -17,6 +19,8 @@ pub struct Abilities {
     pub creates_once: bool,
     /// A PUT that names a version is refused once that has changed.
     pub updates_by_version: bool,
+    /// A body that is not the one whose checksum came with it is refused, and nothing is kept of it.
+    pub checks_uploads: bool,
 }
 
 impl Abilities {
@@ -41,6 +45,10 @@ impl Abilities {
 
 /// Where the objects of probes are, below the root.
 const FOLDER: &str = "probe";
+/// Bytes of bodies that are swapped on their way: a small one, and one that a store does not handle with a request's head.
+const SWAPPED_BYTES: [usize; 2] = [64, 1 << 20];
+/// A swapped body whose answer says nothing is sent so often.
+const SWAPS_MAX: usize = 3;
 /// Objects of probes that are looked through: daemons that are probing just now, and what killed ones left.
 const PROBES_MAX: usize = 4096;
 
@@ -50,9 +58,62 @@ pub async fn probe(bucket: &Bucket, root: &Path, name: &str, deadline: Instant) 
     let location = folder.clone().join(name);
     let created = probe_at(bucket, &folder, &location, name, deadline).await;
     let cleaned = bucket.delete(&location, deadline).await;
-    let abilities = created?;
+    let mut abilities = created?;
     cleaned?;
+    abilities.checks_uploads = abilities.creates_once && abilities.reads_own_writes;
+    for (bytes, number) in SWAPPED_BYTES.into_iter().zip(1..) {
+        if abilities.checks_uploads {
+            // A store that never answers such a body has time to be left alone with it.
+            let deadline = Instant::now() + bucket.stall() * (2 * SWAPS_MAX as u32);
+            let location = folder.clone().join(format!("{name}-{number}"));
+            let refused = refuses_swapped(bucket, &location, bytes, deadline).await;
+            let cleaned = bucket.delete(&location, deadline).await;
+            abilities.checks_uploads = refused?;
+            cleaned?;
+        }
+    }
     Ok(abilities)
+}
+
+/// True where the store refuses a body in which a bit flipped after it was signed, keeps nothing of it, and takes the whole one.
+async fn refuses_swapped(bucket: &Bucket, location: &Path, bytes: usize, deadline: Instant) -> Result<bool, Trouble> {
+    let sent = Bytes::from(vec![0x5a; bytes]);
+    let mut arrives = sent.to_vec();
+    if let Some(byte) = arrives.get_mut(bytes / 2) {
+        *byte ^= 4;
+    }
+    if !is_refused(bucket, location, &sent, &Bytes::from(arrives), deadline).await {
+        return Ok(false);
+    }
+    // It said no to what arrived, and not to this daemon, to this name or to every request: the same again, whole, is taken. A
+    // store that kept what it refused has this name already.
+    match retried!(bucket, deadline, bytes as u64, bucket.create(location, sent.clone().into())) {
+        Ok(()) => {}
+        Err(Trouble::Exists) => return Ok(false),
+        Err(trouble) => return Err(trouble),
+    }
+    let (read, _) = bucket.read(location, 0..bytes as u64, deadline).await?;
+    Ok(read == sent)
+}
+
+/// True where the answer to a body that was swapped is a refusal for good. One that says nothing of the body is none.
+async fn is_refused(bucket: &Bucket, location: &Path, sent: &Bytes, arrives: &Bytes, deadline: Instant) -> bool {
+    for tries in 1..=SWAPS_MAX as u32 {
+        let swap = Swap::new(PutPayload::from(arrives.clone()));
+        let until = deadline.min(Instant::now() + bucket.stall());
+        let put = bucket.create_swapped(location, sent.clone().into(), swap.clone());
+        if let Ok(Ok(())) = tokio::time::timeout_at(until, put).await {
+            return false;
+        }
+        match swap.answered() {
+            // The name is taken, or another writer is at it; busy, slow or throttled: the body has no part in these.
+            Answered::Status(408 | 409 | 412 | 425 | 429) => {}
+            Answered::Status(400..500) => return true,
+            Answered::Status(_) | Answered::No | Answered::NoHttp => {}
+        }
+        tokio::time::sleep(bucket.backoff(tries)).await;
+    }
+    false
 }
 
 /// How late it is there: a small object is written, asked for, and deleted.

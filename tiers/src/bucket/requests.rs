@@ -14,12 +14,15 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
-use object_store::{Error, GetOptions, GetResult, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
+use object_store::{
+    Error, GetOptions, GetResult, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
+};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio::time::error::Elapsed;
 
 use super::clock::StoreClock;
+use super::swap::{Answered, Swap};
 use crate::caps;
 use crate::clock::BootTime;
 
@@ -47,6 +50,14 @@ pub enum Trouble {
     /// What it answered is not what was stored.
     #[error("the store's answer is damaged: {0}")]
     Damaged(String),
+    /// The object ends before what was asked for does: it was cut, and stays so, however often it is asked for.
+    #[error("the object has {bytes} bytes, but {needed} were expected")]
+    Cut {
+        /// What it has.
+        bytes: u64,
+        /// What it was to have at least.
+        needed: u64,
+    },
     /// Whoever asked has no right to it any more.
     #[error("the lease that this request needs is over")]
     Fenced,
@@ -67,6 +78,13 @@ impl Trouble {
     pub fn is_passing(&self) -> bool {
         matches!(self, Self::Failed(_) | Self::Away(_) | Self::Damaged(_))
     }
+}
+
+/// True where a ranged read may have failed because the object has nothing there: a server says 416; other stores have no number.
+fn may_be_cut(error: &Error, answered: Answered) -> bool {
+    const RANGE_NOT_SATISFIABLE: u16 = 416;
+    let says_so = matches!(answered, Answered::NoHttp | Answered::Status(RANGE_NOT_SATISFIABLE));
+    says_so && matches!(error, Error::Generic { .. })
 }
 
 /// An error in one line, its causes included: what a client prints of a failed request can be a page of XML.
@@ -282,10 +300,37 @@ impl Bucket {
         put.map(|put| put.e_tag).map_err(Trouble::of)
     }
 
-    /// One try of a GET; the body has yet to be read.
+    /// One try of a PUT of `sent`, instead of which `swap` arrives.
+    pub(super) async fn create_swapped(&self, location: &Path, sent: PutPayload, swap: Swap) -> Result<(), Trouble> {
+        self.counts.requests.fetch_add(1, Ordering::Relaxed);
+        let mut options = PutOptions::from(PutMode::Create);
+        options.extensions.insert(swap);
+        self.store.put_opts(location, sent, options).await.map(drop).map_err(Trouble::of)
+    }
+
+    /// One try of a GET; the body has yet to be read. An object that ends before the range does is [`Trouble::Cut`], which is an
+    /// answer, and no failure of the store.
     pub async fn get(&self, location: &Path, range: Range<u64>) -> Result<GetResult, Trouble> {
-        let options = GetOptions { range: Some(range.into()), ..GetOptions::default() };
-        self.store.get_opts(location, options).await.map_err(Trouble::of)
+        let mut options = GetOptions { range: Some(range.clone().into()), ..GetOptions::default() };
+        let seen = Swap::default();
+        options.extensions.insert(seen.clone());
+        let (bytes, got) = match self.store.get_opts(location, options).await {
+            Ok(got) => (got.meta.size, Ok(got)),
+            Err(error) if may_be_cut(&error, seen.answered()) => {
+                (self.head_once_more(location).await?, Err(Trouble::of(error)))
+            }
+            Err(error) => return Err(Trouble::of(error)),
+        };
+        match bytes < range.end {
+            true => Err(Trouble::Cut { bytes, needed: range.end }),
+            false => got,
+        }
+    }
+
+    /// How long an object is: asked within another request.
+    async fn head_once_more(&self, location: &Path) -> Result<u64, Trouble> {
+        self.counts.requests.fetch_add(1, Ordering::Relaxed);
+        self.head_once(location).await.map(|meta| meta.size)
     }
 
     /// A part of an object, whole, and the object's size; a body of another length is damaged.

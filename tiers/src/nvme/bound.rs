@@ -73,8 +73,8 @@ pub(super) fn make_anew(
         }
     });
     // Pins whose time is over have nobody to end them yet.
-    while let Some(id) = pins.next_expired(options.now) {
-        pins.end(id);
+    while let Some((id, lasting)) = pins.next_expired(options.now) {
+        pins.end(id, lasting);
     }
     if !pins.is_empty() {
         return Err(BoundRefused { why: "while blocks of it are pinned", ..refused }.into());

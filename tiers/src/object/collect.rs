@@ -159,6 +159,14 @@ impl ObjectTier {
         outcome.map(|()| collected)
     }
 
+    /// The lease of a collection, but for a dry run, is renewed where that is due.
+    pub(super) async fn keep_lease(&self, lease: &mut Option<Lease>) -> Result<(), CollectError> {
+        match lease {
+            Some(lease) => Ok(lease.renew_if_due(&self.bucket, self.soon()).await?),
+            None => Ok(()),
+        }
+    }
+
     fn soon(&self) -> Instant {
         Instant::now() + self.bucket.stall() * 4
     }
@@ -193,6 +201,10 @@ enum Fate {
     Referenced,
     /// It was written again since it was listed.
     Young,
+    /// It cannot be told whether it may go, or it was not asked to.
+    Kept(Trouble),
+    /// A deletion was not answered, and may have been sent: it may still come.
+    Unsure(Trouble),
 }
 
 /// A collection that is under way.
@@ -215,7 +227,7 @@ impl Collection<'_> {
             tier.forget_doomed_before(lease.epoch()).await?;
         }
         let now_ms = tier.bucket.clock.earliest_ms(tier.bucket.now()).ok_or(CollectError::NoTime)?;
-        self.references.read_new(tier).await?;
+        self.references.read_new(tier, &mut self.lease).await?;
         let by_age = self.survey(now_ms, report).await?;
         self.collected.deleting = true;
         let Some(cutoff_ms) = cutoff_ms(self.rules, &by_age, now_ms) else { return Ok(()) };
@@ -239,10 +251,7 @@ impl Collection<'_> {
     }
 
     async fn keep_lease(&mut self) -> Result<(), CollectError> {
-        match &mut self.lease {
-            Some(lease) => Ok(lease.renew_if_due(&self.tier.bucket, self.tier.soon()).await?),
-            None => Ok(()),
-        }
+        self.tier.keep_lease(&mut self.lease).await
     }
 
     /// The namespace of an object, where it is a pack that the rules are about.
@@ -290,7 +299,7 @@ impl Collection<'_> {
         };
         self.batches += 1;
         let mark = self.tier.doom(epoch, self.batches, batch).await?;
-        let outcome = match self.references.read_new(self.tier).await {
+        let outcome = match self.references.read_new(self.tier, &mut self.lease).await {
             Ok(()) => self.delete_doomed(batch, cutoff_ms).await,
             Err(error) => Err(error),
         };
@@ -307,18 +316,22 @@ impl Collection<'_> {
         let mut is_lost = false;
         for (object, fate) in batch.iter().zip(fates) {
             let count = match fate {
-                Ok(Fate::Gone) => &mut self.collected.deleted,
-                Ok(Fate::Referenced) => &mut self.collected.referenced,
-                Ok(Fate::Young) => continue,
-                Err(Trouble::Fenced) => {
+                Fate::Gone => &mut self.collected.deleted,
+                Fate::Referenced => &mut self.collected.referenced,
+                Fate::Young => continue,
+                Fate::Unsure(Trouble::Fenced) => {
                     is_lost = true;
                     // The request may have been sent before.
                     self.is_unsure = true;
                     continue;
                 }
-                Err(trouble) => {
-                    tracing::debug!(%trouble, pack = %object.location, "a pack cannot be collected");
+                Fate::Unsure(trouble) => {
+                    tracing::debug!(%trouble, pack = %object.location, "a pack may or may not have been deleted");
                     self.is_unsure = true;
+                    &mut self.collected.failed
+                }
+                Fate::Kept(trouble) => {
+                    tracing::debug!(%trouble, pack = %object.location, "a pack cannot be collected");
                     &mut self.collected.failed
                 }
             };
@@ -327,33 +340,35 @@ impl Collection<'_> {
         if is_lost { Err(CollectError::LeaseLost) } else { Ok(()) }
     }
 
-    async fn delete_one(&self, object: &ObjectMeta, cutoff_ms: i64) -> Result<Fate, Trouble> {
+    async fn delete_one(&self, object: &ObjectMeta, cutoff_ms: i64) -> Fate {
         let tier = self.tier;
         if let Some((_, group)) = tier.names.split(&object.location)
             && let Some(blocks) = self.references.of(&group)
         {
             let footer = match tier.footer_of(object, tier.soon()).await {
                 Ok(footer) => footer,
-                Err(Trouble::NotFound) => return Ok(Fate::Gone),
+                Err(Trouble::NotFound) => return Fate::Gone,
                 // What is in it cannot be told: it stays, for what refers to it may still be read.
-                Err(trouble) => return Err(trouble),
+                Err(trouble) => return Fate::Kept(trouble),
             };
             if footer.blocks.iter().any(|block| blocks.contains(&BlockName::of(&block.hash))) {
-                return Ok(Fate::Referenced);
+                return Fate::Referenced;
             }
         }
-        let Some(lease) = &self.lease else { return Ok(Fate::Gone) };
+        let Some(lease) = &self.lease else { return Fate::Gone };
         // It may have been deleted and written again, under its name, since it was listed.
         match tier.bucket.head(&object.location, tier.soon()).await {
-            Ok(meta) if meta.last_modified.timestamp_millis() > cutoff_ms => return Ok(Fate::Young),
+            Ok(meta) if meta.last_modified.timestamp_millis() > cutoff_ms => return Fate::Young,
             Ok(_) => {}
-            Err(Trouble::NotFound) => return Ok(Fate::Gone),
-            Err(trouble) => return Err(trouble),
+            Err(Trouble::NotFound) => return Fate::Gone,
+            Err(trouble) => return Fate::Kept(trouble),
         }
         let left = Duration::from_millis(lease.left_ms(tier.bucket.now()));
         let deadline = tier.soon().min(Instant::now() + left);
-        tier.bucket.delete_while(&object.location, deadline, || lease.holds(tier.bucket.now())).await?;
-        Ok(Fate::Gone)
+        match tier.bucket.delete_while(&object.location, deadline, || lease.holds(tier.bucket.now())).await {
+            Ok(()) => Fate::Gone,
+            Err(trouble) => Fate::Unsure(trouble),
+        }
     }
 }
 

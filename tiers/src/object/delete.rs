@@ -113,6 +113,8 @@ impl ObjectTier {
         let deadline = Instant::now() + self.write_time(pack.bytes);
         let wanted = pack.blocks.iter().filter(|block| !unwanted.contains(&block.digest)).count();
         if wanted > 0 {
+            // What is kept of it is in memory until it is written again.
+            let _room = self.rewritten_bytes.room(pack.bytes, deadline).await?;
             let read = self.read_wanted(layout, group, pack, unwanted, deadline).await;
             let (object, blocks) = match read {
                 Err(Trouble::NotFound) => {
@@ -148,8 +150,17 @@ impl ObjectTier {
         let footer = footer_of(layout, group, [0; 16], Vec::new());
         let wanted: Vec<_> = pack.blocks.iter().filter(|block| !unwanted.contains(&block.digest)).collect();
         let mut best = (Bytes::new(), Vec::new());
+        let mut there = pack.bytes;
         for _ in 0..READS_MAX {
-            let (object, _): (Bytes, ObjectMeta) = self.bucket.read(&pack.location, 0..pack.bytes, deadline).await?;
+            let (object, _): (Bytes, ObjectMeta) = match self.bucket.read(&pack.location, 0..there, deadline).await {
+                // It was cut: what is left of it may be whole. Of nothing there is no range.
+                Err(Trouble::Cut { bytes: 0, .. }) => break,
+                Err(Trouble::Cut { bytes, .. }) => {
+                    there = bytes;
+                    continue;
+                }
+                read => read?,
+            };
             let sound = |packed: &&super::directory::Packed| {
                 let frame = object.get(packed.offset as usize..);
                 let (bytes, length) = FrameHeader::decode(frame?).ok()?.identity.hash;

@@ -6,7 +6,8 @@
 //! was written, and before a deletion is answered.
 //!
 //! After a write that failed the end of the file may be torn, and what came behind would be left out; after a sync that failed, its
-//! pages may be gone. Such a file is not written any more: what is owed, which memory knows, is written into a new one.
+//! pages may be gone. Such a file is not written any more: what is owed, which memory knows, is written into a new one. Where that
+//! fails, too, the next try waits, twice as long each time: a full disk must not have each record write the whole log.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -18,6 +19,8 @@ use kvstore_plane::SequenceHash;
 use kvstore_transfer::crc32;
 use serde::{Deserialize, Serialize};
 
+use crate::caps;
+use crate::clock::BootTime;
 use crate::layout::Layout;
 
 /// What every log begins with ...
@@ -72,6 +75,11 @@ pub struct UploadLog {
     unsynced: bool,
     /// A write or a sync failed: the file is not to be trusted.
     broken: bool,
+    /// Tries to write it anew that failed, in a row ...
+    failed: u32,
+    /// ... and when the next one is due.
+    not_before: BootTime,
+    clock: fn() -> BootTime,
     layouts: Vec<(String, Layout)>,
     numbers: HashMap<[u8; 64], u32>,
     owed: HashMap<Key, (u64, Owed)>,
@@ -80,10 +88,10 @@ pub struct UploadLog {
 
 impl UploadLog {
     /// Opens or makes the log in `folder`.
-    pub fn open(folder: &Path) -> io::Result<Self> {
+    pub fn open(folder: &Path, clock: fn() -> BootTime) -> io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let path = folder.join("uploads");
-        let mut log = Self::empty(open_file(&path, false)?, path);
+        let mut log = Self::empty(open_file(&path, false)?, path, clock);
         let mut all = Vec::new();
         log.file.read_to_end(&mut all)?;
         log.check_version(&all)?;
@@ -93,13 +101,16 @@ impl UploadLog {
         Ok(log)
     }
 
-    fn empty(file: File, path: PathBuf) -> Self {
+    fn empty(file: File, path: PathBuf, clock: fn() -> BootTime) -> Self {
         Self {
             file,
             path,
             bytes: 0,
             unsynced: false,
             broken: false,
+            failed: 0,
+            not_before: BootTime(0),
+            clock,
             layouts: Vec::new(),
             numbers: HashMap::new(),
             owed: HashMap::new(),
@@ -182,18 +193,19 @@ impl UploadLog {
         owed.into_iter().map(|(_, owed)| owed).collect()
     }
 
-    /// The number of a layout; written first, where it is new.
-    pub fn number(&mut self, namespace: &str, layout: &Layout) -> io::Result<u32> {
+    /// The number of a layout; written first, where it is new. Where the file cannot be written, whoever writes the next record is
+    /// told so: until the file is written anew, with this layout, none can be.
+    pub fn number(&mut self, namespace: &str, layout: &Layout) -> u32 {
         let name = name_of(namespace, layout);
         if let Some(number) = self.numbers.get(&name) {
-            return Ok(*number);
+            return *number;
         }
         let number = self.layouts.len() as u32;
-        let logged = LoggedLayout { namespace: namespace.to_owned(), layout: layout.clone() };
-        self.write(&Record::Layout(number, logged))?;
         self.layouts.push((namespace.to_owned(), layout.clone()));
         self.numbers.insert(name, number);
-        Ok(number)
+        let logged = LoggedLayout { namespace: namespace.to_owned(), layout: layout.clone() };
+        self.broken = self.write(&Record::Layout(number, logged)).is_err();
+        number
     }
 
     /// A block is to be uploaded.
@@ -217,7 +229,8 @@ impl UploadLog {
 
     fn write(&mut self, record: &Record) -> io::Result<()> {
         if self.broken {
-            self.compact()?;
+            // With this record: memory has it already.
+            return self.write_anew_if_due();
         }
         let bytes = encode(record)?;
         if let Err(error) = self.file.write_all(&bytes) {
@@ -229,16 +242,17 @@ impl UploadLog {
         Ok(())
     }
 
-    /// The file cannot be relied on any more.
-    pub fn distrust(&mut self) {
+    /// The file cannot be relied on any more: it is written anew, now or as soon as that is due.
+    pub fn distrust(&mut self) -> io::Result<()> {
         self.broken = true;
+        self.write_anew_if_due()
     }
 
     /// A file to sync, where something was written since the last call: to be synced without holding anybody up. A log that could
     /// not be written is written anew first.
     pub fn take_unsynced(&mut self) -> io::Result<Option<File>> {
         if self.broken {
-            self.compact()?;
+            self.write_anew_if_due()?;
         }
         if !self.unsynced {
             return Ok(None);
@@ -248,10 +262,26 @@ impl UploadLog {
         Ok(Some(file))
     }
 
-    /// True where most of the log is of no use any more.
-    pub fn has_grown(&self) -> bool {
+    /// Writes the log anew where most of it is of no use any more.
+    pub fn compact_if_grown(&mut self) -> io::Result<()> {
         let needed = (self.owed.len() as u64 + self.layouts.len() as u64 * 4) * 300;
-        self.bytes > COMPACT_FROM_BYTES && self.bytes > needed * COMPACT_FACTOR
+        let has_grown = self.bytes > COMPACT_FROM_BYTES && self.bytes > needed * COMPACT_FACTOR;
+        match has_grown && self.is_due() {
+            true => self.compact(),
+            false => Ok(()),
+        }
+    }
+
+    fn is_due(&self) -> bool {
+        (self.clock)() >= self.not_before
+    }
+
+    fn write_anew_if_due(&mut self) -> io::Result<()> {
+        if self.is_due() {
+            return self.compact();
+        }
+        let problem = "the upload log could not be written, and is written anew in a moment";
+        Err(io::Error::new(io::ErrorKind::WouldBlock, problem))
     }
 
     /// Forgets layouts of which nothing is owed. Gives the others new numbers.
@@ -275,27 +305,42 @@ impl UploadLog {
         self.owed = owed.filter_map(renumber).collect();
     }
 
-    /// Writes what is needed into a new log, and puts that in place of the old one. Where that fails, this is as it was.
+    /// Writes what is needed into a new log, and puts that in place of the old one. Where that fails, this is as it was, and is left
+    /// alone for a while.
     pub fn compact(&mut self) -> io::Result<()> {
+        let failed = self.failed + 1;
+        let written = self.written_anew().map(|new| *self = new).and_then(|()| {
+            // Until its name is on the disk, a power cut may bring back the old one.
+            self.path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+        });
+        if written.is_err() {
+            self.broken = true;
+            self.failed = failed;
+            let pause_ms = (caps::OBJECT_LOG_BACKOFF_MS << failed.min(16)).min(caps::OBJECT_LOG_BACKOFF_MS_MAX);
+            self.not_before = (self.clock)().plus_ms(pause_ms);
+        }
+        written
+    }
+
+    fn written_anew(&self) -> io::Result<Self> {
         let new_path = self.path.with_extension("new");
-        let mut new = Self::empty(open_file(&new_path, true)?, self.path.clone());
+        let mut new = Self::empty(open_file(&new_path, true)?, self.path.clone(), self.clock);
         new.file.write_all(NAME)?;
         new.file.write_all(&[VERSION])?;
         new.bytes = NAME.len() as u64 + 1;
         for (namespace, layout) in &self.layouts {
-            new.number(namespace, layout)?;
+            new.number(namespace, layout);
+            if new.broken {
+                return Err(io::Error::other("the new upload log cannot be written"));
+            }
         }
         for owed in self.owed() {
             new.add(owed)?;
         }
         new.file.sync_all()?;
         std::fs::rename(&new_path, &self.path)?;
-        // Until its name is on the disk, a power cut may bring back the old one.
-        let named = self.path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all());
         new.unsynced = false;
-        new.broken = named.is_err();
-        *self = new;
-        named
+        Ok(new)
     }
 }
 
@@ -335,6 +380,8 @@ fn unhex(text: &str) -> Option<SequenceHash> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use super::*;
     use crate::layout::{BlockKind, DimensionOrder, LayerGroup, Shard};
 
@@ -372,13 +419,51 @@ mod tests {
         OpenOptions::new().write(true).open("/dev/full").unwrap()
     }
 
+    /// Time does not pass but where a test says so.
+    static NOW: AtomicU64 = AtomicU64::new(0);
+
+    fn clock() -> BootTime {
+        BootTime(NOW.load(Ordering::Relaxed))
+    }
+
+    fn pass(ms: u64) {
+        NOW.fetch_add(ms, Ordering::Relaxed);
+    }
+
+    /// The disk was full, and each block that came or went wrote the whole log anew, under the lock that puts wait for.
+    #[test]
+    fn a_log_that_cannot_be_written_is_written_anew_now_and_then_and_not_with_each_record() {
+        let folder = folder("full-upload-log");
+        let mut log = UploadLog::open(&folder, clock).unwrap();
+        let layout = log.number("a", &layout("m"));
+        let owed = |id| Owed { layout, group: 0, hash: hash(id), parent: None, length: 9 };
+        (0..3).for_each(|id| log.add(owed(id)).unwrap());
+        log.file = full();
+        // Whoever writes a new file finds this in its way.
+        let new = folder.join("uploads.new");
+        std::fs::create_dir(&new).unwrap();
+        assert!(log.add(owed(3)).is_err(), "torn");
+        assert!(log.add(owed(4)).is_err(), "and not written anew");
+        std::fs::remove_dir(&new).unwrap();
+        let error = log.add(owed(5)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "it was tried a moment ago");
+        assert!(log.done(layout, 0, hash(0)).is_err() && log.take_unsynced().is_err(), "nothing is promised meanwhile");
+        assert!(!new.exists(), "nothing is written");
+        pass(caps::OBJECT_LOG_BACKOFF_MS_MAX);
+        log.add(owed(6)).unwrap();
+        drop(log);
+        let left: Vec<_> = UploadLog::open(&folder, clock).unwrap().owed().iter().map(|owed| owed.hash).collect();
+        assert_eq!(left, [1, 2, 3, 4, 5, 6].map(hash), "all that came and went meanwhile");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
     /// A full disk tore the end of the log. What was appended behind the tear was left out at the next start: an upload that was
     /// owed was forgotten, and one that was done, or deleted, was made again.
     #[test]
     fn what_comes_after_a_write_that_failed_is_not_lost_behind_it() {
         let folder = folder("torn-upload-log");
-        let mut log = UploadLog::open(&folder).unwrap();
-        let layout = log.number("a", &layout("m")).unwrap();
+        let mut log = UploadLog::open(&folder, clock).unwrap();
+        let layout = log.number("a", &layout("m"));
         let owed = |id| Owed { layout, group: 0, hash: hash(id), parent: None, length: 9 };
         (0..3).for_each(|id| log.add(owed(id)).unwrap());
         let whole = std::mem::replace(&mut log.file, full());
@@ -390,7 +475,7 @@ mod tests {
         log.done(layout, 0, hash(1)).unwrap();
         log.take_unsynced().unwrap().unwrap().sync_data().unwrap();
         drop(log);
-        let left: Vec<_> = UploadLog::open(&folder).unwrap().owed().iter().map(|owed| owed.hash).collect();
+        let left: Vec<_> = UploadLog::open(&folder, clock).unwrap().owed().iter().map(|owed| owed.hash).collect();
         assert_eq!(left, [2, 7].map(hash));
         std::fs::remove_dir_all(&folder).unwrap();
     }
@@ -399,17 +484,17 @@ mod tests {
     #[test]
     fn a_log_that_cannot_be_written_anew_stays_as_it_was_and_says_so() {
         let folder = folder("lost-upload-log");
-        let mut log = UploadLog::open(&folder).unwrap();
-        let layout = log.number("a", &layout("m")).unwrap();
+        let mut log = UploadLog::open(&folder, clock).unwrap();
+        let layout = log.number("a", &layout("m"));
         let owed = |id| Owed { layout, group: 0, hash: hash(id), parent: None, length: 9 };
         (0..3).for_each(|id| log.add(owed(id)).unwrap());
         std::fs::remove_dir_all(&folder).unwrap();
-        log.distrust();
-        assert!(log.take_unsynced().is_err() && log.done(layout, 0, hash(0)).is_err());
+        assert!(log.distrust().is_err() && log.take_unsynced().is_err() && log.done(layout, 0, hash(0)).is_err());
         std::fs::create_dir_all(&folder).unwrap();
+        pass(caps::OBJECT_LOG_BACKOFF_MS_MAX);
         assert!(log.take_unsynced().unwrap().is_none(), "written anew, and synced");
         drop(log);
-        let left: Vec<_> = UploadLog::open(&folder).unwrap().owed().iter().map(|owed| owed.hash).collect();
+        let left: Vec<_> = UploadLog::open(&folder, clock).unwrap().owed().iter().map(|owed| owed.hash).collect();
         assert_eq!(left, [1, 2].map(hash));
         std::fs::remove_dir_all(&folder).unwrap();
     }
@@ -417,8 +502,8 @@ mod tests {
     #[test]
     fn what_is_owed_is_found_again_whatever_became_of_the_end() {
         let folder = folder("upload-log");
-        let mut log = UploadLog::open(&folder).unwrap();
-        let (a, b) = (log.number("a", &layout("m")).unwrap(), log.number("b", &layout("m")).unwrap());
+        let mut log = UploadLog::open(&folder, clock).unwrap();
+        let (a, b) = (log.number("a", &layout("m")), log.number("b", &layout("m")));
         assert_ne!(a, b);
         let owed =
             |layout, id| Owed { layout, group: 0, hash: hash(id), parent: (id > 0).then(|| hash(id - 1)), length: 9 };
@@ -427,7 +512,7 @@ mod tests {
         }
         (0..9).filter(|id| id % 2 == 0).for_each(|id| log.done(b, 0, hash(id)).unwrap());
         drop(log);
-        let log = UploadLog::open(&folder).unwrap();
+        let log = UploadLog::open(&folder, clock).unwrap();
         let left = log.owed();
         assert_eq!(left.iter().map(|owed| owed.hash).collect::<Vec<_>>(), [1, 3, 5, 7, 9].map(hash));
         assert_eq!(log.layout(left[0].layout).unwrap(), &("b".to_owned(), layout("m")));
@@ -443,7 +528,7 @@ mod tests {
             flipped
         }] {
             std::fs::write(&path, damaged).unwrap();
-            assert_eq!(UploadLog::open(&folder).unwrap().owed().len(), 4);
+            assert_eq!(UploadLog::open(&folder, clock).unwrap().owed().len(), 4);
         }
         std::fs::remove_dir_all(&folder).unwrap();
     }
@@ -468,8 +553,8 @@ mod tests {
             sample.extend(record.as_bytes());
         }
         let folder = folder("upload-log-sample");
-        let mut log = UploadLog::open(&folder).unwrap();
-        let number = log.number("a", &layout("m")).unwrap();
+        let mut log = UploadLog::open(&folder, clock).unwrap();
+        let number = log.number("a", &layout("m"));
         log.add(Owed { layout: number, group: 0, hash: hash(1), parent: None, length: 9 }).unwrap();
         log.add(Owed { layout: number, group: 0, hash: hash(2), parent: Some(hash(1)), length: 9 }).unwrap();
         log.done(number, 0, hash(1)).unwrap();
@@ -477,7 +562,7 @@ mod tests {
         assert!(std::fs::read(&path).unwrap() == sample, "version 1 is written differently now");
         drop(log);
         std::fs::write(&path, &sample).unwrap();
-        let owed = UploadLog::open(&folder).unwrap().owed();
+        let owed = UploadLog::open(&folder, clock).unwrap().owed();
         assert_eq!(owed, [Owed { layout: number, group: 0, hash: hash(2), parent: Some(hash(1)), length: 9 }]);
         std::fs::remove_dir_all(&folder).unwrap();
     }
@@ -489,11 +574,11 @@ mod tests {
         std::fs::create_dir_all(&folder).unwrap();
         let path = folder.join("uploads");
         std::fs::write(&path, b"KVUPLOG2 whatever").unwrap();
-        let refused = UploadLog::open(&folder).err().unwrap().to_string();
+        let refused = UploadLog::open(&folder, clock).err().unwrap().to_string();
         assert!(refused.contains("uploads has version '2'"), "{refused}");
         assert_eq!(std::fs::read(&path).unwrap(), b"KVUPLOG2 whatever");
         std::fs::write(&path, b"something else").unwrap();
-        assert!(UploadLog::open(&folder).unwrap().owed().is_empty());
+        assert!(UploadLog::open(&folder, clock).unwrap().owed().is_empty());
         assert_eq!(std::fs::read(folder.join("uploads.damaged")).unwrap(), b"something else", "nothing is lost");
         std::fs::remove_dir_all(&folder).unwrap();
     }

@@ -10,8 +10,10 @@ mod collect;
 mod delete;
 mod directory;
 mod doomed;
+mod held;
 mod keep;
 mod log;
+mod logged;
 pub mod names;
 pub mod pack;
 mod proof;
@@ -52,7 +54,8 @@ use directory::{Directory, Packed};
 use pack::PackedBlock;
 
 pub use directory::Pack;
-use log::{Owed, UploadLog};
+use held::HeldBytes;
+use logged::Logged;
 use names::Names;
 use proof::Resting;
 use references::IsEnded;
@@ -71,6 +74,34 @@ pub struct ObjectLimits {
     pub backlog_bytes: u64,
 }
 
+/// When an upload is read back before it is acknowledged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Verify {
+    /// Where the store was not seen to refuse a body that does not match its checksum.
+    #[default]
+    Probe,
+    /// Whatever the store does.
+    Always,
+    /// Never: an operator knows that the store compares, or does without.
+    Never,
+}
+
+impl Verify {
+    /// Whether uploads are read back, and why, in plain words; `checks`: what the probe saw, if it has ended.
+    fn reads_back(self, checks: Option<bool>) -> (bool, &'static str) {
+        match (self, checks) {
+            (Self::Always, _) => (true, "every upload is read back, because object.verify is \"always\""),
+            (Self::Never, _) => (false, "uploads are not read back, because object.verify is \"never\""),
+            (Self::Probe, None) => (true, "every upload is read back until the store has been probed"),
+            (Self::Probe, Some(true)) => (false, "the store checks each upload: the probe saw it refuse a damaged one"),
+            (Self::Probe, Some(false)) => (
+                true,
+                "every upload is read back, because the probe saw the store take a damaged one, or give no clear answer",
+            ),
+        }
+    }
+}
+
 /// What the tier is made with.
 #[derive(Clone)]
 pub struct ObjectOptions {
@@ -80,6 +111,8 @@ pub struct ObjectOptions {
     pub namespaces: Vec<String>,
     /// Bounds.
     pub limits: ObjectLimits,
+    /// When an upload is read back.
+    pub verify: Verify,
     /// A request that brings nothing for this long is made anew.
     pub stall: Duration,
     /// The folder of the upload log; without, what is not uploaded when the daemon ends is not uploaded.
@@ -128,6 +161,8 @@ pub struct ObjectStatus {
     pub reason: String,
     /// What the probe found; nothing before it ended.
     pub abilities: Option<Abilities>,
+    /// How uploads are confirmed, in plain words.
+    pub confirmed: &'static str,
     /// Blocks of which it is known where they are.
     pub known_blocks: u64,
     /// Blocks that wait to be uploaded ...
@@ -166,6 +201,8 @@ pub struct ObjectStatus {
     pub retries: u64,
     /// Those that failed.
     pub failures: u64,
+    /// Times that the upload log could not be written or synced.
+    pub log_failures: u64,
 }
 
 struct State {
@@ -179,7 +216,7 @@ pub struct ObjectTier {
     this: Weak<Self>,
     bucket: Bucket,
     names: Names,
-    checks_uploads: bool,
+    verify: Verify,
     host: Arc<HostTier>,
     nvme: Option<Arc<NvmeTier>>,
     /// The faster tiers, from which blocks come.
@@ -189,7 +226,7 @@ pub struct ObjectTier {
     /// Blocks whose acknowledgement waits until the pack that has them is proven, by the pack.
     proving: Mutex<HashMap<usize, Vec<Resting>>>,
     limits: Mutex<ObjectLimits>,
-    log: Option<Mutex<UploadLog>>,
+    log: Option<Logged>,
     leased_bytes: Arc<AtomicU64>,
     counts: Counts,
     meter: Arc<ReadMeter>,
@@ -202,6 +239,10 @@ pub struct ObjectTier {
     referring: Arc<Semaphore>,
     /// References that are being written.
     unfinished_references: Mutex<HashMap<u128, IsEnded>>,
+    /// Bytes that are checked, or read back ...
+    checked_bytes: HeldBytes,
+    /// ... and those of packs that are written again without some of their blocks.
+    rewritten_bytes: HeldBytes,
     /// An upload ended.
     uploaded: Notify,
     /// There is something to upload.
@@ -224,8 +265,8 @@ impl ObjectTier {
     ) -> Result<Arc<Self>, OpenObjectError> {
         let log = match options.log_folder {
             Some(folder) => {
-                let opened = UploadLog::open(&folder);
-                Some(Mutex::new(opened.map_err(|cause| OpenObjectError::Log { folder, cause })?))
+                let opened = Logged::open(&folder, options.clock);
+                Some(opened.map_err(|cause| OpenObjectError::Log { folder, cause })?)
             }
             None => None,
         };
@@ -233,7 +274,7 @@ impl ObjectTier {
             this: Weak::clone(this),
             bucket: Bucket::new(options.opened.store, options.stall, options.clock),
             names: Names::new(&options.opened.prefix, &options.namespaces),
-            checks_uploads: options.opened.checks_uploads,
+            verify: options.verify,
             host: Arc::clone(host),
             nvme: nvme.cloned(),
             above: Stack::new(host, nvme.map(|nvme| (Tier::Nvme, Arc::clone(nvme) as _)), options.clock),
@@ -255,6 +296,8 @@ impl ObjectTier {
             proofs: Semaphore::new(caps::OBJECT_PROOFS_MAX),
             referring: Arc::new(Semaphore::new(caps::OBJECT_REFERRING_MAX)),
             unfinished_references: Mutex::default(),
+            checked_bytes: HeldBytes::new(caps::OBJECT_CHECKED_BYTES_MAX),
+            rewritten_bytes: HeldBytes::new(caps::OBJECT_REWRITTEN_BYTES_MAX),
             uploaded: Notify::new(),
             work: Notify::new(),
             stopping: AtomicBool::new(false),
@@ -292,6 +335,7 @@ impl ObjectTier {
                         }
                     }
                     tracing::info!(root = %self.names.root(), "the object store answers; the probe has tried reads, creates and updates");
+                    tracing::info!("uploads: {}", self.verify.reads_back(Some(abilities.checks_uploads)).1);
                     *self.abilities.lock() = Some(abilities);
                     *self.refused.lock() = None;
                     return;
@@ -311,6 +355,12 @@ impl ObjectTier {
     /// True while the store answers, as far as is known.
     pub fn answers(&self) -> bool {
         !self.bucket.is_away() && self.abilities.lock().is_some()
+    }
+
+    /// Whether what was uploaded is read back before it is acknowledged.
+    fn reads_back(&self) -> bool {
+        let checks = self.abilities.lock().map(|abilities| abilities.checks_uploads);
+        self.verify.reads_back(checks).0
     }
 
     /// Why DURABLE puts are refused, if they are: the store was not probed yet, or does not show what was written.
@@ -427,6 +477,7 @@ impl ObjectTier {
         ObjectStatus {
             state,
             reason: away.unwrap_or_default(),
+            confirmed: self.verify.reads_back(abilities.map(|abilities| abilities.checks_uploads)).1,
             abilities,
             known_blocks,
             backlog_blocks: uploads.blocks() as u64,
@@ -447,54 +498,7 @@ impl ObjectTier {
             requests: get(&requests.requests),
             retries: get(&requests.retries),
             failures: get(&requests.failures),
-        }
-    }
-
-    // ------------------------------------------------------------------------------- the log
-
-    fn log_added(&self, layout: &RegisteredLayout, owed: Owed) {
-        let (Some(log), Some(namespace)) = (&self.log, self.namespaces.get(layout.namespace.0)) else { return };
-        let mut log = log.lock();
-        let added = log.number(namespace, &layout.layout).and_then(|number| log.add(Owed { layout: number, ..owed }));
-        if let Err(error) = added {
-            tracing::warn!(%error, "the upload log cannot be written; a restart forgets this upload");
-        }
-    }
-
-    fn log_done(&self, layout: &RegisteredLayout, group: u16, hashes: impl Iterator<Item = SequenceHash>) {
-        let (Some(log), Some(namespace)) = (&self.log, self.namespaces.get(layout.namespace.0)) else { return };
-        let mut log = log.lock();
-        let done = log.number(namespace, &layout.layout).and_then(|number| {
-            // Each, even where the file cannot be written: what is known here is what a new file will say.
-            let mut all = Ok(());
-            for hash in hashes {
-                let one = log.done(number, group, hash);
-                all = all.and(one);
-            }
-            if log.has_grown() { log.compact() } else { all }
-        });
-        if let Err(error) = done {
-            tracing::warn!(%error, "the upload log cannot be written; a restart uploads these blocks again");
-        }
-    }
-
-    /// What was written to the log is on the disk. One that could not be written, or synced, is written anew.
-    fn sync_log(&self) -> std::io::Result<()> {
-        let Some(log) = &self.log else { return Ok(()) };
-        let unsynced = log.lock().take_unsynced()?;
-        let Some(file) = unsynced else { return Ok(()) };
-        if let Err(error) = file.sync_data() {
-            // Its pages count as clean now: a second sync would succeed without them.
-            let mut log = log.lock();
-            log.distrust();
-            log.compact().map_err(|_| error)?;
-        }
-        Ok(())
-    }
-
-    fn sync_log_or_say(&self) {
-        if let Err(error) = self.sync_log() {
-            tracing::warn!(%error, "the upload log cannot be synced");
+            log_failures: self.log.as_ref().map_or(0, Logged::failures),
         }
     }
 }

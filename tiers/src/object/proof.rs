@@ -181,7 +181,7 @@ impl ObjectTier {
                 pack.set_proof(Proof::Sound(Stamp::of(&meta)));
                 Rest::Yes
             }
-            Ok(false) | Err(Trouble::NotFound) => Rest::No,
+            Ok(false) | Err(Trouble::NotFound | Trouble::Cut { .. }) => Rest::No,
             Err(_) => Rest::Unknown,
         }
     }
@@ -197,7 +197,7 @@ impl ObjectTier {
     ) -> Result<bool, Trouble> {
         let footer = match self.footer_of(meta, deadline).await {
             Ok(footer) => Some(footer),
-            Err(Trouble::Damaged(_)) => None,
+            Err(Trouble::Damaged(_) | Trouble::Cut { .. }) => None,
             Err(trouble) => return Err(trouble),
         };
         let footer = footer.filter(|footer| {
@@ -236,6 +236,7 @@ impl ObjectTier {
         for piece in pieces(&footer.blocks) {
             let mut before = None;
             let piece_bytes = piece.iter().map(|block| block.frame_bytes).sum();
+            let _room = self.checked_bytes.room(piece_bytes, deadline).await?;
             let damaged =
                 retried!(self.bucket, deadline, piece_bytes, self.damaged_in(piece, footer, meta, &mut before))?;
             if !damaged.is_empty() {

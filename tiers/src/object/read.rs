@@ -7,7 +7,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use futures::StreamExt;
 use kvstore_transfer::frame::FrameHeader;
 use tokio::time::Instant;
 
@@ -15,7 +14,7 @@ use super::ObjectTier;
 use super::directory::{Pack, Packed};
 use crate::below::{Arrived, NotRead, Read, ReadDone, ReadUrgency, WhyNotRead};
 use crate::block::{Block, Wanted, unpadded};
-use crate::bucket::{Trouble, retried};
+use crate::bucket::{Body, Trouble, retried};
 use crate::caps;
 use crate::host::BlockFill;
 use crate::residency::Priority;
@@ -113,10 +112,18 @@ impl ObjectTier {
                 Err(Trouble::Damaged(why)) => {
                     // The block at the front is given up; those behind it are still worth a request.
                     let Some(reading) = left.pop_front() else { return };
-                    self.counts.corrupt_blocks.fetch_add(1, Ordering::Relaxed);
                     tracing::warn!(pack = %pack.location, block = %reading.block.hash, why, "a block in the bucket is damaged");
-                    self.state.lock().directory.note_damaged(&pack, reading.packed.digest);
-                    reading.fails(WhyNotRead::Damaged);
+                    self.is_damaged(&pack, reading);
+                    continue;
+                }
+                Err(Trouble::Cut { bytes, .. }) => {
+                    // What lies behind its end is nowhere in it, and is not asked for again.
+                    let behind = |reading: &Reading| reading.packed.offset + reading.packed.frame_bytes > bytes;
+                    let (lost, whole): (VecDeque<_>, _) = left.drain(..).partition(behind);
+                    let blocks = lost.len();
+                    tracing::warn!(pack = %pack.location, bytes, blocks, "a pack in the bucket was cut");
+                    lost.into_iter().for_each(|reading| self.is_damaged(&pack, reading));
+                    left = whole;
                     continue;
                 }
                 Err(Trouble::NotFound) => {
@@ -130,6 +137,13 @@ impl ObjectTier {
             };
             left.drain(..).for_each(|reading| reading.fails(why));
         }
+    }
+
+    /// A block is not looked for any more where it was.
+    fn is_damaged(&self, pack: &Arc<Pack>, reading: Reading) {
+        self.counts.corrupt_blocks.fetch_add(1, Ordering::Relaxed);
+        self.state.lock().directory.note_damaged(pack, reading.packed.digest);
+        reading.fails(WhyNotRead::Damaged);
     }
 
     /// One request for what is left of a run. What was read whole is taken off `left`.
@@ -146,29 +160,27 @@ impl ObjectTier {
                 start..end
             )));
         }
-        let mut body = Body { at: start, ..Body::default() };
-        let mut chunks = got.into_stream();
-        while let Some(chunk) = chunks.next().await {
-            let chunk = chunk.map_err(|error| Trouble::Failed(error.to_string()))?;
+        let mut frame = InFrame { at: start, ..InFrame::default() };
+        let mut body = Body::of(got);
+        while let Some(mut chunk) = body.next().await? {
             self.counts.read_bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
-            let mut chunk = &chunk[..];
             while !chunk.is_empty() {
                 let Some(read) = left.front_mut() else {
                     return Err(Trouble::Damaged("the store sent more bytes than were asked for".into()));
                 };
-                chunk = body.take(read, chunk)?;
-                if body.at == read.packed.offset + read.packed.frame_bytes
+                chunk = frame.take(read, chunk)?;
+                if frame.at == read.packed.offset + read.packed.frame_bytes
                     && let Some(read) = left.pop_front()
                 {
-                    self.finish(read, body.header.take());
-                    body = Body { at: body.at, ..Body::default() };
+                    self.finish(read, frame.header.take());
+                    frame = InFrame { at: frame.at, ..InFrame::default() };
                 }
             }
         }
         if left.is_empty() {
             Ok(())
         } else {
-            Err(Trouble::Damaged(format!("the body ended at byte {} of {end}", body.at)))
+            Err(Trouble::Damaged(format!("the body ended at byte {} of {end}", frame.at)))
         }
     }
 
@@ -187,7 +199,7 @@ impl ObjectTier {
 
 /// Where a body is, within one frame.
 #[derive(Default)]
-struct Body {
+struct InFrame {
     /// The next byte's place in the object.
     at: u64,
     /// The header's bytes, until they are complete.
@@ -198,7 +210,7 @@ struct Body {
     checked: bool,
 }
 
-impl Body {
+impl InFrame {
     /// Takes what of `chunk` belongs to this frame; the rest.
     fn take<'a>(&mut self, read: &mut Reading, chunk: &'a [u8]) -> Result<&'a [u8], Trouble> {
         let frame_end = read.packed.offset + read.packed.frame_bytes;

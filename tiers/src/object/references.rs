@@ -21,7 +21,7 @@ use super::directory::Pack;
 use super::names::{BlockName, GroupNames};
 use super::proof::Stamp;
 use crate::block::OwnedRun;
-use crate::bucket::{Trouble, retried};
+use crate::bucket::{Lease, Trouble, retried};
 use crate::caps;
 use crate::host::RegisteredLayout;
 use crate::residency::Presence;
@@ -61,12 +61,13 @@ impl References {
         self.blocks.get(group)
     }
 
-    /// Reads the references that came since the last time.
-    pub async fn read_new(&mut self, tier: &ObjectTier) -> Result<(), CollectError> {
+    /// Reads the references that came since the last time, which takes minutes where there are many: the lease is kept meanwhile.
+    pub async fn read_new(&mut self, tier: &ObjectTier, lease: &mut Option<Lease>) -> Result<(), CollectError> {
         let now_ms = tier.bucket.clock.earliest_ms(tier.bucket.now()).ok_or(CollectError::NoTime)?;
         let mut listing = Listing::of(tier, &tier.references_folder());
         let (mut listed, mut new) = (0, Vec::new());
         while let Some(object) = listing.next().await? {
+            tier.keep_lease(lease).await?;
             listed += 1;
             if listed > caps::OBJECT_REFERENCES_MAX {
                 return Err(CollectError::TooManyReferences(format!("more than {} pins", caps::OBJECT_REFERENCES_MAX)));
@@ -79,6 +80,7 @@ impl References {
         let reads: Vec<_> = reads.collect();
         let mut reads = futures::stream::iter(reads).buffer_unordered(READS_AT_ONCE);
         while let Some((reference, object)) = reads.next().await {
+            tier.keep_lease(lease).await?;
             self.read.insert(object.location.clone(), Stamp::of(&object));
             if let Some(reference) = reference? {
                 self.add(tier.names.root(), &reference)?;

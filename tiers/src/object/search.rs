@@ -41,6 +41,22 @@ struct Chain {
     ends_at_gap: bool,
 }
 
+/// Where packs of a chain may begin.
+struct Places {
+    waiting: BTreeSet<usize>,
+    listed: HashSet<usize>,
+    /// Nothing is looked for from here on.
+    gap: usize,
+    /// Listings that may be under way.
+    at_once: usize,
+}
+
+impl Places {
+    fn at(starts: Vec<usize>) -> Self {
+        Self { waiting: BTreeSet::from_iter(starts), listed: HashSet::new(), gap: usize::MAX, at_once: 2 }
+    }
+}
+
 impl ObjectTier {
     /// Starts to look for the blocks of a chain of which it is not known whether they are in the bucket. `None` where nothing is
     /// unknown, or the store does not answer.
@@ -71,7 +87,8 @@ impl ObjectTier {
         let chain = self.chain_of(layout, group, hashes);
         let tier = Arc::clone(self);
         self.runtime.spawn(async move {
-            if let Err(trouble) = tier.search_now(&chain, starts, now).await {
+            // What is beyond one piece is found by the next search.
+            if let Err(trouble) = tier.search_piece(&chain, &mut Places::at(starts), now).await {
                 tracing::debug!(%trouble, "the bucket cannot be searched");
             }
             tier.state.lock().searches.remove(&key);
@@ -88,8 +105,8 @@ impl ObjectTier {
         Chain { layout: Arc::clone(layout), group, names, hashes: hashes.to_vec(), digests, places, ends_at_gap }
     }
 
-    /// Looks for blocks whatever was found lately, behind gaps, too, and fails where that cannot be done: for whoever promises that
-    /// they are gone.
+    /// Looks for blocks whatever was found lately, behind gaps, too, to the end of the chain however long it is, and fails where that
+    /// cannot be done: for whoever promises that they are gone.
     pub(super) async fn search_anew(
         self: &Arc<Self>,
         layout: &Arc<RegisteredLayout>,
@@ -103,7 +120,19 @@ impl ObjectTier {
             let per_pack = self.blocks_per_pack(layout, group);
             starts(&state.directory, hashes, &chain.digests, per_pack, (self.clock)())
         };
-        self.search_now(&chain, starts, (self.clock)()).await
+        let mut places = Places::at(starts);
+        while !places.waiting.is_empty() {
+            self.search_piece(&chain, &mut places, (self.clock)()).await?;
+            if places.waiting.is_empty() {
+                // Behind a gap a pack may begin anywhere: what is left of one whose first blocks were deleted does.
+                places.at_once = caps::OBJECT_SEARCHES_EVERYWHERE_MAX;
+                let state = self.state.lock();
+                let unknown = chain.digests.iter().zip(0..).filter(|(digest, _)| !state.directory.has(**digest));
+                let unknown = unknown.map(|(_, at)| at).filter(|at| !places.listed.contains(at));
+                places.waiting = unknown.collect();
+            }
+        }
+        Ok(())
     }
 
     /// Packs in the folder of `pack`, which begin with the same block: branches, and the same blocks written again.
@@ -141,36 +170,36 @@ impl ObjectTier {
         }
     }
 
-    /// Lists place after place, more of them at once the more is found, up to the first gap: attention reads nothing behind one.
-    async fn search_now(self: &Arc<Self>, chain: &Chain, starts: Vec<usize>, now: BootTime) -> Result<(), Trouble> {
+    /// Lists place after place, more of them at once the more is found, up to the first gap: attention reads nothing behind one. Ends
+    /// after so many listings; what has not been looked at by then is left in `places`.
+    async fn search_piece(self: &Arc<Self>, chain: &Chain, places: &mut Places, now: BootTime) -> Result<(), Trouble> {
         let deadline = Instant::now() + std::time::Duration::from_millis(caps::OBJECT_STALL_MS * 2);
-        let (mut waiting, mut listed) = (BTreeSet::from_iter(starts), HashSet::new());
         let mut under_way = FuturesUnordered::new();
-        let (mut at_once, mut gap) = (2, usize::MAX);
+        let mut listings = 0;
         loop {
-            while under_way.len() < at_once
-                && listed.len() < caps::OBJECT_LISTINGS_PER_SEARCH_MAX
-                && let Some(at) = waiting.pop_first()
+            while under_way.len() < places.at_once
+                && listings < caps::OBJECT_LISTINGS_PER_SEARCH_MAX
+                && let Some(at) = places.waiting.pop_first()
             {
                 let Some((hash, digest)) = chain.hashes.get(at).zip(chain.digests.get(at)) else { continue };
-                if at < gap && !self.state.lock().directory.has(*digest) && listed.insert(at) {
+                if at < places.gap && !self.state.lock().directory.has(*digest) && places.listed.insert(at) {
+                    listings += 1;
                     under_way.push(async move { (at, self.packs_at(chain, at, hash, deadline).await) });
                 }
             }
             let Some((at, found)) = under_way.next().await else { return Ok(()) };
-            match found {
-                Ok(0) => {
+            match found? {
+                0 => {
                     if let Some(digest) = chain.digests.get(at) {
                         self.state.lock().directory.note_absent(*digest, now.plus_ms(caps::OBJECT_ABSENT_MS));
                     }
-                    gap = if chain.ends_at_gap { gap.min(at) } else { gap };
+                    places.gap = if chain.ends_at_gap { places.gap.min(at) } else { places.gap };
                 }
-                Ok(blocks) => {
+                blocks => {
                     // What comes behind begins another pack.
-                    waiting.insert(at + blocks);
-                    at_once = (at_once * 2).min(caps::OBJECT_SEARCHES_MAX);
+                    places.waiting.insert(at + blocks);
+                    places.at_once = places.at_once.max((places.at_once * 2).min(caps::OBJECT_SEARCHES_MAX));
                 }
-                Err(trouble) => return Err(trouble),
             }
         }
     }
@@ -254,8 +283,8 @@ impl ObjectTier {
             Ok(footer) => footer,
             // It went meanwhile, or is no pack of ours: nothing is known of it.
             Err(Trouble::NotFound) => return Ok(None),
-            Err(Trouble::Damaged(why)) => {
-                tracing::warn!(pack = %object.location, why, "a pack's footer is damaged");
+            Err(trouble @ (Trouble::Damaged(_) | Trouble::Cut { .. })) => {
+                tracing::warn!(pack = %object.location, why = %trouble, "a pack's footer is damaged");
                 return Ok(None);
             }
             Err(trouble) => return Err(trouble),
@@ -278,6 +307,10 @@ impl ObjectTier {
 
     /// Reads a pack's footer.
     pub(super) async fn footer_of(&self, object: &ObjectMeta, deadline: Instant) -> Result<Footer, Trouble> {
+        if object.size == 0 {
+            // There is no range of nothing: a store that is asked for one answers with an error.
+            return Err(Trouble::Damaged(PackError::Magic.to_string()));
+        }
         let mut bytes = FOOTER_FIRST_BYTES;
         loop {
             let start = object.size.saturating_sub(bytes);

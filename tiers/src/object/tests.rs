@@ -2,14 +2,18 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::{ObjectLimits, ObjectOptions, ObjectTier};
+use super::{ObjectLimits, ObjectOptions, ObjectTier, Verify};
 use crate::bucket::Opened;
 use crate::eviction::PolicyKind;
 use crate::host::{HostLimits, HostOptions, HostTier, NamespaceId};
 use crate::layout::{BlockKind, DimensionOrder, LayerGroup, Layout, Shard};
 use crate::{BootTime, HugePages, SequenceHash};
+
+/// Time does not pass but where a test says so.
+static NOW: AtomicU64 = AtomicU64::new(1);
 
 fn tier(log_folder: Option<PathBuf>) -> Arc<ObjectTier> {
     let limits = HostLimits { bytes: 16 << 20, high_watermark_percent: 99, low_watermark_percent: 98 };
@@ -23,15 +27,16 @@ fn tier(log_folder: Option<PathBuf>) -> Arc<ObjectTier> {
     };
     let host = HostTier::new(options, &["default".into()]);
     let store = Arc::new(object_store::memory::InMemory::new());
-    let opened = Opened { store, prefix: object_store::path::Path::from("p"), checks_uploads: false };
+    let opened = Opened { store, prefix: object_store::path::Path::from("p") };
     let options = ObjectOptions {
         opened,
         namespaces: vec!["default".into()],
         limits: ObjectLimits { upload_bytes: 1 << 20, backlog_bytes: 1 << 20 },
+        verify: Verify::Probe,
         stall: Duration::from_secs(1),
         log_folder,
         seed: 1,
-        clock: || BootTime(1),
+        clock: || BootTime(NOW.load(Ordering::Relaxed)),
     };
     ObjectTier::open(options, &host, None).unwrap()
 }
@@ -73,10 +78,11 @@ async fn a_delete_that_the_log_cannot_keep_is_an_error() {
     let hash = SequenceHash::new(&[7]).unwrap();
     tier.delete(&layout, 0, &[hash]).await.unwrap();
     std::fs::remove_dir_all(&folder).unwrap();
-    tier.log.as_ref().unwrap().lock().distrust();
+    tier.log.as_ref().unwrap().lock().distrust().unwrap_err();
     let error = tier.delete(&layout, 0, &[hash]).await.unwrap_err();
     assert!(error.to_string().contains("upload log"), "{error}");
     std::fs::create_dir_all(&folder).unwrap();
+    NOW.fetch_add(crate::caps::OBJECT_LOG_BACKOFF_MS_MAX, Ordering::Relaxed);
     tier.delete(&layout, 0, &[hash]).await.unwrap();
     std::fs::remove_dir_all(&folder).unwrap();
 }

@@ -138,8 +138,8 @@ impl ObjectTier {
         self.bucket.create(location, packing.pieces.iter().cloned().collect()).await
     }
 
-    /// What was created at `written` is there, has the right length, and the right bytes: those of a store that checks what it is
-    /// sent by their footer, those of any other all. `None`: something else is there.
+    /// What was created at `written` is there, has the right length, and the right bytes: all of them are read back, or the footer alone
+    /// where the store checks what it is sent. `None`: something else is there.
     async fn confirm(
         &self,
         location: &Path,
@@ -148,12 +148,16 @@ impl ObjectTier {
         deadline: Instant,
     ) -> Result<Option<ObjectMeta>, Trouble> {
         let footer_at = packing.bytes - packing.footer_bytes.len() as u64;
-        let (start, expected) = match self.checks_uploads {
-            true => (footer_at, std::slice::from_ref(&packing.footer_bytes)),
-            false => (0, &packing.pieces[..]),
+        let (start, expected) = match self.reads_back() {
+            true => (0, &packing.pieces[..]),
+            false => (footer_at, std::slice::from_ref(&packing.footer_bytes)),
         };
+        let _room = self.checked_bytes.room(packing.bytes - start, deadline).await?;
         for _ in 0..CONFIRMATIONS {
-            let (read, meta) = self.bucket.read(location, start..packing.bytes, deadline).await?;
+            let (read, meta) = match self.bucket.read(location, start..packing.bytes, deadline).await {
+                Err(Trouble::Cut { .. }) => break,
+                read => read?,
+            };
             if meta.size == packing.bytes && is_made_of(&read, expected) {
                 self.bucket.clock.note(written.start, written.end, meta.last_modified.timestamp_millis());
                 return Ok(Some(meta));
@@ -169,7 +173,7 @@ impl ObjectTier {
         let meta = self.bucket.head(location, deadline).await?;
         let footer = match self.footer_of(&meta, deadline).await {
             Ok(footer) => footer,
-            Err(Trouble::Damaged(_)) => return Ok(Whose::Unsound),
+            Err(Trouble::Damaged(_) | Trouble::Cut { .. }) => return Ok(Whose::Unsound),
             Err(trouble) => return Err(trouble),
         };
         if footer.nonce == packing.footer.nonce {
@@ -179,8 +183,11 @@ impl ObjectTier {
         if meta.size != packing.bytes || !self.is_young(meta.last_modified.timestamp_millis()) {
             return Ok(Whose::Unsound);
         }
-        let sound =
-            same_blocks(&footer, &packing.footer) && self.damaged_blocks(&footer, &meta, deadline).await?.is_empty();
+        let sound = same_blocks(&footer, &packing.footer)
+            && match self.damaged_blocks(&footer, &meta, deadline).await {
+                Err(Trouble::Cut { .. }) => false,
+                damaged => damaged?.is_empty(),
+            };
         if !sound {
             tracing::warn!(%location, "a pack in the bucket is damaged; its blocks are written again under another name");
         }
