@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use kvstore_tests::disk_use;
 use kvstore_tests::tier::{TierOptions, Tiers, as_killed, now};
-use kvstore_tiers::nvme::PinRefused;
+use kvstore_tiers::nvme::{PinRefused, WriteBack};
 use kvstore_tiers::residency::Delete;
 use kvstore_transfer::volume::{Fault, Faults};
 
@@ -126,4 +126,23 @@ fn puts_are_answered_while_the_tier_closes() {
             tiers.nvme.close();
         });
     }
+}
+
+/// Two write the same block, of which memory has no copy. The first had said that it is on its way before it looked; the second then
+/// waited for that write, and heard nothing.
+#[test]
+fn nobody_waits_for_a_write_that_cannot_be() {
+    let disk = tempfile::tempdir().unwrap();
+    let tiers = Tiers::open(disk.path(), &TierOptions::default()).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..20_000 {
+                    let written = tiers.nvme.write_back(&tiers.block(1), None, Vec::new(), true);
+                    assert!(matches!(written, WriteBack::Refused), "it is nowhere, and told to be on its way");
+                }
+            });
+        }
+    });
+    tiers.close();
 }

@@ -53,7 +53,7 @@ use crate::residency::Delete;
 use deletions::Deletions;
 use extents::Extents;
 use store::Store;
-use write::{Commit, Dirty, DirtyBytes, DirtyCount, Pending, answer};
+use write::{Begun, Commit, Dirty, DirtyBytes, DirtyCount, answer};
 
 pub use bound::BoundRefused;
 pub use format::{Extent, FormatError, IndexValue, SegmentClass, SegmentHeader, VolumeHeader};
@@ -285,29 +285,14 @@ impl NvmeTier {
             }
         }
         let Some((store, digest)) = self.place_for(block) else { return WriteBack::Refused };
-        {
-            let mut state = store.state.lock();
-            // Under the lock: who stops answers all that wait under it, and answers nobody later.
-            if store.is_stopping() {
-                return WriteBack::Refused;
-            }
-            if let Some(pending) = state.pending.get_mut(digest).filter(|pending| !pending.cancelled) {
-                if local {
-                    pending.waiters.push(waiter);
-                }
-                return WriteBack::Queued(local.then_some(waiting));
-            }
-            if state.pending.get(digest).is_some() || !state.health.takes_writes() {
-                return WriteBack::Refused;
-            }
-            let waiters = if local { vec![waiter] } else { Vec::new() };
-            state.pending.insert(digest, Pending { cancelled: false, waiters });
-        }
+        // Before anybody can wait for this write: where the block's bytes are not to be had, there will be none.
         let dirty = self.dirty(store, digest, block, parent, sums);
-        let Some(dirty) = dirty else {
-            store.state.lock().pending.remove(digest);
-            return WriteBack::Refused;
-        };
+        match store.begin_pending(digest, local.then_some(waiter), dirty.is_some()) {
+            Begun::Already => return WriteBack::Queued(local.then_some(waiting)),
+            Begun::Refused => return WriteBack::Refused,
+            Begun::Now => {}
+        }
+        let Some(dirty) = dirty else { return WriteBack::Refused };
         let mut queue = store.queue.lock();
         if store.is_stopping() {
             // The flusher may have looked at the queue for the last time.

@@ -22,6 +22,7 @@ use tokio::sync::oneshot;
 
 use super::extents::Entry;
 use super::format::{Extent, IndexValue, SegmentClass};
+use super::store::Store;
 use crate::block::Digest;
 use crate::host::DemotingBlock;
 
@@ -72,6 +73,36 @@ pub(super) struct Pending {
     pub cancelled: bool,
     /// Told true once it is LOCAL, false once it will not be.
     pub waiters: Vec<oneshot::Sender<bool>>,
+}
+
+/// What came of [`Store::begin_pending`].
+pub(super) enum Begun {
+    /// Another writes it; whoever waits is told with that write's others.
+    Already,
+    /// It is for the caller to write.
+    Now,
+    /// The volume does not take it.
+    Refused,
+}
+
+impl Store {
+    /// Notes that a block is on its way. From then on others wait for its write, so that its bytes must be `at_hand`.
+    pub fn begin_pending(&self, digest: Digest, waiter: Option<oneshot::Sender<bool>>, at_hand: bool) -> Begun {
+        let mut state = self.state.lock();
+        // Under the lock: who stops answers all that wait under it, and answers nobody later.
+        if self.is_stopping() {
+            return Begun::Refused;
+        }
+        if let Some(pending) = state.pending.get_mut(digest).filter(|pending| !pending.cancelled) {
+            pending.waiters.extend(waiter);
+            return Begun::Already;
+        }
+        if !at_hand || state.pending.get(digest).is_some() || !state.health.takes_writes() {
+            return Begun::Refused;
+        }
+        state.pending.insert(digest, Pending { cancelled: false, waiters: Vec::from_iter(waiter) });
+        Begun::Now
+    }
 }
 
 /// The blocks on their way to a volume.
