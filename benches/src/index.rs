@@ -7,8 +7,8 @@ use kvstore_plane::{KeyTable, SequenceHash, SlotEntry, SlotKey};
 use kvstore_tiers::BlockKind;
 use kvstore_tiers::BootTime;
 use kvstore_tiers::eviction::PolicyKind;
-use kvstore_tiers::residency::{
-    FlightSource, Incoming, NoReaders, Presence, Priority, Publish, Reserve, Residency, SlabMemory, Urgency,
+use kvstore_tiers::slots::{
+    FlightSource, Incoming, NoReaders, Presence, Priority, Publish, Reserve, SlabMemory, Slots, Urgency,
 };
 use kvstore_transfer::{SharedMemory, Writers};
 
@@ -38,16 +38,16 @@ fn table(blocks: usize) -> std::io::Result<SharedMemory> {
     SharedMemory::create(c"kvstore-table", KeyTable::bytes_for(blocks as u64), Writers::Daemon)
 }
 
-/// A residency that holds `blocks` blocks in chains of 256.
-fn filled(blocks: usize) -> anyhow::Result<Residency<Directory>> {
-    let mut residency = Residency::new(0x5EED, PolicyKind::Hazard, Box::new(table(blocks)?), Arc::new(NoReaders));
-    let pool = residency.pool(4096, SLOTS as u32);
+/// Slots that hold `blocks` blocks in chains of 256.
+fn filled(blocks: usize) -> anyhow::Result<Slots<Directory>> {
+    let mut slots = Slots::new(0x5EED, PolicyKind::Hazard, Box::new(table(blocks)?), Arc::new(NoReaders));
+    let pool = slots.pool(4096, SLOTS as u32);
     let mut made = 0;
     while made < blocks {
-        let slots = SLOTS.min(blocks - made);
-        let directory = (0..slots).map(|_| SlotEntry::free()).collect();
-        anyhow::ensure!(residency.add_slab(pool, Directory(directory)).is_some(), "no more slabs");
-        made += slots;
+        let count = SLOTS.min(blocks - made);
+        let directory = (0..count).map(|_| SlotEntry::free()).collect();
+        anyhow::ensure!(slots.add_slab(pool, Directory(directory)).is_some(), "no more slabs");
+        made += count;
     }
     let urgency = Urgency { source: FlightSource::Writer, priority: Priority::Demand, deadline: BootTime(u64::MAX) };
     for block in 0..blocks as u64 {
@@ -55,13 +55,13 @@ fn filled(blocks: usize) -> anyhow::Result<Residency<Directory>> {
         let parent = at.checked_sub(1).map(|before| hash(chain, before));
         let key = SlotKey { layout: 0, group: 0, hash: hash(chain, at) };
         let incoming = Incoming { key, kind: BlockKind::Attention, parent, pool };
-        let Reserve::Reserved(ticket) = residency.reserve(&incoming, urgency, BootTime(0)) else {
+        let Reserve::Reserved(ticket) = slots.reserve(&incoming, urgency, BootTime(0)) else {
             anyhow::bail!("block {block} found no slot");
         };
-        let published = residency.publish(ticket, 4096, 0, at + 1 == PREFIX as u64);
+        let published = slots.publish(ticket, 4096, 0, at + 1 == PREFIX as u64);
         anyhow::ensure!(published == Publish::Published, "block {block} was not published");
     }
-    Ok(residency)
+    Ok(slots)
 }
 
 fn resident_bytes() -> u64 {
@@ -71,7 +71,7 @@ fn resident_bytes() -> u64 {
 }
 
 /// Nanoseconds a block of looking up whole prefixes, in an order that no cache foresees.
-fn lookup_ns(residency: &Residency<Directory>, blocks: usize, rounds: usize) -> anyhow::Result<f64> {
+fn lookup_ns(slots: &Slots<Directory>, blocks: usize, rounds: usize) -> anyhow::Result<f64> {
     let chains = (blocks / PREFIX) as u64;
     let lookups = 2000u64;
     let prefixes: Vec<Vec<SequenceHash>> = (0..lookups)
@@ -86,7 +86,7 @@ fn lookup_ns(residency: &Residency<Directory>, blocks: usize, rounds: usize) -> 
         let started = Instant::now();
         for prefix in &prefixes {
             out.clear();
-            residency.presence_of_run(0, 0, prefix, &mut out);
+            slots.presence_of_run(0, 0, prefix, &mut out);
             anyhow::ensure!(out.iter().all(|presence| *presence == Presence::Resident), "a block is missing");
         }
         nanoseconds.push(started.elapsed().as_nanos() as f64 / (lookups as usize * PREFIX) as f64);

@@ -14,7 +14,7 @@ use kvstore_tiers::host::{
     BeginFill, FillRequest, HoldId, HoldKind, HostLimits, HostOptions, HostTier, NamespaceId, NamespaceLimits,
     PoolStatus, RegisteredLayout,
 };
-use kvstore_tiers::residency::{FlightSource, Priority, Urgency};
+use kvstore_tiers::slots::{FlightSource, Priority, Urgency};
 use kvstore_tiers::{BootTime, HugePages, SequenceHash};
 
 use crate::figure::{self, median};

@@ -17,7 +17,7 @@ use kvstore_tiers::host::{
     BeginFill, FillRequest, HostLimits, HostOptions, HostTier, LeasedBlock, Leasing, NamespaceId, RegisteredLayout,
 };
 use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, ObjectUrl, Offer, Offered, Verify};
-use kvstore_tiers::residency::{FlightSource, Priority, Urgency};
+use kvstore_tiers::slots::{FlightSource, Priority, Urgency};
 use kvstore_tiers::stack::{Asked, Policy, Promotion, Stack, Window};
 use kvstore_tiers::{BootTime, HugePages};
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};

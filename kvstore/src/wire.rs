@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvstore_proto::v1;
 use kvstore_tiers::host::{HoldError, HoldId, LayoutGroup, NamespaceId, RegisterError, RegisteredLayout};
-use kvstore_tiers::residency::Presence;
+use kvstore_tiers::slots::Presence;
 use kvstore_tiers::stack::{HoldRefused, Level};
 use kvstore_tiers::tier::common_residency;
 use kvstore_tiers::{BlockKind, DimensionOrder, LayerGroup, Layout, SequenceHash, Shard, Tier, TierSet};

@@ -12,7 +12,7 @@ use kvstore_tiers::below::{
     Write, Written,
 };
 use kvstore_tiers::host::{HoldId, HoldKind, HostTier};
-use kvstore_tiers::residency::Delete;
+use kvstore_tiers::slots::Delete;
 use kvstore_tiers::{BlockRef, OwnedRun, Run, SequenceHash};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};

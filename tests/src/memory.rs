@@ -8,7 +8,7 @@ use kvstore_tiers::host::{
     BeginFill, BlockFill, FillRequest, HostLimits, HostOptions, HostTier, LeasedBlock, Leasing, NamespaceId,
     RegisteredLayout,
 };
-use kvstore_tiers::residency::{FlightSource, Priority, Urgency};
+use kvstore_tiers::slots::{FlightSource, Priority, Urgency};
 use kvstore_tiers::{Block, BlockKind, BootTime, DimensionOrder, HugePages, LayerGroup, Layout, Shard};
 
 use crate::tier::{hash, now};

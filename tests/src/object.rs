@@ -14,7 +14,7 @@ use futures::{StreamExt, TryStreamExt};
 use kvstore::replay;
 use kvstore_tiers::host::{BeginFill, FillRequest, HostTier, LeasedBlock, RegisteredLayout};
 use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, Offer, Offered, Opened, Verify};
-use kvstore_tiers::residency::{FlightSource, Priority, Urgency};
+use kvstore_tiers::slots::{FlightSource, Priority, Urgency};
 use kvstore_tiers::{BootTime, SequenceHash};
 use object_store::memory::InMemory;
 use object_store::path::Path;

@@ -8,7 +8,7 @@ use kvstore::replay;
 use kvstore_tiers::below::Ask;
 use kvstore_tiers::host::{BeginFill, FillRequest, HostTier, Leasing, RegisteredLayout};
 use kvstore_tiers::nvme::{NvmeEngine, NvmeOptions, NvmeTier, OpenError, WriteBack};
-use kvstore_tiers::residency::{Delete, FlightSource, Priority, Publish, Urgency};
+use kvstore_tiers::slots::{Delete, FlightSource, Priority, Publish, Urgency};
 use kvstore_tiers::stack::{Asked, Policy, Promotion, Stack, Window};
 use kvstore_tiers::{BlockRef, BootTime, Run, SequenceHash, Tier, TierSet};
 use kvstore_transfer::volume::Faults;

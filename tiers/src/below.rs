@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::block::{Block, OwnedRun, Run};
 use crate::clock::BootTime;
 use crate::host::{BlockFill, FilledBlock, HoldId, HoldKind, LeasedBlock};
-use crate::residency::{Delete, Priority};
+use crate::slots::{Delete, Priority};
 
 /// See the head of this file. `tests/tests/it/tier_conformance.rs` is the suite that every tier passes.
 pub trait Below: Send + Sync {

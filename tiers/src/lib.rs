@@ -1,6 +1,6 @@
 //! Placement: which blocks are where, which stay and which go.
 //!
-//! Owns layouts, residency, eviction, the Host, Nvme and Object tiers, and the bucket that the last stands on. Knows nothing of the network, of configuration
+//! Owns layouts, slots, eviction, the Host, Nvme and Object tiers, and the bucket that the last stands on. Knows nothing of the network, of configuration
 //! files, or of who asks.
 
 pub mod admission;
@@ -19,9 +19,9 @@ pub mod nvme;
 pub mod object;
 mod pool;
 mod readable;
-pub mod residency;
 pub mod sampled;
 pub mod simulate;
+pub mod slots;
 pub mod stack;
 pub mod tier;
 

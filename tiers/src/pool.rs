@@ -10,7 +10,7 @@ use crate::eviction::{BlockIndex, EvictionPolicy, PolicyKind};
 /// The end of a free list.
 const NONE: u32 = u32::MAX;
 
-/// A pool's place in its residency.
+/// A pool's place in its [`crate::slots::Slots`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
 pub struct PoolId(pub usize);
 

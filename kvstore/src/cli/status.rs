@@ -83,7 +83,7 @@ const VOLUME: &Lines = &[
     (
         "  trouble",
         "{corrupt_blocks} corrupt, {stale_blocks} stale, {refused_blocks} not written, {sync_failures} sync failures, \
-         {io_errors} I/O errors, {index_failures} index failures, {index_rebuilds} index rebuilt",
+         {io_errors} I/O errors, {index_failures} index failures, {index_rebuilds} index rebuilds",
     ),
 ];
 
@@ -251,8 +251,8 @@ mod tests {
             refused_blocks: n(),
             syncs: n(),
             sync_failures: n(),
-            index_failures: n(),
-            index_rebuilds: n(),
+            index_failures: 3,
+            index_rebuilds: 4,
             io_errors: n(),
         }
     }

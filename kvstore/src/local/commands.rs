@@ -6,7 +6,7 @@ use std::time::Duration;
 use kvstore_plane::{Command, Completion, RecordHead, verbs as call};
 use kvstore_proto::v1::{GetStatus, LookupRequest};
 use kvstore_tiers::host::{HoldId, LeasedBlock, Leasing, RegisteredLayout};
-use kvstore_tiers::residency::Priority;
+use kvstore_tiers::slots::Priority;
 use kvstore_tiers::stack::{self, Asked, Level, Policy, Window, Wish};
 use kvstore_tiers::{BlockRef, SequenceHash};
 use prost::Message;

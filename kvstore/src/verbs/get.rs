@@ -13,7 +13,7 @@ use kvstore_proto::v1::GetRequest;
 use kvstore_tiers::below::Ask;
 use kvstore_tiers::caps::PROMOTIONS_PER_CALL;
 use kvstore_tiers::host::{HoldId, LeasedBlock, Leasing, NamespaceId, RegisteredLayout};
-use kvstore_tiers::residency::{Presence, Priority};
+use kvstore_tiers::slots::{Presence, Priority};
 use kvstore_tiers::stack::{Asked, Policy, Promotion, Window};
 use kvstore_tiers::{BlockRef, Run, SequenceHash};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};

@@ -8,7 +8,7 @@ use kvstore_proto::v1::{LookupRequest, LookupResponse, ReleaseTicketRequest, Rel
 use kvstore_tiers::below::{Ask, Searching};
 use kvstore_tiers::caps::TICKET_TTL_MS_MAX;
 use kvstore_tiers::host::{HoldId, HoldKind, NamespaceId, RegisteredLayout};
-use kvstore_tiers::residency::Presence;
+use kvstore_tiers::slots::Presence;
 use kvstore_tiers::stack::{Found, Term};
 use kvstore_tiers::{GroupPresence, Run, SequenceHash, Tier, TierSet, readable_prefix};
 use tonic::Status;

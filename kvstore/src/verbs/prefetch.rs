@@ -11,7 +11,7 @@ use kvstore_proto::v1::{
 };
 use kvstore_tiers::below::Ask;
 use kvstore_tiers::host::{HoldId, NamespaceId};
-use kvstore_tiers::residency::{Presence, Priority};
+use kvstore_tiers::slots::{Presence, Priority};
 use kvstore_tiers::stack::{Asked, Policy, Promotion, Window};
 use kvstore_tiers::{Run, SequenceHash, TierSet};
 use tonic::Status;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kvstore_proto::v1::PutStatus;
 use kvstore_tiers::caps::SLABS_PER_FILL_MAX;
 use kvstore_tiers::host::{BeginFill, BlockFill, FillRequest, LeasedBlock, RegisteredLayout};
-use kvstore_tiers::residency::{FlightSource, Priority, Publish, Urgency};
+use kvstore_tiers::slots::{FlightSource, Priority, Publish, Urgency};
 use kvstore_tiers::stack::{Copies, Copy, Level, Wish};
 use kvstore_tiers::{Block, SequenceHash, Tier};
 use tokio::time::Instant;

@@ -12,7 +12,7 @@ use kvstore_plane::SequenceHash;
 use kvstore_tests::{BLOCK_BYTES, TestDaemon, chain, hashes};
 use kvstore_tiers::BootTime;
 use kvstore_tiers::host::{BeginFill, BlockFill, FillRequest, NamespaceId};
-use kvstore_tiers::residency::{FlightSource, Priority, Urgency};
+use kvstore_tiers::slots::{FlightSource, Priority, Urgency};
 
 /// Conversations that come back, as a trace.
 fn conversations(sessions: u64, turns: u64) -> Vec<TraceRequest> {
@@ -218,9 +218,9 @@ async fn a_stalled_writer_is_taken_over_and_its_late_bytes_go_nowhere() {
     let mut second = filled(begin(&daemon, 1, 11_001));
     second.append(&content, BootTime(11_001)).unwrap();
     stalled.append(&[0xEE; 200], BootTime(11_002)).unwrap();
-    assert_eq!(second.commit(false), kvstore_tiers::residency::Publish::Published);
+    assert_eq!(second.commit(false), kvstore_tiers::slots::Publish::Published);
     stalled.append(&vec![0xEE; BLOCK_BYTES as usize - 300], BootTime(11_003)).unwrap();
-    assert_eq!(stalled.commit(false), kvstore_tiers::residency::Publish::Superseded);
+    assert_eq!(stalled.commit(false), kvstore_tiers::slots::Publish::Superseded);
     let client = daemon.client().await;
     let layout = replay::layout("stall", BLOCK_BYTES, BlockKind::Attention);
     let group = client.register_layout(layout).await.unwrap().group(0);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use kvstore_tests::tier::{TierOptions, Tiers, hash};
 use kvstore_tiers::host::{HoldError, HoldId, HoldKind, HostLimits, HostStatus, Leasing, NamespaceId, NamespaceLimits};
-use kvstore_tiers::residency::{Delete, Presence};
+use kvstore_tiers::slots::{Delete, Presence};
 use kvstore_tiers::{BootTime, SequenceHash};
 
 const NAMESPACE: NamespaceId = NamespaceId(0);

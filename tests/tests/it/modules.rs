@@ -18,7 +18,7 @@ const TIERS: Layers = Layers {
         &["caps", "clock", "claim", "meter", "tier"],
         &["admission", "changes", "eviction"],
         &["layout", "pool", "simulate"],
-        &["readable", "sampled", "residency"],
+        &["readable", "sampled", "slots"],
         &["host"],
         &["block"],
         &["below"],

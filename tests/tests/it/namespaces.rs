@@ -9,7 +9,7 @@ use kvstore_tests::{chain, hashes, two_namespaces, until};
 use kvstore_tiers::below::Ask;
 use kvstore_tiers::host::{NamespaceLimits, namespace_digest};
 use kvstore_tiers::nvme::{NvmeNamespace, NvmeTier};
-use kvstore_tiers::residency::Presence;
+use kvstore_tiers::slots::Presence;
 
 const BLOCK: u32 = 64 << 10;
 const MIB: u64 = 1 << 20;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use kvstore_tests::disk_use;
 use kvstore_tests::tier::{TierOptions, Tiers, as_killed, now};
 use kvstore_tiers::nvme::{PinRefused, WriteBack};
-use kvstore_tiers::residency::Delete;
+use kvstore_tiers::slots::Delete;
 use kvstore_transfer::volume::{Fault, Faults};
 
 fn faulty(faults: &Arc<Faults>) -> TierOptions {
@@ -96,7 +96,7 @@ fn a_refused_pin_owes_the_index_nothing() {
     let blocks: Vec<_> = (0..400).map(|id| tiers.block(id)).collect();
     for id in 0..20 {
         let refused = tiers.nvme.pin(id, &blocks, now().plus_ms(600_000), true, now());
-        assert!(matches!(refused, Err(PinRefused::TooManyBytes { .. })), "{refused:?}");
+        assert!(matches!(refused, Err(PinRefused::TooLarge { .. })), "{refused:?}");
     }
     assert!(tiers.sync());
     // An empty batch has a head of some bytes.

@@ -2,7 +2,7 @@
 
 use kvstore_tests::tier::{Got, TierOptions, Tiers, now};
 use kvstore_tiers::below::Ask;
-use kvstore_tiers::residency::Delete;
+use kvstore_tiers::slots::Delete;
 use kvstore_transfer::volume::{Fault, Faults};
 
 use crate::nvme_faults::{faulty, fill};

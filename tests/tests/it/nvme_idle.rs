@@ -18,7 +18,7 @@ fn an_idle_volume_neither_writes_nor_syncs() {
     let before = work();
     (1..20).for_each(|id| assert!(tiers.put(id, false)));
     tiers.settle();
-    assert!(tiers.delete(3) != kvstore_tiers::residency::Delete::Absent);
+    assert!(tiers.delete(3) != kvstore_tiers::slots::Delete::Absent);
     std::thread::sleep(Duration::from_millis(1600));
     let after = work();
     assert!(after.0 > before.0, "what was written is synced within a second or so: {before:?} {after:?}");

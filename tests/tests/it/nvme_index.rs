@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::nvme_faults::LoopMount;
 use kvstore_tests::tier::{Got, TierOptions, Tiers, as_killed, now};
-use kvstore_tiers::residency::Delete;
+use kvstore_tiers::slots::Delete;
 
 fn options() -> TierOptions {
     TierOptions { block_bytes: 6000, host_bytes: 8 << 20, index_bytes: Some(1 << 20), ..TierOptions::default() }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvstore_tests::tier::{Got, TierOptions, Tiers, as_killed, now};
-use kvstore_tiers::residency::Delete;
+use kvstore_tiers::slots::Delete;
 use kvstore_transfer::volume::{Fault, Faults};
 
 fn faulty(faults: &Arc<Faults>) -> TierOptions {

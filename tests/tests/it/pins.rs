@@ -13,7 +13,7 @@ use kvstore_tests::{TestDaemon, chain, hashes, two_namespaces, until};
 use kvstore_tiers::caps::OBJECT_REFERRING_MAX;
 use kvstore_tiers::host::{HoldId, HoldKind, NamespaceId};
 use kvstore_tiers::nvme::NvmeTier;
-use kvstore_tiers::residency::{Delete, Presence};
+use kvstore_tiers::slots::{Delete, Presence};
 use kvstore_tiers::{BootTime, SlotKey};
 
 const BLOCK: u32 = 100_000;

@@ -11,7 +11,7 @@ use kvstore_tests::tier::{hash, now};
 use kvstore_tests::{TestDaemon, chain, hashes, until};
 use kvstore_tiers::below::{Below, WhyNotRead};
 use kvstore_tiers::host::Leasing;
-use kvstore_tiers::residency::Priority;
+use kvstore_tiers::slots::Priority;
 use kvstore_tiers::stack::{
     Admission, AdmissionRules, Asked, Copy, Level as StackLevel, NamespaceRules, Policy, Promotion, Stack, Window, Wish,
 };

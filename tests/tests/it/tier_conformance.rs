@@ -14,7 +14,7 @@ use kvstore_tiers::below::{Ask, Below, Hold, NotHeld, NotRead, Read, ReadUrgency
 use kvstore_tiers::host::{HoldId, HoldKind, Leasing};
 use kvstore_tiers::nvme::{NvmeEngine, NvmeOptions, NvmeTier};
 use kvstore_tiers::object::{ObjectLimits, ObjectOptions, ObjectTier, ObjectUrl, Verify};
-use kvstore_tiers::residency::{Delete, FlightSource, Priority};
+use kvstore_tiers::slots::{Delete, FlightSource, Priority};
 use kvstore_tiers::stack::{Promotion, Stack};
 use kvstore_tiers::{OwnedRun, Run, SequenceHash, Tier};
 use tokio::time::Instant;

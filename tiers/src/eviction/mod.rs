@@ -2,7 +2,7 @@
 //! takes no lock, reads no clock.
 //!
 //! A policy knows blocks by their [`BlockIndex`] in one pool (blocks of one namespace and one slot
-//! size). The residency tells it what arrives, what is read and what left, and asks for a victim.
+//! size). The slots' state machine tells it what arrives, what is read and what left, and asks for a victim.
 //! What is pinned, leased or in flight is held: a held block is never named as a victim.
 
 mod ghosts;

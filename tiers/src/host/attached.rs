@@ -13,7 +13,7 @@ use super::HostTier;
 use super::namespace::{Namespace, NamespaceId, RegisteredLayout};
 use crate::caps;
 use crate::clock::BootTime;
-use crate::residency::Readers;
+use crate::slots::Readers;
 
 /// The least slot: how many keys a table has to hold.
 const SLOT_BYTES_MIN: u64 = 4096;
@@ -141,9 +141,9 @@ impl Namespace {
     fn touch(&mut self, slots: &[SlotRef], now: BootTime) {
         // The client wrote the leaf first; slots that it made up touch nothing, or its own namespace's blocks.
         for slot in slots {
-            self.residency.touch_leaf_first(*slot);
+            self.slots.touch_leaf_first(*slot);
         }
-        for (pool, blocks) in self.residency.pools_of(slots) {
+        for (pool, blocks) in self.slots.pools_of(slots) {
             self.note_demand(pool, blocks, now);
         }
     }
@@ -181,15 +181,15 @@ impl HostTier {
     /// Looks which of the slots that waited for readers are read no more. The lease pages may be many: they are looked at without the
     /// lock.
     pub(super) fn look_again(&self, namespace: NamespaceId) {
-        let waiting = self.state.lock().namespace(namespace).map_or(0, |at| at.residency.waiting_for_readers());
+        let waiting = self.state.lock().namespace(namespace).map_or(0, |at| at.slots.waiting_for_readers());
         for _ in 0..waiting.div_ceil(caps::KEYS_PER_LOCK) {
             let mut state = self.state.lock();
             let Some(at) = state.namespace_mut(namespace) else { return };
-            let (waits, readers) = (at.residency.next_waiting(), Arc::clone(&at.readers));
+            let (waits, readers) = (at.slots.next_waiting(), Arc::clone(&at.readers));
             drop(state);
             let named = waits.named(&*readers);
             if let Some(at) = self.state.lock().namespace_mut(namespace) {
-                at.residency.end_waiting(&waits, &named);
+                at.slots.end_waiting(&waits, &named);
             }
         }
     }
@@ -227,7 +227,7 @@ impl HostTier {
     /// Slots that clients name now, and slots that wait for that to end.
     pub fn local_leases(&self) -> (usize, usize) {
         let state = self.state.lock();
-        let waiting = state.namespaces.iter().map(|namespace| namespace.residency.waiting_for_readers()).sum();
+        let waiting = state.namespaces.iter().map(|namespace| namespace.slots.waiting_for_readers()).sum();
         let readers: Vec<_> = state.namespaces.iter().map(|namespace| Arc::clone(&namespace.readers)).collect();
         drop(state);
         let mut leases = 0;
@@ -239,9 +239,9 @@ impl HostTier {
     pub fn slabs_of(&self, namespace: NamespaceId) -> Vec<(u32, Arc<Slab>)> {
         let state = self.state.lock();
         let Some(namespace) = state.namespace(namespace) else { return Vec::new() };
-        let residency = &namespace.residency;
-        let numbers = residency.pools().flat_map(|pool| residency.slab_numbers(pool));
-        numbers.filter_map(|number| Some((number, Arc::clone(residency.slab(number)?)))).collect()
+        let slots = &namespace.slots;
+        let numbers = slots.pools().flat_map(|pool| slots.slab_numbers(pool));
+        numbers.filter_map(|number| Some((number, Arc::clone(slots.slab(number)?)))).collect()
     }
 
     /// Has `watcher` called when slabs came or left, on whatever thread made them so.

@@ -25,7 +25,7 @@ impl DemotingBlock {
     /// The block's bytes, for a transfer. They must be gone before this value is: whoever takes them keeps
     /// both, and drops the bytes first.
     pub(crate) fn bytes(&self) -> Option<SlotBytes> {
-        let slab = self.tier.state.lock().namespace(self.namespace)?.residency.slab(self.slot.slab).cloned()?;
+        let slab = self.tier.state.lock().namespace(self.namespace)?.slots.slab(self.slot.slab).cloned()?;
         // SAFETY: begin_demote() leased the slot, and end_demote() in our Drop gives the lease back: until
         // then nobody else gets the slot. The only callers (nvme::flush) drop the bytes before this value: where they
         // are copied or summed, at once; where they are transferred, in the transfer's completion, which passes this
@@ -52,7 +52,7 @@ impl DemotingBlock {
 impl Drop for DemotingBlock {
     fn drop(&mut self) {
         if let Some(namespace) = self.tier.state.lock().namespace_mut(self.namespace) {
-            namespace.residency.end_demote(self.slot, self.copies);
+            namespace.slots.end_demote(self.slot, self.copies);
         }
     }
 }
@@ -67,7 +67,7 @@ impl HostTier {
     ) -> Option<DemotingBlock> {
         let mut state = self.state.lock();
         let namespace = state.namespace_mut(layout.namespace)?;
-        let (slot, record) = namespace.residency.begin_demote(&Self::key(layout, group, hash))?;
+        let (slot, record) = namespace.slots.begin_demote(&Self::key(layout, group, hash))?;
         let (tier, namespace) = (Arc::clone(self), layout.namespace);
         Some(DemotingBlock { tier, namespace, slot, length: record.length, crc32: record.crc32, copies: 0 })
     }

@@ -11,7 +11,7 @@ use super::namespace::{NamespaceId, RegisteredLayout};
 use super::room::{Room, SlabPlan};
 use crate::clock::BootTime;
 use crate::layout::LayerGroup;
-use crate::residency::{FillTicket, Incoming, Publish, Reserve, Urgency};
+use crate::slots::{FillTicket, Incoming, Publish, Reserve, Urgency};
 
 /// A writer that is slower than this between two notes counts as having stalled in between; a quarter of
 /// the stall after which another may take over.
@@ -64,11 +64,11 @@ impl HostTier {
         let mut state = self.state.lock();
         loop {
             let Some(at) = state.namespace_mut(namespace) else { return BeginFill::Busy };
-            match at.residency.reserve(&incoming, urgency, now) {
+            match at.slots.reserve(&incoming, urgency, now) {
                 Reserve::Reserved(ticket) => {
                     at.note_demand(group.pool, 1, now);
                     let sections = section_bytes(&group.group, group.block_bytes);
-                    let fill = self.fill(namespace, ticket, (request.length, sections), &mut at.residency, now);
+                    let fill = self.fill(namespace, ticket, (request.length, sections), &mut at.slots, now);
                     let Some(fill) = fill else { return BeginFill::Busy };
                     return BeginFill::Fill(fill, self.plan_ahead(&mut state, namespace, group.pool));
                 }
@@ -97,16 +97,16 @@ impl HostTier {
         namespace: NamespaceId,
         ticket: FillTicket,
         (length, section_bytes): (u32, u32),
-        residency: &mut crate::residency::Residency<Arc<kvstore_transfer::Slab>>,
+        slots: &mut crate::slots::Slots<Arc<kvstore_transfer::Slab>>,
         now: BootTime,
     ) -> Option<BlockFill> {
-        let slab = residency.slab(ticket.slot.slab).cloned();
-        // SAFETY: the residency reserved this slot for this ticket alone: until BlockFill hands the ticket
+        let slab = slots.slab(ticket.slot.slab).cloned();
+        // SAFETY: `Slots` reserved this slot for this ticket alone: until BlockFill hands the ticket
         // back, no other fill gets the slot and no reader finds it; a superseded slot is not reused either.
         let fill = slab.and_then(|slab| unsafe { SlotFill::new(slab, ticket.slot.slot, length as usize) });
         if fill.is_none() {
             // A length that is no block's of this layout; callers check it first.
-            residency.abort(ticket);
+            slots.abort(ticket);
         }
         let fill = fill?.with_sections(section_bytes);
         Some(BlockFill { tier: Arc::clone(self), namespace, fill: Some((ticket, fill)), noted: now })
@@ -171,8 +171,8 @@ impl FilledBlock {
         let Some(ticket) = self.ticket.take() else { return (Publish::Superseded, None) };
         let mut state = self.tier.state.lock();
         let Some(namespace) = state.namespace_mut(self.namespace) else { return (Publish::Superseded, None) };
-        let key = namespace.residency.key_of(&ticket);
-        let published = namespace.residency.publish(ticket, self.length, self.crc32, tail);
+        let key = namespace.slots.key_of(&ticket);
+        let published = namespace.slots.publish(ticket, self.length, self.crc32, tail);
         match key.filter(|_| published == Publish::Published) {
             Some(key) => match self.tier.lease_in(namespace, self.namespace, &key) {
                 Leasing::Leased(block) => (published, Some(block)),
@@ -188,7 +188,7 @@ impl Drop for FilledBlock {
         if let Some(ticket) = self.ticket.take()
             && let Some(namespace) = self.tier.state.lock().namespace_mut(self.namespace)
         {
-            namespace.residency.abort(ticket);
+            namespace.slots.abort(ticket);
         }
     }
 }
@@ -252,7 +252,7 @@ impl BlockFill {
         };
         self.noted = now;
         if let Some(namespace) = self.tier.state.lock().namespace_mut(self.namespace) {
-            namespace.residency.progress(ticket, now);
+            namespace.slots.progress(ticket, now);
         }
     }
 
@@ -316,7 +316,7 @@ impl Drop for BlockFill {
         if let Some((ticket, fill)) = self.fill.take() {
             drop(fill);
             if let Some(namespace) = self.tier.state.lock().namespace_mut(self.namespace) {
-                namespace.residency.abort(ticket);
+                namespace.slots.abort(ticket);
             }
         }
     }

@@ -14,7 +14,7 @@ use super::steps::Steps;
 use super::{HostTier, State};
 use crate::caps;
 use crate::clock::BootTime;
-use crate::residency::Pinned;
+use crate::slots::Pinned;
 
 /// Names a hold. Random enough not to be guessed by another client of the namespace.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
@@ -141,14 +141,14 @@ impl Holds {
 impl State {
     /// Of all namespaces.
     fn pinned_bytes(&self) -> u64 {
-        self.namespaces.iter().map(|namespace| namespace.residency.pinned_bytes()).sum()
+        self.namespaces.iter().map(|namespace| namespace.slots.pinned_bytes()).sum()
     }
 
     /// Whether what is pinned is within the bounds of its namespace and of the tier.
     fn check_held(&self, namespace: NamespaceId) -> Result<(), HoldError> {
         let Some(at) = self.namespace(namespace) else { return Err(HoldError::TooMany) };
         let percent = at.limits.held_percent.min(caps::HELD_PERCENT_MAX);
-        let (held_bytes, bytes_max) = (at.residency.pinned_bytes(), self.limits.bytes / 100 * percent);
+        let (held_bytes, bytes_max) = (at.slots.pinned_bytes(), self.limits.bytes / 100 * percent);
         if held_bytes > bytes_max {
             return Err(HoldError::TooManyBytes { held_bytes, bytes_max, percent });
         }
@@ -186,7 +186,7 @@ impl HostTier {
         let mut state = self.state.lock();
         let Some(at) = state.namespace_mut(namespace) else { return Err(HoldError::TooMany) };
         at.holds.end_making(room, made);
-        let held_bytes = at.residency.pinned_bytes();
+        let held_bytes = at.slots.pinned_bytes();
         let held_by_all = state.pinned_bytes();
         match refused {
             None => Ok(Held { id, blocks }),
@@ -217,7 +217,7 @@ impl HostTier {
                     steps.next().check_held(namespace)?;
                 }
                 let at = steps.next().namespace_mut(namespace);
-                let Some(pinned) = at.and_then(|at| at.residency.pin(&Self::key(layout, *group, *hash))) else { break };
+                let Some(pinned) = at.and_then(|at| at.slots.pin(&Self::key(layout, *group, *hash))) else { break };
                 pins.push(pinned);
             }
         }
@@ -228,7 +228,7 @@ impl HostTier {
         let mut steps = Steps::begin(self);
         for pinned in pins {
             if let Some(at) = steps.next().namespace_mut(namespace) {
-                at.residency.unpin(pinned);
+                at.slots.unpin(pinned);
             }
         }
     }
@@ -241,7 +241,7 @@ impl HostTier {
             while let Some(hold) = steps.next().namespace_mut(namespace).and_then(|at| at.holds.remove_expired(now)) {
                 for pinned in &hold.pins {
                     if let Some(at) = steps.next().namespace_mut(namespace) {
-                        at.residency.unpin(pinned);
+                        at.slots.unpin(pinned);
                     }
                 }
             }

@@ -10,7 +10,7 @@ use super::HostTier;
 use super::namespace::{Namespace, NamespaceId, RegisteredLayout};
 use super::steps::Steps;
 use crate::clock::BootTime;
-use crate::residency::Presence;
+use crate::slots::Presence;
 
 /// One asked block.
 pub enum Leasing {
@@ -33,7 +33,7 @@ pub struct LeasedBlock {
 }
 
 impl LeasedBlock {
-    /// Of a lease that the residency has counted already.
+    /// Of a lease that `Slots` has counted already.
     pub(super) fn new(
         tier: &Arc<HostTier>,
         namespace: NamespaceId,
@@ -68,7 +68,7 @@ impl Drop for LeasedBlock {
     fn drop(&mut self) {
         self.bytes = None;
         if let Some(namespace) = self.tier.state.lock().namespace_mut(self.namespace) {
-            namespace.residency.release(self.slot);
+            namespace.slots.release(self.slot);
         }
     }
 }
@@ -94,7 +94,7 @@ impl HostTier {
         }
         for slot in hits.iter().rev() {
             if let Some(namespace) = steps.next().namespace_mut(layout.namespace) {
-                namespace.residency.touch(&[*slot]);
+                namespace.slots.touch(&[*slot]);
             }
         }
         if let Some(group) = layout.group(u32::from(group))
@@ -115,16 +115,16 @@ impl HostTier {
     }
 
     pub(super) fn lease_in(self: &Arc<Self>, namespace: &mut Namespace, id: NamespaceId, key: &SlotKey) -> Leasing {
-        let Some((slot, record)) = namespace.residency.lease(key) else {
-            let on_its_way = namespace.residency.presence(key) == Presence::InFlight;
+        let Some((slot, record)) = namespace.slots.lease(key) else {
+            let on_its_way = namespace.slots.presence(key) == Presence::InFlight;
             return if on_its_way { Leasing::InFlight } else { Leasing::Miss };
         };
-        let slab = namespace.residency.slab(slot.slab).cloned();
-        // SAFETY: the lease just taken keeps the residency from giving the slot to anyone until release(),
+        let slab = namespace.slots.slab(slot.slab).cloned();
+        // SAFETY: the lease just taken keeps `Slots` from giving the slot to anyone until release(),
         // which LeasedBlock calls after it dropped the bytes.
         let bytes = slab.and_then(|slab| unsafe { SlotBytes::new(slab, slot.slot, record.length as usize) });
         if bytes.is_none() {
-            namespace.residency.release(slot);
+            namespace.slots.release(slot);
             return Leasing::Miss;
         }
         Leasing::Leased(LeasedBlock { tier: Arc::clone(self), namespace: id, slot, bytes, crc32: record.crc32 })

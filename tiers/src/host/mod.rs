@@ -31,7 +31,7 @@ use crate::clock::BootTime;
 use crate::eviction::PolicyKind;
 use crate::layout::{InvalidLayout, Layout};
 use crate::pool::PoolId;
-use crate::residency::{Delete, Presence, ResidencyCounts};
+use crate::slots::{Delete, Presence, SlotCounts};
 
 pub use attached::{AttachError, Attached, ReadersView, StagingMemory};
 pub use demote::DemotingBlock;
@@ -106,7 +106,7 @@ pub struct HostStatus {
     /// Each pool.
     pub pools: Vec<PoolStatus>,
     /// Sums over all namespaces.
-    pub counts: ResidencyCounts,
+    pub counts: SlotCounts,
     /// Blocks that are readable or on their way.
     pub blocks: u64,
     /// Fills under way.
@@ -272,7 +272,7 @@ impl HostTier {
         for run in hashes.chunks(caps::KEYS_PER_LOCK) {
             let state = self.state.lock();
             if let Some(namespace) = state.namespace(layout.namespace) {
-                namespace.residency.presence_of_run(layout.ordinal, group, run, &mut out);
+                namespace.slots.presence_of_run(layout.ordinal, group, run, &mut out);
             }
         }
         out
@@ -284,7 +284,7 @@ impl HostTier {
         let mut steps = Steps::begin(self);
         for hash in hashes {
             let Some(namespace) = steps.next().namespace_mut(layout.namespace) else { break };
-            outcomes.push(namespace.residency.delete(&Self::key(layout, group, *hash)));
+            outcomes.push(namespace.slots.delete(&Self::key(layout, group, *hash)));
         }
         outcomes
     }
@@ -295,7 +295,7 @@ impl HostTier {
         let mut steps = Steps::begin(self);
         for hash in hashes {
             let Some(namespace) = steps.next().namespace_mut(layout.namespace) else { break };
-            held.push(namespace.residency.is_held(&Self::key(layout, group, *hash)));
+            held.push(namespace.slots.is_held(&Self::key(layout, group, *hash)));
         }
         held
     }
@@ -303,14 +303,14 @@ impl HostTier {
     /// Drops a block that turned out damaged, pinned or not.
     pub fn drop_key(&self, namespace: NamespaceId, key: &SlotKey) {
         if let Some(namespace) = self.state.lock().namespace_mut(namespace) {
-            namespace.residency.quarantine(key);
+            namespace.slots.quarantine(key);
         }
     }
 
     /// A request stored a chain that ends with `last`: all of it is as recent.
     pub fn refresh_chain(&self, layout: &RegisteredLayout, group: u16, last: SequenceHash) {
         if let Some(namespace) = self.state.lock().namespace_mut(layout.namespace) {
-            namespace.residency.refresh(&Self::key(layout, group, last));
+            namespace.slots.refresh(&Self::key(layout, group, last));
         }
     }
 
@@ -350,7 +350,7 @@ impl HostTier {
         let mut state = self.state.lock();
         for (namespace, limits) in state.namespaces.iter_mut().zip(limits) {
             namespace.limits = limits;
-            namespace.residency.set_writes_back(limits.writes_back);
+            namespace.slots.set_writes_back(limits.writes_back);
         }
     }
 
@@ -365,7 +365,7 @@ impl HostTier {
         let mut retired = self.shrink();
         retired.extend(self.shrink_namespaces());
         self.evict_to_watermark(mapped);
-        if self.state.lock().namespaces.iter().any(|namespace| namespace.residency.has_leaving()) {
+        if self.state.lock().namespaces.iter().any(|namespace| namespace.slots.has_leaving()) {
             self.leaving.notify_one();
         }
         self.sweep_unused(now);
@@ -383,7 +383,7 @@ impl HostTier {
         for at in 0..count {
             let state = self.state.lock();
             let Some(namespace) = state.namespaces.get(at) else { break };
-            let numbers = namespace.residency.pools().flat_map(|pool| namespace.residency.slab_numbers(pool));
+            let numbers = namespace.slots.pools().flat_map(|pool| namespace.slots.slab_numbers(pool));
             slabs.extend(numbers.map(|slab| (NamespaceId(at), slab)));
         }
         slabs
@@ -392,7 +392,7 @@ impl HostTier {
     /// Keys of the readable blocks of a slab.
     pub fn keys_of_slab(&self, namespace: NamespaceId, slab: u32) -> Vec<SlotKey> {
         let mut keys = Vec::new();
-        self.each_lock_of_slab(namespace, |at, slots| at.residency.keys_in(slab, slots, &mut keys));
+        self.each_lock_of_slab(namespace, |at, slots| at.slots.keys_in(slab, slots, &mut keys));
         keys
     }
 
@@ -414,7 +414,7 @@ impl HostTier {
         let mut keys = Vec::new();
         self.each_lock_of_slab(namespace, |at, slots| {
             keys.clear();
-            let more = at.residency.keys_in(slab, slots, &mut keys);
+            let more = at.slots.keys_in(slab, slots, &mut keys);
             out.extend(keys.iter().filter_map(|key| at.event_name(key)));
             more
         });

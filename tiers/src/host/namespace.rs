@@ -1,4 +1,4 @@
-//! One namespace's part of the Host tier: its layouts, its residency, its holds, and how much each of
+//! One namespace's part of the Host tier: its layouts, its slots, its holds, and how much each of
 //! its pools is used.
 
 use std::collections::{BTreeSet, HashMap};
@@ -16,7 +16,7 @@ use crate::clock::BootTime;
 use crate::eviction::PolicyKind;
 use crate::layout::{LayerGroup, Layout, Shard};
 use crate::pool::PoolId;
-use crate::residency::{Readers, Residency, Watcher};
+use crate::slots::{Readers, Slots, Watcher};
 use crate::tier::Tier;
 
 /// A namespace's place in the configuration.
@@ -115,7 +115,7 @@ pub(super) struct Namespace {
     pub(super) seed: u64,
     pub(super) table: SharedTable,
     pub(super) readers: Arc<AttachedReaders>,
-    pub(super) residency: Residency<Arc<Slab>>,
+    pub(super) slots: Slots<Arc<Slab>>,
     pub(super) holds: Holds,
     pub(super) limits: NamespaceLimits,
     /// Bytes of its slabs.
@@ -151,10 +151,10 @@ impl Namespace {
     pub(super) fn new(name: &str, seed: u64, policy: PolicyKind, bytes_ceiling: u64, log: Arc<ChangeLog>) -> Self {
         let readers = Arc::new(AttachedReaders::default());
         let table = SharedTable::create(bytes_ceiling);
-        let mut residency = Residency::new(seed, policy, table.memory(), Arc::clone(&readers) as Arc<dyn Readers>);
+        let mut slots = Slots::new(seed, policy, table.memory(), Arc::clone(&readers) as Arc<dyn Readers>);
         let digest = namespace_digest(name);
         let name_seeds = NameSeeds::default();
-        residency.watch(watcher(log, NamespaceTag::of(&digest), name_seeds.clone()));
+        slots.watch(watcher(log, NamespaceTag::of(&digest), name_seeds.clone()));
         Self {
             name: name.to_owned(),
             digest,
@@ -162,7 +162,7 @@ impl Namespace {
             seed,
             table,
             readers,
-            residency,
+            slots,
             holds: Holds::default(),
             limits: NamespaceLimits::default(),
             slab_bytes: 0,
@@ -175,7 +175,7 @@ impl Namespace {
 
     pub(super) fn add_slab(&mut self, pool: PoolId, slab: Arc<Slab>) {
         let bytes = slab.geometry().slab_bytes;
-        if self.residency.add_slab(pool, slab).is_some() {
+        if self.slots.add_slab(pool, slab).is_some() {
             self.slab_bytes += bytes;
         }
     }
@@ -194,7 +194,7 @@ impl Namespace {
             return Err(RegisterError::TooMany);
         }
         let sizes = layout.groups.iter().map(|group| room::slot_bytes(group.block_bytes(layout.block_tokens)));
-        let known = self.residency.pools().map(|pool| self.residency.pool_occupancy(pool).0);
+        let known = self.slots.pools().map(|pool| self.slots.pool_occupancy(pool).0);
         if known.chain(sizes).collect::<BTreeSet<u64>>().len() > caps::POOLS_MAX {
             return Err(RegisterError::TooManySizes);
         }
@@ -224,7 +224,7 @@ impl Namespace {
     fn place_group(&mut self, group: &LayerGroup, name_seed: u64, block_tokens: u32, slab_bytes: u64) -> LayoutGroup {
         let block_bytes = group.block_bytes(block_tokens);
         let stride = room::slots_per_slab(slab_bytes, block_bytes);
-        let pool = self.residency.pool(room::slot_bytes(block_bytes), stride);
+        let pool = self.slots.pool(room::slot_bytes(block_bytes), stride);
         LayoutGroup { group: group.clone(), block_bytes, name_seed, pool }
     }
 
@@ -273,9 +273,9 @@ impl Namespace {
     /// Evicts a block of `pool`, or a few, and the same blocks of their sibling shards: a group is read as far as all
     /// its shards are there, so that the others would only take up room. False where nothing may leave.
     pub(super) fn evict(&mut self, pool: PoolId) -> bool {
-        let mut evicted = self.residency.evict(pool);
-        if evicted.is_empty() && self.residency.look_again() {
-            evicted = self.residency.evict(pool);
+        let mut evicted = self.slots.evict(pool);
+        if evicted.is_empty() && self.slots.look_again() {
+            evicted = self.slots.evict(pool);
         }
         let mut siblings = Vec::new();
         for key in evicted.iter().map(|evicted| evicted.key) {
@@ -286,14 +286,14 @@ impl Namespace {
             }
         }
         if !siblings.is_empty() {
-            self.residency.evict_keys(siblings.into_iter());
+            self.slots.evict_keys(siblings.into_iter());
         }
         // A slot that was freed by looking again is room too.
-        !evicted.is_empty() || self.residency.has_free_slot(pool)
+        !evicted.is_empty() || self.slots.has_free_slot(pool)
     }
 
     pub(super) fn note_demand(&mut self, pool: PoolId, blocks: usize, now: BootTime) {
-        let (slot_bytes, _, _) = self.residency.pool_occupancy(pool);
+        let (slot_bytes, _, _) = self.slots.pool_occupancy(pool);
         if self.demand.len() <= pool.0 {
             self.demand.resize(pool.0 + 1, Demand::default());
         }
@@ -317,22 +317,22 @@ impl Namespace {
 
     /// True where somebody asked for a block of it lately: in the last few minutes.
     pub(super) fn is_asked(&self, now: BootTime) -> bool {
-        self.residency.pools().any(|pool| self.demand(pool, now) > 1.0)
+        self.slots.pools().any(|pool| self.demand(pool, now) > 1.0)
     }
 
     pub(super) fn add_to(&self, status: &mut HostStatus) {
-        let counts = self.residency.counts();
+        let counts = self.slots.counts();
         status.counts.published += counts.published;
         status.counts.evicted += counts.evicted;
         status.counts.deleted += counts.deleted;
         status.counts.aborted += counts.aborted;
         status.counts.taken_over += counts.taken_over;
-        status.blocks += self.residency.len() as u64;
-        status.flights += self.residency.flights() as u64;
-        status.pinned_bytes += self.residency.pinned_bytes();
-        for pool in self.residency.pools() {
-            let (slot_bytes, slots, used) = self.residency.pool_occupancy(pool);
-            let slabs = self.residency.slab_count(pool) as u64;
+        status.blocks += self.slots.len() as u64;
+        status.flights += self.slots.flights() as u64;
+        status.pinned_bytes += self.slots.pinned_bytes();
+        for pool in self.slots.pools() {
+            let (slot_bytes, slots, used) = self.slots.pool_occupancy(pool);
+            let slabs = self.slots.slab_count(pool) as u64;
             let namespace = self.name.clone();
             status.pools.push(PoolStatus { namespace, slot_bytes, slots: slots as u64, used: used as u64, slabs });
         }

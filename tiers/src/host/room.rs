@@ -15,7 +15,7 @@ use super::{HostTier, State};
 use crate::caps;
 use crate::clock::BootTime;
 use crate::pool::PoolId;
-use crate::residency::{Incoming, Priority, Withdrawn};
+use crate::slots::{Incoming, Priority, Withdrawn};
 
 /// A slab moves only to a pool whose slabs are used this many times as much: moving one back and forth
 /// costs the blocks in it.
@@ -106,9 +106,7 @@ impl HostTier {
             return Room::Make(plan);
         }
         let ahead_of_need = priority == Priority::Prefetch;
-        if ahead_of_need
-            && state.namespace_mut(namespace).is_some_and(|at| at.residency.would_push_out_better(incoming))
-        {
+        if ahead_of_need && state.namespace_mut(namespace).is_some_and(|at| at.slots.would_push_out_better(incoming)) {
             return Room::Outranked;
         }
         // What is on its way already is waited for, or every slab would leave before the first is unmapped.
@@ -127,13 +125,13 @@ impl HostTier {
             return Room::Wait;
         }
         let evicted = state.namespace_mut(namespace).is_some_and(|namespace| namespace.evict(pool));
-        if state.namespace(namespace).is_some_and(|namespace| namespace.residency.has_leaving()) {
+        if state.namespace(namespace).is_some_and(|namespace| namespace.slots.has_leaving()) {
             self.leaving.notify_one();
         }
         // A block that is written to disk or sent just now keeps its whole prefix in memory, and leaves soon; so may one
         // that is being filled.
-        let on_its_way = |residency: &crate::residency::Residency<_>| residency.has_parked() || residency.flights() > 0;
-        let kept_for_now = state.namespace(namespace).is_some_and(|namespace| on_its_way(&namespace.residency));
+        let on_its_way = |slots: &crate::slots::Slots<_>| slots.has_parked() || slots.flights() > 0;
+        let kept_for_now = state.namespace(namespace).is_some_and(|namespace| on_its_way(&namespace.slots));
         match evicted {
             true => Room::Evicted,
             false if awaited || kept_for_now => Room::Wait,
@@ -143,10 +141,10 @@ impl HostTier {
 
     /// A slab for a pool whose free slots run low, while the bound allows one and none is being made.
     pub(super) fn plan_ahead(&self, state: &mut State, namespace: NamespaceId, pool: PoolId) -> Option<SlabPlan> {
-        let residency = &state.namespace(namespace)?.residency;
-        let (_, slots, _) = residency.pool_occupancy(pool);
-        let per_slab = slots / residency.slab_count(pool).max(1);
-        let low = residency.free_slots(pool) * LOW_PARTS < per_slab;
+        let slots = &state.namespace(namespace)?.slots;
+        let (_, count, _) = slots.pool_occupancy(pool);
+        let per_slab = count / slots.slab_count(pool).max(1);
+        let low = slots.free_slots(pool) * LOW_PARTS < per_slab;
         if !low || state.making.contains(&(namespace, pool)) { None } else { self.plan(state, namespace, pool) }
     }
 
@@ -154,7 +152,7 @@ impl HostTier {
         let room = state.limits.bytes.saturating_sub(self.mapped.load(Ordering::Acquire));
         let room = room.min(state.room_of(namespace));
         let namespace_state = state.namespace(namespace)?;
-        let (slot_bytes, _, _) = namespace_state.residency.pool_occupancy(pool);
+        let (slot_bytes, _, _) = namespace_state.slots.pool_occupancy(pool);
         let geometry = slab_geometry(state.slab_bytes, slot_bytes, room)?;
         let plan = SlabPlan { namespace, pool, namespace_digest: namespace_state.digest, geometry };
         self.mapped.fetch_add(plan.bytes(), Ordering::AcqRel);
@@ -205,7 +203,7 @@ impl State {
         // Pools of one namespace share its bound: what it takes from others must fit, too.
         let only_own = self.room_of(namespace) < self.slab_bytes;
         let Some(receiver) = self.namespace_mut(namespace) else { return Vec::new() };
-        let slabs = receiver.residency.slab_count(pool);
+        let slabs = receiver.slots.slab_count(pool);
         if slabs > 0 && !receiver.may_look(pool, now, LOOK_EVERY_MS) {
             return Vec::new();
         }
@@ -225,12 +223,12 @@ impl State {
             }
             // And who is beyond it gives to who is not.
             let gives_way = is_other && is_beyond && !grows_beyond;
-            for other in donor.residency.pools().filter(|other| (NamespaceId(at), *other) != (namespace, pool)) {
-                let count = donor.residency.slab_count(other);
+            for other in donor.slots.pools().filter(|other| (NamespaceId(at), *other) != (namespace, pool)) {
+                let count = donor.slots.slab_count(other);
                 if count == 0 {
                     continue;
                 }
-                let empty = donor.residency.pool_occupancy(other).2 == 0;
+                let empty = donor.slots.pool_occupancy(other).2 == 0;
                 let demand = donor.demand(other, now) / count as f64;
                 if empty || slabs == 0 || gives_way || demand * DEMAND_RATIO < wanted {
                     donors.push((!empty, demand, at, other));
@@ -243,14 +241,14 @@ impl State {
 
     /// The emptiest slabs of a pool.
     fn emptiest(&self, namespace: usize, pool: PoolId) -> Vec<u32> {
-        let Some(residency) = self.namespaces.get(namespace).map(|at| &at.residency) else { return Vec::new() };
-        let mut slabs = residency.slab_numbers(pool);
-        slabs.retain(|slab| !residency.slab_is_leaving(*slab));
+        let Some(slots) = self.namespaces.get(namespace).map(|at| &at.slots) else { return Vec::new() };
+        let mut slabs = slots.slab_numbers(pool);
+        slabs.retain(|slab| !slots.slab_is_leaving(*slab));
         if slabs.len() > SLABS_TRIED {
-            slabs.select_nth_unstable_by_key(SLABS_TRIED, |slab| residency.slab_used(*slab));
+            slabs.select_nth_unstable_by_key(SLABS_TRIED, |slab| slots.slab_used(*slab));
             slabs.truncate(SLABS_TRIED);
         }
-        slabs.sort_by_key(|slab| residency.slab_used(*slab));
+        slabs.sort_by_key(|slab| slots.slab_used(*slab));
         slabs
     }
 
@@ -261,7 +259,7 @@ impl State {
         if self.making.contains(&(NamespaceId(at), pool)) {
             return 0;
         }
-        let (slot_bytes, slots, used) = namespace.residency.pool_occupancy(pool);
+        let (slot_bytes, slots, used) = namespace.slots.pool_occupancy(pool);
         let part = |percent: u32| slots as u64 * u64::from(percent) / 100;
         let can_grow = slab_geometry(self.slab_bytes, slot_bytes, room).is_some();
         if can_grow || used as u64 <= part(self.limits.high_watermark_percent) {
@@ -297,18 +295,18 @@ impl HostTier {
         pool: PoolId,
     ) -> Option<Arc<Slab>> {
         let emptiest = state.emptiest(namespace, pool);
-        let residency = &state.namespaces.get(namespace)?.residency;
-        let slab = emptiest.into_iter().find(|slab| !residency.slab_is_stuck(*slab))?;
+        let slots = &state.namespaces.get(namespace)?.slots;
+        let slab = emptiest.into_iter().find(|slab| !slots.slab_is_stuck(*slab))?;
         self.withdraw(state, namespace, slab)
     }
 
     fn withdraw(&self, state: &mut MutexGuard<'_, State>, namespace: usize, slab: u32) -> Option<Arc<Slab>> {
-        let mut step = state.namespaces.get_mut(namespace)?.residency.begin_withdraw(slab);
+        let mut step = state.namespaces.get_mut(namespace)?.slots.begin_withdraw(slab);
         loop {
             match step {
                 Withdrawn::More(from) => {
                     MutexGuard::bump(state);
-                    step = state.namespaces.get_mut(namespace)?.residency.withdraw_some(slab, from);
+                    step = state.namespaces.get_mut(namespace)?.slots.withdraw_some(slab, from);
                 }
                 Withdrawn::Stuck => return None,
                 Withdrawn::Done(slab) => {
@@ -329,9 +327,9 @@ impl HostTier {
         for at in 0..count {
             let state = self.state.lock();
             let Some(namespace) = state.namespaces.get(at).filter(|namespace| which(namespace)) else { continue };
-            let residency = &namespace.residency;
-            let numbers = residency.pools().flat_map(|pool| residency.slab_numbers(pool));
-            slabs.extend(numbers.map(|slab| (residency.slab_used(slab), at, slab)));
+            let slots = &namespace.slots;
+            let numbers = slots.pools().flat_map(|pool| slots.slab_numbers(pool));
+            slabs.extend(numbers.map(|slab| (slots.slab_used(slab), at, slab)));
         }
         slabs.sort_unstable();
         slabs
@@ -339,8 +337,8 @@ impl HostTier {
 
     fn withdraw_unstuck(&self, namespace: usize, slab: u32) -> Option<Arc<Slab>> {
         let mut state = self.state.lock();
-        let residency = &state.namespaces.get(namespace)?.residency;
-        if residency.slab_is_leaving(slab) || residency.slab_is_stuck(slab) {
+        let slots = &state.namespaces.get(namespace)?.slots;
+        if slots.slab_is_leaving(slab) || slots.slab_is_stuck(slab) {
             return None;
         }
         self.withdraw(&mut state, namespace, slab)
@@ -388,7 +386,7 @@ impl HostTier {
     pub(super) fn evict_to_watermark(&self, mapped: u64) {
         let state = self.state.lock();
         let room = state.limits.bytes.saturating_sub(mapped);
-        let of = |(at, namespace): (usize, &Namespace)| namespace.residency.pools().map(move |pool| (at, pool));
+        let of = |(at, namespace): (usize, &Namespace)| namespace.slots.pools().map(move |pool| (at, pool));
         let pools: Vec<(usize, PoolId)> = state.namespaces.iter().enumerate().flat_map(of).collect();
         drop(state);
         let mut steps = Steps::begin(self);
@@ -397,9 +395,9 @@ impl HostTier {
             while above > 0 {
                 // As long as it gets emptier: what is left may all be held, with slots to spare.
                 let Some(namespace) = steps.take(EVICTED_AT_ONCE).namespaces.get_mut(at) else { break };
-                let before = namespace.residency.pool_occupancy(pool).2;
+                let before = namespace.slots.pool_occupancy(pool).2;
                 namespace.evict(pool);
-                let evicted = before.saturating_sub(namespace.residency.pool_occupancy(pool).2);
+                let evicted = before.saturating_sub(namespace.slots.pool_occupancy(pool).2);
                 if evicted == 0 {
                     break;
                 }

@@ -30,16 +30,16 @@ impl HostTier {
         for at in 0..count {
             let mut state = self.state.lock();
             let Some(namespace) = state.namespaces.get_mut(at) else { break };
-            for found in namespace.residency.take_leaving() {
+            for found in namespace.slots.take_leaving() {
                 let key = found.record.key;
                 let layout = namespace.layout_at(key.layout).cloned();
-                let slab = namespace.residency.slab(found.slot.slab).cloned();
-                // SAFETY: the residency leased the slot when it put it on this list: nobody else gets it until release(),
+                let slab = namespace.slots.slab(found.slot.slab).cloned();
+                // SAFETY: `Slots` leased the slot when it put it on this list: nobody else gets it until release(),
                 // which LeasedBlock calls after it dropped the bytes.
                 let bytes = slab
                     .and_then(|slab| unsafe { SlotBytes::new(slab, found.slot.slot, found.record.length as usize) });
                 let (Some(layout), Some(bytes)) = (layout, bytes) else {
-                    namespace.residency.release(found.slot);
+                    namespace.slots.release(found.slot);
                     continue;
                 };
                 let block = LeasedBlock::new(self, NamespaceId(at), found.slot, bytes, found.record.crc32);
@@ -57,7 +57,7 @@ impl HostTier {
     /// The block before this one in its prefix, where both are in memory.
     pub fn parent_of(&self, namespace: NamespaceId, key: &SlotKey) -> Option<SequenceHash> {
         let state = self.state.lock();
-        let residency = &state.namespace(namespace)?.residency;
-        residency.parent_of(residency.find_slot(key)?)
+        let slots = &state.namespace(namespace)?.slots;
+        slots.parent_of(slots.find_slot(key)?)
     }
 }

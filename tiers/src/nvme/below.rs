@@ -14,7 +14,7 @@ use crate::below::{
 use crate::block::{BlockRef, OwnedRun, Run, Wanted};
 use crate::host::{HoldId, HoldKind};
 use crate::meter::ReadRate;
-use crate::residency::{Delete, Priority};
+use crate::slots::{Delete, Priority};
 
 impl Below for NvmeTier {
     fn presence(&self, run: &Run<'_>, ask: Ask) -> Known {

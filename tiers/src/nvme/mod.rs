@@ -48,7 +48,7 @@ use crate::changes::{ChangeLog, NamespaceTag};
 use crate::clock::BootTime;
 use crate::host::{HostTier, RegisteredLayout};
 use crate::meter::ReadMeter;
-use crate::residency::Delete;
+use crate::slots::Delete;
 
 use deletions::Deletions;
 use extents::Extents;

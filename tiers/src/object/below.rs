@@ -11,7 +11,7 @@ use super::upload::{Offer, Offered};
 use crate::below::{Ask, Below, Hold, Holding, Known, NotDeleted, NotHeld, Read, ReadUrgency, Room, Write, Written};
 use crate::block::{OwnedRun, Run};
 use crate::host::{HoldId, HoldKind};
-use crate::residency::Delete;
+use crate::slots::Delete;
 
 impl Below for ObjectTier {
     fn presence(&self, run: &Run<'_>, ask: Ask) -> Known {

@@ -12,7 +12,7 @@ use super::upload::Batch;
 use crate::block::BlockRef;
 use crate::caps;
 use crate::host::{LeasedBlock, Leasing};
-use crate::residency::Priority;
+use crate::slots::Priority;
 use crate::stack::Promotion;
 
 /// A hold on the disk lasts until its upload is done; this is longer than any outage that is waited for.

@@ -17,7 +17,7 @@ use crate::block::{Block, Wanted, unpadded};
 use crate::bucket::{Body, Trouble, retried};
 use crate::caps;
 use crate::host::BlockFill;
-use crate::residency::Priority;
+use crate::slots::Priority;
 
 /// A block that is on its way out of its pack.
 struct Reading {

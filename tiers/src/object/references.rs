@@ -24,7 +24,7 @@ use crate::block::OwnedRun;
 use crate::bucket::{Lease, Trouble, retried};
 use crate::caps;
 use crate::host::RegisteredLayout;
-use crate::residency::Presence;
+use crate::slots::Presence;
 
 /// A promise in the bucket that blocks stay: a pin's.
 #[derive(Serialize, Deserialize, PartialEq, Eq, Debug)]

@@ -7,7 +7,7 @@ use futures::future::join_all;
 use super::{Lower, Stack};
 use crate::below::{Ask, NotDeleted};
 use crate::block::{OwnedRun, Run};
-use crate::residency::Delete;
+use crate::slots::Delete;
 
 /// What became of blocks that were to be deleted.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]

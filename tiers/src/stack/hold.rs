@@ -17,7 +17,7 @@ use crate::block::{BlockRef, OwnedRun, Run};
 use crate::caps;
 use crate::clock::BootTime;
 use crate::host::{HoldError, HoldId, HoldKind, HostTier, NamespaceId};
-use crate::residency::Presence;
+use crate::slots::Presence;
 use crate::tier::{Tier, TierSet};
 
 /// Why a hold was not made.

@@ -15,7 +15,7 @@ use crate::below::{Arrived, Ask, NotRead, Read, ReadUrgency, WhyNotRead};
 use crate::block::{Block, BlockRef, Run};
 use crate::caps;
 use crate::host::{BeginFill, BlockFill, FillRequest, LeasedBlock, Leasing, RegisteredLayout};
-use crate::residency::{FlightSource, Presence, Priority, Publish, Urgency};
+use crate::slots::{FlightSource, Presence, Priority, Publish, Urgency};
 use crate::tier::{Tier, TierSet};
 
 /// The blocks that a call wants in memory, and how urgently.

@@ -1,4 +1,4 @@
-//! What goes into a residency and what comes out of it.
+//! What goes into slots and what comes out of them.
 
 use kvstore_plane::{SequenceHash, SlotKey, SlotRecord, SlotRef};
 
@@ -60,7 +60,7 @@ pub struct FillTicket {
     pub(super) generation: u64,
 }
 
-/// What came of [`Residency::reserve`].
+/// What came of [`Slots::reserve`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Reserve {
     /// Fill this slot, then publish or abort.
@@ -75,7 +75,7 @@ pub enum Reserve {
     Busy,
 }
 
-/// What came of [`Residency::publish`].
+/// What came of [`Slots::publish`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Publish {
     /// Readable from now on.
@@ -95,7 +95,7 @@ pub enum Presence {
     Absent,
 }
 
-/// What came of [`Residency::delete`].
+/// What came of [`Slots::delete`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Delete {
     /// Gone.
@@ -131,7 +131,7 @@ pub struct Leaving {
 pub struct Evicted {
     /// Its key.
     pub key: SlotKey,
-    /// What [`Residency::end_demote`](super::Residency::end_demote) was told of tiers below, one bit each; and bit 2 where the block
+    /// What [`Slots::end_demote`](super::Slots::end_demote) was told of tiers below, one bit each; and bit 2 where the block
     /// was offered to them. What a tier below dropped since is not known here.
     pub copies: u8,
 }

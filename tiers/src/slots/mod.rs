@@ -1,7 +1,7 @@
-//! Residency: decides who holds a block in memory, and who may fill, read or replace it. Touches no
+//! Slots: which block each holds, and who may fill, read or replace it. Generic over the memory. Touches no
 //! block's bytes, does no I/O, awaits nothing and reads no clock: a million random steps run in a test.
 //!
-//! One residency serves one namespace. A block's life in it:
+//! One [`Slots`] serves one namespace. A block's life in it:
 //!
 //! ```text
 //!            reserve                publish              evict, delete
@@ -93,7 +93,7 @@ fn is_kept(entry: &SlotEntry) -> bool {
 
 /// Counts since the start; all of blocks.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
-pub struct ResidencyCounts {
+pub struct SlotCounts {
     /// Published.
     pub published: u64,
     /// Evicted for lack of room.
@@ -107,7 +107,7 @@ pub struct ResidencyCounts {
 }
 
 /// See the head of this file.
-pub struct Residency<S> {
+pub struct Slots<S> {
     seed: u64,
     policy: PolicyKind,
     table: KeyTable,
@@ -119,9 +119,9 @@ pub struct Residency<S> {
     parked: HashSet<SlotRef>,
     readers: Arc<dyn Readers>,
     waiting: readers::Waiting,
-    counts: ResidencyCounts,
+    counts: SlotCounts,
     pinned_bytes: u64,
-    /// Of this residency's life: see `unused.rs`.
+    /// Since they were made: see `unused.rs`.
     second: u32,
     /// Seconds after which a block that nobody used leaves.
     ttl: Option<u32>,
@@ -135,11 +135,11 @@ pub struct Residency<S> {
     watcher: Option<Watcher>,
 }
 
-/// See [`Residency::watch`].
+/// See [`Slots::watch`].
 pub type Watcher = Box<dyn Fn(&SlotKey, bool) + Send>;
 
-impl<S: SlabMemory> Residency<S> {
-    /// An empty residency. `seed` should be secret: sequence hashes come from clients, and a client that
+impl<S: SlabMemory> Slots<S> {
+    /// None yet. `seed` should be secret: sequence hashes come from clients, and a client that
     /// knew it could fill one bucket of the key table. `table` holds the key table, which is full when it is; `readers`
     /// are all who read slots without asking.
     pub fn new(
@@ -160,7 +160,7 @@ impl<S: SlabMemory> Residency<S> {
             parked: HashSet::with_capacity(caps::FILLS_USUAL),
             readers,
             waiting: readers::Waiting::default(),
-            counts: ResidencyCounts::default(),
+            counts: SlotCounts::default(),
             pinned_bytes: 0,
             second: 0,
             ttl: None,
@@ -231,7 +231,7 @@ impl<S: SlabMemory> Residency<S> {
     }
 
     /// Counts since the start.
-    pub fn counts(&self) -> ResidencyCounts {
+    pub fn counts(&self) -> SlotCounts {
         self.counts
     }
 

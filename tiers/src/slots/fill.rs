@@ -2,12 +2,12 @@
 
 use kvstore_plane::{SlotKey, SlotRef, SlotState};
 
-use super::{Fill, FillTicket, FlightSource, Incoming, Publish, Reserve, Residency, SlabMemory, Urgency};
+use super::{Fill, FillTicket, FlightSource, Incoming, Publish, Reserve, SlabMemory, Slots, Urgency};
 use crate::caps;
 use crate::clock::BootTime;
 use crate::eviction::NewBlock;
 
-impl<S: SlabMemory> Residency<S> {
+impl<S: SlabMemory> Slots<S> {
     /// Reserves a slot for a block that its caller will bring.
     pub fn reserve(&mut self, incoming: &Incoming, urgency: Urgency, now: BootTime) -> Reserve {
         match self.find(&incoming.key).map(|(slot, entry)| (slot, entry.state())) {

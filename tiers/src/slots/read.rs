@@ -2,11 +2,11 @@
 
 use kvstore_plane::{SlotKey, SlotRecord, SlotRef, SlotState};
 
-use super::{Pinned, Residency, SlabMemory};
+use super::{Pinned, SlabMemory, Slots};
 use crate::eviction::Touch;
 use crate::pool::PoolId;
 
-impl<S: SlabMemory> Residency<S> {
+impl<S: SlabMemory> Slots<S> {
     /// A lease on a readable block: until it is released, its bytes stay as they are.
     pub fn lease(&mut self, key: &SlotKey) -> Option<(SlotRef, SlotRecord)> {
         let (slot, entry) = self.find(key)?;

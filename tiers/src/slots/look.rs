@@ -2,9 +2,9 @@
 
 use kvstore_plane::{SequenceHash, SlotEntry, SlotKey, SlotRef, SlotState};
 
-use super::{Presence, Residency, SlabMemory};
+use super::{Presence, SlabMemory, Slots};
 
-impl<S: SlabMemory> Residency<S> {
+impl<S: SlabMemory> Slots<S> {
     pub(super) fn find(&self, key: &SlotKey) -> Option<(SlotRef, &SlotEntry)> {
         let hash = key.table_hash(self.seed);
         let slot = self.table.find(hash, |slot| self.entry(slot).is_some_and(|entry| entry.is_key(key)))?;

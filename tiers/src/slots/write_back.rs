@@ -3,7 +3,7 @@
 
 use kvstore_plane::{SequenceHash, SlotEntry, SlotRef};
 
-use super::{Leaving, Residency, SlabMemory};
+use super::{Leaving, SlabMemory, Slots};
 use crate::caps;
 
 /// The bit of an entry's `copies` that says: it was offered to the tiers below.
@@ -19,7 +19,7 @@ pub(super) enum Offer {
     NotNow,
 }
 
-impl<S: SlabMemory> Residency<S> {
+impl<S: SlabMemory> Slots<S> {
     /// Whether blocks are offered to the tiers below before they leave.
     pub fn set_writes_back(&mut self, writes_back: bool) {
         self.writes_back = writes_back;

@@ -3,12 +3,12 @@
 use kvstore_plane::{SlotKey, SlotRef, SlotState};
 
 use super::write_back::Offer;
-use super::{Delete, Evicted, Incoming, Residency, SlabMemory};
+use super::{Delete, Evicted, Incoming, SlabMemory, Slots};
 use crate::caps;
 use crate::eviction::Removal;
 use crate::pool::PoolId;
 
-impl<S: SlabMemory> Residency<S> {
+impl<S: SlabMemory> Slots<S> {
     /// Makes a block unreadable at once. A flight of it is superseded.
     pub fn delete(&mut self, key: &SlotKey) -> Delete {
         let Some((slot, entry)) = self.find(key) else { return Delete::Absent };

@@ -2,9 +2,9 @@
 
 use kvstore_plane::{SlotKey, SlotRecord, SlotRef, SlotState};
 
-use super::{Residency, SlabMemory};
+use super::{SlabMemory, Slots};
 
-impl<S: SlabMemory> Residency<S> {
+impl<S: SlabMemory> Slots<S> {
     /// Starts a copy to a lower tier: the block stays readable, and stays until [`Self::end_demote`].
     pub fn begin_demote(&mut self, key: &SlotKey) -> Option<(SlotRef, SlotRecord)> {
         let (slot, entry) = self.find(key)?;

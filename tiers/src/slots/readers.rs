@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use kvstore_plane::{SlotRef, SlotState, withdrawn};
 
-use super::{Evicted, Residency, SlabMemory};
+use super::{Evicted, SlabMemory, Slots};
 use crate::caps;
 use crate::eviction::Removal;
 
@@ -95,7 +95,7 @@ fn named_among(readers: &dyn Readers, slots: impl Iterator<Item = SlotRef>) -> H
     named
 }
 
-impl<S: SlabMemory> Residency<S> {
+impl<S: SlabMemory> Slots<S> {
     /// Evicts those of `slots` that nothing keeps.
     pub(super) fn evict_slots(&mut self, slots: &[SlotRef]) -> Vec<Evicted> {
         let leaving: Vec<SlotRef> = slots.iter().copied().filter(|slot| self.may_leave(*slot)).collect();

@@ -3,14 +3,14 @@
 use kvstore_plane::{SlotEntry, SlotRef, SlotState};
 
 use super::write_back::Offer;
-use super::{Residency, SlabMemory, SlabPlace, is_kept};
+use super::{SlabMemory, SlabPlace, Slots, is_kept};
 use crate::caps;
 use crate::eviction::BlockIndex;
 use crate::pool::{Pool, PoolId};
 
-/// What a step of withdrawing a slab came to: see [`Residency::withdraw_some`].
+/// What a step of withdrawing a slab came to: see [`Slots::withdraw_some`].
 pub enum Withdrawn<S> {
-    /// The residency has it no more.
+    /// Its slots are nobody's any more.
     Done(S),
     /// There is more to be done, from here on.
     More(u32),
@@ -18,7 +18,7 @@ pub enum Withdrawn<S> {
     Stuck,
 }
 
-impl<S: SlabMemory> Residency<S> {
+impl<S: SlabMemory> Slots<S> {
     /// The pool for slots of `slot_bytes`; slabs of it have at most `stride` slots.
     pub fn pool(&mut self, slot_bytes: u64, stride: u32) -> PoolId {
         let found = self.pools.iter().position(|pool| pool.slot_bytes == slot_bytes);
@@ -53,7 +53,7 @@ impl<S: SlabMemory> Residency<S> {
         self.free_slots(pool) > 0
     }
 
-    /// Takes in a slab whose slots are all free. `None` when the residency has as many as it can number;
+    /// Takes in a slab whose slots are all free. `None` where there are as many as can be numbered;
     /// else the slab's number.
     pub fn add_slab(&mut self, pool: PoolId, memory: S) -> Option<u32> {
         let number = self.slabs.iter().position(Option::is_none).unwrap_or(self.slabs.len());

@@ -1,13 +1,13 @@
-//! Residency against a map: a million random steps, and after each the two agree on what is readable.
+//! Slots against a map: a million random steps, and after each the two agree on what is readable.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use kvstore_plane::{HeapTable, SequenceHash, SlotEntry, SlotKey, SlotRef};
 use kvstore_tiers::eviction::PolicyKind;
-use kvstore_tiers::residency::{
-    Delete, FillTicket, FlightSource, Incoming, Pinned, Presence, Priority, Publish, Readers, Reserve, Residency,
-    SlabMemory, Urgency,
+use kvstore_tiers::slots::{
+    Delete, FillTicket, FlightSource, Incoming, Pinned, Presence, Priority, Publish, Readers, Reserve, SlabMemory,
+    Slots, Urgency,
 };
 use kvstore_tiers::{BlockKind, BootTime, PoolId};
 
@@ -69,7 +69,7 @@ struct Block {
 }
 
 struct Model {
-    residency: Residency<Directory>,
+    slots: Slots<Directory>,
     pool: PoolId,
     blocks: HashMap<SlotKey, Block>,
     fills: Vec<(SlotKey, FillTicket, u32, bool)>,
@@ -96,10 +96,10 @@ impl Model {
     fn new(policy: PolicyKind) -> Self {
         let named = Arc::new(Named::default());
         let readers = Arc::clone(&named) as Arc<dyn Readers>;
-        let mut residency = Residency::new(7, policy, Box::new(HeapTable::new(1000)), readers);
-        let pool = residency.pool(4096, SLOTS as u32);
+        let mut slots = Slots::new(7, policy, Box::new(HeapTable::new(1000)), readers);
+        let pool = slots.pool(4096, SLOTS as u32);
         Self {
-            residency,
+            slots,
             pool,
             blocks: HashMap::new(),
             fills: Vec::new(),
@@ -144,7 +144,7 @@ impl Model {
     fn add_slab(&mut self) {
         if self.slabs < 4 {
             let directory = Directory((0..SLOTS).map(|_| SlotEntry::free()).collect());
-            assert!(self.residency.add_slab(self.pool, directory).is_some());
+            assert!(self.slots.add_slab(self.pool, directory).is_some());
             self.slabs += 1;
         }
     }
@@ -156,11 +156,11 @@ impl Model {
         let kind = if random.below(5) == 0 { BlockKind::RecurrentState } else { BlockKind::Attention };
         let incoming = Incoming { key, kind, parent, pool: self.pool };
         let source = if random.below(3) == 0 { FlightSource::Promotion } else { FlightSource::Writer };
-        match self.residency.reserve(&incoming, urgency(source, self.now), BootTime(self.now)) {
+        match self.slots.reserve(&incoming, urgency(source, self.now), BootTime(self.now)) {
             Reserve::Resident => assert!(self.blocks.contains_key(&key)),
             Reserve::InFlight => {
                 assert!(self.live_fill(&key).is_some());
-                assert!(self.residency.flight(&key).unwrap().deadline >= BootTime(self.now + 1000), "waits are added");
+                assert!(self.slots.flight(&key).unwrap().deadline >= BootTime(self.now + 1000), "waits are added");
             }
             Reserve::Reserved(ticket) => {
                 assert!(!self.blocks.contains_key(&key));
@@ -192,15 +192,15 @@ impl Model {
         let Some(at) = random.pick(&self.fills) else { return };
         if random.below(4) == 0 {
             let now = BootTime(self.now);
-            self.residency.progress(&self.fills[at].1, now);
+            self.slots.progress(&self.fills[at].1, now);
             return;
         }
         let (key, ticket, stamp, live) = self.fills.swap_remove(at);
         if random.below(5) == 0 {
-            self.residency.abort(ticket);
+            self.slots.abort(ticket);
             return;
         }
-        let published = self.residency.publish(ticket, 1000, stamp, random.below(4) == 0);
+        let published = self.slots.publish(ticket, 1000, stamp, random.below(4) == 0);
         assert_eq!(published == Publish::Published, live, "a superseded writer publishes nothing");
         if live {
             self.blocks.insert(key, Block { crc32: stamp, ..Block::default() });
@@ -209,7 +209,7 @@ impl Model {
 
     fn lease(&mut self, random: &mut Random) {
         let key = key(random.below(KEYS));
-        let leased = self.residency.lease(&key);
+        let leased = self.slots.lease(&key);
         assert_eq!(leased.is_some(), self.blocks.contains_key(&key));
         if let Some((slot, record)) = leased {
             let block = self.blocks.get_mut(&key).unwrap();
@@ -222,7 +222,7 @@ impl Model {
     fn release(&mut self, random: &mut Random) {
         let Some(at) = random.pick(&self.leases) else { return };
         let (key, slot, crc32, live) = self.leases.swap_remove(at);
-        self.residency.release(slot);
+        self.slots.release(slot);
         if live && let Some(block) = self.blocks.get_mut(&key) {
             assert_eq!(block.crc32, crc32);
             block.leases -= 1;
@@ -232,8 +232,8 @@ impl Model {
     /// A reader that maps the slab: names the slot, then finds it readable.
     fn read(&mut self, random: &mut Random) {
         let key = key(random.below(KEYS));
-        let Some((slot, _)) = self.residency.lease(&key) else { return };
-        self.residency.release(slot);
+        let Some((slot, _)) = self.slots.lease(&key) else { return };
+        self.slots.release(slot);
         self.blocks.get_mut(&key).unwrap().readers += 1;
         self.reads.push((key, slot, true));
         self.named.0.lock().unwrap().push(slot);
@@ -241,7 +241,7 @@ impl Model {
 
     fn end_read(&mut self, random: &mut Random) {
         if random.below(3) == 0 {
-            self.residency.look_again();
+            self.slots.look_again();
         }
         let Some(at) = random.pick(&self.reads) else { return };
         let (key, slot, live) = self.reads.swap_remove(at);
@@ -255,7 +255,7 @@ impl Model {
 
     fn pin(&mut self, random: &mut Random) {
         let key = key(random.below(KEYS));
-        let pinned = self.residency.pin(&key);
+        let pinned = self.slots.pin(&key);
         assert_eq!(pinned.is_some(), self.blocks.contains_key(&key));
         if let Some(pinned) = pinned {
             self.blocks.get_mut(&key).unwrap().pins += 1;
@@ -266,7 +266,7 @@ impl Model {
     fn unpin(&mut self, random: &mut Random) {
         let Some(at) = random.pick(&self.pins) else { return };
         let (key, pinned, live) = self.pins.swap_remove(at);
-        self.residency.unpin(&pinned);
+        self.slots.unpin(&pinned);
         // What was pinned may be gone, as damaged, and another there by its key: that one's pins are its own.
         if live && let Some(block) = self.blocks.get_mut(&key) {
             block.pins -= 1;
@@ -289,7 +289,7 @@ impl Model {
             (Some(_), _) | (None, Some(_)) => Delete::Deleted,
             (None, None) => Delete::Absent,
         };
-        assert_eq!(self.residency.delete(&key), expected);
+        assert_eq!(self.slots.delete(&key), expected);
         if expected == Delete::Deleted {
             if let Some(fill) = self.live_fill(&key) {
                 self.fills[fill].3 = false;
@@ -300,14 +300,14 @@ impl Model {
 
     fn quarantine(&mut self, random: &mut Random) {
         let key = key(random.below(KEYS));
-        self.residency.quarantine(&key);
+        self.slots.quarantine(&key);
         self.forget(&key);
     }
 
     fn evict(&mut self) {
-        let mut evicted = self.residency.evict(self.pool);
-        if evicted.is_empty() && self.residency.look_again() {
-            evicted = self.residency.evict(self.pool);
+        let mut evicted = self.slots.evict(self.pool);
+        if evicted.is_empty() && self.slots.look_again() {
+            evicted = self.slots.evict(self.pool);
         }
         if evicted.is_empty() {
             // A parent whose children are kept stays with them.
@@ -329,7 +329,7 @@ impl Model {
 
     fn demote(&mut self, random: &mut Random) {
         let key = key(random.below(KEYS));
-        let begun = self.residency.begin_demote(&key);
+        let begun = self.slots.begin_demote(&key);
         let possible = self.blocks.get(&key).is_some_and(|block| block.demoting == 0);
         assert_eq!(begun.is_some(), possible);
         if let Some((slot, _)) = begun {
@@ -342,7 +342,7 @@ impl Model {
         let Some(at) = random.pick(&self.demotes) else { return };
         let (key, slot, live) = self.demotes.swap_remove(at);
         let copies = random.below(4) as u8;
-        self.residency.end_demote(slot, copies);
+        self.slots.end_demote(slot, copies);
         if live && let Some(block) = self.blocks.get_mut(&key) {
             block.demoting = 0;
             block.copies |= copies;
@@ -351,19 +351,19 @@ impl Model {
 
     fn touch(&mut self, random: &mut Random) {
         let key = key(random.below(KEYS));
-        self.residency.refresh(&key);
+        self.slots.refresh(&key);
         let read: Vec<SlotRef> = self.leases.iter().filter(|lease| lease.3).map(|lease| lease.1).take(3).collect();
-        self.residency.touch(&read);
+        self.slots.touch(&read);
     }
 
     fn withdraw(&mut self, random: &mut Random) {
-        let numbers = self.residency.slab_numbers(self.pool);
+        let numbers = self.slots.slab_numbers(self.pool);
         let Some(at) = random.pick(&numbers) else { return };
-        let before: Vec<SlotKey> = self.residency.keys_of_slab(numbers[at]);
-        let withdrawn = self.residency.withdraw_slab(numbers[at]);
+        let before: Vec<SlotKey> = self.slots.keys_of_slab(numbers[at]);
+        let withdrawn = self.slots.withdraw_slab(numbers[at]);
         self.slabs -= usize::from(withdrawn.is_some());
         for key in before {
-            if self.residency.presence(&key) != Presence::Resident {
+            if self.slots.presence(&key) != Presence::Resident {
                 self.assert_unkept(&key);
                 self.forget(&key);
             }
@@ -380,19 +380,19 @@ impl Model {
                 (false, true) => Presence::InFlight,
                 (false, false) => Presence::Absent,
             };
-            assert_eq!(self.residency.presence(&key), expected);
-            assert_eq!(self.residency.copies(&key), self.blocks.get(&key).map_or(0, |block| block.copies));
+            assert_eq!(self.slots.presence(&key), expected);
+            assert_eq!(self.slots.copies(&key), self.blocks.get(&key).map_or(0, |block| block.copies));
         }
         if from == 0 {
-            self.residency.look_again();
-            assert_eq!(self.residency.len(), self.blocks.len() + self.fills.iter().filter(|fill| fill.3).count());
+            self.slots.look_again();
+            assert_eq!(self.slots.len(), self.blocks.len() + self.fills.iter().filter(|fill| fill.3).count());
             let pinned = self.blocks.values().filter(|block| block.pins > 0).count() as u64 * 1000;
-            assert_eq!(self.residency.pinned_bytes(), pinned);
+            assert_eq!(self.slots.pinned_bytes(), pinned);
             let gone = self.leases.iter().filter(|lease| !lease.3).map(|lease| lease.1);
             let gone = gone.chain(self.demotes.iter().filter(|demote| !demote.2).map(|demote| demote.1));
             let gone = gone.chain(self.reads.iter().filter(|read| !read.2).map(|read| read.1));
             let doomed = gone.collect::<std::collections::HashSet<_>>().len();
-            let (_, slots, used) = self.residency.pool_occupancy(self.pool);
+            let (_, slots, used) = self.slots.pool_occupancy(self.pool);
             assert_eq!(used, self.blocks.len() + self.fills.len() + doomed, "a slot leaked");
             assert_eq!(slots, self.slabs * SLOTS);
         }
@@ -408,26 +408,26 @@ fn run(policy: PolicyKind, seed: u64, steps: u64) {
     }
     // Everything ends: every slot is free again.
     for (_, ticket, _, _) in std::mem::take(&mut model.fills) {
-        model.residency.abort(ticket);
+        model.slots.abort(ticket);
     }
     for (_, slot, _, _) in std::mem::take(&mut model.leases) {
-        model.residency.release(slot);
+        model.slots.release(slot);
     }
     for (_, slot, _) in std::mem::take(&mut model.demotes) {
-        model.residency.end_demote(slot, 0);
+        model.slots.end_demote(slot, 0);
     }
     model.reads.clear();
     model.named.0.lock().unwrap().clear();
     for (_, pinned, _) in std::mem::take(&mut model.pins) {
-        model.residency.unpin(&pinned);
+        model.slots.unpin(&pinned);
     }
-    assert_eq!(model.residency.pinned_bytes(), 0);
+    assert_eq!(model.slots.pinned_bytes(), 0);
     for id in 0..KEYS {
-        assert_ne!(model.residency.delete(&key(id)), Delete::Pinned, "a pin is left that nobody has");
+        assert_ne!(model.slots.delete(&key(id)), Delete::Pinned, "a pin is left that nobody has");
     }
-    model.residency.look_again();
-    assert_eq!(model.residency.pool_occupancy(model.pool).2, 0);
-    assert!(model.residency.is_empty());
+    model.slots.look_again();
+    assert_eq!(model.slots.pool_occupancy(model.pool).2, 0);
+    assert!(model.slots.is_empty());
 }
 
 #[test]

@@ -4,12 +4,12 @@
 
 use kvstore_plane::{SlotEntry, SlotRef, SlotState};
 
-use super::{Residency, SlabMemory};
+use super::{SlabMemory, Slots};
 use crate::caps;
 use crate::eviction::BlockIndex;
 use crate::pool::PoolId;
 
-impl<S: SlabMemory> Residency<S> {
+impl<S: SlabMemory> Slots<S> {
     /// It is `second` now, and blocks that are unused for `ttl` seconds are to leave: see [`Self::sweep_unused`].
     pub fn set_second(&mut self, second: u32, ttl: Option<u32>) {
         self.second = second;
