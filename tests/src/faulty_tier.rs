@@ -41,6 +41,7 @@ pub struct FaultyTier {
     holds: Mutex<HashMap<(HoldId, HoldKind), Vec<SlotKey>>>,
     full: AtomicBool,
     freed: Notify,
+    at_delete: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     /// Reads that wait, where they are to.
     stalled: Mutex<Option<Vec<Read>>>,
 }
@@ -56,6 +57,7 @@ impl FaultyTier {
             holds: Mutex::default(),
             full: AtomicBool::new(false),
             freed: Notify::new(),
+            at_delete: Mutex::default(),
             stalled: Mutex::default(),
         })
     }
@@ -74,6 +76,11 @@ impl FaultyTier {
     pub fn let_go(&self) {
         let stalled = self.stalled.lock().take();
         stalled.into_iter().flatten().for_each(|read| self.answer(read));
+    }
+
+    /// This happens once, while the next deletion is made safe.
+    pub fn at_delete(&self, meanwhile: impl FnOnce() + Send + 'static) {
+        *self.at_delete.lock() = Some(Box::new(meanwhile));
     }
 
     /// Whether it has room.
@@ -177,6 +184,11 @@ impl Below for FaultyTier {
             false => Delete::Absent,
         };
         let deleted = run.as_ref().blocks().map(delete).collect();
-        std::future::ready(Ok(deleted)).boxed()
+        let meanwhile = self.at_delete.lock().take();
+        let ended = async move {
+            meanwhile.into_iter().for_each(|meanwhile| meanwhile());
+            Ok(deleted)
+        };
+        ended.boxed()
     }
 }

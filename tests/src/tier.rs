@@ -99,14 +99,19 @@ pub fn hash(id: u64) -> SequenceHash {
     SequenceHash::new(&replay::sequence_hash(id)).unwrap()
 }
 
-/// What a kill -9 would leave of a folder at this moment: what the kernel has been told to write.
+/// What a kill -9 would leave of a folder at this moment: what the kernel has been told to write. The files are copied one after the
+/// other while the tier goes on: what says how far an index was written is taken first, so that it never says more than the copy has.
 pub fn as_killed(folder: &Path) -> tempfile::TempDir {
     let copy = tempfile::tempdir().unwrap();
+    let mark = std::fs::read(folder.join("mark"));
     let copied = std::process::Command::new("cp")
         .args(["-r", "--sparse=always", "--no-target-directory"])
         .args([folder, copy.path()])
         .status();
     assert!(copied.unwrap().success(), "{} cannot be copied", folder.display());
+    if let Ok(mark) = mark {
+        std::fs::write(copy.path().join("mark"), mark).unwrap();
+    }
     copy
 }
 

@@ -210,6 +210,8 @@ pub const PIN_WRITES_MAX: usize = 1024;
 pub const PIN_WRITE_ATTEMPTS: usize = 10;
 /// ... this much later.
 pub const PIN_WRITE_POLL: Duration = Duration::from_millis(1);
+/// Times that a delete looks again for copies that were made meanwhile: each time they can only come from what the time before missed.
+pub const DELETE_ROUNDS_MAX: usize = 16;
 /// Times that a hold looks again, where blocks leave between the look and the hold.
 pub const HOLD_ATTEMPTS: usize = 3;
 /// Bytes of packs that are in memory to be proven, or were read back: 8 MiB for each pack that is proven or written, or one frame,

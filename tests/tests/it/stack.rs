@@ -15,7 +15,7 @@ use kvstore_tiers::slots::Priority;
 use kvstore_tiers::stack::{
     Admission, AdmissionRules, Asked, Copy, Level as StackLevel, NamespaceRules, Policy, Promotion, Stack, Window, Wish,
 };
-use kvstore_tiers::{SequenceHash, Tier};
+use kvstore_tiers::{Run, SequenceHash, Tier};
 use tokio::time::Instant;
 
 const BLOCK: u32 = 50_000;
@@ -116,6 +116,28 @@ async fn a_caller_that_leaves_costs_no_slot() {
         assert!(two.bring(id).await, "block {id} is in memory, or in the bucket");
     }
     two.is_at_rest();
+}
+
+/// While a deletion waits for a tier, memory still has the block, and others may have it copied below again: a request that reads
+/// it, or its leaving memory. The answer was OK, and the block came back. Each tier is looked at again once memory has it no more.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_copied_below_during_a_deletion_does_not_come_back() {
+    for again in [Tier::Nvme, Tier::Object] {
+        let two = Two::new();
+        let (leased, sums) = two.memory.put(1, None).unwrap();
+        let copy = || Copy { block: two.memory.block(1), parent: None, sums: sums.clone(), leased: None };
+        two.stack.stored(copy(), &two.wish(StackLevel::Durable));
+        drop(leased);
+        let waits = if again == Tier::Nvme { &two.bucket } else { &two.disk };
+        let (stack, wish, meanwhile) = (Arc::clone(&two.stack), two.wish(StackLevel::Durable), copy());
+        waits.at_delete(move || _ = stack.stored(meanwhile, &wish));
+        let run = Run { layout: &two.memory.layout, group: 0, hashes: &[hash(1)] };
+        let deleted = two.stack.delete(&run).await.unwrap();
+        assert_eq!((deleted.deleted, deleted.pinned), (1, 0));
+        assert!(two.disk.is_empty() && two.bucket.is_empty(), "it is there again");
+        assert!(!two.bring(1).await);
+        two.is_at_rest();
+    }
 }
 
 /// A put that is to be on disk waits while the disk is full, and goes on once there is room. What was stored meanwhile stays in

@@ -289,6 +289,12 @@ impl HostTier {
         outcomes
     }
 
+    /// True where a block is readable here.
+    pub fn is_resident(&self, namespace: NamespaceId, key: &SlotKey) -> bool {
+        let state = self.state.lock();
+        state.namespace(namespace).is_some_and(|at| at.slots.presence(key) == Presence::Resident)
+    }
+
     /// Which of these blocks a pin or a ticket holds here.
     pub fn held(&self, layout: &RegisteredLayout, group: u16, hashes: &[SequenceHash]) -> Vec<bool> {
         let mut held = Vec::with_capacity(hashes.len());

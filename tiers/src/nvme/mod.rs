@@ -293,6 +293,11 @@ impl NvmeTier {
             Begun::Now => {}
         }
         let Some(dirty) = dirty else { return WriteBack::Refused };
+        // Deleted in memory before it was known to be on its way: whoever deleted it does not find it here.
+        if !self.host.is_resident(block.layout.namespace, &block.key()) {
+            answer(store.state.lock().pending.remove(digest), false);
+            return WriteBack::Refused;
+        }
         let mut queue = store.queue.lock();
         if store.is_stopping() {
             // The flusher may have looked at the queue for the last time.

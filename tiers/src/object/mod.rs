@@ -58,7 +58,7 @@ use held::HeldBytes;
 use logged::Logged;
 use names::Names;
 use proof::Resting;
-use references::IsEnded;
+use references::Unfinished;
 use upload::Uploads;
 
 pub use crate::bucket::{Abilities, ObjectUrl, OpenStoreError, Opened, Trouble};
@@ -238,7 +238,7 @@ pub struct ObjectTier {
     /// References that may still be written or ended.
     referring: Arc<Semaphore>,
     /// References that are being written.
-    unfinished_references: Mutex<HashMap<u128, IsEnded>>,
+    unfinished_references: Mutex<HashMap<u128, Unfinished>>,
     /// Bytes that are checked, or read back ...
     checked_bytes: HeldBytes,
     /// ... and those of packs that are written again without some of their blocks.

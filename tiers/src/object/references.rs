@@ -42,8 +42,32 @@ const REFERENCE_BYTES_MAX: u64 = 4 << 20;
 /// References that are read at once.
 const READS_AT_ONCE: usize = 16;
 
-/// Whether a reference that is being written is not wanted any more.
-pub(super) struct IsEnded(bool);
+/// A reference that is being made.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unfinished {
+    /// No request was made yet, or it is under way.
+    Wanted,
+    /// The same, and it is to be ended.
+    Ended,
+    /// No request was made, and none will be: there is nothing to end.
+    Never,
+}
+
+/// A reference of which no request was made. Where it is dropped, none will be.
+struct Unsent<'a> {
+    tier: &'a ObjectTier,
+    id: u128,
+}
+
+impl Drop for Unsent<'_> {
+    fn drop(&mut self) {
+        let mut unfinished = self.tier.unfinished_references.lock();
+        match unfinished.get_mut(&self.id) {
+            Some(unfinished) if *unfinished == Unfinished::Wanted => *unfinished = Unfinished::Never,
+            _ => _ = unfinished.remove(&self.id),
+        }
+    }
+}
 
 /// What a collector knows of the references.
 #[derive(Default)]
@@ -180,14 +204,16 @@ impl ObjectTier {
         ttl_ms: u64,
     ) -> Result<(), Trouble> {
         let stopped = || Trouble::Failed("the daemon is stopping".into());
+        self.unfinished_references.lock().insert(id, Unfinished::Wanted);
+        let unsent = Unsent { tier: &self, id };
         let permit = Arc::clone(&self.referring).acquire_owned().await.map_err(|_| stopped())?;
-        self.unfinished_references.lock().insert(id, IsEnded(false));
+        std::mem::forget(unsent);
         let (done, outcome) = oneshot::channel();
         let tier = Arc::clone(&self);
         self.runtime.spawn(async move {
             let referred = tier.refer(id, &run.layout, run.group, &run.hashes, ttl_ms).await;
-            let ended = tier.unfinished_references.lock().remove(&id);
-            if let Some(IsEnded(true)) = ended {
+            let unfinished = tier.unfinished_references.lock().remove(&id);
+            if unfinished == Some(Unfinished::Ended) {
                 tier.delete_reference(id).await;
             }
             drop(permit);
@@ -199,9 +225,17 @@ impl ObjectTier {
     /// Ends a reference before its time, in the background. Where that fails, or too many requests of references are under way, it ends
     /// by its time.
     pub fn end_reference(self: &Arc<Self>, id: u128) {
-        if let Some(is_ended) = self.unfinished_references.lock().get_mut(&id) {
-            *is_ended = IsEnded(true);
-            return;
+        let mut unfinished = self.unfinished_references.lock();
+        match unfinished.get_mut(&id) {
+            Some(Unfinished::Never) => {
+                unfinished.remove(&id);
+                return;
+            }
+            Some(unfinished) => {
+                *unfinished = Unfinished::Ended;
+                return;
+            }
+            None => drop(unfinished),
         }
         let Ok(permit) = Arc::clone(&self.referring).try_acquire_owned() else { return };
         let tier = Arc::clone(self);

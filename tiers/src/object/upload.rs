@@ -220,8 +220,11 @@ impl ObjectTier {
         let full = uploads.waiters.len() >= caps::OBJECT_BACKLOG_BLOCKS_MAX
             || uploads.bytes + u64::from(length) > backlog_bytes;
         let leased = has_waited || self.leased_bytes.load(Ordering::Acquire) + u64::from(length) <= limits.upload_bytes;
-        let on_disk = || self.above.will_have(&BlockRef { layout: &layout, group, hash });
-        if full || !(leased || on_disk()) {
+        let named = BlockRef { layout: &layout, group, hash };
+        let on_disk = || self.above.will_have(&named);
+        // Under the lock: whoever deleted it from memory before does not find it among the uploads, and it is not to come back.
+        let is_deleted = || !self.host.is_resident(layout.namespace, &named.key()) && !on_disk();
+        if full || !(leased || on_disk()) || is_deleted() {
             self.counts.refused_blocks.fetch_add(1, Ordering::Relaxed);
             return Offered::Full;
         }

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 
 use futures::future::join_all;
+use kvstore_plane::SequenceHash;
 
 use super::{Lower, Stack};
 use crate::below::{Ask, NotDeleted};
 use crate::block::{OwnedRun, Run};
+use crate::caps;
 use crate::slots::Delete;
 
 /// What became of blocks that were to be deleted.
@@ -18,52 +20,97 @@ pub struct Deleted {
     pub pinned: usize,
 }
 
+/// Blocks that are being deleted, and what is known of each.
+struct Deleting<'a> {
+    run: &'a Run<'a>,
+    outcomes: Vec<Delete>,
+}
+
 impl Stack {
     /// Deletes blocks in every tier, but for those that a hold keeps in one of them. Where this ends well, no crash brings one back. A
     /// tier that cannot promise that fails the whole; the others have deleted what they had. Where the future is dropped, some may be
     /// deleted.
     pub async fn delete(&self, run: &Run<'_>) -> Result<Deleted, NotDeleted> {
-        let mut held = self.host.held(run.layout, run.group, run.hashes);
+        let mut deleting = Deleting { run, outcomes: vec![Delete::Absent; run.hashes.len()] };
+        let held = self.host.held(run.layout, run.group, run.hashes);
+        deleting.note(run.hashes, held.into_iter().map(|held| if held { Delete::Pinned } else { Delete::Absent }));
         for lower in &self.below {
-            let below = lower.store.presence(run, Ask::Held).there;
-            held.iter_mut().zip(below).for_each(|(held, below)| *held |= below);
+            let held = lower.store.presence(run, Ask::Held).there;
+            deleting.note(run.hashes, held.into_iter().map(|held| if held { Delete::Pinned } else { Delete::Absent }));
         }
-        let unheld = run.hashes.iter().zip(&held).filter(|(_, held)| !**held).map(|(hash, _)| *hash).collect();
-        let unheld = OwnedRun { hashes: unheld, ..run.owned() };
-        // The tiers below first: a promotion that began before is then superseded in memory, and none can begin after.
-        let mut outcomes = vec![Delete::Absent; unheld.hashes.len()];
-        let below = self.delete_below(&self.below, &unheld, &mut outcomes).await;
-        let above = self.host.delete(&unheld.layout, unheld.group, &unheld.hashes);
-        merge(&mut outcomes, above);
-        // A copy of what was still in memory may have gone to a faster tier while a slow one was asked.
-        let faster = self.below.split_last().map_or(&[][..], |(_, faster)| faster);
-        let again = self.delete_below(faster, &unheld, &mut outcomes).await;
-        below.and(again)?;
-        let count = |what| outcomes.iter().filter(|outcome| **outcome == what).count();
-        let pinned = held.iter().filter(|held| **held).count() + count(Delete::Pinned);
-        Ok(Deleted { deleted: count(Delete::Deleted), pinned })
+        // The tiers below first: a promotion that began before is then superseded in memory.
+        let below = self.delete_below(&mut deleting, |_, unheld| unheld).await;
+        self.delete_above(&mut deleting);
+        below?;
+        // While memory still had a block, its copies may have gone below again. From now on only promotions of those bring it back.
+        for _ in 0..caps::DELETE_ROUNDS_MAX {
+            let coming = |lower: &Lower, unheld: OwnedRun| {
+                let there = lower.store.presence(&unheld.as_ref(), Ask::Coming).there;
+                let hashes =
+                    unheld.hashes.iter().zip(there).filter(|(_, there)| *there).map(|(hash, _)| *hash).collect();
+                OwnedRun { hashes, ..unheld }
+            };
+            if !self.delete_below(&mut deleting, coming).await? {
+                return Ok(deleting.sum());
+            }
+            self.delete_above(&mut deleting);
+        }
+        let problem =
+            "the blocks are stored again as fast as they are deleted: delete them again once nobody stores them";
+        Err(NotDeleted(problem.into()))
     }
 
-    async fn delete_below(&self, tiers: &[Lower], run: &OwnedRun, outcomes: &mut [Delete]) -> Result<(), NotDeleted> {
-        let deleting: Vec<_> = tiers.iter().map(|lower| Arc::clone(&lower.store).delete(run.clone())).collect();
-        let mut first = Ok(());
-        for deleted in join_all(deleting).await {
-            match deleted {
-                Ok(deleted) => merge(outcomes, deleted),
-                Err(error) => first = first.and(Err(error)),
+    fn delete_above(&self, deleting: &mut Deleting<'_>) {
+        let unheld = deleting.unheld();
+        let above = self.host.delete(&unheld.layout, unheld.group, &unheld.hashes);
+        deleting.note(&unheld.hashes, above.into_iter());
+    }
+
+    /// Deletes in each tier what `chosen` says of the blocks that nothing holds. False where that is nothing in any tier.
+    async fn delete_below(
+        &self,
+        deleting: &mut Deleting<'_>,
+        chosen: impl Fn(&Lower, OwnedRun) -> OwnedRun,
+    ) -> Result<bool, NotDeleted> {
+        let runs: Vec<OwnedRun> = self.below.iter().map(|lower| chosen(lower, deleting.unheld())).collect();
+        let pairs = self.below.iter().zip(&runs).filter(|(_, run)| !run.hashes.is_empty());
+        let (runs, ends): (Vec<_>, Vec<_>) =
+            pairs.map(|(lower, run)| (run, Arc::clone(&lower.store).delete(run.clone()))).unzip();
+        let mut failed = Ok(());
+        for (run, ended) in runs.iter().zip(join_all(ends).await) {
+            match ended {
+                Ok(outcomes) => deleting.note(&run.hashes, outcomes.into_iter()),
+                Err(error) => failed = failed.and(Err(error)),
             }
         }
-        first
+        failed.map(|()| !runs.is_empty())
     }
 }
 
-/// A block that one tier keeps is kept; one that some tier had is deleted.
-fn merge(outcomes: &mut [Delete], others: Vec<Delete>) {
-    for (outcome, other) in outcomes.iter_mut().zip(others) {
-        *outcome = match (*outcome, other) {
-            (Delete::Pinned, _) | (_, Delete::Pinned) => Delete::Pinned,
-            (Delete::Deleted, _) | (_, Delete::Deleted) => Delete::Deleted,
-            (Delete::Absent, Delete::Absent) => Delete::Absent,
-        };
+impl Deleting<'_> {
+    /// What became of some of the blocks in one tier, in their order. A block that one tier keeps is kept; one that some tier had is
+    /// deleted.
+    fn note(&mut self, hashes: &[SequenceHash], outcomes: impl Iterator<Item = Delete>) {
+        let mut others = hashes.iter().zip(outcomes).peekable();
+        for (hash, outcome) in self.run.hashes.iter().zip(&mut self.outcomes) {
+            let Some((_, other)) = others.next_if(|(other, _)| *other == hash) else { continue };
+            *outcome = match (*outcome, other) {
+                (Delete::Pinned, _) | (_, Delete::Pinned) => Delete::Pinned,
+                (Delete::Deleted, _) | (_, Delete::Deleted) => Delete::Deleted,
+                (Delete::Absent, Delete::Absent) => Delete::Absent,
+            };
+        }
+    }
+
+    /// Those that nothing holds, as far as is known by now.
+    fn unheld(&self) -> OwnedRun {
+        let unheld = self.run.hashes.iter().zip(&self.outcomes).filter(|(_, outcome)| **outcome != Delete::Pinned);
+        let hashes = unheld.map(|(hash, _)| *hash).collect();
+        OwnedRun { layout: Arc::clone(self.run.layout), group: self.run.group, hashes }
+    }
+
+    fn sum(&self) -> Deleted {
+        let count = |what| self.outcomes.iter().filter(|outcome| **outcome == what).count();
+        Deleted { deleted: count(Delete::Deleted), pinned: count(Delete::Pinned) }
     }
 }
