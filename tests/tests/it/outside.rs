@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response};
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http2::SendRequest;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use kvstore::caps::{DATA_CALLS_MAX, LEASED_BLOCKS_MAX};
+use kvstore::caps::{CONNECTIONS_MAX, DATA_CALLS_MAX, LEASED_BLOCKS_MAX};
 use kvstore::serve::{StartOptions, start};
 use kvstore_client::v1::{GetRequest, Level};
 use kvstore_client::{Client, GetOutcome, GroupRef, Plane, PutOptions};
@@ -263,6 +263,29 @@ async fn gets_that_are_given_up_while_they_search_leave_nothing_behind() {
         () = over => {}
     }
     waits.abort();
+}
+
+/// 256 connections that each had made one call, and made none any more, held all places of the listener for ever: an operator's command
+/// waited without end.
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_that_asked_once_lock_nobody_out() {
+    let daemon = TestDaemon::start(&[]).await;
+    let (client, group) = daemon.group(16 << 10).await;
+    client.put(&group, chain(0..64, 16 << 10)).await.unwrap();
+    // Its call is under way all the time.
+    let (connection, mut answers) = gets(&daemon, &group, 1, hashes(0..64)).await;
+    let mut idle = Vec::new();
+    for at in 0..CONNECTIONS_MAX + 50 {
+        let ask = async {
+            let peer = daemon.client().await;
+            peer.status().await.map(|_| peer)
+        };
+        let asked = tokio::time::timeout(GUARD, ask).await.unwrap_or_else(|_| panic!("after {at} others"));
+        idle.push(asked.unwrap());
+    }
+    let body = answers.pop().unwrap().into_body().collect().await.expect("nobody takes the place of a call");
+    assert!(body.to_bytes().len() > 64 * (16 << 10));
+    drop((connection, idle));
 }
 
 /// A few bytes of one get in a thousand calls: each answers what is there.
