@@ -201,7 +201,7 @@ async fn readers_that_read_nothing_leave_the_local_plane_its_part() {
     until(&client, |status| status.object.as_ref().unwrap().state == "SERVING").await;
     let options = PutOptions { level: Level::Durable, ..PutOptions::default() };
     for ids in [0..2048, 10_000..10_064] {
-        let results = client.put_with(&group, chain(ids, 4096), options.clone()).await.unwrap();
+        let results = client.put_with(&group, chain(ids, 4096), options).await.unwrap();
         assert!(results.iter().all(|result| result.level() == Level::Durable));
     }
     drop(first);
