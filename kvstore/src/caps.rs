@@ -54,8 +54,12 @@ pub const DATA_CALLS_MAX: usize = 1024;
 /// Blocks that gets may bring ahead from below, and that the local plane may promote, at once: a multiple of the largest promotion, so
 /// that a few slow readers do not stop everyone; the rest of the tier can always turn over.
 pub const LEASED_BLOCKS_MAX: usize = 4 * BLOCKS_PER_GET_WINDOW;
-/// A get takes this part of what is left of these, so that any number of slow readers leaves some.
+/// A get takes this part of what is left of these, so that any number of slow readers leaves some ...
 pub const LEASABLE_PARTS: usize = 8;
+/// ... and this many are the local plane's alone: 32 of the smallest promotions.
+pub const LEASED_BLOCKS_RESERVED: usize = 32 * kvstore_tiers::caps::PROMOTIONS_PER_CALL;
+/// A promotion takes this part of what is left at most: it ends by itself, and others may begin meanwhile.
+pub const PROMOTABLE_PARTS: usize = 2;
 /// What a peer may send on one stream before it is read: hides the latency of a wake-up, bounds memory.
 pub const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 /// The same for all streams of a connection.

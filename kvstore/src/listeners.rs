@@ -13,16 +13,16 @@ use kvstore_proto::v1::events_server::EventsServer;
 use kvstore_tiers::claim::{self, Claim, ClaimError, SocketFile};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::watch;
-use tonic::body::Body;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
-use tower::util::{MapRequestLayer, MapResponseLayer};
+use tower::layer::layer_fn;
+use tower::util::MapResponseLayer;
 
 use crate::authority::AnyAuthority;
 use crate::caller::{Caller, Proof, Rights};
 use crate::caps;
 use crate::config::{Address, Listener};
-use crate::connections::{Connection, Place, Places};
+use crate::connections::{Connection, KeepPlace, Place, Places};
 use crate::daemon::Daemon;
 use crate::local::{PlaneListener, plane_path};
 use crate::service::{self, Context};
@@ -133,7 +133,7 @@ pub async fn serve(
         .http2_keepalive_interval(Some(caps::KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(caps::KEEPALIVE_TIMEOUT))
         .tcp_nodelay(true)
-        .layer(MapRequestLayer::new(keep_place))
+        .layer(layer_fn(KeepPlace))
         .layer(MapResponseLayer::new(service::blame_the_caller))
         .add_routes(routes);
     let stopped = stopped(stop);
@@ -218,14 +218,6 @@ where
             }
         }
     })
-}
-
-/// Whoever makes a call keeps the place of their connection.
-fn keep_place(request: http::Request<Body>) -> http::Request<Body> {
-    if let Some(place) = request.extensions().get::<Arc<Place>>() {
-        place.keep();
-    }
-    request
 }
 
 impl<IO> Connected for Connection<IO> {

@@ -51,6 +51,8 @@ pub enum Meant {
     Reads,
     /// Objects on their way to it.
     Writes,
+    /// Those whose names end so.
+    WritesOf(&'static str),
 }
 
 impl Meant {
@@ -59,6 +61,7 @@ impl Meant {
             Self::Any => true,
             Self::Reads => request.method() == Method::GET,
             Self::Writes => request.method() == Method::PUT,
+            Self::WritesOf(end) => request.method() == Method::PUT && request.uri().path().ends_with(end),
         }
     }
 }

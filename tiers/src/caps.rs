@@ -140,7 +140,7 @@ pub const OBJECT_PREFETCH_READS_MAX: usize = 32;
 pub const OBJECT_WRITES_MAX: usize = 8;
 /// Listings and footers that one search has under way.
 pub const OBJECT_SEARCHES_MAX: usize = 16;
-/// ... and that of a deletion, which looks for each block of its chain: thousands within a call's deadline.
+/// ... and those of all deletions together, which look for each block of their chains: thousands within a call's deadline.
 pub const OBJECT_SEARCHES_EVERYWHERE_MAX: usize = 64;
 /// Listings of one search, by one deadline: what is beyond is found by the next one, and a deletion goes on with it.
 pub const OBJECT_LISTINGS_PER_SEARCH_MAX: usize = 1024;
@@ -217,8 +217,8 @@ pub const HOLD_ATTEMPTS: usize = 3;
 /// Bytes of packs that are in memory to be proven, or were read back: 8 MiB for each pack that is proven or written, or one frame,
 /// where that is larger.
 pub const OBJECT_CHECKED_BYTES_MAX: u64 = (OBJECT_PROOFS_MAX + OBJECT_WRITES_MAX) as u64 * OBJECT_READ_BYTES_MAX;
-/// Bytes of packs that are in memory to be written again, because some of their blocks are deleted: four full ones, or one frame,
-/// where that is larger.
+/// Bytes of packs that are in memory to be written again, because some of their blocks are deleted: two full ones, each of them twice
+/// while a damaged one is read once more, or one frame, where that is larger.
 pub const OBJECT_REWRITTEN_BYTES_MAX: u64 = 8 * OBJECT_PACK_BYTES;
 /// An upload log that could not be written is written anew after twice this long, then after twice as long each time ...
 pub const OBJECT_LOG_BACKOFF_MS: u64 = 100;

@@ -1,4 +1,7 @@
 //! Which bytes of a stream are changed: sees all of them, and reads or writes none.
+//!
+//! It keeps no copy of HPACK's dynamic table. So it does not look at an authority whose name is an entry of that table: only at one whose
+//! name is spelled out, or is the entry of the static table, as every known client sends it. h2 refuses the other one as before.
 
 /// Bytes of the preface of HTTP/2.
 const PREFACE_BYTES: usize = 24;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use kvstore_plane::{Command, Completion, RecordHead, verbs as call};
 use kvstore_proto::v1::{GetStatus, LookupRequest};
+use kvstore_tiers::caps::PROMOTIONS_PER_CALL;
 use kvstore_tiers::host::{HoldId, LeasedBlock, Leasing, RegisteredLayout};
 use kvstore_tiers::slots::Priority;
 use kvstore_tiers::stack::{self, Asked, Level, Policy, Window, Wish};
@@ -197,17 +198,22 @@ struct Promotion {
 }
 
 impl Promotion {
-    /// Brings as many of the leading blocks as there is room for: those that come are kept until the client has leased them.
+    /// Brings as many of the leading blocks as there is room for, and leases: those that come are kept until the client has leased them.
     async fn run(mut self, daemon: Arc<Daemon>, layout: Arc<RegisteredLayout>, group: u16, deadline: Instant) {
         let hashes = std::mem::take(&mut self.hashes);
-        let most = hashes.len().min(caps::BLOCKS_PER_GET_WINDOW);
+        let stack = Arc::clone(&daemon.stack);
+        let promotion = stack::Promotion { stack, layout, group, priority: Priority::Demand, deadline };
+        promotion.search(&hashes).await;
+        if self.client.is_gone() {
+            return;
+        }
+        // A part of what is left: what calls with slow readers have is not this client's to wait for.
+        let part = (daemon.leasable.available_permits() / caps::PROMOTABLE_PARTS).max(PROMOTIONS_PER_CALL);
+        let most = hashes.len().min(caps::BLOCKS_PER_GET_WINDOW).min(part);
         let Ok(permits) = Arc::clone(&daemon.leasable).try_acquire_many_owned(most as u32) else {
             let problem = "calls hold leases on too many blocks at once: try again later";
             return self.client.fail(self.tag, &Status::resource_exhausted(problem));
         };
-        let stack = Arc::clone(&daemon.stack);
-        let promotion = stack::Promotion { stack, layout, group, priority: Priority::Demand, deadline };
-        promotion.search(&hashes).await;
         let (mut ready, mut next) = (Vec::with_capacity(most), GetStatus::Hit);
         let policy = Policy { ahead: usize::MAX, ends_outranked: false, ends_full: true };
         let mut window = Window::new(&promotion, policy, asked(hashes.iter().copied().take(most)));

@@ -32,8 +32,8 @@ pub struct Get {
     pub ranges: Option<Vec<Range<u64>>>,
     /// It ends with the first block that is not there.
     pub leading_run: bool,
-    /// Counts among the calls that may be under way.
-    pub _call: OwnedSemaphorePermit,
+    /// Counts among the calls that may be under way, until its task has ended, too.
+    pub _call: Arc<OwnedSemaphorePermit>,
 }
 
 /// Where a call's blocks come from, in order.
@@ -98,6 +98,7 @@ pub fn get(
     deadline: Instant,
 ) -> Result<Get, Status> {
     let call = Arc::clone(&daemon.data_calls).try_acquire_owned().map_err(|_| too_many_calls(daemon))?;
+    let call = Arc::new(call);
     let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
     let (group, layout_group) = wire::known_group(&layout, request.group)?;
     let hashes = wire::hashes(&request.sequence_hashes, caps::BLOCKS_PER_GET_MAX)?;
@@ -108,7 +109,8 @@ pub fn get(
         .ranges(layout.layout.block_tokens, layers, heads)
         .map_err(|error| Status::invalid_argument(error.to_string()))?;
     check_ticket(daemon, namespace, &request.ticket)?;
-    let source = Bringing { daemon: Arc::clone(daemon), layout, group, hashes, deadline }.start();
+    let bringing = Bringing { daemon: Arc::clone(daemon), layout, group, hashes, deadline, _call: Arc::clone(&call) };
+    let source = bringing.start();
     Ok(Get { source, ranges: (!whole).then_some(ranges), leading_run: request.leading_run, _call: call })
 }
 
@@ -134,6 +136,7 @@ struct Bringing {
     group: u16,
     hashes: Vec<SequenceHash>,
     deadline: Instant,
+    _call: Arc<OwnedSemaphorePermit>,
 }
 
 impl Bringing {
@@ -181,10 +184,14 @@ impl Bringing {
             priority: Priority::Demand,
             deadline: self.deadline,
         };
-        let (ahead, _permits) = self.ahead(promotion.ahead().min(self.hashes.len() - first));
         let mut start = first;
         for part in self.hashes.get(first..).unwrap_or_default().chunks(caps::BLOCKS_PER_GET_WINDOW) {
-            promotion.search(part).await;
+            tokio::select! {
+                () = promotion.search(part) => {}
+                () = send.closed() => return,
+            }
+            // Not before the search, which may take seconds.
+            let (ahead, _permits) = self.ahead(promotion.ahead().min(part.len()));
             let presences = self.daemon.host.presence(&self.layout, self.group, part);
             let read = part.iter().zip(presences).filter(|(_, presence)| *presence == Presence::Resident);
             self.note_read(read.map(|(hash, _)| *hash));
@@ -210,10 +217,14 @@ impl Bringing {
     }
 
     /// How many blocks are brought ahead, and the permits for them: a part of what is left, so that calls whose readers do not read
-    /// leave some to others. Where nothing is left, one block at a time.
+    /// leave some to others, and to the local plane. Where nothing is left, one block at a time.
     fn ahead(&self, wanted: usize) -> (usize, Option<OwnedSemaphorePermit>) {
         let leasable = &self.daemon.leasable;
-        let part = (leasable.available_permits() / caps::LEASABLE_PARTS).max(PROMOTIONS_PER_CALL).min(wanted);
+        let left = leasable.available_permits().saturating_sub(caps::LEASED_BLOCKS_RESERVED);
+        let part = (left / caps::LEASABLE_PARTS).max(PROMOTIONS_PER_CALL).min(wanted);
+        if part > left {
+            return (1, None);
+        }
         match Arc::clone(leasable).try_acquire_many_owned(part as u32) {
             Ok(permits) => (part.max(1), Some(permits)),
             Err(_) => (1, None),

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
@@ -12,7 +12,7 @@ use kvstore_client::v1::{Level, LookupRequest};
 use kvstore_client::{Client, GroupRef, PutOptions};
 use kvstore_tests::object::{FakeStore, ObjectTierOptions, ObjectTiers, Request};
 use kvstore_tests::{TestDaemon, chain, hashes, until};
-use kvstore_tiers::caps::OBJECT_LISTINGS_PER_SEARCH_MAX;
+use kvstore_tiers::caps::{OBJECT_LISTINGS_PER_SEARCH_MAX, OBJECT_REWRITTEN_BYTES_MAX, OBJECT_SEARCHES_EVERYWHERE_MAX};
 
 const BLOCK: u32 = 50_000;
 
@@ -249,4 +249,86 @@ async fn what_lies_behind_a_gap_is_deleted_too() {
     let second = tiers(&store, 2).await;
     second.object.delete(&second.layout, 0, &second.hashes(0..10)).await.unwrap();
     assert_eq!(store.packs().await.len(), 0, "answered, and still there");
+}
+
+/// Listings of deletions were bounded for each call, and not for all of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn deletions_share_a_bound_on_their_listings() {
+    let store = FakeStore::default();
+    let tier = tiers(&store, 1).await;
+    let (under_way, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (now, peak) = (Arc::clone(&under_way), Arc::clone(&most));
+    store.before_each(move |request, _| {
+        let (now, peak) = (Arc::clone(&now), Arc::clone(&peak));
+        async move {
+            if request == Request::List {
+                peak.fetch_max(now.fetch_add(1, Ordering::AcqRel) + 1, Ordering::AcqRel);
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                now.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+        .boxed()
+    });
+    let chains: Vec<_> = (0..4).map(|at| tier.hashes(at * 1000..at * 1000 + 300)).collect();
+    let deleted = chains.iter().map(|chain| tier.object.delete(&tier.layout, 0, chain));
+    assert!(futures::future::join_all(deleted).await.iter().all(Result::is_ok));
+    let most = most.load(Ordering::Acquire);
+    assert!((OBJECT_SEARCHES_EVERYWHERE_MAX / 2..=OBJECT_SEARCHES_EVERYWHERE_MAX).contains(&most), "{most} at once");
+}
+
+/// Where a deletion found one pack, it listed all blocks again, though where nothing was, nothing is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_lists_a_block_again_only_where_something_was() {
+    let store = FakeStore::default();
+    let first = tiers(&store, 1).await;
+    assert_eq!(first.put_durable(0..6).await, [true; 6]);
+    let second = tiers(&store, 2).await;
+    let before = store.requests(Request::List);
+    second.object.delete(&second.layout, 0, &second.hashes(0..400)).await.unwrap();
+    assert_eq!(store.packs().await.len(), 0, "answered, and still there");
+    let listings = store.requests(Request::List) - before;
+    assert!((395..450).contains(&listings), "{listings} listings for 400 blocks");
+}
+
+/// A pack that comes damaged is read again, and what came before is in memory beside it until then. Only one of the two was counted.
+#[tokio::test(flavor = "multi_thread")]
+async fn packs_are_written_again_within_twice_their_bytes() {
+    let store = FakeStore::default();
+    let options = ObjectTierOptions { block_bytes: 3 << 20, ..ObjectTierOptions::default() };
+    let tier = ObjectTiers::open(&store, &options).await;
+    // Chains of two blocks that are in one pack.
+    let mut firsts = Vec::new();
+    let mut packs = Vec::new();
+    for first in (0..).step_by(2) {
+        let before = store.packs().await;
+        assert_eq!(tier.put_durable(first..first + 2).await, [true; 2]);
+        let mut new = store.packs().await;
+        new.retain(|pack| !before.contains(pack));
+        if let [pack] = &new[..] {
+            firsts.push(first);
+            packs.push(pack.clone());
+        }
+        if packs.len() == 8 {
+            break;
+        }
+    }
+    let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let peak = Arc::clone(&most);
+    store.before_each(move |request, location| {
+        let is_pack = request == Request::Get && packs.contains(location);
+        let (now, peak) = (Arc::clone(&now), Arc::clone(&peak));
+        async move {
+            if is_pack {
+                peak.fetch_max(now.fetch_add(1, Ordering::AcqRel) + 1, Ordering::AcqRel);
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                now.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+        .boxed()
+    });
+    let chains: Vec<_> = firsts.iter().map(|first| tier.hashes(*first..first + 1)).collect();
+    let deleted = chains.iter().map(|chain| tier.object.delete(&tier.layout, 0, chain));
+    assert!(futures::future::join_all(deleted).await.iter().all(Result::is_ok));
+    let bytes = most.load(Ordering::Acquire) as u64 * 2 * 2 * u64::from(options.block_bytes);
+    assert!((1..=OBJECT_REWRITTEN_BYTES_MAX).contains(&bytes), "{bytes} bytes at once");
 }

@@ -26,8 +26,20 @@ struct Verified {
 
 /// `options` for the client of the store, and `more` settings.
 async fn verified(folder: &Path, checksums: Checksums, options: &[&str], more: &[&str]) -> Verified {
+    verified_through(folder, checksums, options, more, &[]).await
+}
+
+/// The same, with a plan of the proxy.
+async fn verified_through(
+    folder: &Path,
+    checksums: Checksums,
+    options: &[&str],
+    more: &[&str],
+    plan: &[(Meant, Fault)],
+) -> Verified {
     let server = S3Server::start_with(folder, "127.0.0.1:0", checksums).await;
     let proxy = FaultProxy::start(server.address).await;
+    proxy.plan(plan.iter().copied());
     let mut settings = s3::settings(proxy.address, "p");
     settings.push("object.stall=2s".into());
     for setting in settings.iter_mut().filter(|setting| setting.starts_with("object.options=")) {
@@ -128,6 +140,32 @@ async fn a_store_that_refuses_a_body_and_keeps_it_is_read_back() {
     let read = store.read_back(0..BLOCKS).await;
     assert!(read >= ALL, "{read} bytes were read back");
     store.nothing_wrong_is_durable().await;
+}
+
+/// The probe took any 4xx for an answer to the body: two that came by accident (a request's time was over, a clock was late, somebody on
+/// the way was busy) made a store that compares nothing trusted for the daemon's life.
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_by_accident_prove_nothing() {
+    for status in [400, 403, 422, 429] {
+        let folder = tempfile::tempdir().unwrap();
+        // One for the first body of each size.
+        let plan = ["-1", "-2"].map(|end| (Meant::WritesOf(end), Fault::Status(status)));
+        let store = verified_through(folder.path(), Checksums::Ignored, &[], &[], &plan).await;
+        assert!(store.proxy.done() > 0, "{status}: nothing happened by accident");
+        assert!(store.confirmed.contains("every upload is read back"), "{status}: {}", store.confirmed);
+        let read = store.read_back(0..BLOCKS).await;
+        assert!(read >= ALL, "{status}: {read} bytes were read back");
+    }
+}
+
+/// They hide nothing either: a store that compares is believed once it is asked again.
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_that_say_nothing_of_the_body_are_asked_for_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = ["-1", "-1-again", "-2", "-2-again"].map(|end| (Meant::WritesOf(end), Fault::Status(403)));
+    let store = verified_through(folder.path(), Checksums::Compared, &[], &[], &plan).await;
+    assert_eq!(store.proxy.done(), 4, "the accidents that were planned");
+    assert!(store.confirmed.contains("the store checks each upload"), "{}", store.confirmed);
 }
 
 /// What the probe saw has no part in it.

@@ -2,13 +2,20 @@
 
 use std::time::Duration;
 
-use http::Request;
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::http2::SendRequest;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use kvstore::caps::{CONNECTIONS_MAX, DATA_CALLS_MAX, LEASED_BLOCKS_MAX};
 use kvstore::serve::{StartOptions, start};
-use kvstore_client::v1::GetRequest;
-use kvstore_client::{Client, GetOutcome, Plane};
+use kvstore_client::v1::{GetRequest, Level};
+use kvstore_client::{Client, GetOutcome, GroupRef, Plane, PutOptions};
 use kvstore_proto::zmtp::Connection;
-use kvstore_tests::{BLOCK_BYTES, TestDaemon, chain, hashes};
+use kvstore_tests::fault_proxy::{Fault, FaultProxy, Meant};
+use kvstore_tests::s3::{self, S3Server};
+use kvstore_tests::{BLOCK_BYTES, TestDaemon, chain, hashes, until};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
@@ -125,6 +132,39 @@ async fn silent_followers_lock_nobody_out() {
     }
 }
 
+/// So many gets on a connection of their own, whose answers have begun.
+async fn gets(
+    daemon: &TestDaemon,
+    group: &GroupRef,
+    count: usize,
+    hashes: Vec<Bytes>,
+) -> (SendRequest<Full<Bytes>>, Vec<Response<Incoming>>) {
+    let path = daemon.address.strip_prefix("unix:").unwrap();
+    let io = TokioIo::new(UnixStream::connect(path).await.unwrap());
+    let (mut sender, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
+        .initial_stream_window_size(65_535)
+        .handshake(io)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let layout_digest = group.layout_digest.clone();
+    let request = GetRequest { layout_digest, sequence_hashes: hashes, ..GetRequest::default() };
+    let message = kvstore_proto::data_stream::message(&request);
+    let mut answers = Vec::new();
+    for _ in 0..count {
+        let request = Request::post("http://kvstore/kvstore.v1.BlockData/Get")
+            .header("content-type", "application/grpc")
+            .header("grpc-timeout", "600S")
+            .body(Full::new(message.clone()))
+            .unwrap();
+        sender.ready().await.unwrap();
+        let response = sender.send_request(request).await.unwrap();
+        assert!(response.headers().get("grpc-status").is_none(), "{:?}", response.headers());
+        answers.push(response);
+    }
+    (sender, answers)
+}
+
 /// 64 gets whose readers read nothing held all leases that gets may have: every other get of every namespace was answered Busy until
 /// their deadline, ten minutes where they asked for that.
 #[tokio::test(flavor = "multi_thread")]
@@ -137,35 +177,9 @@ async fn readers_that_read_nothing_cost_themselves_alone() {
         for at in (0..2048).step_by(256) {
             client.put(&group, chain(at..at + 256, 16 << 10)).await.unwrap();
         }
-        let path = daemon.address.strip_prefix("unix:").unwrap();
         let mut unread = Vec::new();
         for _ in 0..16 {
-            let io = TokioIo::new(UnixStream::connect(path).await.unwrap());
-            let (mut sender, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
-                .initial_stream_window_size(65_535)
-                .handshake(io)
-                .await
-                .unwrap();
-            tokio::spawn(connection);
-            for _ in 0..8 {
-                let request = GetRequest {
-                    layout_digest: group.layout_digest.clone(),
-                    sequence_hashes: hashes(0..2048),
-                    ..GetRequest::default()
-                };
-                let message = kvstore_proto::data_stream::message(&request);
-                let request = Request::post("http://kvstore/kvstore.v1.BlockData/Get")
-                    .header("content-type", "application/grpc")
-                    .header("grpc-timeout", "600S")
-                    .body(http_body_util::Full::new(message))
-                    .unwrap();
-                sender.ready().await.unwrap();
-                let response = sender.send_request(request).await.unwrap();
-                assert!(response.headers().get("grpc-status").is_none(), "{:?}", response.headers());
-                unread.push(response);
-            }
-            // The connection stays.
-            unread.last_mut().unwrap().extensions_mut().insert(sender);
+            unread.push(gets(&daemon, &group, 8, hashes(0..2048)).await);
         }
         let client = client.with_deadline(GUARD);
         let outcomes = client.get(&group, &hashes(1500..2048)).await.unwrap();
@@ -174,6 +188,104 @@ async fn readers_that_read_nothing_cost_themselves_alone() {
         assert!(daemon.running.daemon.leasable.available_permits() > 0);
         drop(unread);
     }
+}
+
+/// Some thirty gets whose readers read nothing had nearly all the leases that gets and promotions share, and a promotion that wanted more
+/// than was left was Busy until they ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_that_read_nothing_leave_the_local_plane_its_part() {
+    let bucket = tempfile::tempdir().unwrap();
+    let bucket = format!("object.url=file://{}", bucket.path().display());
+    let first = TestDaemon::start(&[&bucket]).await;
+    let (client, group) = first.group(4096).await;
+    until(&client, |status| status.object.as_ref().unwrap().state == "SERVING").await;
+    let options = PutOptions { level: Level::Durable, ..PutOptions::default() };
+    for ids in [0..2048, 10_000..10_064] {
+        let results = client.put_with(&group, chain(ids, 4096), options).await.unwrap();
+        assert!(results.iter().all(|result| result.level() == Level::Durable));
+    }
+    drop(first);
+    let daemon = TestDaemon::start(&[&bucket, "host.bytes=256MiB"]).await;
+    let (client, group) = daemon.group_over(Plane::Local, 4096).await;
+    until(&client, |status| status.object.as_ref().unwrap().state == "SERVING").await;
+    let mut unread = Vec::new();
+    for _ in 0..40 {
+        unread.push(gets(&daemon, &group, 1, hashes(0..2048)).await);
+    }
+    // Each has taken its part.
+    let leasable = &daemon.running.daemon.leasable;
+    let taken = async {
+        while leasable.available_permits() > 1100 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(GUARD, taken).await.unwrap();
+    // As many as one promotion asks for; the first of them are in the bucket.
+    let mut windows = client.lease_windows(&group, &hashes(10_000..10_256), 64).await.unwrap();
+    let leases = windows.next().await.unwrap().expect("blocks that are in the bucket");
+    assert_eq!(leases.len(), 64);
+    assert!(windows.next().await.unwrap().is_none());
+    drop(unread);
+}
+
+/// A get took its leases before it searched the bucket, which takes seconds, and went on when its caller had gone: whoever began gets
+/// and gave them up had a task for each, and the leases of everyone.
+#[tokio::test(flavor = "multi_thread")]
+async fn gets_that_are_given_up_while_they_search_leave_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = S3Server::start(folder.path(), "127.0.0.1:0").await;
+    let proxy = FaultProxy::start(server.address).await;
+    let settings = s3::settings(proxy.address, "p");
+    let daemon = TestDaemon::start(&settings.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let (client, group) = daemon.group(4096).await;
+    until(&client, |status| status.object.as_ref().unwrap().state == "SERVING").await;
+    proxy.always(Some((Meant::Any, Fault::Delay(GUARD))));
+    // Somebody who waits for the same search, and is answered when it ends.
+    let mut waits = tokio::spawn({
+        let (client, group) = (client.with_deadline(GUARD), group.clone());
+        async move { client.get(&group, &hashes(0..4096)).await }
+    });
+    let (calls, leasable) = (&daemon.running.daemon.data_calls, &daemon.running.daemon.leasable);
+    while proxy.done() == 0 || calls.available_permits() == DATA_CALLS_MAX {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let (_connection, answers) = gets(&daemon, &group, 64, hashes(0..4096)).await;
+    assert_eq!(calls.available_permits(), DATA_CALLS_MAX - 65);
+    drop(answers);
+    let over = async {
+        while calls.available_permits() < DATA_CALLS_MAX - 1 || leasable.available_permits() < LEASED_BLOCKS_MAX {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        answered = &mut waits => panic!("the gets that were given up searched to the end: {answered:?}"),
+        () = over => {}
+    }
+    waits.abort();
+}
+
+/// 256 connections that each had made one call, and made none any more, held all places of the listener for ever: an operator's command
+/// waited without end.
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_that_asked_once_lock_nobody_out() {
+    let daemon = TestDaemon::start(&[]).await;
+    let (client, group) = daemon.group(16 << 10).await;
+    client.put(&group, chain(0..64, 16 << 10)).await.unwrap();
+    // Its call is under way all the time.
+    let (connection, mut answers) = gets(&daemon, &group, 1, hashes(0..64)).await;
+    let mut idle = Vec::new();
+    for at in 0..CONNECTIONS_MAX + 50 {
+        let ask = async {
+            let peer = daemon.client().await;
+            peer.status().await.map(|_| peer)
+        };
+        let asked = tokio::time::timeout(GUARD, ask).await.unwrap_or_else(|_| panic!("after {at} others"));
+        idle.push(asked.unwrap());
+    }
+    let body = answers.pop().unwrap().into_body().collect().await.expect("nobody takes the place of a call");
+    assert!(body.to_bytes().len() > 64 * (16 << 10));
+    drop((connection, idle));
 }
 
 /// A few bytes of one get in a thousand calls: each answers what is there.

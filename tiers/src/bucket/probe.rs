@@ -7,6 +7,7 @@ use tokio::time::Instant;
 
 use super::requests::{Bucket, Trouble, retried};
 use super::swap::{Answered, Swap};
+use crate::caps;
 
 /// What a store does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -45,10 +46,13 @@ impl Abilities {
 
 /// Where the objects of probes are, below the root.
 const FOLDER: &str = "probe";
-/// Bytes of bodies that are swapped on their way: a small one, and one that a store does not handle with a request's head.
-const SWAPPED_BYTES: [usize; 2] = [64, 1 << 20];
+/// Bytes of bodies that are swapped on their way: a small one, and one as large as a pack, which a gateway may pass on as it comes where
+/// it holds small ones. It is sent three times and read once when the daemon starts, and three copies of it are in memory at most.
+const SWAPPED_BYTES: [u64; 2] = [64, caps::OBJECT_PACK_BYTES];
 /// A swapped body whose answer says nothing is sent so often.
 const SWAPS_MAX: usize = 3;
+/// Requests that say for one size what the store does with a swapped body: such a body twice, and the whole one written and read.
+const SWAP_REQUESTS: u32 = 2 * SWAPS_MAX as u32 + 2;
 /// Objects of probes that are looked through: daemons that are probing just now, and what killed ones left.
 const PROBES_MAX: usize = 4096;
 
@@ -64,51 +68,59 @@ pub async fn probe(bucket: &Bucket, root: &Path, name: &str, deadline: Instant) 
     for (bytes, number) in SWAPPED_BYTES.into_iter().zip(1..) {
         if abilities.checks_uploads {
             // A store that never answers such a body has time to be left alone with it.
-            let deadline = Instant::now() + bucket.stall() * (2 * SWAPS_MAX as u32);
+            let deadline = Instant::now() + bucket.time_of_try(bytes) * SWAP_REQUESTS;
             let location = folder.clone().join(format!("{name}-{number}"));
-            let refused = refuses_swapped(bucket, &location, bytes, deadline).await;
-            let cleaned = bucket.delete(&location, deadline).await;
+            let fresh = folder.clone().join(format!("{name}-{number}-again"));
+            let refused = refuses_swapped(bucket, [&location, &fresh], bytes, deadline).await;
+            let cleaned = [bucket.delete(&location, deadline).await, bucket.delete(&fresh, deadline).await];
             abilities.checks_uploads = refused?;
-            cleaned?;
+            cleaned.into_iter().collect::<Result<(), _>>()?;
         }
     }
     Ok(abilities)
 }
 
-/// True where the store refuses a body in which a bit flipped after it was signed, keeps nothing of it, and takes the whole one.
-async fn refuses_swapped(bucket: &Bucket, location: &Path, bytes: usize, deadline: Instant) -> Result<bool, Trouble> {
-    let sent = Bytes::from(vec![0x5a; bytes]);
+/// True where the store refuses a body in which a bit flipped after it was signed, keeps nothing of it, takes the whole one, and refuses
+/// the other one again, under a fresh name: a refusal that was an accident does not come again.
+async fn refuses_swapped(
+    bucket: &Bucket,
+    [location, fresh]: [&Path; 2],
+    bytes: u64,
+    deadline: Instant,
+) -> Result<bool, Trouble> {
+    let sent = Bytes::from(vec![0x5a; bytes as usize]);
     let mut arrives = sent.to_vec();
-    if let Some(byte) = arrives.get_mut(bytes / 2) {
+    if let Some(byte) = arrives.get_mut(bytes as usize / 2) {
         *byte ^= 4;
     }
-    if !is_refused(bucket, location, &sent, &Bytes::from(arrives), deadline).await {
+    let arrives = Bytes::from(arrives);
+    if !is_refused(bucket, location, &sent, &arrives, deadline).await {
         return Ok(false);
     }
     // It said no to what arrived, and not to this daemon, to this name or to every request: the same again, whole, is taken. A
     // store that kept what it refused has this name already.
-    match retried!(bucket, deadline, bytes as u64, bucket.create(location, sent.clone().into())) {
+    match retried!(bucket, deadline, bytes, bucket.create(location, sent.clone().into())) {
         Ok(()) => {}
         Err(Trouble::Exists) => return Ok(false),
         Err(trouble) => return Err(trouble),
     }
-    let (read, _) = bucket.read(location, 0..bytes as u64, deadline).await?;
-    Ok(read == sent)
+    let (read, _) = bucket.read(location, 0..bytes, deadline).await?;
+    Ok(read == sent && is_refused(bucket, fresh, &sent, &arrives, deadline).await)
 }
 
-/// True where the answer to a body that was swapped is a refusal for good. One that says nothing of the body is none.
+/// True where the answer to a body that was swapped may be to the body. Another one is none, and it is sent again.
 async fn is_refused(bucket: &Bucket, location: &Path, sent: &Bytes, arrives: &Bytes, deadline: Instant) -> bool {
     for tries in 1..=SWAPS_MAX as u32 {
         let swap = Swap::new(PutPayload::from(arrives.clone()));
-        let until = deadline.min(Instant::now() + bucket.stall());
+        let until = deadline.min(Instant::now() + bucket.time_of_try(sent.len() as u64));
         let put = bucket.create_swapped(location, sent.clone().into(), swap.clone());
         if let Ok(Ok(())) = tokio::time::timeout_at(until, put).await {
             return false;
         }
         match swap.answered() {
-            // The name is taken, or another writer is at it; busy, slow or throttled: the body has no part in these.
-            Answered::Status(408 | 409 | 412 | 425 | 429) => {}
-            Answered::Status(400..500) => return true,
+            // So stores answer to a body that is not what was signed, and to some accidents, too.
+            Answered::Status(400 | 422) => return true,
+            // The name, the load, the clock, or somebody on the way: the body has no part in it.
             Answered::Status(_) | Answered::No | Answered::NoHttp => {}
         }
         tokio::time::sleep(bucket.backoff(tries)).await;

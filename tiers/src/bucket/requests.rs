@@ -282,10 +282,14 @@ impl Bucket {
         Duration::from_millis(whole / 2 + random % (whole / 2 + 1))
     }
 
-    /// The tries of one request, each with the time of a stall and of `bytes` at 2 MB/s: see [`retried`].
+    /// The time of one try: that of a stall, and of `bytes` at 2 MB/s.
+    pub fn time_of_try(&self, bytes: u64) -> Duration {
+        self.stall + Duration::from_millis(bytes / 2000)
+    }
+
+    /// The tries of one request of so many bytes: see [`retried`].
     pub fn tries(&self, deadline: Instant, bytes: u64) -> Tries<'_> {
-        let each = self.stall + Duration::from_millis(bytes / 2000);
-        Tries { bucket: self, deadline, each, tries: 0 }
+        Tries { bucket: self, deadline, each: self.time_of_try(bytes), tries: 0 }
     }
 
     /// One try of a create-only PUT.

@@ -39,10 +39,10 @@ impl ObjectTier {
         self.until_not_uploaded(layout, group, hashes).await?;
         let digests: Vec<Digest> = hashes.iter().map(|hash| self.digest(layout, group, hash)).collect();
         let unwanted: HashSet<Digest> = digests.iter().copied().collect();
-        let mut deleted = HashSet::new();
-        // A block may be in a second pack, which shows once the first is gone.
+        let (mut deleted, mut nowhere) = (HashSet::new(), HashSet::new());
+        // A block may be in a second pack, which shows once the first is gone. Where nothing was, nothing shows.
         for _ in 0..caps::OBJECT_BRANCHES_MAX {
-            self.search_anew(layout, group, hashes).await?;
+            self.search_anew(layout, group, hashes, &mut nowhere).await?;
             let mut packs: BTreeMap<String, Arc<Pack>> = BTreeMap::new();
             {
                 let state = self.state.lock();
@@ -113,8 +113,8 @@ impl ObjectTier {
         let deadline = Instant::now() + self.write_time(pack.bytes);
         let wanted = pack.blocks.iter().filter(|block| !unwanted.contains(&block.digest)).count();
         if wanted > 0 {
-            // What is kept of it is in memory until it is written again.
-            let _room = self.rewritten_bytes.room(pack.bytes, deadline).await?;
+            // What is kept of it is in memory until it is written again, and beside it what comes when it is read once more.
+            let _room = self.rewritten_bytes.room(2 * pack.bytes, deadline).await?;
             let read = self.read_wanted(layout, group, pack, unwanted, deadline).await;
             let (object, blocks) = match read {
                 Err(Trouble::NotFound) => {

@@ -87,7 +87,8 @@ pub struct UploadLog {
 }
 
 impl UploadLog {
-    /// Opens or makes the log in `folder`.
+    /// Opens or makes the log in `folder`. Where it cannot be written anew, on a full disk, what it says is owed all the same, and it
+    /// is written anew later.
     pub fn open(folder: &Path, clock: fn() -> BootTime) -> io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let path = folder.join("uploads");
@@ -97,7 +98,9 @@ impl UploadLog {
         log.check_version(&all)?;
         log.replay(&all);
         log.forget_layouts();
-        log.compact()?;
+        if let Err(error) = log.compact() {
+            tracing::warn!(path = %log.path.display(), %error, "the upload log cannot be written; deletions are refused until it can be");
+        }
         Ok(log)
     }
 
@@ -454,6 +457,34 @@ mod tests {
         drop(log);
         let left: Vec<_> = UploadLog::open(&folder, clock).unwrap().owed().iter().map(|owed| owed.hash).collect();
         assert_eq!(left, [1, 2, 3, 4, 5, 6].map(hash), "all that came and went meanwhile");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    /// The disk was full when the daemon started: the log could not be written anew, and there was no daemon until somebody made room.
+    #[test]
+    fn a_log_that_cannot_be_written_anew_at_the_start_is_opened_all_the_same() {
+        let folder = folder("full-at-start-upload-log");
+        let mut log = UploadLog::open(&folder, clock).unwrap();
+        let (unused, used) = (log.number("a", &layout("m")), log.number("a", &layout("n")));
+        let owed = |layout, id| Owed { layout, group: 0, hash: hash(id), parent: None, length: 9 };
+        log.add(owed(unused, 0)).unwrap();
+        log.add(owed(used, 1)).unwrap();
+        log.done(unused, 0, hash(0)).unwrap();
+        drop(log);
+        // Whoever writes a new file finds this in its way.
+        let new = folder.join("uploads.new");
+        std::fs::create_dir(&new).unwrap();
+        let mut log = UploadLog::open(&folder, clock).unwrap();
+        let [found] = log.owed()[..] else { panic!("{:?}", log.owed()) };
+        assert_eq!((found.hash, &log.layout(found.layout).unwrap().1), (hash(1), &layout("n")));
+        std::fs::remove_dir(&new).unwrap();
+        assert_eq!(log.take_unsynced().unwrap_err().kind(), io::ErrorKind::WouldBlock, "it was tried a moment ago");
+        assert!(log.add(owed(found.layout, 2)).is_err(), "nothing is promised, or appended to the old file, meanwhile");
+        pass(caps::OBJECT_LOG_BACKOFF_MS_MAX);
+        log.add(owed(found.layout, 3)).unwrap();
+        drop(log);
+        let left: Vec<_> = UploadLog::open(&folder, clock).unwrap().owed().iter().map(|owed| owed.hash).collect();
+        assert_eq!(left, [1, 2, 3].map(hash));
         std::fs::remove_dir_all(&folder).unwrap();
     }
 

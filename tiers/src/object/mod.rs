@@ -243,6 +243,8 @@ pub struct ObjectTier {
     checked_bytes: HeldBytes,
     /// ... and those of packs that are written again without some of their blocks.
     rewritten_bytes: HeldBytes,
+    /// Listings of all deletions.
+    deletion_listings: Semaphore,
     /// An upload ended.
     uploaded: Notify,
     /// There is something to upload.
@@ -297,6 +299,7 @@ impl ObjectTier {
             referring: Arc::new(Semaphore::new(caps::OBJECT_REFERRING_MAX)),
             unfinished_references: Mutex::default(),
             checked_bytes: HeldBytes::new(caps::OBJECT_CHECKED_BYTES_MAX),
+            deletion_listings: Semaphore::new(caps::OBJECT_SEARCHES_EVERYWHERE_MAX),
             rewritten_bytes: HeldBytes::new(caps::OBJECT_REWRITTEN_BYTES_MAX),
             uploaded: Notify::new(),
             work: Notify::new(),

@@ -45,6 +45,10 @@ struct Chain {
 struct Places {
     waiting: BTreeSet<usize>,
     listed: HashSet<usize>,
+    /// Those of them where nothing was.
+    nowhere: HashSet<usize>,
+    /// They are a deletion's, whose listings take their turn among those of all deletions.
+    in_turn: bool,
     /// Nothing is looked for from here on.
     gap: usize,
     /// Listings that may be under way.
@@ -53,7 +57,14 @@ struct Places {
 
 impl Places {
     fn at(starts: Vec<usize>) -> Self {
-        Self { waiting: BTreeSet::from_iter(starts), listed: HashSet::new(), gap: usize::MAX, at_once: 2 }
+        Self {
+            waiting: BTreeSet::from_iter(starts),
+            listed: HashSet::new(),
+            nowhere: HashSet::new(),
+            in_turn: false,
+            gap: usize::MAX,
+            at_once: 2,
+        }
     }
 }
 
@@ -106,12 +117,14 @@ impl ObjectTier {
     }
 
     /// Looks for blocks whatever was found lately, behind gaps, too, to the end of the chain however long it is, and fails where that
-    /// cannot be done: for whoever promises that they are gone.
+    /// cannot be done: for whoever promises that they are gone. Places that are in `nowhere` are left out, and those where nothing was
+    /// are added to it.
     pub(super) async fn search_anew(
         self: &Arc<Self>,
         layout: &Arc<RegisteredLayout>,
         group: u16,
         hashes: &[SequenceHash],
+        nowhere: &mut HashSet<usize>,
     ) -> Result<(), Trouble> {
         let chain = Chain { ends_at_gap: false, ..self.chain_of(layout, group, hashes) };
         let starts = {
@@ -120,7 +133,7 @@ impl ObjectTier {
             let per_pack = self.blocks_per_pack(layout, group);
             starts(&state.directory, hashes, &chain.digests, per_pack, (self.clock)())
         };
-        let mut places = Places::at(starts);
+        let mut places = Places { listed: nowhere.clone(), in_turn: true, ..Places::at(starts) };
         while !places.waiting.is_empty() {
             self.search_piece(&chain, &mut places, (self.clock)()).await?;
             if places.waiting.is_empty() {
@@ -132,6 +145,7 @@ impl ObjectTier {
                 places.waiting = unknown.collect();
             }
         }
+        nowhere.extend(places.nowhere);
         Ok(())
     }
 
@@ -173,7 +187,8 @@ impl ObjectTier {
     /// Lists place after place, more of them at once the more is found, up to the first gap: attention reads nothing behind one. Ends
     /// after so many listings; what has not been looked at by then is left in `places`.
     async fn search_piece(self: &Arc<Self>, chain: &Chain, places: &mut Places, now: BootTime) -> Result<(), Trouble> {
-        let deadline = Instant::now() + std::time::Duration::from_millis(caps::OBJECT_STALL_MS * 2);
+        let within = std::time::Duration::from_millis(caps::OBJECT_STALL_MS * 2);
+        let deadline = Instant::now() + within;
         let mut under_way = FuturesUnordered::new();
         let mut listings = 0;
         loop {
@@ -184,12 +199,23 @@ impl ObjectTier {
                 let Some((hash, digest)) = chain.hashes.get(at).zip(chain.digests.get(at)) else { continue };
                 if at < places.gap && !self.state.lock().directory.has(*digest) && places.listed.insert(at) {
                     listings += 1;
-                    under_way.push(async move { (at, self.packs_at(chain, at, hash, deadline).await) });
+                    let turns = places.in_turn.then_some(&self.deletion_listings);
+                    under_way.push(async move {
+                        let (turn, deadline) = match turns {
+                            // From its turn on, it has the time of all of them.
+                            Some(turns) => (turns.acquire().await.ok(), Instant::now() + within),
+                            None => (None, deadline),
+                        };
+                        let found = self.packs_at(chain, at, hash, deadline).await;
+                        drop(turn);
+                        (at, found)
+                    });
                 }
             }
             let Some((at, found)) = under_way.next().await else { return Ok(()) };
             match found? {
                 0 => {
+                    places.nowhere.insert(at);
                     if let Some(digest) = chain.digests.get(at) {
                         self.state.lock().directory.note_absent(*digest, now.plus_ms(caps::OBJECT_ABSENT_MS));
                     }

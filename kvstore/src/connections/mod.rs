@@ -1,14 +1,17 @@
 //! Connections: a bounded number of places for each listener, and time limits for peers that say nothing.
 //!
-//! A connection costs its peer nothing. So a connection is silent until its peer has asked for something. When all places are
-//! held, a newcomer gets the place of the connection that has been silent the longest. A peer that does not say what it has to
-//! say first in time loses its place, too.
+//! A connection costs its peer nothing. So a connection is silent until its peer has asked for something, and again when nothing that
+//! it asked for is under way any more. When all places are held, a newcomer gets the place of the connection that has been silent the
+//! longest; of those that never asked for anything first. A peer that does not say what it has to say first in time loses its place,
+//! too.
+
+mod keep;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -17,6 +20,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio::sync::futures::OwnedNotified;
 use tokio::time::{Instant, Sleep};
+
+pub use keep::KeepPlace;
 
 /// The places of one listener.
 pub struct Places {
@@ -31,15 +36,32 @@ struct State {
     open: usize,
     /// The last number that was given.
     last: u64,
-    /// Silent connections, by their numbers: the one that has been silent the longest is the first.
-    silent: BTreeMap<u64, Arc<Notify>>,
+    /// Silent connections, by their numbers: the one that goes first is the first.
+    silent: BTreeMap<u64, Arc<Eviction>>,
 }
 
 impl State {
-    fn note_silent(&mut self, evicted: &Arc<Notify>) -> u64 {
+    fn note_silent(&mut self, eviction: &Arc<Eviction>, has_called: bool) -> u64 {
         self.last += 1;
-        self.silent.insert(self.last, Arc::clone(evicted));
-        self.last
+        let number = if has_called { CALLED | self.last } else { self.last };
+        self.silent.insert(number, Arc::clone(eviction));
+        number
+    }
+}
+
+/// In the numbers of connections with calls that have ended: they go after all others.
+const CALLED: u64 = 1 << 63;
+
+/// Whether a connection's place is another's. It is set and taken back under the lock of [`State`].
+#[derive(Default)]
+struct Eviction {
+    is: AtomicBool,
+    told: Arc<Notify>,
+}
+
+impl Eviction {
+    fn is(&self) -> bool {
+        self.is.load(Ordering::Acquire)
     }
 }
 
@@ -88,13 +110,15 @@ impl Places {
         let mut state = self.state.lock();
         if state.open < self.most {
             state.open += 1;
-            let evicted = Arc::new(Notify::new());
-            let number = AtomicU64::new(state.note_silent(&evicted));
-            return Ok(Place { places: Arc::clone(self), number, evicted, until: Mutex::new(None) });
+            let eviction = Arc::new(Eviction::default());
+            let number = AtomicU64::new(state.note_silent(&eviction, false));
+            let (calls, until) = (AtomicU64::new(0), Mutex::new(None));
+            return Ok(Place { places: Arc::clone(self), number, calls, eviction, until });
         }
         match state.silent.pop_first() {
             Some((_, oldest)) => {
-                oldest.notify_one();
+                oldest.is.store(true, Ordering::Release);
+                oldest.told.notify_one();
                 metrics::counter!("kvstore_connections_evicted_total").increment(1);
                 Err(Full::Evicting)
             }
@@ -106,26 +130,39 @@ impl Places {
 /// A connection's place, until it is dropped.
 pub struct Place {
     places: Arc<Places>,
-    /// Its number among the silent ones; 0 once it is not silent any more.
+    /// Its number among the silent ones; 0 while it is not silent.
     number: AtomicU64,
-    evicted: Arc<Notify>,
+    /// Calls under way; changed under the lock.
+    calls: AtomicU64,
+    eviction: Arc<Eviction>,
     /// What its peer has to say first must be said by then.
     until: Mutex<Option<Instant>>,
 }
 
 impl Place {
-    /// The peer has asked for something: it keeps its place.
+    /// The peer has asked for something: it keeps its place for good.
     pub fn keep(&self) {
-        if self.number.load(Ordering::Relaxed) == 0 {
-            return;
+        if self.number.load(Ordering::Relaxed) != 0 {
+            self.keep_under(&mut self.places.state.lock());
         }
-        let mut state = self.places.state.lock();
-        let was_evicted = state.silent.remove(&self.number.swap(0, Ordering::Relaxed)).is_none();
-        drop(state);
-        if was_evicted {
+    }
+
+    fn keep_under(&self, state: &mut State) {
+        state.silent.remove(&self.number.swap(0, Ordering::Relaxed));
+        if self.eviction.is.swap(false, Ordering::AcqRel) {
             // Whoever waits for this place takes another.
             self.places.freed.notify_waiters();
         }
+    }
+
+    /// The peer makes a call: it keeps its place until the last of its calls is dropped, and is silent again then.
+    pub fn call(self: &Arc<Self>) -> Call {
+        let mut state = self.places.state.lock();
+        if self.calls.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.keep_under(&mut state);
+        }
+        drop(state);
+        Call(Arc::clone(self))
     }
 
     /// The peer has asked for something, and is silent again from now on. It has `within` to ask for more.
@@ -133,14 +170,32 @@ impl Place {
         let mut state = self.places.state.lock();
         // One that was evicted a moment ago has its answer, and goes.
         if state.silent.remove(&self.number.load(Ordering::Relaxed)).is_some() {
-            self.number.store(state.note_silent(&self.evicted), Ordering::Relaxed);
+            self.number.store(state.note_silent(&self.eviction, false), Ordering::Relaxed);
             *self.until.lock() = Some(Instant::now() + within);
         }
     }
 
     /// Resolves when its place is another's.
     pub async fn evicted(&self) {
-        self.evicted.notified().await;
+        while !self.eviction.is() {
+            self.eviction.told.notified().await;
+        }
+    }
+}
+
+/// A call that is under way.
+pub struct Call(Arc<Place>);
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let place = &self.0;
+        let mut state = place.places.state.lock();
+        if place.calls.fetch_sub(1, Ordering::Relaxed) == 1 {
+            place.number.store(state.note_silent(&place.eviction, true), Ordering::Relaxed);
+            drop(state);
+            // Newcomers may be waiting for somebody to be silent.
+            place.places.freed.notify_waiters();
+        }
     }
 }
 
@@ -154,9 +209,9 @@ impl Drop for Place {
     }
 }
 
-/// What a connection waits for while it is silent.
+/// What ends a connection while it is silent.
 struct Watch {
-    evicted: Pin<Box<OwnedNotified>>,
+    told: Pin<Box<OwnedNotified>>,
     timer: Pin<Box<Sleep>>,
     /// Bytes that end the time limit; those that came so far.
     first_bytes: (usize, usize),
@@ -166,7 +221,7 @@ struct Watch {
 pub struct Connection<IO> {
     io: IO,
     place: Arc<Place>,
-    watch: Option<Watch>,
+    watch: Watch,
 }
 
 impl<IO> Connection<IO> {
@@ -175,12 +230,12 @@ impl<IO> Connection<IO> {
         let until = Instant::now() + within;
         *place.until.lock() = Some(until);
         let watch = Watch {
-            evicted: Box::pin(Arc::clone(&place.evicted).notified_owned()),
+            told: Box::pin(Arc::clone(&place.eviction.told).notified_owned()),
             timer: Box::pin(tokio::time::sleep_until(until)),
             first_bytes: (first_bytes.unwrap_or(usize::MAX), 0),
         };
         metrics::gauge!("kvstore_connections").increment(1.0);
-        Self { io, place: Arc::new(place), watch: Some(watch) }
+        Self { io, place: Arc::new(place), watch }
     }
 
     /// Its place.
@@ -190,13 +245,16 @@ impl<IO> Connection<IO> {
 
     /// Fails once the peer has lost its place.
     fn check(&mut self, context: &mut Context<'_>) -> io::Result<()> {
-        let Some(watch) = &mut self.watch else { return Ok(()) };
-        if self.place.number.load(Ordering::Relaxed) == 0 {
-            self.watch = None;
-            return Ok(());
+        let watch = &mut self.watch;
+        // It may be silent again before it is polled again: it has to hear of an eviction at any time.
+        while watch.told.as_mut().poll(context).is_ready() {
+            watch.told.set(Arc::clone(&self.place.eviction.told).notified_owned());
         }
-        if watch.evicted.as_mut().poll(context).is_ready() {
+        if self.place.eviction.is() {
             return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "others need the place of a silent peer"));
+        }
+        if self.place.number.load(Ordering::Relaxed) == 0 {
+            return Ok(());
         }
         loop {
             let until = *self.place.until.lock();
@@ -215,7 +273,7 @@ impl<IO> Connection<IO> {
     }
 
     fn count(&mut self, bytes: usize) {
-        let Some(Watch { first_bytes: (wanted, came), .. }) = &mut self.watch else { return };
+        let Watch { first_bytes: (wanted, came), .. } = &mut self.watch;
         *came = came.saturating_add(bytes);
         if came >= wanted {
             *self.place.until.lock() = None;
@@ -302,6 +360,51 @@ mod tests {
         assert!(places.take_of_silent().await.is_none(), "all of them speak");
         drop(speaks);
         drop(places.take().await);
+    }
+
+    /// One call kept a connection its place for ever.
+    #[tokio::test(start_paused = true)]
+    async fn whoever_called_is_silent_again_when_all_calls_have_ended() {
+        let places = Places::new(3);
+        let (mut called, _theirs) = connected(&places).await;
+        let (calls, _theirs) = connected(&places).await;
+        let (mut never, _theirs) = connected(&places).await;
+        // Its reader waits from before the call to after its end.
+        let calling = called.place().call();
+        let both = [calls.place().call(), calls.place().call()];
+        drop(calling);
+        let reading = tokio::spawn(async move { called.read_u8().await.unwrap_err().kind() });
+        tokio::task::yield_now().await;
+        let newcomer = || {
+            let places = Arc::clone(&places);
+            tokio::spawn(async move { places.take().await })
+        };
+        let first = newcomer();
+        assert_eq!(never.read_u8().await.unwrap_err().kind(), io::ErrorKind::ConnectionAborted, "it never called");
+        drop(never);
+        let first = Arc::new(first.await.unwrap());
+        let under_way = first.call();
+        let second = newcomer();
+        assert_eq!(reading.await.unwrap(), io::ErrorKind::ConnectionAborted, "its call has ended");
+        let second = Arc::new(second.await.unwrap());
+        let also = second.call();
+        // All have calls under way: a newcomer waits for the first whose calls have all ended.
+        let mut third = newcomer();
+        tokio::task::yield_now().await;
+        let [one, other] = both;
+        drop(one);
+        tokio::task::yield_now().await;
+        assert!(!third.is_finished() && !calls.place().eviction.is(), "its other call goes on");
+        drop(other);
+        tokio::task::yield_now().await;
+        assert!(calls.place().eviction.is());
+        // It calls again before it hears of that, and keeps its place. Nobody else is silent.
+        let again = calls.place().call();
+        tokio::task::yield_now().await;
+        assert!(!calls.place().eviction.is() && !third.is_finished());
+        drop((again, calls));
+        drop((&mut third).await.unwrap());
+        drop((under_way, also));
     }
 
     #[tokio::test(start_paused = true)]
