@@ -27,6 +27,7 @@ mod nvme_faults;
 mod nvme_idle;
 mod nvme_index;
 mod nvme_promises;
+mod nvme_renewal;
 mod object;
 mod object_collect;
 mod object_cut;

@@ -80,6 +80,11 @@ impl IndexBatch {
         self.batch.put([b'g', high, low], number.to_le_bytes());
     }
 
+    /// The same changes once more.
+    pub fn copy(&self) -> Self {
+        Self { batch: WriteBatch::from_data(self.batch.data()) }
+    }
+
     /// For the database.
     pub fn into_inner(self) -> WriteBatch {
         self.batch

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use kvstore_transfer::volume::Volume;
 
 use super::NvmeOptions;
-use super::batch::IndexItem;
+use super::batch::{IndexBatch, IndexItem};
 use super::format::{SEGMENTS_AT, VolumeHeader};
 use super::index::{Index, IndexFound};
 use super::pins::Pins;
@@ -82,10 +82,10 @@ pub(super) fn make_anew(
     match found {
         // What a damaged index does not say, nobody knows.
         IndexFound::Damaged(_) => {}
-        IndexFound::Closed(error) => return Err(OpenError::index(error)),
+        IndexFound::Closed(error) | IndexFound::Unread(error) => return Err(OpenError::index(error)),
         IndexFound::Whole => loaded.map_err(OpenError::index)?,
     }
-    index.recreate().map_err(OpenError::index)?;
+    index.recreate(IndexBatch::default()).map_err(OpenError::index)?;
     let bytes = options.bytes;
     let file_path = volume.file().path().to_owned();
     let step = |cause| OpenError::Io { step: "make anew", path: file_path, cause };

@@ -123,7 +123,8 @@ impl Store {
     fn wait(&self, pace: &Pace) -> Option<Duration> {
         let state = self.state.lock();
         if state.health.index_closed {
-            return (!state.health.left).then(|| pace.next_retry.saturating_duration_since(Instant::now()));
+            let tries = !state.health.left && state.health.index_given_up.is_none();
+            return tries.then(|| pace.next_retry.saturating_duration_since(Instant::now()));
         }
         let due = pace.log_unsynced
             || !pace.undone.is_empty()
@@ -169,16 +170,22 @@ impl Store {
         self.settle(round, pace, &writes, synced, indexed);
     }
 
-    /// Opens a failed index again, where it is time; false where it stays closed.
+    /// Opens a failed index again, where it is time; false where it stays closed. One that turns out damaged does so until a restart:
+    /// only a start builds it again.
     fn reopen_index(&self, pace: &mut Pace, now: bool) -> bool {
-        if !now && Instant::now() < pace.next_retry {
+        let given_up = self.state.lock().health.index_given_up.is_some();
+        if given_up || !now && Instant::now() < pace.next_retry {
             return false;
         }
         let opened = self.index.reopen();
         pace.retry_after = (pace.retry_after * 2).min(SYNC_EVERY);
         pace.next_retry = Instant::now() + pace.retry_after;
-        if let Err(error) = &opened {
-            tracing::debug!(%error, path = %self.path.display(), "the index cannot be opened yet");
+        match &opened {
+            Ok(()) => {}
+            Err(error) if error.is_environment() => {
+                tracing::debug!(%error, path = %self.path.display(), "the index cannot be opened yet");
+            }
+            Err(damage) => self.give_index_up(damage),
         }
         opened.is_ok()
     }
@@ -386,6 +393,14 @@ impl Store {
         if error.is_no_space() {
             self.file_system_is_full();
         }
+    }
+
+    /// The index turned out damaged while the daemon runs.
+    fn give_index_up(&self, damage: &IndexError) {
+        tracing::error!(%damage, path = %self.path.display(), "the index is damaged; its blocks are read, and nothing is written: restart the daemon, which builds the index again from the blocks");
+        let why =
+            format!("{damage}; blocks are read but not written: restart the daemon, which builds the index again");
+        self.state.lock().health.index_given_up = Some(why);
     }
 
     /// A write failed: it is counted, and the volume's health with it.

@@ -178,7 +178,9 @@ impl Store {
             return;
         }
         // The index first: what it takes is what makes room. Where all of the bound has its disk space, no more is needed.
-        self.index.take_reserve();
+        if !self.index.take_reserve() {
+            return;
+        }
         let room = next.is_none_or(|next| self.allocate(next.segment).is_ok());
         if room {
             let mut state = self.state.lock();

@@ -7,7 +7,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvstore_rocksdb::{
     BlockBasedOptions, Cache, DB, DBCompressionType, Direction, ErrorKind, FlushOptions, IteratorMode, LogLevel,
@@ -20,6 +19,7 @@ use super::batch::{IndexBatch, IndexItem};
 use super::format::VOLUME_VERSION;
 use super::mark::{self, Mark, Marked};
 use super::reserve::Reserve;
+use super::ring::{Due, Ring, place_of};
 use crate::caps;
 
 /// The index could not be read or written.
@@ -106,29 +106,44 @@ pub enum IndexFound {
     Damaged(IndexError),
     /// It can be read, and takes no writes yet.
     Closed(IndexError),
+    /// The machine is at fault, and it cannot even be read.
+    Unread(IndexError),
+}
+
+/// What a check of an opened index found.
+enum Checked {
+    /// All is there.
+    Whole {
+        /// The number of its newest batch.
+        newest: u64,
+        is_marked: bool,
+        has_version: bool,
+    },
+    /// Something is missing.
+    Damaged(IndexError),
 }
 
 /// See the head of this file.
 pub struct Index {
-    path: PathBuf,
+    pub(super) path: PathBuf,
     bytes: u64,
     cache: Cache,
     db: RwLock<Option<DB>>,
     /// One writer at a time, so that a reopening meets none.
     writing: Mutex<Writing>,
-    /// What is there is damaged, and is thrown away when it is opened next.
-    damaged: AtomicBool,
     reserve: Reserve,
     faults: Option<Arc<Faults>>,
 }
 
 /// What a writer knows of the batches before.
 #[derive(Default)]
-struct Writing {
-    /// The number of the newest batch that was taken.
-    newest: u64,
+pub(super) struct Writing {
+    /// Their numbers.
+    pub ring: Ring,
     /// Where the number is noted of the last batch that was synced.
-    mark: Option<Mark>,
+    pub mark: Option<Mark>,
+    /// What is there is damaged: at the next opening a new index takes its place, which begins with this.
+    pub anew: Option<IndexBatch>,
 }
 
 impl Index {
@@ -146,7 +161,6 @@ impl Index {
             cache: Cache::new_lru_cache(caps::NVME_INDEX_CACHE_BYTES),
             db: RwLock::new(None),
             writing: Mutex::new(Writing::default()),
-            damaged: AtomicBool::new(false),
             reserve: Reserve::new(folder.join("reserve"), buffer_bytes(bytes) * caps::NVME_INDEX_RESERVE_BUFFERS),
             faults,
         };
@@ -156,7 +170,8 @@ impl Index {
             Err(error) if error.is_environment() => match index.open_to_read(is_old) {
                 Ok(None) => IndexFound::Closed(error),
                 Ok(Some(damage)) => IndexFound::Damaged(damage),
-                Err(other) if other.is_environment() => return Err(error),
+                Err(other) if other.is_environment() => IndexFound::Unread(other),
+                Err(version @ IndexError::Version { .. }) => return Err(version),
                 Err(damage) => IndexFound::Damaged(damage),
             },
             Err(version @ IndexError::Version { .. }) => return Err(version),
@@ -166,7 +181,7 @@ impl Index {
     }
 
     fn options(&self) -> Options {
-        // Shares of the reservation: two write buffers and their log, and levels with room to merge.
+        // Shares of the reservation: two write buffers and their log, the reserve, and levels with room to merge.
         let buffer = buffer_bytes(self.bytes) as usize;
         let mut table = BlockBasedOptions::default();
         table.set_block_cache(&self.cache);
@@ -210,58 +225,76 @@ impl Index {
     fn open_again(&self, is_old: bool) -> Result<Option<IndexError>, IndexError> {
         let mut writing = self.writing.lock();
         *self.db.write() = None;
-        if self.damaged.load(Ordering::Acquire) {
-            self.throw_away(&mut writing)?;
-        }
-        let db = match DB::open(&self.options(), &self.path).map_err(|error| self.error(error)) {
+        let found = match self.open_to_write(&mut writing, is_old) {
             // What the reserve is for.
             Err(error) if error.is_no_space() && self.reserve.give_up() => {
                 tracing::warn!(path = %self.path.display(), "the file system is full: the index has been given its reserve");
-                DB::open(&self.options(), &self.path).map_err(|error| self.error(error))?
+                self.open_to_write(&mut writing, is_old)?
             }
             opened => opened?,
         };
-        let found = self.check(&db, &mut writing, is_old)?;
-        if found.is_none() && db.get(b"m").map_err(|error| self.error(error))?.is_none() {
-            db.put(b"m", VOLUME_VERSION.to_le_bytes()).map_err(|error| self.error(error))?;
-        }
-        *self.db.write() = Some(db);
-        if found.is_none() {
+        // While it lives on its reserve, that is taken only where blocks would have room, too: see `Store::retry_space`.
+        if found.is_none() && !self.reserve.is_given_up() {
             self.take_reserve();
         }
         Ok(found)
     }
 
-    /// Opens it without a change to any file.
-    fn open_to_read(&self, is_old: bool) -> Result<Option<IndexError>, IndexError> {
-        let mut writing = self.writing.lock();
-        let db = DB::open_for_read_only(&self.options(), &self.path, false).map_err(|error| self.error(error))?;
-        let found = self.check(&db, &mut writing, is_old)?;
+    fn open_to_write(&self, writing: &mut Writing, is_old: bool) -> Result<Option<IndexError>, IndexError> {
+        self.renew(writing)?;
+        let db = self.open_db(&self.path)?;
+        let found = match self.check(&db, writing.ring.newest(), is_old)? {
+            Checked::Damaged(damage) => Some(damage),
+            Checked::Whole { newest, is_marked, has_version } => {
+                let path = self.mark_path();
+                let in_file = |cause| IndexError::File { path: path.clone(), cause };
+                let mark = Mark::create(&path).map_err(in_file)?;
+                if !is_marked {
+                    // Before the first batch with a number.
+                    mark.set_synced(newest).map_err(in_file)?;
+                }
+                if !has_version {
+                    db.put(b"m", VOLUME_VERSION.to_le_bytes()).map_err(|error| self.error(error))?;
+                }
+                // What its log had is in a table now.
+                (writing.ring, writing.mark) = (Ring::opened(newest), Some(mark));
+                None
+            }
+        };
         *self.db.write() = Some(db);
         Ok(found)
     }
 
-    /// Removes what is damaged, and then what its mark says. A start in between finds an index that is too short, or none.
-    fn throw_away(&self, writing: &mut Writing) -> Result<(), IndexError> {
-        if let Err(error) = Self::destroy(&self.path) {
-            tracing::error!(%error, path = %self.path.display(), "the damaged index cannot be removed");
-            return Err(IndexError::Closed);
-        }
-        let mark = self.mark_path();
-        let (file, _) = Mark::open(&mark).map_err(|cause| IndexError::File { path: mark.clone(), cause })?;
-        file.set_synced(0).map_err(|cause| IndexError::File { path: mark, cause })?;
-        *writing = Writing { newest: 0, mark: Some(file) };
-        self.damaged.store(false, Ordering::Release);
-        Ok(())
+    /// Opens the database in `path`, or makes it. The folder is made here: the binding's own error for that does not tell a full file
+    /// system from damage.
+    pub(super) fn open_db(&self, path: &Path) -> Result<DB, IndexError> {
+        std::fs::create_dir_all(path).map_err(|cause| IndexError::File { path: path.to_owned(), cause })?;
+        DB::open(&self.options(), path).map_err(|error| self.error(error))
     }
 
-    fn mark_path(&self) -> PathBuf {
+    /// Opens it without a change to any file: none is made, and nothing is written.
+    fn open_to_read(&self, is_old: bool) -> Result<Option<IndexError>, IndexError> {
+        self.check_not_renewing()?;
+        let mut writing = self.writing.lock();
+        let db = DB::open_for_read_only(&self.options(), &self.path, false).map_err(|error| self.error(error))?;
+        let found = match self.check(&db, writing.ring.newest(), is_old)? {
+            Checked::Damaged(damage) => Some(damage),
+            Checked::Whole { newest, .. } => {
+                writing.ring = Ring::opened(newest);
+                None
+            }
+        };
+        *self.db.write() = Some(db);
+        Ok(found)
+    }
+
+    pub(super) fn mark_path(&self) -> PathBuf {
         self.path.with_file_name("mark")
     }
 
-    /// Whether all is there that was there before: see `mark.rs`. What is missing.
-    fn check(&self, db: &DB, writing: &mut Writing, is_old: bool) -> Result<Option<IndexError>, IndexError> {
-        let damaged = |what: String| IndexError::Damaged { path: self.path.clone(), what };
+    /// Whether all is there that was there before, up to the batch `newest_known`: see `mark.rs`. Changes nothing.
+    fn check(&self, db: &DB, newest_known: u64, is_old: bool) -> Result<Checked, IndexError> {
+        let damaged = |what: String| Ok(Checked::Damaged(IndexError::Damaged { path: self.path.clone(), what }));
         let version = db.get(b"m").map_err(|error| self.error(error))?;
         if let Some(bytes) = &version {
             let version = <[u8; 2]>::try_from(bytes.as_slice()).map_or(u16::MAX, u16::from_le_bytes);
@@ -269,31 +302,25 @@ impl Index {
                 return Err(IndexError::Version { path: self.path.clone(), version });
             }
         }
-        let mark_path = self.mark_path();
-        let in_file = |cause| IndexError::File { path: mark_path.clone(), cause };
         let mut ring = Vec::new();
         self.load_of(db, b'g', &mut |item| {
             if let IndexItem::Link(place, number) = item {
                 ring.push((place, number));
             }
         })?;
-        let (mark, marked) = Mark::open(&mark_path).map_err(in_file)?;
-        let newest = match mark::newest(&ring, marked) {
-            Ok(newest) if newest < writing.newest => {
-                return Ok(Some(damaged(format!("it had taken {} changes, and has {newest}", writing.newest))));
+        let mark_path = self.mark_path();
+        let marked = Mark::read(&mark_path).map_err(|cause| IndexError::File { path: mark_path, cause })?;
+        match mark::newest(&ring, marked) {
+            Ok(newest) if newest < newest_known => {
+                damaged(format!("it had taken {newest_known} changes, and has {newest}"))
             }
-            Ok(newest) => newest,
-            Err(what) => return Ok(Some(damaged(what))),
-        };
-        if version.is_none() && is_old {
-            return Ok(Some(damaged("it is empty".into())));
+            Ok(_) if version.is_none() && is_old => damaged("it is empty".into()),
+            Ok(newest) => {
+                let (is_marked, has_version) = (marked != Marked::Nothing, version.is_some());
+                Ok(Checked::Whole { newest, is_marked, has_version })
+            }
+            Err(what) => damaged(what),
         }
-        if marked == Marked::Nothing {
-            // Before the first batch with a number.
-            mark.set_synced(newest).map_err(in_file)?;
-        }
-        *writing = Writing { newest, mark: Some(mark) };
-        Ok(None)
     }
 
     /// Closes the database for good.
@@ -302,21 +329,13 @@ impl Index {
         *self.db.write() = None;
     }
 
-    /// Removes the index of `path` altogether.
-    pub fn destroy(path: &Path) -> std::io::Result<()> {
-        match std::fs::remove_dir_all(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
-    }
-
-    /// Throws everything away and starts empty; where that fails, the next opening does.
-    pub fn recreate(&self) -> Result<(), IndexError> {
-        self.damaged.store(true, Ordering::Release);
+    /// Has an empty index with these records take the place of what is there; where that fails, the next opening does it.
+    pub fn recreate(&self, kept: IndexBatch) -> Result<(), IndexError> {
+        self.writing.lock().anew = Some(kept);
         self.reopen()
     }
 
-    fn error(&self, cause: kvstore_rocksdb::Error) -> IndexError {
+    pub(super) fn error(&self, cause: kvstore_rocksdb::Error) -> IndexError {
         IndexError::Db { path: self.path.clone(), cause }
     }
 
@@ -348,20 +367,41 @@ impl Index {
         }
         let db = self.db.read();
         let db = db.as_ref().ok_or(IndexError::Closed)?;
-        let number = writing.newest + 1;
-        batch.put_link(mark::place_of(number), number);
+        self.keep_ring(db, &mut writing.ring)?;
+        let number = writing.ring.newest() + 1;
+        batch.put_link(place_of(number), number);
         let mut options = WriteOptions::default();
         options.set_sync(sync);
         db.write_opt(batch.into_inner(), &options).map_err(|error| self.error(error))?;
-        writing.newest = number;
+        writing.ring.taken();
         if sync && let Some(Err(error)) = writing.mark.as_ref().map(|mark| mark.set(number)) {
             // The log has it all the same; only a loss of its end would go unnoticed.
             tracing::warn!(%error, path = %self.path.display(), "the mark of the index cannot be written");
         }
-        if number.is_multiple_of(caps::NVME_INDEX_RING / 4) {
-            let mut flush = FlushOptions::default();
-            flush.set_wait(false);
-            db.flush_opt(&flush).map_err(|error| self.error(error))?;
+        Ok(())
+    }
+
+    /// Has the write buffer go to a table in time, before the next batch: that batch is what an error is about.
+    fn keep_ring(&self, db: &DB, ring: &mut Ring) -> Result<(), IndexError> {
+        // A second buffer on its way would hold up whoever sends it.
+        let is_sending = || !matches!(db.property_int_value("rocksdb.num-immutable-mem-table"), Ok(Some(0)));
+        let mut options = FlushOptions::default();
+        match ring.due(is_sending) {
+            Due::Nothing => {}
+            Due::Send => {
+                options.set_wait(false);
+                match db.flush_opt(&options) {
+                    Ok(()) => ring.sent(),
+                    Err(error) => {
+                        tracing::debug!(%error, path = %self.path.display(), "the index's write buffer is sent to a table later");
+                    }
+                }
+            }
+            Due::Wait => {
+                options.set_wait(true);
+                db.flush_opt(&options).map_err(|error| self.error(error))?;
+                ring.stored();
+            }
         }
         Ok(())
     }
@@ -376,11 +416,13 @@ impl Index {
         if self.reserve.is_given_up() { self.reserve.bytes() } else { 0 }
     }
 
-    /// Takes the disk space of the reserve, where it was given up and there is room again.
-    pub fn take_reserve(&self) {
-        if let Err(error) = self.reserve.take() {
+    /// Takes the disk space of the reserve, where it has it not; false where there is no room for it.
+    pub fn take_reserve(&self) -> bool {
+        let taken = self.reserve.take();
+        if let Err(error) = &taken {
             tracing::debug!(%error, path = %self.path.display(), "the index has no reserve for a full file system");
         }
+        taken.is_ok()
     }
 
     /// Bytes of disk that it takes.
@@ -405,8 +447,37 @@ impl Index {
     }
 }
 
-/// Bytes of a write buffer, in an index of `bytes`: two of them and their log have a quarter of it, levels with room to merge the
-/// rest.
+/// Bytes of a write buffer, in an index of `bytes`: two of them and their log have a quarter of it, the reserve has three sixteenths,
+/// and levels with room to merge have the rest.
 fn buffer_bytes(bytes: u64) -> u64 {
     (bytes / 16).clamp(64 << 10, 8 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The ring comes round several times, without a sync: after a kill, no gap is seen where there is none.
+    #[test]
+    fn a_ring_that_came_round_is_whole() {
+        let folder = std::env::temp_dir().join(format!("kvstore-ring-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir(&folder).unwrap();
+        let count = caps::NVME_INDEX_RING * 3 + 10;
+        let (index, found) = Index::open(&folder, 1 << 20, false, None).unwrap();
+        assert!(matches!(found, IndexFound::Whole), "{found:?}");
+        (0..count).for_each(|_| index.write(IndexBatch::default(), false).unwrap());
+        index.close();
+        let (index, found) = Index::open(&folder, 1 << 20, true, None).unwrap();
+        assert!(matches!(found, IndexFound::Whole), "{found:?}");
+        let mut newest = 0;
+        let link = |item: IndexItem<'_>| {
+            if let IndexItem::Link(_, number) = item {
+                newest = number.max(newest)
+            }
+        };
+        index.load(b'g', link).unwrap();
+        assert_eq!(newest, count);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
 }

@@ -21,15 +21,16 @@ struct Loaded {
 
 impl Store {
     /// Reads the index into memory. Where it is damaged, it is begun anew, with what could be read of it, and what has to be scanned
-    /// is marked.
-    pub fn take_index(&self, found: IndexFound, present: usize, options: &NvmeOptions) -> Result<(), OpenError> {
+    /// is marked. Where it cannot be read, the volume has left.
+    pub fn take_index(&self, found: IndexFound, present: usize, options: &NvmeOptions) {
         let mut loaded = Loaded::default();
         let read = self.load(options, &mut loaded);
         add(&self.counters.stale_blocks, loaded.stale_blocks);
         self.state.lock().extents.follow(std::sync::Arc::clone(&self.peers.changes));
         match (found, read) {
+            (IndexFound::Unread(error), _) => return self.leave_unread(error),
             (IndexFound::Damaged(damage), _) => self.prepare_rebuild(&damage, present, options),
-            (_, Err(error)) if error.is_environment() => return Err(OpenError::IndexUnread(error)),
+            (_, Err(error)) if error.is_environment() => return self.leave_unread(error),
             (_, Err(damage)) => self.prepare_rebuild(&damage, present, options),
             (IndexFound::Closed(error), Ok(())) => {
                 self.index.close();
@@ -47,7 +48,18 @@ impl Store {
             self.file_system_is_full();
         }
         self.find_unknown(present);
-        Ok(())
+    }
+
+    /// The index cannot be read, and may be whole: what the volume has is left alone, for a start at which it can.
+    fn leave_unread(&self, error: IndexError) {
+        self.index.close();
+        let why = OpenError::IndexUnread(error).to_string();
+        {
+            let mut state = self.state.lock();
+            state.health.index_closed = true;
+            state.health.index_given_up = Some(why.clone());
+        }
+        self.leave(why);
     }
 
     /// Reads the index. What could be read before an error is kept.
@@ -101,18 +113,19 @@ impl Store {
     fn prepare_rebuild(&self, damage: &IndexError, present: usize, options: &NvmeOptions) {
         tracing::error!(%damage, path = %self.path.display(), "the index is damaged; the blocks that it still names are served, and a scan finds the others");
         add(&self.counters.index_rebuilds, 1);
+        let mut kept = IndexBatch::default();
         {
             let mut state = self.state.lock();
             state.health.reason = Some(format!("{damage}; a scan is finding the blocks again"));
             state.numbers.save_again();
             for (id, record) in state.pins.records(&options.boot_id, options.now) {
-                state.owed.pin(id, record);
+                kept.put_pin(id, &record);
             }
-            let State { owed, suspects, buried, .. } = &mut *state;
-            suspects.iter().for_each(|segment| owed.suspect(*segment));
-            buried.iter().for_each(|digest| owed.bury(*digest));
+            state.suspects.iter().for_each(|segment| kept.put_suspect(*segment));
+            state.buried.iter().for_each(|digest| kept.put_buried(*digest));
         }
-        if let Err(error) = self.index.recreate() {
+        // The index has all that is kept before it has anything else: none of it is owed.
+        if let Err(error) = self.index.recreate(kept) {
             self.close_index(&error);
         }
         for segment in 0..present as u32 {

@@ -14,6 +14,7 @@ use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
+use super::ring::place_of;
 use crate::caps;
 
 const MAGIC: &[u8; 8] = b"KVMARK\n\x01";
@@ -22,7 +23,8 @@ const BYTES: usize = 20;
 /// What the file says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Marked {
-    /// An earlier build had none.
+    /// There is none, or an empty one: an earlier build had none, and between its making and its first number there may be a kill
+    /// or a full disk.
     Nothing,
     /// It does not verify.
     Damaged,
@@ -34,15 +36,21 @@ pub(super) enum Marked {
 pub(super) struct Mark(File);
 
 impl Mark {
-    /// Opens the mark in `path`, or makes an empty file. What it says.
-    pub fn open(path: &Path) -> io::Result<(Self, Marked)> {
-        let there = path.exists();
-        let mut options = File::options();
-        let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    /// What the mark in `path` says. Changes nothing.
+    pub fn read(path: &Path) -> io::Result<Marked> {
         let mut bytes = [0; BYTES + 1];
-        let length = file.read_at(&mut bytes, 0)?;
-        let marked = if there { decode(bytes.get(..length).unwrap_or_default()) } else { Marked::Nothing };
-        Ok((Self(file), marked))
+        let length = match File::open(path) {
+            Ok(file) => file.read_at(&mut bytes, 0)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error),
+        };
+        Ok(decode(bytes.get(..length).unwrap_or_default()))
+    }
+
+    /// Opens the mark in `path` to set it, or makes an empty one.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        let mut options = File::options();
+        options.write(true).create(true).truncate(false).mode(0o600).open(path).map(Self)
     }
 
     /// The log is synced up to this batch.
@@ -66,16 +74,14 @@ fn encode(number: u64) -> [u8; BYTES] {
 }
 
 fn decode(bytes: &[u8]) -> Marked {
+    if bytes.is_empty() {
+        return Marked::Nothing;
+    }
     let number = bytes.get(8..16).and_then(|number| number.try_into().ok()).map(u64::from_le_bytes);
     match number {
         Some(number) if bytes == encode(number) => Marked::At(number),
         _ => Marked::Damaged,
     }
-}
-
-/// The place of a batch's number in the ring.
-pub(super) fn place_of(number: u64) -> u16 {
-    (number % caps::NVME_INDEX_RING) as u16
 }
 
 /// The number of the newest batch, of what a ring holds; or what is wrong.
@@ -133,16 +139,20 @@ mod tests {
     fn a_mark_comes_back_and_no_flipped_bit_does() {
         let path = std::env::temp_dir().join(format!("kvstore-mark-{}", std::process::id()));
         let _ = std::fs::remove_file(&path);
-        let (mark, marked) = Mark::open(&path).unwrap();
-        assert_eq!(marked, Marked::Nothing);
+        assert_eq!(Mark::read(&path).unwrap(), Marked::Nothing);
+        assert!(!path.exists(), "made by a read");
+        let mark = Mark::create(&path).unwrap();
+        assert_eq!(Mark::read(&path).unwrap(), Marked::Nothing, "killed before the first number");
         mark.set(70_000).unwrap();
-        assert_eq!(Mark::open(&path).unwrap().1, Marked::At(70_000));
+        assert_eq!(Mark::read(&path).unwrap(), Marked::At(70_000));
         std::fs::remove_file(&path).unwrap();
         for bit in 0..BYTES * 8 {
             let mut bytes = encode(70_000);
             bytes[bit / 8] ^= 1 << (bit % 8);
             assert_eq!(decode(&bytes), Marked::Damaged);
         }
-        assert_eq!(decode(&[]), Marked::Damaged, "cut off");
+        for length in 1..BYTES {
+            assert_eq!(decode(&encode(70_000)[..length]), Marked::Damaged, "cut off");
+        }
     }
 }

@@ -75,10 +75,14 @@ impl Store {
     fn await_index(&self) -> bool {
         loop {
             std::thread::sleep(AGAIN_AFTER);
-            if self.is_stopping() || self.state.lock().health.left {
+            if self.is_stopping() {
                 return false;
             }
-            if !self.state.lock().health.index_closed {
+            let state = self.state.lock();
+            if state.health.left || state.health.index_given_up.is_some() {
+                return false;
+            }
+            if !state.health.index_closed {
                 return true;
             }
         }

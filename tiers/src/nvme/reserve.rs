@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 
 /// See the head of this file.
 pub(super) struct Reserve {
@@ -19,9 +20,10 @@ pub(super) struct Reserve {
 }
 
 impl Reserve {
-    /// Of `bytes`, in the file `path`.
+    /// Of `bytes`, in the file `path`. One that was given up before a restart still is: its file is empty.
     pub fn new(path: PathBuf, bytes: u64) -> Self {
-        Self { path, bytes, is_given_up: AtomicBool::new(false) }
+        let is_empty = std::fs::metadata(&path).is_ok_and(|metadata| metadata.len() == 0);
+        Self { path, bytes, is_given_up: AtomicBool::new(is_empty) }
     }
 
     /// Bytes that it takes.
@@ -34,19 +36,26 @@ impl Reserve {
         std::fs::metadata(&self.path).map_or(0, |metadata| metadata.blocks() * 512)
     }
 
-    /// Takes its disk space, where it has it not.
+    /// Takes its disk space, where it has it not. On a file system that cannot reserve any, there is no reserve.
     pub fn take(&self) -> io::Result<()> {
         if self.disk_bytes() >= self.bytes {
             return Ok(());
         }
         let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(&self.path)?;
-        let taken = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, self.bytes).map_err(io::Error::from);
-        match taken {
-            Ok(()) => self.is_given_up.store(false, Ordering::Release),
-            // A part of it would be of no use.
-            Err(_) => _ = file.set_len(0),
+        let before = file.metadata()?.len();
+        let taken = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, self.bytes);
+        let can_be = !matches!(taken, Err(Errno::OPNOTSUPP | Errno::NOSYS));
+        if taken.is_ok() || !can_be {
+            self.is_given_up.store(false, Ordering::Release);
         }
-        taken
+        if taken.is_err() {
+            // A part of it would be of no use. An empty file says that it was given up.
+            match before > 0 || self.is_given_up() {
+                true => file.set_len(before)?,
+                false => std::fs::remove_file(&self.path)?,
+            }
+        }
+        if can_be { taken.map_err(io::Error::from) } else { Ok(()) }
     }
 
     /// Gives its disk space up; false where it had none.
@@ -73,12 +82,29 @@ mod tests {
         let _ = std::fs::remove_file(&path);
         let reserve = Reserve::new(path.clone(), 1 << 20);
         assert!(!reserve.give_up(), "nothing was taken yet");
-        if reserve.take().is_err() {
-            // A file system without fallocate.
+        reserve.take().unwrap();
+        if !path.exists() {
+            println!("skipped: a file system without fallocate");
             return;
         }
-        assert!(reserve.disk_bytes() >= 1 << 20);
+        assert!(reserve.disk_bytes() >= 1 << 20 && !reserve.is_given_up());
         assert!(reserve.give_up() && reserve.disk_bytes() == 0 && !reserve.give_up());
+        let reserve = Reserve::new(path.clone(), 1 << 20);
+        assert!(reserve.is_given_up(), "a restart forgot that the index lives on it");
+        reserve.take().unwrap();
+        assert!(!reserve.is_given_up() && !Reserve::new(path.clone(), 1 << 20).is_given_up());
+        // More than any file system has.
+        assert!(Reserve::new(path.clone(), 1 << 60).take().is_err());
+        assert!(reserve.disk_bytes() >= 1 << 20, "what was there is there");
         std::fs::remove_file(&path).unwrap();
+    }
+
+    /// One that could never be taken was not given up: the next start does not wait for room for it.
+    #[test]
+    fn what_was_never_taken_is_not_given_up() {
+        let path = std::env::temp_dir().join(format!("kvstore-no-reserve-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let _ = Reserve::new(path.clone(), 1 << 60).take();
+        assert!(!path.exists() && !Reserve::new(path, 1 << 60).is_given_up());
     }
 }

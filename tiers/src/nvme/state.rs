@@ -24,6 +24,8 @@ pub struct Health {
     pub no_space: bool,
     /// The index does not take writes; it is being opened again.
     pub index_closed: bool,
+    /// It is not opened again before a restart, and why.
+    pub index_given_up: Option<String>,
     /// What was written since the last sync is being checked, after a sync failed.
     pub checking: bool,
     /// Blocks are being found again: segments still to be scanned.
@@ -170,7 +172,9 @@ impl State {
                 self.owed.bury(digest);
             }
         }
-        Deleted { frame: entry.map(|entry| entry.extent), known: scanned && !self.owed.is_deleted(digest) }
+        // An index that could not be read, or that is to be built again, may name what nobody here knows.
+        let known = scanned && self.health.index_given_up.is_none() && !self.owed.is_deleted(digest);
+        Deleted { frame: entry.map(|entry| entry.extent), known }
     }
 }
 

@@ -118,6 +118,7 @@ impl Store {
         let health = &state.health;
         match health {
             Health { left: true, .. } | Health { read_only: true, .. } => health.reason.clone(),
+            Health { index_given_up: Some(why), .. } => Some(why.clone()),
             Health { no_space: true, .. } => Some("the file system is full".into()),
             Health { index_closed: true, .. } => {
                 Some("the index cannot be written; it is opened again until that works".into())

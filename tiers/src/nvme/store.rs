@@ -1,7 +1,7 @@
 //! One volume of the tier: its folder, what is known of it in memory, and how it is opened.
 //!
-//! A folder holds `lock`, `blocks` (the volume's file), `index` (RocksDB), and its `mark` and `reserve`. Whoever holds the lock file's
-//! lock owns them all. What the index says is read once, at the start (`load.rs`); from then on memory is
+//! A folder holds `lock`, `blocks` (the volume's file), `index` (RocksDB; for a while also its successor, see `renew.rs`), and its
+//! `mark` and `reserve`. Whoever holds the lock file's lock owns them all. What the index says is read once, at the start (`load.rs`); from then on memory is
 //! asked, and the index is only written.
 
 use std::path::{Path, PathBuf};
@@ -57,9 +57,9 @@ pub enum OpenError {
     /// The index is of another version.
     #[error("{0}; nothing was changed. Move the folder away to start with an empty one")]
     Index(IndexError),
-    /// The index cannot be read, for a reason that lies outside it.
+    /// The index cannot be read, for a reason that lies outside it. The volume is out of use, and the others are not.
     #[error(
-        "{0}; nothing was changed. If this stays, remove the folder `index` there: it is built again from the blocks, and pins are lost"
+        "{0}; nothing was changed. A restart tries again. If this stays, remove the folder `index` there: it is built again from the blocks, and pins are lost"
     )]
     IndexUnread(IndexError),
 }
@@ -129,8 +129,14 @@ impl Store {
         let (index, mut found) =
             Index::open(path, index_bytes, present > 0, options.faults.clone()).map_err(OpenError::index)?;
         if let Err(refused) = bound_of(path, options.bytes, index_bytes, header.segment_bytes) {
-            header = make_anew(&*volume, &index, found, &header, options, refused)?;
-            (present, found) = (0, IndexFound::Whole);
+            found = match make_anew(&*volume, &index, found, &header, options, refused) {
+                Ok(made) => {
+                    (header, present) = (made, 0);
+                    IndexFound::Whole
+                }
+                Err(OpenError::IndexUnread(error)) => IndexFound::Unread(error),
+                Err(other) => return Err(other),
+            };
         }
         let allowed = Self::segments_allowed(options.bytes, index_bytes, header.segment_bytes);
         let state = State::new(Segments::new(header.segment_bytes, 0, allowed.max(present)));
@@ -157,7 +163,7 @@ impl Store {
             state.segments.set_allowed(allowed);
             state.segments.start_lives_after(first_life(&header));
         }
-        store.take_index(found, present, options)?;
+        store.take_index(found, present, options);
         Ok((store, commits_to))
     }
 
