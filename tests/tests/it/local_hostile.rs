@@ -390,12 +390,13 @@ async fn promotions_that_are_never_released_are_bounded() {
     for tag in 0..150 {
         assert!(raw.submit(tag, &promote));
         match raw.next().1 {
-            Completion::Promoted { ready: 256, .. } => promoted += 1,
+            // All that were asked for, and fewer once less is left.
+            Completion::Promoted { ready: ready @ 32..=256, .. } => promoted += ready,
             Completion::Failed { message, .. } if message.contains("try again later") => busy += 1,
             other => panic!("{other:?}"),
         }
     }
-    assert!(promoted <= 128 && busy > 0, "{promoted} promotions of 256 blocks each are kept at once");
+    assert!(promoted <= 2 * 4 * 4096 && busy > 0, "{promoted} promoted blocks are kept at once");
     witness.checks().await;
     let leasable = &daemon.running.daemon.leasable;
     eventually("leases end by themselves", || leasable.available_permits() == 4 * 4096).await;
