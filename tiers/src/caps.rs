@@ -206,9 +206,10 @@ pub const OBJECT_PROOFS_MAX: usize = 8;
 pub const OBJECT_REFERRING_MAX: usize = 32;
 /// Blocks that one pin has on their way to disk at once: a few syncs for a long prompt.
 pub const PIN_WRITES_MAX: usize = 1024;
-/// A block of a pin that the disk refuses is offered again so many times: a write of it that ends just now is in the way of another.
-pub const PIN_WRITE_ATTEMPTS: usize = 10;
-/// ... this much later.
+/// A block of a pin that the disk refuses is offered again so many times: a write of it that begins or ends just now is in the way of
+/// another.
+pub const PIN_WRITE_ATTEMPTS: u32 = 10;
+/// ... this much later, then twice as much each time: a second in all, also for a thread that a busy machine does not run.
 pub const PIN_WRITE_POLL: Duration = Duration::from_millis(1);
 /// Times that a delete looks again for copies that were made meanwhile: each time they can only come from what the time before missed.
 pub const DELETE_ROUNDS_MAX: usize = 16;

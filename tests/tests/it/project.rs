@@ -24,6 +24,7 @@ const ARROWS: [(&str, &[&str]); 14] = [
             "kvstore-client",
             "kvstore-plane",
             "kvstore-proto",
+            "kvstore-rocksdb",
             "kvstore-router",
             "kvstore-tiers",
             "kvstore-transfer",

@@ -241,20 +241,20 @@ impl Stack {
         Ok(())
     }
 
-    /// `None` where the disk does not take the block. A write of it that ends just now is in the way of another, and is found a moment
-    /// later.
+    /// `None` where the disk does not take the block. A write of it that begins or ends just now is in the way of another, and is found a
+    /// moment later.
     async fn offer_for_pin(
         &self,
         block: &BlockRef<'_>,
         parent: Option<SequenceHash>,
         wish: &Wish,
     ) -> Option<oneshot::Receiver<bool>> {
-        for _ in 0..caps::PIN_WRITE_ATTEMPTS {
+        for attempt in 0..caps::PIN_WRITE_ATTEMPTS {
             let copy = Copy { block: block.owned(), parent, sums: Vec::new(), leased: None };
             if let Some(local) = self.stored(copy, wish).local {
                 return Some(local);
             }
-            tokio::time::sleep(caps::PIN_WRITE_POLL).await;
+            tokio::time::sleep(caps::PIN_WRITE_POLL * (1 << attempt)).await;
         }
         None
     }
