@@ -267,3 +267,21 @@ fn an_index_that_turns_out_damaged_says_that_a_restart_is_needed() {
     assert!(lost.is_empty(), "{lost:?} are lost");
     tiers.close();
 }
+
+/// Where the index's folder should be is a file. The volume left, with all that was LOCAL on it; the blocks are sound.
+#[test]
+fn an_index_that_is_a_file_is_put_aside_and_built_again() {
+    let disk = tempfile::tempdir().unwrap();
+    let tiers = Tiers::open(disk.path(), &TierOptions::default()).unwrap();
+    (0..20).for_each(|id| assert!(tiers.put(id, true)));
+    tiers.close();
+    let index = disk.path().join("index");
+    std::fs::remove_dir_all(&index).unwrap();
+    std::fs::write(&index, "somebody's").unwrap();
+    let tiers = Tiers::open(disk.path(), &TierOptions::default()).unwrap();
+    tiers.until_state("SERVING");
+    assert!((0..20).all(|id| tiers.get(id).bytes().is_some()));
+    assert_eq!(tiers.nvme.status().volumes[0].index_rebuilds, 1);
+    assert_eq!(std::fs::read_to_string(disk.path().join("index.aside")).unwrap(), "somebody's");
+    tiers.close();
+}

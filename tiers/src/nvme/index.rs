@@ -164,7 +164,11 @@ impl Index {
             reserve: Reserve::new(folder.join("reserve"), buffer_bytes(bytes) * caps::NVME_INDEX_RESERVE_BUFFERS),
             faults,
         };
+        let is_file = std::fs::metadata(&index.path).is_ok_and(|there| !there.is_dir());
         let found = match index.open_again(is_old) {
+            _ if is_file => {
+                IndexFound::Damaged(IndexError::Damaged { path: index.path.clone(), what: "it is no folder".into() })
+            }
             Ok(None) => IndexFound::Whole,
             Ok(Some(damage)) => IndexFound::Damaged(damage),
             Err(error) if error.is_environment() => match index.open_to_read(is_old) {

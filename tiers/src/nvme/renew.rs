@@ -70,6 +70,8 @@ fn in_file(path: &Path) -> impl Fn(io::Error) -> IndexError {
 
 fn remove_folder(path: &Path) -> io::Result<()> {
     match std::fs::remove_dir_all(path) {
+        // What is no folder was not made here: it is put aside.
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => rename(path, &path.with_extension("aside")),
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
