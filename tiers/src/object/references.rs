@@ -195,8 +195,8 @@ impl ObjectTier {
         (0..elsewhere.len()).all(is_here).then(|| packs.into_values().collect())
     }
 
-    /// The same, not cut off where the caller leaves: the store may have the request already. Where it was ended meanwhile, what the
-    /// request then made is ended, too.
+    /// Does what [`Self::refer`] does, and is not cut off where the caller leaves: the store may have the request already. Where it was
+    /// ended meanwhile, what the request then made is ended, too.
     pub(super) async fn refer_whoever_waits(
         self: Arc<Self>,
         id: u128,
