@@ -482,6 +482,8 @@ mod tests {
         };
         index.load(b'g', link).unwrap();
         assert_eq!(newest, count);
+        // RocksDB makes and removes files in the background while it is open: a folder is only removed once it is closed.
+        index.close();
         std::fs::remove_dir_all(&folder).unwrap();
     }
 }
