@@ -1,7 +1,8 @@
 //! The lock of the Host tier: how long others wait for it at most while large holds come, go and expire, and what that does to puts.
 //!
 //! Measured from outside: one thread takes a cheap call under the lock again and again, and keeps its longest wait. The scheduler is
-//! in that, too: a thread that holds the lock may lose its core.
+//! in that, too: a thread that holds the lock may lose its core. How long a thread that takes no lock is kept from running at most,
+//! in the same run, is beside it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -159,6 +160,23 @@ impl Tier {
         waits
     }
 
+    /// Microseconds that passed at most between two looks at the clock, while another thread works, too.
+    fn longest_gap() -> f64 {
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| while !stop.load(Ordering::Relaxed) {});
+            let (until, mut longest) = (Instant::now() + ROUND, Duration::ZERO);
+            let mut before = Instant::now();
+            while before < until {
+                let after = Instant::now();
+                longest = longest.max(after - before);
+                before = after;
+            }
+            stop.store(true, Ordering::Relaxed);
+            longest.as_secs_f64() * 1e6
+        })
+    }
+
     /// Microseconds that each of many puts took: of new blocks, which push out old ones.
     fn puts(&self) -> anyhow::Result<Vec<f64>> {
         let mut times = Vec::with_capacity(PUTS);
@@ -196,10 +214,11 @@ pub fn measure(rounds: usize) -> anyhow::Result<()> {
     let status = tier.host.status();
     let slabs: u64 = status.pools.iter().map(|pool| pool.slabs).sum();
     eprintln!("{} blocks in {slabs} slabs of {} namespaces", status.blocks, status.pools.len());
-    let (mut longest, mut rare, mut holds) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut longest, mut gaps, mut rare, mut holds) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let (mut beside, mut alone, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..=rounds {
         let (mut waits, times) = tier.beside_holds(|| tier.probe())?;
+        let gap = Tier::longest_gap();
         let mut without = tier.puts()?;
         let (with, _) = tier.beside_holds(|| tier.puts())?;
         let (without, with) = (quantile(&mut without, 0.99), quantile(&mut with?, 0.99));
@@ -207,6 +226,7 @@ pub fn measure(rounds: usize) -> anyhow::Result<()> {
         if round > 0 {
             rare.push(quantile(&mut waits, 0.999));
             longest.push(waits.last().copied().unwrap_or(f64::NAN));
+            gaps.push(gap);
             holds.push(median(times));
             beside.push(with);
             alone.push(without);
@@ -214,6 +234,7 @@ pub fn measure(rounds: usize) -> anyhow::Result<()> {
         }
     }
     figure::print("locks", "longest_wait_us", median(longest), "<= 1000");
+    figure::note("locks", "longest_gap_us", median(gaps));
     figure::note("locks", "wait_p999_us", median(rare));
     figure::note("locks", "hold_65536_us", median(holds));
     figure::print("locks", "put_p99_of_idle", median(ratios), "<= 1.5");

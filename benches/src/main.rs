@@ -7,6 +7,7 @@
 mod advise;
 mod eviction;
 mod figure;
+mod first_pass;
 mod grpc;
 mod idle;
 mod index;
@@ -29,7 +30,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Measure the figures of one group.
 #[derive(Parser)]
 struct Arguments {
-    /// The group: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, idle or outside.
+    /// The group: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, idle, first_pass or outside.
     #[arg(long)]
     group: String,
     /// Rounds of each paired measurement.
@@ -67,10 +68,10 @@ fn main() -> anyhow::Result<()> {
         "advise" => advise::measure(&arguments.daemon, &arguments.trace, arguments.rounds),
         "routing" => routing::measure(&arguments.trace, arguments.rounds),
         "idle" => idle::measure(&arguments.daemon, &arguments.disk),
+        "first_pass" => first_pass::measure(&arguments.daemon, arguments.rounds),
         "outside" => outside::measure(&arguments.daemon, arguments.rounds),
         other => {
-            let valid =
-                "grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, idle, outside";
+            let valid = "grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, idle, first_pass, outside";
             anyhow::bail!("unknown group {other:?}: valid are {valid}")
         }
     }

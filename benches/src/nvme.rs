@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use kvstore::replay;
 use kvstore_tests::tier::{TierOptions, Tiers, hash};
-use kvstore_tiers::nvme::WriteBack;
+use kvstore_tiers::nvme::BegunWrite;
 
 use crate::figure::{self, median};
 use crate::process::own_cpu_seconds;
@@ -97,8 +97,8 @@ fn write_round(disk: &Path, block_bytes: u32) -> anyhow::Result<Run> {
     }
     let (started, cpu) = (Instant::now(), own_cpu_seconds());
     for id in 0..blocks {
-        let queued = tiers.nvme.write_back(&tiers.block(id), None, Vec::new(), false);
-        anyhow::ensure!(matches!(queued, WriteBack::Queued(_)), "refused");
+        let queued = tiers.nvme.begin_write(&tiers.block(id), None, Vec::new(), false);
+        anyhow::ensure!(matches!(queued, BegunWrite::Queued(_)), "refused");
     }
     while tiers.nvme.dirty_bytes() > 0 {
         std::thread::sleep(Duration::from_millis(2));

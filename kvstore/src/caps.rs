@@ -16,6 +16,13 @@ pub const LEASED_AHEAD_BYTES: u64 = 1 << 20;
 pub const BLOCKS_PER_PUT_MAX: usize = HASHES_PER_LOOKUP_MAX;
 /// Bytes of a control message: 65,536 hashes of 32 bytes with their tags, and room.
 pub const CONTROL_MESSAGE_BYTES_MAX: usize = 4 << 20;
+/// Where nobody said how much memory the daemon may have, it makes one part in so many of it ready ahead of need: a user who works on
+/// the same machine does not notice it ...
+pub const READY_PARTS: u64 = 16;
+/// ... and no more than this: what comes in while the thread that makes more wakes up, many times over.
+pub const READY_BYTES_AUTO_MAX: u64 = 1 << 30;
+/// One part in so many of the machine's memory is left to others by what is made ready: it is not worth a page of theirs.
+pub const MEMORY_LEFT_PARTS: u64 = 16;
 /// Connections of one listener: engines of a node have a few each. Times the connection's window below,
 /// it bounds what unread streams can keep: 1 GiB, were every peer hostile.
 pub const CONNECTIONS_MAX: usize = 256;

@@ -14,6 +14,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::accesses::Accesses;
 use crate::calls::Calls;
 use crate::config::{self, Change, Config, ConfigError};
+use crate::data_calls::DataCalls;
 use crate::describing::Describing;
 use crate::log::LogControl;
 use crate::open::{self, OpenTiers, StartError};
@@ -44,7 +45,7 @@ pub struct Daemon {
     /// Calls in flight.
     pub calls: Arc<Calls>,
     /// Put and get calls that may still start.
-    pub data_calls: Arc<Semaphore>,
+    pub data_calls: Arc<DataCalls>,
     /// Blocks that gets may still lease.
     pub leasable: Arc<Semaphore>,
     /// Verifications that may still start.
@@ -85,7 +86,7 @@ impl Daemon {
             accesses: Accesses::default(),
             stack,
             calls: Arc::default(),
-            data_calls: Arc::new(Semaphore::new(caps::DATA_CALLS_MAX)),
+            data_calls: DataCalls::new(namespaces.len()),
             leasable: Arc::new(Semaphore::new(caps::LEASED_BLOCKS_MAX)),
             verifications: Arc::new(Semaphore::new(caps::VERIFICATIONS_MAX)),
             collections: Arc::new(Semaphore::new(caps::COLLECTIONS_MAX)),
@@ -136,6 +137,7 @@ impl Daemon {
             tier.check_bytes(nvme.bytes).map_err(|refused| config::invalid("nvme.bytes", refused.to_string()))?;
         }
         self.host.set_limits(new.host);
+        self.host.set_ready_bytes(new.host_ready_bytes);
         self.host.set_namespace_limits(open::host_limits(new, &self.namespaces));
         if let (Some(tier), Some(nvme)) = (&self.nvme, &new.nvme) {
             tier.set_limits(nvme.bytes, nvme.dirty_bytes);

@@ -13,6 +13,7 @@ pub mod config;
 mod connections;
 mod copy_rate;
 pub mod daemon;
+pub mod data_calls;
 mod describing;
 mod descriptors;
 mod http;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kvstore::replay;
 use kvstore_tiers::below::Ask;
 use kvstore_tiers::host::{BeginFill, FillRequest, HostTier, Leasing, RegisteredLayout};
-use kvstore_tiers::nvme::{NvmeEngine, NvmeOptions, NvmeTier, OpenError, WriteBack};
+use kvstore_tiers::nvme::{BegunWrite, NvmeEngine, NvmeOptions, NvmeTier, OpenError};
 use kvstore_tiers::slots::{Delete, FlightSource, Priority, Publish, Urgency};
 use kvstore_tiers::stack::{Asked, Policy, Promotion, Stack, Window};
 use kvstore_tiers::{BlockRef, BootTime, Run, SequenceHash, Tier, TierSet};
@@ -195,10 +195,10 @@ impl Tiers {
     }
 
     fn write_back(&self, id: u64, parent: Option<u64>, local: bool) -> bool {
-        match self.nvme.write_back(&self.block(id), parent.map(hash), Vec::new(), local) {
-            WriteBack::Queued(Some(waiting)) => waiting.blocking_recv().unwrap_or(false),
-            WriteBack::Queued(None) => true,
-            WriteBack::Refused => false,
+        match self.nvme.begin_write(&self.block(id), parent.map(hash), Vec::new(), local) {
+            BegunWrite::Queued(Some(waiting)) => waiting.blocking_recv().unwrap_or(false),
+            BegunWrite::Queued(None) => true,
+            BegunWrite::Refused => false,
         }
     }
 

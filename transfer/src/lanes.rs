@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Lane {
     /// Background: copies to a lower tier, verification.
-    Writeback,
+    Background,
     /// Ahead of need.
     Prefetch,
     /// Somebody waits.
@@ -15,7 +15,7 @@ pub enum Lane {
 }
 
 /// All lanes, most urgent first.
-pub const LANES: [Lane; 3] = [Lane::Demand, Lane::Prefetch, Lane::Writeback];
+pub const LANES: [Lane; 3] = [Lane::Demand, Lane::Prefetch, Lane::Background];
 
 /// After this many transfers in a row out of faster lanes, one of the slowest that waits goes: reads that
 /// never end must not keep dirty blocks in memory for ever.
@@ -28,8 +28,8 @@ pub struct LaneCaps {
     pub demand: usize,
     /// Prefetch.
     pub prefetch: usize,
-    /// Writeback.
-    pub writeback: usize,
+    /// Background.
+    pub background: usize,
 }
 
 /// Three bounded queues.
@@ -51,7 +51,7 @@ impl<T> Lanes<T> {
         let cap = match lane {
             Lane::Demand => self.caps.demand,
             Lane::Prefetch => self.caps.prefetch,
-            Lane::Writeback => self.caps.writeback,
+            Lane::Background => self.caps.background,
         };
         let queue = self.queue(lane);
         if queue.len() >= cap {
@@ -64,12 +64,12 @@ impl<T> Lanes<T> {
     /// The transfer that goes next, of lanes that `may` name.
     pub fn pop(&mut self, may: impl Fn(Lane) -> bool) -> Option<(Lane, T)> {
         let overdue = self.passed_over >= PASSED_OVER_MAX;
-        if overdue && may(Lane::Writeback) && !self.queue(Lane::Writeback).is_empty() {
+        if overdue && may(Lane::Background) && !self.queue(Lane::Background).is_empty() {
             self.passed_over = 0;
-            return self.queue(Lane::Writeback).pop_front().map(|transfer| (Lane::Writeback, transfer));
+            return self.queue(Lane::Background).pop_front().map(|transfer| (Lane::Background, transfer));
         }
         let lane = LANES.into_iter().find(|lane| may(*lane) && !self.queue(*lane).is_empty())?;
-        let waits = lane != Lane::Writeback && !self.queue(Lane::Writeback).is_empty();
+        let waits = lane != Lane::Background && !self.queue(Lane::Background).is_empty();
         self.passed_over = if waits { self.passed_over + 1 } else { 0 };
         self.queue(lane).pop_front().map(|transfer| (lane, transfer))
     }
@@ -94,11 +94,11 @@ impl<T> Lanes<T> {
 
     /// Transfers that wait in a lane.
     pub fn len(&self, lane: Lane) -> usize {
-        let [writeback, prefetch, demand] = &self.queues;
+        let [background, prefetch, demand] = &self.queues;
         match lane {
             Lane::Demand => demand.len(),
             Lane::Prefetch => prefetch.len(),
-            Lane::Writeback => writeback.len(),
+            Lane::Background => background.len(),
         }
     }
 
@@ -108,11 +108,11 @@ impl<T> Lanes<T> {
     }
 
     fn queue(&mut self, lane: Lane) -> &mut VecDeque<T> {
-        let [writeback, prefetch, demand] = &mut self.queues;
+        let [background, prefetch, demand] = &mut self.queues;
         match lane {
             Lane::Demand => demand,
             Lane::Prefetch => prefetch,
-            Lane::Writeback => writeback,
+            Lane::Background => background,
         }
     }
 }
@@ -121,13 +121,13 @@ impl<T> Lanes<T> {
 mod tests {
     use super::*;
 
-    const CAPS: LaneCaps = LaneCaps { demand: 100, prefetch: 2, writeback: 100 };
+    const CAPS: LaneCaps = LaneCaps { demand: 100, prefetch: 2, background: 100 };
 
     #[test]
     fn the_most_urgent_goes_first_and_full_lanes_refuse() {
         let mut lanes = Lanes::new(CAPS);
         for (lane, name) in
-            [(Lane::Writeback, "w"), (Lane::Prefetch, "p1"), (Lane::Demand, "d"), (Lane::Prefetch, "p2")]
+            [(Lane::Background, "w"), (Lane::Prefetch, "p1"), (Lane::Demand, "d"), (Lane::Prefetch, "p2")]
         {
             lanes.push(lane, name).unwrap();
         }
@@ -141,18 +141,18 @@ mod tests {
     #[test]
     fn endless_reads_do_not_starve_writes() {
         let mut lanes = Lanes::new(CAPS);
-        lanes.push(Lane::Writeback, 0).unwrap();
+        lanes.push(Lane::Background, 0).unwrap();
         let mut before = 0;
         loop {
             lanes.push(Lane::Demand, 1).unwrap();
             match lanes.pop(|_| true).unwrap() {
-                (Lane::Writeback, _) => break,
+                (Lane::Background, _) => break,
                 _ => before += 1,
             }
             assert!(before < 100);
         }
-        lanes.push(Lane::Writeback, 0).unwrap();
+        lanes.push(Lane::Background, 0).unwrap();
         while lanes.pop(|lane| lane == Lane::Demand).is_some() {}
-        assert_eq!(lanes.len(Lane::Writeback), 1, "a lane that may not be served keeps what it has");
+        assert_eq!(lanes.len(Lane::Background), 1, "a lane that may not be served keeps what it has");
     }
 }

@@ -16,7 +16,7 @@ pub mod volume;
 pub use aligned::AlignedBytes;
 pub use lanes::{LANES, Lane, LaneCaps, Lanes};
 pub use shared::{SharedMemory, Writers};
-pub use slab::{HugePages, Slab, SlabError};
+pub use slab::{HUGE_PAGE_BYTES, HugePages, Slab, SlabError, SlabMemory};
 pub use slot::{FillError, SlotBytes, SlotFill};
 pub use sums::SectionSums;
 

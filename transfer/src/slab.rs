@@ -1,7 +1,8 @@
 //! A slab: one memfd of equal slots with their directory, mapped writable here and by nobody else.
 //!
 //! Owns the memfd and its mapping; both live until the last `Arc` goes, so that whoever holds bytes keeps
-//! them mapped. All slots are faulted in at creation: filling one never waits for the kernel.
+//! them mapped. All its pages are there before it is a slab: filling a slot never waits for the kernel. Memory can be made ready before
+//! it is known what slab it will be.
 
 use std::ffi::c_void;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,10 +14,16 @@ use kvstore_plane::{SlabGeometry, SlabHeader, SlotEntry};
 use rustix::fs::{MemfdFlags, Mode, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+/// Bytes of a huge page.
+pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
+/// Pages that are made in one go: a tenth of a millisecond's. The kernel keeps the process's map of its memory meanwhile, which other
+/// threads may want to change.
+const POPULATE_BYTES: u64 = 256 << 10;
+
 /// Whether slabs ask for huge pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum HugePages {
-    /// hugetlbfs pages where the system has free ones, else transparent huge pages where it allows them,
+    /// hugetlbfs pages where the system has free ones, else transparent huge pages where it has memory in such pieces,
     /// else ordinary pages.
     #[default]
     Auto,
@@ -36,46 +43,143 @@ pub struct SlabError {
     pub source: std::io::Error,
 }
 
-/// One memfd of equal slots.
-pub struct Slab {
+/// Memory for a slab: a memfd that is mapped, whose pages are there, and that is no slab yet.
+#[derive(Debug)]
+pub struct SlabMemory {
     fd: OwnedFd,
     base: NonNull<u8>,
-    header: SlabHeader,
-    /// Where the slab's bytes are counted while they exist.
+    bytes: u64,
+    /// Where its bytes are counted while they exist.
     accounted: Arc<AtomicU64>,
 }
 
-// SAFETY: the mapping is plain shared memory that lives as long as the Slab. Its directory is atomics;
-// its slots are reached through SlotFill and SlotBytes alone, whose makers promise exclusion.
-unsafe impl Send for Slab {}
-// SAFETY: as above; no method of &Slab writes without atomics.
-unsafe impl Sync for Slab {}
+// SAFETY: a mapping that lives as long as this value, reached through the methods of whoever owns it.
+unsafe impl Send for SlabMemory {}
+// SAFETY: as above; no method of &SlabMemory writes into the mapping.
+unsafe impl Sync for SlabMemory {}
 
-impl Slab {
-    /// Makes, maps, faults in and seals a slab. Takes milliseconds: call it where blocking is allowed.
+impl SlabMemory {
+    /// Maps `bytes` bytes, and has the kernel give them their pages. Takes milliseconds: call it where blocking is allowed.
     /// Its bytes are in `accounted` already, and are taken out when it is unmapped or could not be made: so
     /// that at no moment they count twice, or not at all.
-    pub fn create(header: SlabHeader, huge: HugePages, accounted: Arc<AtomicU64>) -> Result<Self, SlabError> {
-        let bytes = header.geometry.slab_bytes;
-        let failed =
-            |step: &'static str| move |errno: rustix::io::Errno| SlabError { step, bytes, source: errno.into() };
+    pub fn create(bytes: u64, huge: HugePages, accounted: Arc<AtomicU64>) -> Result<Self, SlabError> {
         let (fd, base) = match huge {
-            HugePages::Auto if bytes.is_multiple_of(2 << 20) => {
+            HugePages::Auto if bytes.is_multiple_of(HUGE_PAGE_BYTES) => {
                 map(bytes, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).or_else(|_| map(bytes, MemfdFlags::empty()))
             }
             _ => map(bytes, MemfdFlags::empty()),
         }
         .map_err(|errno| {
             accounted.fetch_sub(bytes, Ordering::AcqRel);
-            failed("map")(errno)
+            failed("map", bytes)(errno)
         })?;
-        let slab = Self { fd, base, header, accounted };
-        slab.populate(huge).map_err(failed("fault in"))?;
+        let memory = Self { fd, base, bytes, accounted };
+        if huge == HugePages::Auto {
+            memory.collapse();
+        }
+        memory.populate().map_err(failed("fault in", bytes))?;
+        Ok(memory)
+    }
+
+    /// How large it is.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Counts its bytes in another place from now on.
+    pub fn count_in(&mut self, accounted: &Arc<AtomicU64>) {
+        accounted.fetch_add(self.bytes, Ordering::AcqRel);
+        self.accounted.fetch_sub(self.bytes, Ordering::AcqRel);
+        self.accounted = Arc::clone(accounted);
+    }
+
+    /// Asks for huge pages, before any other page is there. Best effort: what it does not get is made of ordinary pages.
+    fn collapse(&self) {
+        let bytes = self.bytes as usize;
+        // SAFETY: advice on our own mapping that changes no contents.
+        let _ = unsafe { rustix::mm::madvise(self.base.as_ptr().cast::<c_void>(), bytes, Advice::LinuxHugepage) };
+        // Most systems give shared memory no huge pages at its first touch, whatever the advice: `shmem_enabled` is "never". They do
+        // give them where a part has a page already and is then collapsed. With one call for the whole: each call waits once
+        // for all cores, which takes as long as to clear a hundred megabytes.
+        for at in (0..bytes).step_by(HUGE_PAGE_BYTES as usize) {
+            // SAFETY: `at` is inside the mapping, of `bytes` bytes.
+            let page = unsafe { self.base.add(at) };
+            // SAFETY: mapped for writing, and nobody else knows of it yet. It is zero, and stays zero.
+            unsafe { page.as_ptr().write_volatile(0) };
+        }
+        // SAFETY: our own mapping; the advice moves pages, and changes no contents.
+        let _ = unsafe { libc::madvise(self.base.as_ptr().cast(), bytes, libc::MADV_COLLAPSE) };
+    }
+
+    fn populate(&self) -> rustix::io::Result<()> {
+        for at in (0..self.bytes).step_by(POPULATE_BYTES as usize) {
+            let bytes = POPULATE_BYTES.min(self.bytes - at) as usize;
+            // SAFETY: `at` is inside the mapping.
+            let from = unsafe { self.base.add(at as usize) };
+            // SAFETY: faults in our own mapping; contents stay as they are.
+            match unsafe { rustix::mm::madvise(from.as_ptr().cast::<c_void>(), bytes, Advice::LinuxPopulateWrite) } {
+                // Kernels before 5.14 do not know the advice: slots are then faulted in as they are first filled.
+                Err(rustix::io::Errno::INVAL) => return Ok(()),
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives back what is beyond `bytes`.
+    fn shrink(&mut self, bytes: u64) -> rustix::io::Result<()> {
+        let rest = self.bytes.saturating_sub(bytes);
+        if rest == 0 {
+            return Ok(());
+        }
+        rustix::fs::ftruncate(&self.fd, bytes)?;
+        // SAFETY: `bytes` is less than self.bytes.
+        let from = unsafe { self.base.add(bytes as usize) };
+        // SAFETY: the end of our own mapping, which nobody uses: it is no slab yet.
+        unsafe { rustix::mm::munmap(from.as_ptr().cast(), rest as usize) }?;
+        self.bytes = bytes;
+        self.accounted.fetch_sub(rest, Ordering::AcqRel);
+        Ok(())
+    }
+}
+
+impl Drop for SlabMemory {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, unmapped once; every reference into it holds an Arc of the slab that owns this.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.bytes as usize) };
+        self.accounted.fetch_sub(self.bytes, Ordering::AcqRel);
+    }
+}
+
+/// One memfd of equal slots.
+pub struct Slab {
+    memory: SlabMemory,
+    header: SlabHeader,
+}
+
+// The mapping's directory is atomics; its slots are reached through SlotFill and SlotBytes alone, whose makers promise exclusion.
+// That, and what SlabMemory says of itself, makes a Slab Send and Sync.
+
+impl Slab {
+    /// Makes a slab, as [`SlabMemory::create`] says.
+    pub fn create(header: SlabHeader, huge: HugePages, accounted: Arc<AtomicU64>) -> Result<Self, SlabError> {
+        Self::new(SlabMemory::create(header.geometry.slab_bytes, huge, accounted)?, header)
+    }
+
+    /// Makes `memory` a slab, and seals it. Gives back what the slab does not need of it. Takes microseconds.
+    pub fn new(mut memory: SlabMemory, header: SlabHeader) -> Result<Self, SlabError> {
+        let bytes = header.geometry.slab_bytes;
+        if memory.bytes < bytes {
+            return Err(failed("fit", bytes)(rustix::io::Errno::INVAL));
+        }
+        memory.shrink(bytes).map_err(failed("shrink", bytes))?;
+        let slab = Self { memory, header };
         slab.write_header();
+        let fd = &slab.memory.fd;
         // A memfd is mode 0777 by default, and a read-only descriptor can be reopened through /proc.
-        rustix::fs::fchmod(&slab.fd, Mode::RUSR | Mode::WUSR).map_err(failed("restrict"))?;
+        rustix::fs::fchmod(fd, Mode::RUSR | Mode::WUSR).map_err(failed("restrict", bytes))?;
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL;
-        rustix::fs::fcntl_add_seals(&slab.fd, seals).map_err(failed("seal"))?;
+        rustix::fs::fcntl_add_seals(fd, seals).map_err(failed("seal", bytes))?;
         Ok(slab)
     }
 
@@ -93,7 +197,7 @@ impl Slab {
     pub fn directory(&self) -> &[SlotEntry] {
         let range = self.header.geometry.directory();
         // SAFETY: the directory lies inside the mapping (SlabGeometry puts it before the slots).
-        let first = unsafe { self.base.add(range.start as usize) };
+        let first = unsafe { self.memory.base.add(range.start as usize) };
         // SAFETY: it is 64-byte aligned (page + 64 n), create() wrote every entry before anyone could ask,
         // and SlotEntry is atomics alone, so shared references stay valid while entries change.
         unsafe { std::slice::from_raw_parts(first.as_ptr().cast(), self.header.geometry.slot_count as usize) }
@@ -103,38 +207,23 @@ impl Slab {
     pub(crate) fn slot_start(&self, slot: u32) -> Option<NonNull<u8>> {
         let range = self.header.geometry.slot(slot)?;
         // SAFETY: SlabGeometry::slot gives ranges inside the slab, all of which is mapped.
-        Some(unsafe { self.base.add(range.start as usize) })
+        Some(unsafe { self.memory.base.add(range.start as usize) })
     }
 
     /// The whole mapping, for registration with the kernel.
     pub(crate) fn mapping(&self) -> (NonNull<u8>, usize) {
-        (self.base, self.header.geometry.slab_bytes as usize)
-    }
-
-    fn populate(&self, huge: HugePages) -> rustix::io::Result<()> {
-        let len = self.header.geometry.slab_bytes as usize;
-        if huge == HugePages::Auto {
-            // Best effort: many systems forbid transparent huge pages for shared memory.
-            // SAFETY: advice on our own mapping that changes no contents.
-            let _ = unsafe { rustix::mm::madvise(self.base.as_ptr().cast::<c_void>(), len, Advice::LinuxHugepage) };
-        }
-        // SAFETY: faults in our own mapping; contents stay zero.
-        match unsafe { rustix::mm::madvise(self.base.as_ptr().cast::<c_void>(), len, Advice::LinuxPopulateWrite) } {
-            // Kernels before 5.14 do not know the advice: slots are then faulted in as they are first filled.
-            Err(rustix::io::Errno::INVAL) => Ok(()),
-            other => other,
-        }
+        (self.memory.base, self.header.geometry.slab_bytes as usize)
     }
 
     fn write_header(&self) {
         let page = self.header.encode();
         // SAFETY: the first page is mapped, and nobody else knows of the slab yet.
-        unsafe { std::ptr::copy_nonoverlapping(page.as_ptr(), self.base.as_ptr(), page.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(page.as_ptr(), self.memory.base.as_ptr(), page.len()) };
         let range = self.header.geometry.directory();
         for slot in 0..self.header.geometry.slot_count as usize {
             let at = range.start as usize + slot * size_of::<SlotEntry>();
             // SAFETY: inside the mapped directory.
-            let entry = unsafe { self.base.add(at) };
+            let entry = unsafe { self.memory.base.add(at) };
             // SAFETY: aligned to 64, and nobody else knows of the slab yet.
             unsafe { entry.cast::<SlotEntry>().write(SlotEntry::free()) };
         }
@@ -143,25 +232,75 @@ impl Slab {
 
 impl AsFd for Slab {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.memory.fd.as_fd()
     }
 }
 
-impl Drop for Slab {
-    fn drop(&mut self) {
-        let bytes = self.header.geometry.slab_bytes;
-        // SAFETY: our own mapping, unmapped once; every reference into it holds an Arc of this slab.
-        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), bytes as usize) };
-        self.accounted.fetch_sub(bytes, Ordering::AcqRel);
-    }
+fn failed(step: &'static str, bytes: u64) -> impl Fn(rustix::io::Errno) -> SlabError {
+    move |errno| SlabError { step, bytes, source: errno.into() }
 }
 
+/// A memfd, and where it is mapped.
 fn map(bytes: u64, flags: MemfdFlags) -> rustix::io::Result<(OwnedFd, NonNull<u8>)> {
     let fd = rustix::fs::memfd_create("kvstore-slab", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | flags)?;
     rustix::fs::ftruncate(&fd, bytes)?;
     let protection = ProtFlags::READ | ProtFlags::WRITE;
-    // SAFETY: a fresh mapping at an address of the kernel's choice; it aliases nothing of ours.
-    let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes as usize, protection, MapFlags::SHARED, &fd, 0) }?;
+    let at = aligned_address(bytes as usize);
+    // SAFETY: a fresh mapping, at the address of our wish or of the kernel's choice; it aliases nothing of ours.
+    let base = unsafe { rustix::mm::mmap(at, bytes as usize, protection, MapFlags::SHARED, &fd, 0) }?;
     let base = NonNull::new(base.cast()).ok_or(rustix::io::Errno::NOMEM)?;
     Ok((fd, base))
+}
+
+/// Where so many bytes could go just now, on the boundary of a huge page: a mapping elsewhere could have none. Null, which leaves it
+/// to the kernel, where there is no such place.
+fn aligned_address(bytes: usize) -> *mut c_void {
+    let room = bytes + HUGE_PAGE_BYTES as usize;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a fresh mapping that nothing is ever read from or written to; it aliases nothing of ours.
+    let Ok(found) = (unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), room, ProtFlags::empty(), flags) })
+    else {
+        return std::ptr::null_mut();
+    };
+    // SAFETY: the mapping of the line above, unmapped once.
+    let _ = unsafe { rustix::mm::munmap(found, room) };
+    found.map_addr(|address| address.next_multiple_of(HUGE_PAGE_BYTES as usize))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(slot_bytes: u64, bytes: u64) -> SlabHeader {
+        let geometry = SlabGeometry::new(slot_bytes, bytes);
+        SlabHeader { epoch: 1, slab: 0, namespace_digest: [0; 32], geometry }
+    }
+
+    /// Memory that was made for any slab is cut to the slab that it becomes, and counts once at every moment.
+    #[test]
+    fn memory_becomes_a_slab_of_at_most_its_size() {
+        for huge in [HugePages::Auto, HugePages::Off] {
+            let (ready, mapped) = (Arc::new(AtomicU64::new(64 << 20)), Arc::new(AtomicU64::new(0)));
+            let mut memory = SlabMemory::create(64 << 20, huge, Arc::clone(&ready)).unwrap();
+            assert!(memory.base.as_ptr().addr().is_multiple_of(HUGE_PAGE_BYTES as usize));
+            memory.count_in(&mapped);
+            assert_eq!((ready.load(Ordering::Acquire), mapped.load(Ordering::Acquire)), (0, 64 << 20));
+            // Two slots of 24 MiB leave 14 MiB.
+            let header = header(24 << 20, 64 << 20);
+            let slab = Slab::new(memory, header).unwrap();
+            assert_eq!(mapped.load(Ordering::Acquire), header.geometry.slab_bytes);
+            assert_eq!(rustix::fs::fstat(slab.as_fd()).unwrap().st_size as u64, header.geometry.slab_bytes);
+            assert!(slab.slot_start(1).is_some() && slab.slot_start(2).is_none());
+            drop(slab);
+            assert_eq!(mapped.load(Ordering::Acquire), 0);
+        }
+    }
+
+    #[test]
+    fn memory_that_is_too_small_is_refused() {
+        let accounted = Arc::new(AtomicU64::new(2 << 20));
+        let memory = SlabMemory::create(2 << 20, HugePages::Off, Arc::clone(&accounted)).unwrap();
+        assert!(Slab::new(memory, header(4096, 4 << 20)).is_err());
+        assert_eq!(accounted.load(Ordering::Acquire), 0);
+    }
 }

@@ -11,6 +11,9 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use super::fork::forks;
 use crate::Error;
 
+/// Bytes of a huge page.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
 /// Shared memory, mapped.
 pub(crate) struct Mapping {
     base: NonNull<u8>,
@@ -31,6 +34,18 @@ pub(crate) enum Access {
     Write,
 }
 
+/// Where so many bytes could go just now, so that the daemon's huge pages are huge here, too. Null, which leaves it to the kernel,
+/// where there is no such place.
+fn aligned_address(bytes: usize) -> *mut c_void {
+    let (room, flags) = (bytes + HUGE_PAGE_BYTES, MapFlags::PRIVATE | MapFlags::NORESERVE);
+    // SAFETY: a fresh mapping that nothing is ever read from or written to; it aliases nothing of ours.
+    let found = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), room, ProtFlags::empty(), flags) };
+    let Ok(found) = found else { return std::ptr::null_mut() };
+    // SAFETY: the mapping of the line above, unmapped once.
+    let _ = unsafe { rustix::mm::munmap(found, room) };
+    found.map_addr(|address| address.next_multiple_of(HUGE_PAGE_BYTES))
+}
+
 impl Mapping {
     /// Maps the first `bytes` bytes of `fd`, which must have them.
     pub(crate) fn new(fd: &OwnedFd, bytes: u64, access: Access) -> Result<Self, Error> {
@@ -44,8 +59,9 @@ impl Mapping {
             Access::Write => ProtFlags::READ | ProtFlags::WRITE,
         };
         let bytes = bytes as usize;
-        // SAFETY: a fresh mapping at an address of the kernel's choice; it aliases nothing of ours.
-        let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, 0) };
+        let at = if bytes >= HUGE_PAGE_BYTES { aligned_address(bytes) } else { std::ptr::null_mut() };
+        // SAFETY: a fresh mapping, at the address of our wish or of the kernel's choice; it aliases nothing of ours.
+        let base = unsafe { rustix::mm::mmap(at, bytes, protection, MapFlags::SHARED, fd, 0) };
         let base = NonNull::new(base.map_err(failed)?.cast()).ok_or_else(|| failed(rustix::io::Errno::NOMEM))?;
         let mapping = Self { base, bytes, forks: forks() };
         // SAFETY: advice on our own mapping that changes no contents.

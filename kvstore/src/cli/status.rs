@@ -51,7 +51,10 @@ type Lines = [(&'static str, &'static str)];
 const DAEMON: &Lines = &[
     ("kvstore", "{version} {state}, up {uptime_ms}"),
     ("listening", "{listeners}"),
-    ("host", "{host.bytes_used} used of {host.bytes_mapped} mapped, at most {host.bytes_max}"),
+    (
+        "host",
+        "{host.bytes_used} used of {host.bytes_mapped} mapped, {host.bytes_ready} more ready, at most {host.bytes_max}",
+    ),
     ("blocks", "{host.blocks} ({host.flights} on their way), {host.pinned_bytes} pinned"),
     ("evicted", "{host.evicted} by {host.eviction_policy}"),
     ("quarantined", "{host.quarantined}"),
@@ -170,6 +173,7 @@ mod tests {
             host: Some(v1::HostTierStatus {
                 bytes_max: n(),
                 bytes_mapped: n(),
+                bytes_ready: 5 << 20,
                 bytes_used: n(),
                 pinned_bytes: n(),
                 blocks: n(),

@@ -55,6 +55,7 @@ fn live(config: &Config) -> Vec<(&'static str, String)> {
         ("host.bytes", bytes(config.host.bytes)),
         ("host.high_watermark_percent", config.host.high_watermark_percent.to_string()),
         ("host.low_watermark_percent", config.host.low_watermark_percent.to_string()),
+        ("host.ready_bytes", bytes(config.host_ready_bytes)),
         ("nvme.bytes", size(nvme(config, |nvme| nvme.bytes))),
         ("nvme.dirty_bytes", size(nvme(config, |nvme| nvme.dirty_bytes))),
         ("nvme.admit", name(nvme(config, |nvme| nvme.admission.name()))),

@@ -2,12 +2,36 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::caps;
+
 /// Bytes of memory that this process may use: the machine's, or its control group's where that is less.
 pub fn memory_bytes() -> u64 {
     let info = rustix::system::sysinfo();
     let machine = info.totalram as u64 * u64::from(info.mem_unit);
     let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
     group.map_or(machine, |limit: u64| limit.min(machine))
+}
+
+/// Bytes of memory that nothing needs now, beyond what is left to others in any case. Zero where the system does not say.
+pub fn memory_to_spare() -> u64 {
+    let free = available_bytes().min(group_bytes_left().unwrap_or(u64::MAX));
+    free.saturating_sub(memory_bytes() / caps::MEMORY_LEFT_PARTS)
+}
+
+/// Of the machine.
+fn available_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib: Option<u64> = line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok());
+    kib.unwrap_or_default() * 1024
+}
+
+/// Of the control group, where it has a bound.
+fn group_bytes_left() -> Option<u64> {
+    let of = |name: &str| -> Option<u64> {
+        std::fs::read_to_string(format!("/sys/fs/cgroup/memory.{name}")).ok()?.trim().parse().ok()
+    };
+    Some(of("max")?.saturating_sub(of("current")?))
 }
 
 /// The socket of the namespace "default" where none is configured: in the user's private runtime folder,

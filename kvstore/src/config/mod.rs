@@ -25,7 +25,7 @@ use kvstore_tiers::object::{ObjectLimits, ObjectUrl, Verify};
 use kvstore_tiers::stack::{AdmissionRules, NamespaceRules};
 
 pub use live::{Change, changes};
-pub use machine::{boot_id, default_socket, memory_bytes};
+pub use machine::{boot_id, default_socket, memory_bytes, memory_to_spare};
 pub use namespaces::NamespacePolicy;
 pub use raw::RawConfig;
 
@@ -165,6 +165,8 @@ pub struct PublisherConfig {
 pub struct Config {
     /// The Host tier's sizes.
     pub host: HostLimits,
+    /// Bytes of memory that are made ready ahead of need.
+    pub host_ready_bytes: u64,
     /// Whether slabs ask for huge pages.
     pub huge_pages: HugePages,
     /// Which block goes first.
@@ -344,9 +346,20 @@ mod tests {
         assert_eq!(config.host.bytes, 256 << 20);
     }
 
+    /// A daemon whose size somebody chose takes its memory at once; one that chose it by itself leaves most of it until it is needed.
+    #[test]
+    fn how_much_memory_is_made_ready_depends_on_who_chose_the_size() {
+        let ready = |settings: &[&str]| load_text("", &[], settings).unwrap().host_ready_bytes;
+        assert_eq!(ready(&["host.bytes=64MiB"]), 64 << 20);
+        assert_eq!(ready(&["host.bytes=64MiB", "host.ready_bytes=off"]), 0);
+        assert_eq!(ready(&["host.bytes=64MiB", "host.ready_bytes=8MiB"]), 8 << 20);
+        let own = load_text("", &[], &[]).unwrap();
+        assert_eq!(own.host_ready_bytes, (own.host.bytes / 16).min(1 << 30));
+    }
+
     #[test]
     fn mistakes_are_named() {
-        let cases: [(&str, &[&str], &str); 19] = [
+        let cases: [(&str, &[&str], &str); 21] = [
             ("[host]\nbites = 1", &[], "bites"),
             ("[hosts]\nbytes = \"1GiB\"", &[], "hosts"),
             ("[host]\nbytes = \"12 parsecs\"", &[], "host.bytes"),
@@ -355,6 +368,8 @@ mod tests {
             ("[host]\nhigh_watermark_percent = 50\nlow_watermark_percent = 60", &[], "low_watermark_percent"),
             ("[host]\nhigh_watermark_percent = 101", &[], "high_watermark_percent"),
             ("[host]\neviction = \"random\"", &[], "hazard"),
+            ("[host]\nready_bytes = \"plenty\"", &[], "host.ready_bytes"),
+            ("[host]\nbytes = \"64MiB\"\nready_bytes = \"65MiB\"", &[], "host.bytes is 64.0 MiB"),
             ("[[listen]]\naddress = \"0.0.0.0:7540\"", &[], "loopback"),
             ("[[listen]]\naddress = \"unix:relative.sock\"", &[], "absolute"),
             ("[nvme]\npaths = [\"relative\"]", &[], "absolute"),

@@ -46,6 +46,7 @@ struct RawHost {
     bytes: String,
     high_watermark_percent: u32,
     low_watermark_percent: u32,
+    ready_bytes: String,
     huge_pages: String,
     eviction: String,
 }
@@ -56,6 +57,7 @@ impl Default for RawHost {
             bytes: "auto".into(),
             high_watermark_percent: 99,
             low_watermark_percent: 98,
+            ready_bytes: "auto".into(),
             huge_pages: "auto".into(),
             eviction: "hazard".into(),
         }
@@ -359,6 +361,7 @@ impl RawConfig {
             nvme,
             object,
             policies,
+            host_ready_bytes: self.host.check_ready(&host)?,
             huge_pages,
             eviction: PolicyKind::from_str(&self.host.eviction).map_err(|problem| invalid("host.eviction", problem))?,
             listeners,
@@ -425,6 +428,25 @@ impl RawHost {
             return Err(invalid("host.low_watermark_percent", problem));
         }
         Ok(HostLimits { bytes, high_watermark_percent: high, low_watermark_percent: low })
+    }
+
+    fn check_ready(&self, host: &HostLimits) -> Result<u64, ConfigError> {
+        let key = "host.ready_bytes";
+        let bytes = match self.ready_bytes.as_str() {
+            "off" => 0,
+            "auto" if self.bytes == "auto" => (host.bytes / caps::READY_PARTS).min(caps::READY_BYTES_AUTO_MAX),
+            "auto" => host.bytes,
+            text => ByteSize::from_str(text)
+                .map_err(|_| {
+                    invalid(key, format!("{text:?} is neither \"auto\", \"off\" nor a size such as \"1GiB\""))
+                })?
+                .as_u64(),
+        };
+        if bytes > host.bytes {
+            let problem = format!("{} is too large: host.bytes is {}", ByteSize(bytes), ByteSize(host.bytes));
+            return Err(invalid(key, problem));
+        }
+        Ok(bytes)
     }
 }
 

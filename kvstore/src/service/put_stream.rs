@@ -30,7 +30,7 @@ pub async fn put(
     body: Body,
     deadline: Instant,
 ) -> Result<PutResponse, Status> {
-    let _permit = daemon.data_calls.try_acquire().map_err(|_| put::too_many_calls(daemon))?;
+    let _entered = daemon.data_calls.enter(namespace).ok_or_else(|| put::too_many_calls(daemon))?;
     let mut call = PutCall {
         daemon,
         namespace,

@@ -53,6 +53,8 @@ described! {
             .gauge("kvstore_host_max_bytes", "Configured size of the Host tier, bytes");
         bytes_mapped: host.bytes_mapped, bytes().json("bytes_mapped").ready()
             .gauge("kvstore_host_mapped_bytes", "Slabs that are mapped or being made, bytes");
+        bytes_ready: host.bytes_ready, bytes().json("bytes_ready")
+            .gauge("kvstore_host_ready_bytes", "Memory that was made ready for slabs to come, bytes");
         bytes_used: host.pools.iter().map(|pool| pool.used * pool.slot_bytes).sum(), bytes().json("bytes_used");
         pinned_bytes: host.pinned_bytes, bytes().json("pinned_bytes")
             .gauge("kvstore_host_pinned_bytes", "Blocks pinned or held by tickets, bytes");

@@ -22,6 +22,7 @@ use tonic::Status;
 
 use super::put::too_many_calls;
 use crate::daemon::Daemon;
+use crate::data_calls::DataCall;
 use crate::{caps, clock, wire};
 
 /// A call that started.
@@ -33,7 +34,7 @@ pub struct Get {
     /// It ends with the first block that is not there.
     pub leading_run: bool,
     /// Counts among the calls that may be under way, until its task has ended, too.
-    pub _call: Arc<OwnedSemaphorePermit>,
+    pub _call: Arc<DataCall>,
 }
 
 /// Where a call's blocks come from, in order.
@@ -97,8 +98,7 @@ pub fn get(
     request: GetRequest,
     deadline: Instant,
 ) -> Result<Get, Status> {
-    let call = Arc::clone(&daemon.data_calls).try_acquire_owned().map_err(|_| too_many_calls(daemon))?;
-    let call = Arc::new(call);
+    let call = Arc::new(daemon.data_calls.enter(namespace).ok_or_else(|| too_many_calls(daemon))?);
     let layout = wire::known_layout(daemon, namespace, &request.layout_digest)?;
     let (group, layout_group) = wire::known_group(&layout, request.group)?;
     let hashes = wire::hashes(&request.sequence_hashes, caps::BLOCKS_PER_GET_MAX)?;
@@ -136,7 +136,7 @@ struct Bringing {
     group: u16,
     hashes: Vec<SequenceHash>,
     deadline: Instant,
-    _call: Arc<OwnedSemaphorePermit>,
+    _call: Arc<DataCall>,
 }
 
 impl Bringing {

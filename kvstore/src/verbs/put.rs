@@ -19,7 +19,7 @@ use crate::{caps, clock, telemetry, wire};
 pub fn too_many_calls(daemon: &Daemon) -> Status {
     telemetry::add(&daemon.traffic.busy, 1);
     Status::resource_exhausted(format!(
-        "{} put and get calls are in progress, which is the maximum: try again later",
+        "too many put and get calls are in progress: at most {}, and of one namespace no more than it leaves to others; try again later",
         caps::DATA_CALLS_MAX
     ))
 }

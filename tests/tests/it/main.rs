@@ -11,6 +11,7 @@ mod concurrency;
 mod decoders;
 mod eviction_conformance;
 mod host_locks;
+mod host_ready;
 mod idle;
 mod litmus;
 mod local;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use kvstore_tests::disk_use;
 use kvstore_tests::tier::{TierOptions, Tiers, as_killed, now};
-use kvstore_tiers::nvme::{PinRefused, WriteBack};
+use kvstore_tiers::nvme::{BegunWrite, PinRefused};
 use kvstore_tiers::slots::Delete;
 use kvstore_transfer::volume::{Fault, Faults};
 
@@ -138,8 +138,8 @@ fn nobody_waits_for_a_write_that_cannot_be() {
         for _ in 0..4 {
             scope.spawn(|| {
                 for _ in 0..20_000 {
-                    let written = tiers.nvme.write_back(&tiers.block(1), None, Vec::new(), true);
-                    assert!(matches!(written, WriteBack::Refused), "it is nowhere, and told to be on its way");
+                    let written = tiers.nvme.begin_write(&tiers.block(1), None, Vec::new(), true);
+                    assert!(matches!(written, BegunWrite::Refused), "it is nowhere, and told to be on its way");
                 }
             });
         }

@@ -246,14 +246,14 @@ async fn gets_that_are_given_up_while_they_search_leave_nothing_behind() {
         async move { client.get(&group, &hashes(0..4096)).await }
     });
     let (calls, leasable) = (&daemon.running.daemon.data_calls, &daemon.running.daemon.leasable);
-    while proxy.done() == 0 || calls.available_permits() == DATA_CALLS_MAX {
+    while proxy.done() == 0 || calls.free() == DATA_CALLS_MAX {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     let (_connection, answers) = gets(&daemon, &group, 64, hashes(0..4096)).await;
-    assert_eq!(calls.available_permits(), DATA_CALLS_MAX - 65);
+    assert_eq!(calls.free(), DATA_CALLS_MAX - 65);
     drop(answers);
     let over = async {
-        while calls.available_permits() < DATA_CALLS_MAX - 1 || leasable.available_permits() < LEASED_BLOCKS_MAX {
+        while calls.free() < DATA_CALLS_MAX - 1 || leasable.available_permits() < LEASED_BLOCKS_MAX {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };

@@ -267,6 +267,7 @@ impl HostTier {
             self.mapped.fetch_add(bytes, Ordering::AcqRel);
             self.staging.fetch_add(bytes, Ordering::AcqRel);
         }
+        self.trim_ready();
         let retired = self.shrink();
         let gave = !retired.is_empty();
         drop(retired);

@@ -9,7 +9,9 @@ mod demote;
 mod fill;
 mod holds;
 mod lease;
+mod lock;
 mod namespace;
+mod ready;
 mod room;
 mod steps;
 mod unused;
@@ -43,7 +45,9 @@ pub use room::SlabPlan;
 pub use write_back::LeavingBlock;
 
 use holds::Holds;
+use lock::StateLock;
 use namespace::Namespace;
+use ready::Ready;
 use steps::Steps;
 
 /// How large the Host tier is and how it behaves; all but the policy may change while it runs.
@@ -103,6 +107,8 @@ pub struct HostStatus {
     pub bytes_max: u64,
     /// Bytes of slabs, those included that only a reader keeps, and those that are being made.
     pub bytes_mapped: u64,
+    /// Bytes that were made ready for slabs to come. With those above, they are within the bound.
+    pub bytes_ready: u64,
     /// Each pool.
     pub pools: Vec<PoolStatus>,
     /// Sums over all namespaces.
@@ -134,11 +140,13 @@ pub struct PoolStatus {
 
 /// See the head of this file. Shared by `Arc`.
 pub struct HostTier {
-    state: Mutex<State>,
+    state: StateLock,
     /// Bytes of all slabs that are mapped, readers' included, or planned.
     mapped: Arc<AtomicU64>,
     /// The part of it that is staging memory of clients.
     staging: Arc<AtomicU64>,
+    /// Memory that no slab uses yet.
+    ready: Ready,
     /// Called when slabs came or left.
     slab_watchers: Mutex<Vec<Box<dyn Fn() + Send + Sync>>>,
     /// Slabs made so far.
@@ -207,7 +215,7 @@ impl HostTier {
             })
             .collect();
         Arc::new(Self {
-            state: Mutex::new(State {
+            state: StateLock::new(State {
                 limits: options.limits,
                 slab_bytes: room::slab_bytes_of(options.limits.bytes),
                 namespaces,
@@ -218,6 +226,7 @@ impl HostTier {
                 taking: false,
             }),
             mapped: Arc::new(AtomicU64::new(0)),
+            ready: Ready::new(0),
             staging: Arc::new(AtomicU64::new(0)),
             slab_watchers: Mutex::new(Vec::new()),
             slab_serial: AtomicU32::new(0),
@@ -320,10 +329,20 @@ impl HostTier {
         }
     }
 
-    /// Makes the slab that a [`SlabPlan`] stands for. Blocks for milliseconds.
-    pub fn make_slab(&self, plan: SlabPlan) -> Result<(), SlabError> {
+    /// Makes the slab that a [`SlabPlan`] stands for. Blocks for milliseconds, where no memory was ready for it.
+    pub fn make_slab(&self, mut plan: SlabPlan) -> Result<(), SlabError> {
+        plan.surplus.clear();
         let header = plan.header(self.epoch, self.slab_serial.fetch_add(1, Ordering::Relaxed));
-        let made = Slab::create(header, self.huge_pages, Arc::clone(&self.mapped));
+        let ready = plan.memory.take().map(|memory| Slab::new(memory, header));
+        let made = match ready {
+            Some(Ok(slab)) => Ok(slab),
+            // Memory of hugetlbfs cannot be cut to a size that is no multiple of its pages.
+            Some(Err(_)) => {
+                self.mapped.fetch_add(plan.bytes(), Ordering::AcqRel);
+                Slab::create(header, self.huge_pages, Arc::clone(&self.mapped))
+            }
+            None => Slab::create(header, self.huge_pages, Arc::clone(&self.mapped)),
+        };
         let mut state = self.state.lock();
         state.end_plan(&plan);
         let slab = Arc::new(made?);
@@ -336,9 +355,14 @@ impl HostTier {
     }
 
     /// Gives up a plan: nobody will make its slab.
-    pub fn drop_plan(&self, plan: SlabPlan) {
-        self.mapped.fetch_sub(plan.bytes(), Ordering::AcqRel);
-        self.state.lock().end_plan(&plan);
+    pub fn drop_plan(&self, mut plan: SlabPlan) {
+        let mut state = self.state.lock();
+        match plan.memory.take() {
+            Some(memory) => self.ready.put_back(memory),
+            None => drop(self.mapped.fetch_sub(plan.bytes(), Ordering::AcqRel)),
+        }
+        state.end_plan(&plan);
+        drop(state);
     }
 
     /// What may change while it runs.
@@ -349,6 +373,7 @@ impl HostTier {
     /// Changes it. A smaller bound is reached by [`Self::tick`], as leases end.
     pub fn set_limits(&self, limits: HostLimits) {
         self.state.lock().limits = limits;
+        self.trim_ready();
     }
 
     /// What each namespace may have, in the order of their numbers. A smaller bound is reached by [`Self::tick`], as leases end.
@@ -380,6 +405,7 @@ impl HostTier {
         }
         // Unmapping a slab takes a while: not under the lock.
         drop(retired);
+        self.trim_ready();
     }
 
     /// Every slab there is now: for verification, slab by slab.
@@ -439,6 +465,7 @@ impl HostTier {
         let mut status = HostStatus {
             bytes_max: state.limits.bytes,
             bytes_mapped: self.mapped.load(Ordering::Acquire),
+            bytes_ready: self.ready.bytes(),
             slabs_moved: state.slabs_moved,
             ..HostStatus::default()
         };

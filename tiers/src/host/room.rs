@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use kvstore_plane::{SlabGeometry, SlabHeader};
-use kvstore_transfer::Slab;
+use kvstore_transfer::{HUGE_PAGE_BYTES, Slab, SlabMemory};
 use parking_lot::MutexGuard;
 
 use super::namespace::{Namespace, NamespaceId};
@@ -33,9 +33,14 @@ pub struct SlabPlan {
     pub(super) pool: PoolId,
     namespace_digest: [u8; 32],
     geometry: SlabGeometry,
+    /// Memory that was ready for it.
+    pub(super) memory: Option<SlabMemory>,
+    /// Memory that was ready, and that has to go first.
+    pub(super) surplus: Vec<SlabMemory>,
 }
 
 impl SlabPlan {
+    /// Bytes of the slab.
     pub(super) fn bytes(&self) -> u64 {
         self.geometry.slab_bytes
     }
@@ -70,6 +75,11 @@ pub(super) fn slot_bytes(block_bytes: u64) -> u64 {
 /// Bytes of a full slab, in a tier that starts with `host_bytes`.
 pub(super) fn slab_bytes_of(host_bytes: u64) -> u64 {
     (host_bytes / caps::SLABS_PER_TIER).clamp(caps::SLAB_BYTES_MIN, caps::SLAB_BYTES_MAX)
+}
+
+/// Bytes that hold any full slab of about so many bytes, whose size may be rounded up to whole huge pages.
+pub(super) fn memory_bytes_of(slab_bytes: u64) -> u64 {
+    slab_bytes.next_multiple_of(HUGE_PAGE_BYTES)
 }
 
 /// Slots of a full slab.
@@ -154,8 +164,13 @@ impl HostTier {
         let namespace_state = state.namespace(namespace)?;
         let (slot_bytes, _, _) = namespace_state.slots.pool_occupancy(pool);
         let geometry = slab_geometry(state.slab_bytes, slot_bytes, room)?;
-        let plan = SlabPlan { namespace, pool, namespace_digest: namespace_state.digest, geometry };
-        self.mapped.fetch_add(plan.bytes(), Ordering::AcqRel);
+        let memory = self.ready.take(geometry.slab_bytes, &self.mapped);
+        if memory.is_none() {
+            self.mapped.fetch_add(geometry.slab_bytes, Ordering::AcqRel);
+        }
+        let surplus = self.ready.surplus(state.limits.bytes.saturating_sub(self.mapped.load(Ordering::Acquire)));
+        let namespace_digest = namespace_state.digest;
+        let plan = SlabPlan { namespace, pool, namespace_digest, geometry, memory, surplus };
         state.making.push((namespace, pool));
         Some(plan)
     }

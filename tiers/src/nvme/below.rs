@@ -7,7 +7,7 @@ use futures::future::BoxFuture;
 use kvstore_transfer::Lane;
 
 use super::read::Reading;
-use super::{NvmeTier, PinRefused, WriteBack};
+use super::{BegunWrite, NvmeTier, PinRefused};
 use crate::below::{
     Ask, Below, Hold, Holding, Known, NotDeleted, NotHeld, NotRead, Read, ReadUrgency, Room, WhyNotRead, Write, Written,
 };
@@ -50,12 +50,12 @@ impl Below for NvmeTier {
 
     fn write(self: Arc<Self>, write: Write) -> Written {
         let Write { block, parent, sums, leased, awaited, has_waited: _ } = write;
-        let written = self.write_back(&block.as_ref(), parent, sums, awaited);
+        let written = self.begin_write(&block.as_ref(), parent, sums, awaited);
         // It is leased for its way to the disk by now.
         drop(leased);
         match written {
-            WriteBack::Queued(waiting) => Written::Coming(waiting),
-            WriteBack::Refused => Written::Refused,
+            BegunWrite::Queued(waiting) => Written::Coming(waiting),
+            BegunWrite::Refused => Written::Refused,
         }
     }
 
@@ -111,7 +111,7 @@ impl NvmeTier {
         let lane = match priority {
             Priority::Demand => Lane::Demand,
             Priority::Prefetch => Lane::Prefetch,
-            Priority::Writeback => Lane::Writeback,
+            Priority::Background => Lane::Background,
         };
         let block = block.as_ref();
         let found = self.stores.iter().find_map(|store| {

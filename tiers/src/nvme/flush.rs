@@ -278,7 +278,7 @@ impl Store {
         });
         add(&self.counters.device_written_bytes, transfer.bytes());
         // A full lane empties at the speed of the device, and there is nothing else to do meanwhile.
-        while let Err(back) = self.volume.submit(Lane::Writeback, transfer) {
+        while let Err(back) = self.volume.submit(Lane::Background, transfer) {
             transfer = back;
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -451,7 +451,7 @@ impl Store {
             }),
         });
         add(&self.counters.device_written_bytes, PAGE);
-        while let Err(back) = self.volume.submit(Lane::Writeback, transfer) {
+        while let Err(back) = self.volume.submit(Lane::Background, transfer) {
             transfer = back;
             std::thread::sleep(Duration::from_millis(1));
         }

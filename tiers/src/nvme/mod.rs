@@ -156,7 +156,7 @@ pub struct NvmeTier {
 }
 
 /// What came of asking for a block to be written.
-pub enum WriteBack {
+pub enum BegunWrite {
     /// It is on its way; where LOCAL was asked for, the channel tells true once it is there.
     Queued(Option<oneshot::Receiver<bool>>),
     /// It will not be written: no volume takes writes, or it is too large, or not in memory any more.
@@ -257,16 +257,16 @@ impl NvmeTier {
     /// Writes a block that is readable in memory, in the background. `sums`: the checksums of its sections,
     /// where they were taken. A block that is on disk already is not written again; with `local`, it is
     /// synced.
-    pub fn write_back(
+    pub fn begin_write(
         &self,
         block: &BlockRef<'_>,
         parent: Option<SequenceHash>,
         sums: Vec<u32>,
         local: bool,
-    ) -> WriteBack {
+    ) -> BegunWrite {
         let (waiter, waiting) = oneshot::channel();
         if self.stores.iter().any(|store| store.is_stopping()) {
-            return WriteBack::Refused;
+            return BegunWrite::Refused;
         }
         if let Some(store) = self.holder(block) {
             let safe = {
@@ -278,39 +278,39 @@ impl NvmeTier {
             // What a failed sync has left in doubt is written anew.
             if let Some(failures) = safe {
                 if !local {
-                    return WriteBack::Queued(None);
+                    return BegunWrite::Queued(None);
                 }
                 return match store.commits.send(Commit::Sync(waiter, failures)) {
-                    Ok(()) => WriteBack::Queued(Some(waiting)),
-                    Err(_) => WriteBack::Refused,
+                    Ok(()) => BegunWrite::Queued(Some(waiting)),
+                    Err(_) => BegunWrite::Refused,
                 };
             }
         }
-        let Some((store, digest)) = self.place_for(block) else { return WriteBack::Refused };
+        let Some((store, digest)) = self.place_for(block) else { return BegunWrite::Refused };
         // Before anybody can wait for this write: where the block's bytes are not to be had, there will be none.
         let dirty = self.dirty(store, digest, block, parent, sums);
         match store.begin_pending(digest, local.then_some(waiter), dirty.is_some()) {
-            Begun::Already => return WriteBack::Queued(local.then_some(waiting)),
-            Begun::Refused => return WriteBack::Refused,
+            Begun::Already => return BegunWrite::Queued(local.then_some(waiting)),
+            Begun::Refused => return BegunWrite::Refused,
             Begun::Now => {}
         }
-        let Some(dirty) = dirty else { return WriteBack::Refused };
+        let Some(dirty) = dirty else { return BegunWrite::Refused };
         // Deleted in memory before it was known to be on its way: whoever deleted it does not find it here.
         if !self.host.is_resident(block.layout.namespace, &block.key()) {
             answer(store.state.lock().pending.remove(digest), false);
-            return WriteBack::Refused;
+            return BegunWrite::Refused;
         }
         let mut queue = store.queue.lock();
         if store.is_stopping() {
             // The flusher may have looked at the queue for the last time.
             drop(queue);
             answer(store.state.lock().pending.remove(digest), false);
-            return WriteBack::Refused;
+            return BegunWrite::Refused;
         }
         queue.items.push_back(dirty);
         drop(queue);
         store.queue_changed.notify_one();
-        WriteBack::Queued(local.then_some(waiting))
+        BegunWrite::Queued(local.then_some(waiting))
     }
 
     fn dirty(

@@ -262,7 +262,7 @@ impl Store {
 
     /// Copies a frame to a new place. The write is over when this returns, and counts until the caller says so.
     fn move_on(self: &Arc<Self>, entry: &Entry, class: SegmentClass) -> Moved {
-        let (header, mut pages) = match self.read_whole(entry, Lane::Writeback) {
+        let (header, mut pages) = match self.read_whole(entry, Lane::Background) {
             Ok(Some(frame)) => frame,
             Ok(None) => return Moved::Damaged,
             // It may be read the next time: see `read_whole`.

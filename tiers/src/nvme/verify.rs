@@ -67,7 +67,7 @@ fn verify_segment(store: &Arc<Store>, segment: u32, options: VerifyOptions, repo
     for entry in entries {
         // Forgotten or moved since.
         let Some(now) = store.begin_read(entry.digest) else { continue };
-        let frame = store.read_whole(&now, Lane::Writeback);
+        let frame = store.read_whole(&now, Lane::Background);
         store.end_read(&now);
         report.verified += 1;
         report.verified_bytes += now.extent.bytes();

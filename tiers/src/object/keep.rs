@@ -42,7 +42,7 @@ impl ObjectTier {
         let Batch { layout, group, members, .. } = batch;
         let deadline = Instant::now() + Duration::from_millis(caps::OBJECT_STALL_MS * 2);
         let (stack, layout) = (Arc::clone(&self.above), Arc::clone(layout));
-        let promotion = Promotion { stack, layout, group: *group, priority: Priority::Writeback, deadline };
+        let promotion = Promotion { stack, layout, group: *group, priority: Priority::Background, deadline };
         for member in members.iter_mut().filter(|member| member.block.is_none()) {
             let block = match promotion.bring(member.hash).await {
                 Leasing::Leased(block) => Some(block),

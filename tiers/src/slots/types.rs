@@ -44,7 +44,7 @@ pub enum FlightSource {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Priority {
     /// Background.
-    Writeback,
+    Background,
     /// Ahead of need.
     Prefetch,
     /// Somebody waits.

@@ -284,7 +284,7 @@ impl Promotion {
     }
 
     fn lease(&self, hash: SequenceHash) -> Leasing {
-        if self.priority == Priority::Writeback {
+        if self.priority == Priority::Background {
             // Nobody asked for it: it is no use.
             let leased = self.stack.host.lease_quietly(self.layout.namespace, &self.block(hash).key());
             return leased.map_or(Leasing::Miss, Leasing::Leased);

@@ -27,7 +27,7 @@ pub use uring::UringVolume;
 
 /// Transfers that wait in each lane of a volume at most. Demand: what gets may lease at once, shared; a
 /// transfer is some hundred bytes of queue, its block's memory is bounded by the Host tier.
-pub const LANE_CAPS: LaneCaps = LaneCaps { demand: 4096, prefetch: 1024, writeback: 256 };
+pub const LANE_CAPS: LaneCaps = LaneCaps { demand: 4096, prefetch: 1024, background: 256 };
 /// Transfers that the device has at once: enough to keep an NVMe device busy, few enough to stay in order
 /// of urgency.
 pub const DEPTH: usize = 64;
@@ -181,7 +181,7 @@ pub fn read_now(volume: &dyn Volume, lane: Lane, offset: u64, bytes: usize) -> i
 
 /// Writes `pages` at `offset` and waits. Not for a volume's own thread.
 pub fn write_now(volume: &dyn Volume, offset: u64, pages: AlignedBytes) -> io::Result<()> {
-    transfer_now(volume, Lane::Writeback, Direction::Write, offset, IoMemories::pages(pages)).map(drop)
+    transfer_now(volume, Lane::Background, Direction::Write, offset, IoMemories::pages(pages)).map(drop)
 }
 
 /// Syncs and waits. Not for a volume's own thread.

@@ -81,7 +81,7 @@ fn slots_are_written_and_filled_without_a_copy() {
                 tag: slot as u64,
                 done: Box::new(move |result, _| send.send(result).unwrap()),
             });
-            while let Err(back) = volume.submit(Lane::Writeback, transfer) {
+            while let Err(back) = volume.submit(Lane::Background, transfer) {
                 transfer = back;
             }
         }
@@ -191,7 +191,7 @@ fn full_lanes_refuse_and_nothing_is_lost() {
                     finished.fetch_add(1, Ordering::AcqRel);
                 }),
             });
-            match volume.submit(Lane::Writeback, transfer) {
+            match volume.submit(Lane::Background, transfer) {
                 Ok(()) => sent += 1,
                 Err(_) => refused += 1,
             }

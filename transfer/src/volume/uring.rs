@@ -243,7 +243,7 @@ impl Ring {
 
     fn has_work(&self) -> bool {
         let queue = self.shared.queue.lock();
-        let background = queue.lanes.len(Lane::Prefetch) + queue.lanes.len(Lane::Writeback) > 0;
+        let background = queue.lanes.len(Lane::Prefetch) + queue.lanes.len(Lane::Background) > 0;
         queue.stop && self.free.len() == self.flights.len()
             || queue.lanes.len(Lane::Demand) > 0
             || (background && self.background < BACKGROUND_DEPTH)
