@@ -3,7 +3,7 @@
   audit build-costs help
 
 # Figures to measure: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, idle, outside, or several with commas.
-FIGURES ?= grpc,index,eviction,nvme,restart,local,long,locks,object,advise,routing,idle,outside
+FIGURES ?= grpc,index,eviction,nvme,restart,local,long,locks,object,advise,routing,idle,first_pass,outside
 TARGET := $(or $(CARGO_TARGET_DIR),$(shell cargo metadata --no-deps --format-version 1 2>/dev/null | sed 's/.*"target_directory":"\([^"]*\)".*/\1/'),target)
 # A folder on the disk that nvme and restart measure; needs 20 GiB.
 DISK ?= $(TARGET)

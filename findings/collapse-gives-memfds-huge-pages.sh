@@ -6,7 +6,7 @@
 # Seen instead, with numpy 2.1.3 as the process that uses the memory:
 #   - MADV_HUGEPAGE and a first touch: no huge page (as the setting says);
 #   - MADV_COLLAPSE of a range without any page: EINVAL;
-#   - one page of each 2 MiB touched, then one MADV_COLLAPSE of all: all of it in huge pages, contents kept.
+#   - one page of each 2 MiB touched, then MADV_COLLAPSE of all: all of it in huge pages, contents kept.
 # It fails where any of that changes.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -469,7 +469,7 @@ fn many_clients(daemon: &Path) -> anyhow::Result<()> {
         std::thread::sleep(Duration::from_millis(50));
     }
     std::thread::sleep(Duration::from_secs(1));
-    let slabs = daemon.metric("kvstore_host_mapped_bytes")?;
+    let slabs = daemon.metric("kvstore_host_mapped_bytes")? + daemon.metric("kvstore_host_ready_bytes")?;
     let beyond = (group.bytes().unwrap_or(f64::NAN) - slabs) / f64::from(1 << 20);
     let killed = Instant::now();
     let daemon_pid = daemon.server.id() as i32;

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use kvstore_plane::{SlabGeometry, SlabHeader, SlotEntry};
 use rustix::fs::{MemfdFlags, Mode, SealFlags};
@@ -16,6 +17,10 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 /// Bytes of a huge page.
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
+/// Bytes that are collapsed into huge pages in one go.
+const COLLAPSED_BYTES: usize = 16 << 20;
+/// What somebody waits for goes on with ordinary pages where that takes longer, since memory is in small pieces: they take 10 ms.
+const COLLAPSED_WITHIN: Duration = Duration::from_millis(20);
 /// Pages that are made in one go: a tenth of a millisecond's. The kernel keeps the process's map of its memory meanwhile, which other
 /// threads may want to change.
 const POPULATE_BYTES: u64 = 256 << 10;
@@ -63,6 +68,16 @@ impl SlabMemory {
     /// Its bytes are in `accounted` already, and are taken out when it is unmapped or could not be made: so
     /// that at no moment they count twice, or not at all.
     pub fn create(bytes: u64, huge: HugePages, accounted: Arc<AtomicU64>) -> Result<Self, SlabError> {
+        Self::create_within(bytes, huge, accounted, Duration::MAX)
+    }
+
+    /// The same, without huge pages beyond the first that take longer than `part` for each [`COLLAPSED_BYTES`].
+    fn create_within(
+        bytes: u64,
+        huge: HugePages,
+        accounted: Arc<AtomicU64>,
+        part: Duration,
+    ) -> Result<Self, SlabError> {
         let (fd, base) = match huge {
             HugePages::Auto if bytes.is_multiple_of(HUGE_PAGE_BYTES) => {
                 map(bytes, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).or_else(|_| map(bytes, MemfdFlags::empty()))
@@ -75,7 +90,7 @@ impl SlabMemory {
         })?;
         let memory = Self { fd, base, bytes, accounted };
         if huge == HugePages::Auto {
-            memory.collapse();
+            memory.collapse(part);
         }
         memory.populate().map_err(failed("fault in", bytes))?;
         Ok(memory)
@@ -94,21 +109,29 @@ impl SlabMemory {
     }
 
     /// Asks for huge pages, before any other page is there. Best effort: what it does not get is made of ordinary pages.
-    fn collapse(&self) {
+    fn collapse(&self, within: Duration) {
         let bytes = self.bytes as usize;
         // SAFETY: advice on our own mapping that changes no contents.
         let _ = unsafe { rustix::mm::madvise(self.base.as_ptr().cast::<c_void>(), bytes, Advice::LinuxHugepage) };
         // Most systems give shared memory no huge pages at its first touch, whatever the advice: `shmem_enabled` is "never". They do
-        // give them where a part has a page already and is then collapsed. With one call for the whole: each call waits once
-        // for all cores, which takes as long as to clear a hundred megabytes.
-        for at in (0..bytes).step_by(HUGE_PAGE_BYTES as usize) {
-            // SAFETY: `at` is inside the mapping, of `bytes` bytes.
-            let page = unsafe { self.base.add(at) };
-            // SAFETY: mapped for writing, and nobody else knows of it yet. It is zero, and stays zero.
-            unsafe { page.as_ptr().write_volatile(0) };
+        // give them where a huge page's place has an ordinary page already and is then collapsed.
+        for from in (0..bytes).step_by(COLLAPSED_BYTES) {
+            let begun = Instant::now();
+            let end = bytes.min(from + COLLAPSED_BYTES);
+            for at in (from..end).step_by(HUGE_PAGE_BYTES as usize) {
+                // SAFETY: `at` is inside the mapping, of `bytes` bytes.
+                let page = unsafe { self.base.add(at) };
+                // SAFETY: mapped for writing, and nobody else knows of it yet. It is zero, and stays zero.
+                unsafe { page.as_ptr().write_volatile(0) };
+            }
+            // SAFETY: `from` is inside the mapping.
+            let part = unsafe { self.base.add(from) };
+            // SAFETY: our own mapping, up to `end`; the advice moves pages, and changes no contents.
+            let refused = unsafe { libc::madvise(part.as_ptr().cast(), end - from, libc::MADV_COLLAPSE) } != 0;
+            if refused || begun.elapsed() > within {
+                break;
+            }
         }
-        // SAFETY: our own mapping; the advice moves pages, and changes no contents.
-        let _ = unsafe { libc::madvise(self.base.as_ptr().cast(), bytes, libc::MADV_COLLAPSE) };
     }
 
     fn populate(&self) -> rustix::io::Result<()> {
@@ -161,9 +184,10 @@ pub struct Slab {
 // That, and what SlabMemory says of itself, makes a Slab Send and Sync.
 
 impl Slab {
-    /// Makes a slab, as [`SlabMemory::create`] says.
+    /// Makes a slab, as [`SlabMemory::create`] says. Somebody waits for it: it has huge pages where they are soon to be had.
     pub fn create(header: SlabHeader, huge: HugePages, accounted: Arc<AtomicU64>) -> Result<Self, SlabError> {
-        Self::new(SlabMemory::create(header.geometry.slab_bytes, huge, accounted)?, header)
+        let bytes = header.geometry.slab_bytes;
+        Self::new(SlabMemory::create_within(bytes, huge, accounted, COLLAPSED_WITHIN)?, header)
     }
 
     /// Makes `memory` a slab, and seals it. Gives back what the slab does not need of it. Takes microseconds.

@@ -144,7 +144,8 @@ fn the_configuration_is_checked_shown_and_changed() {
     assert_eq!(daemon.json(&["config", "show"])["host"]["bytes"], "32MiB");
     let change = daemon.json(&["config", "set", "host.bytes=16MiB", "calls.deadline=5s"]);
     // What follows from a key changes with it.
-    let changed = ["host.bytes: 32.0 MiB -> 16.0 MiB", "host.ready_bytes: 32.0 MiB -> 16.0 MiB", "calls.deadline: 30s -> 5s"];
+    let changed =
+        ["host.bytes: 32.0 MiB -> 16.0 MiB", "host.ready_bytes: 32.0 MiB -> 16.0 MiB", "calls.deadline: 30s -> 5s"];
     assert_eq!(change["changes"], serde_json::json!(changed));
     let refused = daemon.run(&["config", "set", "host.bytes=24MiB", "host.eviction=lru"]);
     assert!(!refused.status.success() && text(&refused.stderr).contains("host.eviction"), "{refused:?}");

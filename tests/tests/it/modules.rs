@@ -35,7 +35,7 @@ const KVSTORE: Layers = Layers {
     folder: "kvstore/src",
     layers: &[
         &["advise", "caps", "clock", "random", "telemetry"],
-        &["calls", "config", "copy_rate", "describing", "prefetches", "trace"],
+        &["calls", "config", "copy_rate", "data_calls", "describing", "prefetches", "trace"],
         &["accesses", "authority", "caller", "connections", "descriptors", "log", "open", "sources"],
         &["daemon"],
         &["status", "tick", "wire"],

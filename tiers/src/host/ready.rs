@@ -42,15 +42,16 @@ impl Wake {
         self.changed.notify_one();
     }
 
-    fn wait(&self, at_most: Option<Duration>) {
+    fn wait(&self) {
         let mut asked = self.asked.lock();
-        if !*asked {
-            match at_most {
-                Some(time) => drop(self.changed.wait_for(&mut asked, time)),
-                None => self.changed.wait(&mut asked),
-            }
-        }
+        self.changed.wait_while(&mut asked, |asked| !*asked);
         *asked = false;
+    }
+
+    /// Waits, whoever asks.
+    fn wait_before_trying_again(&self) {
+        let mut asked = self.asked.lock();
+        self.changed.wait_while_for(&mut asked, |_| !self.is_over.load(Ordering::Acquire), TRY_AGAIN);
     }
 }
 
@@ -173,16 +174,15 @@ enum Made {
 
 fn make_ready_forever(tier: &Weak<HostTier>, wake: &Wake, to_spare: impl Fn() -> u64) {
     while !wake.is_over.load(Ordering::Acquire) {
-        let wait = match tier.upgrade().map(|tier| tier.make_ready(&to_spare)) {
-            Some(Ok(Made::One)) => continue,
-            Some(Ok(Made::Enough)) => None,
-            Some(Ok(Made::NoMemory)) => Some(TRY_AGAIN),
+        match tier.upgrade().map(|tier| tier.make_ready(&to_spare)) {
+            Some(Ok(Made::One)) => {}
+            Some(Ok(Made::Enough)) => wake.wait(),
+            Some(Ok(Made::NoMemory)) => wake.wait_before_trying_again(),
             Some(Err(error)) => {
                 tracing::warn!(%error, "memory cannot be made ready ahead of need");
-                Some(TRY_AGAIN)
+                wake.wait_before_trying_again();
             }
             None => return,
-        };
-        wake.wait(wait);
+        }
     }
 }
