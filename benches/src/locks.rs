@@ -164,7 +164,11 @@ impl Tier {
     fn longest_gap() -> f64 {
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| while !stop.load(Ordering::Relaxed) {});
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
             let (until, mut longest) = (Instant::now() + ROUND, Duration::ZERO);
             let mut before = Instant::now();
             while before < until {

@@ -21,7 +21,7 @@ use crate::open::{self, OpenTiers, StartError};
 use crate::prefetches::Prefetches;
 use crate::sources::{InForce, Sources};
 use crate::telemetry::Traffic;
-use crate::{caps, clock, copy_rate};
+use crate::{caps, clock, copy_rate, descriptors};
 
 pub use crate::calls::InFlight;
 pub use crate::random::random_hold_id;
@@ -73,6 +73,9 @@ impl Daemon {
         let namespaces = config.namespaces();
         let epoch = clock::now().0;
         let OpenTiers { host, nvme, object } = open::open_tiers(&config, &namespaces, epoch)?;
+        if let Err(error) = host.keep_ready(memory_to_spare) {
+            tracing::warn!(%error, "there is no thread that makes memory ready ahead of need");
+        }
         let disk = nvme.clone().map(|nvme| (Tier::Nvme, nvme as Arc<dyn Below>));
         let bucket = object.clone().map(|object| (Tier::Object, object as Arc<dyn Below>));
         let stack = Stack::new(&host, disk.into_iter().chain(bucket), clock::now);
@@ -136,8 +139,8 @@ impl Daemon {
         if let (Some(tier), Some(nvme)) = (&self.nvme, &new.nvme) {
             tier.check_bytes(nvme.bytes).map_err(|refused| config::invalid("nvme.bytes", refused.to_string()))?;
         }
-        self.host.set_limits(new.host);
         self.host.set_ready_bytes(new.host_ready_bytes);
+        self.host.set_limits(new.host);
         self.host.set_namespace_limits(open::host_limits(new, &self.namespaces));
         if let (Some(tier), Some(nvme)) = (&self.nvme, &new.nvme) {
             tier.set_limits(nvme.bytes, nvme.dirty_bytes);
@@ -192,4 +195,9 @@ impl Daemon {
     pub async fn drain(&self, deadline: Duration) -> u64 {
         self.calls.drain(deadline).await
     }
+}
+
+/// Bytes that may be made ready for blocks to come. None where descriptors are scarce: each piece of memory takes one.
+fn memory_to_spare() -> u64 {
+    if descriptors::are_scarce() { 0 } else { config::memory_to_spare() }
 }

@@ -79,7 +79,7 @@ mod tests {
         assert_eq!(first.len(), caps::DATA_CALLS_MAX / 2);
         let second = fill(&calls, 1);
         assert_eq!(second.len(), caps::DATA_CALLS_MAX / 4);
-        assert!(calls.enter(NamespaceId(2)).is_some(), "there is always something left for the next");
+        assert!(calls.enter(NamespaceId(2)).is_some(), "the third has its part");
         assert!(calls.enter(NamespaceId(0)).is_none());
         drop((first, second));
         assert_eq!(calls.free(), caps::DATA_CALLS_MAX);

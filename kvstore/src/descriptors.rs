@@ -44,6 +44,15 @@ fn raise() -> usize {
     limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX))
 }
 
+/// True where so few are left that what can wait takes none.
+pub fn are_scarce() -> bool {
+    let limit =
+        getrlimit(Resource::Nofile).current.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
+    // Where there is none to read the folder with, there are none left.
+    let open = std::fs::read_dir("/proc/self/fd").map_or(usize::MAX, Iterator::count);
+    limit.saturating_sub(open) < caps::OWN_DESCRIPTORS
+}
+
 /// What the daemon opens itself.
 fn own(config: &Config) -> usize {
     let slab_bytes = (config.host.bytes / kvstore_tiers::caps::SLABS_PER_TIER)

@@ -39,9 +39,6 @@ pub fn open_tiers(config: &Config, namespaces: &[String], epoch: u64) -> Result<
     };
     let host = HostTier::new(options, namespaces);
     host.set_ready_bytes(config.host_ready_bytes);
-    if let Err(error) = host.keep_ready(config::memory_to_spare) {
-        tracing::warn!(%error, "there is no thread that makes memory ready ahead of need");
-    }
     host.set_namespace_limits(host_limits(config, namespaces));
     let nvme = match &config.nvme {
         Some(nvme) => Some(NvmeTier::open(&nvme_options(nvme), &host)?),

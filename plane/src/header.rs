@@ -12,7 +12,7 @@ const MAGIC: &[u8; 8] = b"KVSLAB\r\n";
 const PAGE: u64 = 4096;
 const HUGE_PAGE: u64 = 2 << 20;
 /// From this size on, a slab is whole huge pages, so that hugetlbfs can back it: 6% at most is rounded up.
-const HUGE_PAGES_FROM_BYTES: u64 = 32 << 20;
+pub const HUGE_PAGES_FROM_BYTES: u64 = 32 << 20;
 
 /// Where the parts of a slab lie, in bytes from its start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

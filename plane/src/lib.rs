@@ -31,7 +31,7 @@ pub use attachment::{
 pub use commands::{BadCommand, Command, Completion, StageBlock, verbs};
 pub use directory::{SLOT_ENTRY_BYTES, SlotEntry, SlotRecord, SlotState};
 pub use event_name::{event_name, name_seed};
-pub use header::{HEADER_BYTES, HeaderError, SLAB_VERSION, SlabGeometry, SlabHeader};
+pub use header::{HEADER_BYTES, HUGE_PAGES_FROM_BYTES, HeaderError, SLAB_VERSION, SlabGeometry, SlabHeader};
 pub use key::{InvalidHash, NO_HASH, SEQUENCE_HASH_BYTES_MAX, SequenceHash, SlotKey};
 pub use key_table::{HeapTable, KeyTable, PROBE_BUCKETS_MAX, SlotRef, TableFull, TableMemory, TableView};
 pub use lease::{LeaseWords, announce, withdrawn};

@@ -86,6 +86,18 @@ impl Memory {
         }
     }
 
+    /// Asks for the slab of block `id`, and does not make it.
+    pub fn plan_and_drop(&self, id: u64) {
+        let urgency =
+            Urgency { source: FlightSource::Writer, priority: Priority::Demand, deadline: BootTime(u64::MAX) };
+        let (layout, length) = (&*self.layout, self.block_bytes());
+        let request = FillRequest { layout, group: 0, hash: hash(id), parent: None, length, urgency };
+        match self.host.begin_fill(&request, now()) {
+            BeginFill::NeedsSlab(plan) => self.host.drop_plan(plan),
+            _ => panic!("there is a slab already"),
+        }
+    }
+
     /// Puts block `id`, whose content its number says; leased, with the checksums of its sections.
     pub fn put(&self, id: u64, parent: Option<u64>) -> Option<(LeasedBlock, Vec<u32>)> {
         let mut fill = self.reserve(id, parent, FlightSource::Writer)?;

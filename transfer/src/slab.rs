@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use kvstore_plane::{SlabGeometry, SlabHeader, SlotEntry};
+use kvstore_plane::{HUGE_PAGES_FROM_BYTES, SlabGeometry, SlabHeader, SlotEntry};
 use rustix::fs::{MemfdFlags, Mode, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
@@ -78,17 +78,25 @@ impl SlabMemory {
         accounted: Arc<AtomicU64>,
         part: Duration,
     ) -> Result<Self, SlabError> {
-        let (fd, base) = match huge {
-            HugePages::Auto if bytes.is_multiple_of(HUGE_PAGE_BYTES) => {
-                map(bytes, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).or_else(|_| map(bytes, MemfdFlags::empty()))
+        let mapped = |flags| {
+            let (fd, base) = map(bytes, flags)?;
+            rustix::io::Result::Ok(Self { fd, base, bytes, accounted: Arc::clone(&accounted) })
+        };
+        if huge == HugePages::Auto
+            && bytes >= HUGE_PAGES_FROM_BYTES
+            && bytes.is_multiple_of(HUGE_PAGE_BYTES)
+            && let Ok(mut memory) = mapped(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)
+        {
+            if memory.populate().is_ok() {
+                return Ok(memory);
             }
-            _ => map(bytes, MemfdFlags::empty()),
+            // Promised, and refused all the same, as where a control group has no share of it. What follows counts instead.
+            memory.accounted = Arc::default();
         }
-        .map_err(|errno| {
-            accounted.fetch_sub(bytes, Ordering::AcqRel);
+        let memory = mapped(MemfdFlags::empty()).map_err(|errno| {
+            accounted.fetch_sub(bytes, Ordering::SeqCst);
             failed("map", bytes)(errno)
         })?;
-        let memory = Self { fd, base, bytes, accounted };
         if huge == HugePages::Auto {
             memory.collapse(part);
         }
@@ -103,8 +111,8 @@ impl SlabMemory {
 
     /// Counts its bytes in another place from now on.
     pub fn count_in(&mut self, accounted: &Arc<AtomicU64>) {
-        accounted.fetch_add(self.bytes, Ordering::AcqRel);
-        self.accounted.fetch_sub(self.bytes, Ordering::AcqRel);
+        accounted.fetch_add(self.bytes, Ordering::SeqCst);
+        self.accounted.fetch_sub(self.bytes, Ordering::SeqCst);
         self.accounted = Arc::clone(accounted);
     }
 
@@ -190,7 +198,8 @@ impl Slab {
         Self::new(SlabMemory::create_within(bytes, huge, accounted, COLLAPSED_WITHIN)?, header)
     }
 
-    /// Makes `memory` a slab, and seals it. Gives back what the slab does not need of it. Takes microseconds.
+    /// Makes `memory` a slab, and seals it. Gives back what the slab does not need of it. Takes
+    /// microseconds, or a few milliseconds where that is much.
     pub fn new(mut memory: SlabMemory, header: SlabHeader) -> Result<Self, SlabError> {
         let bytes = header.geometry.slab_bytes;
         if memory.bytes < bytes {
@@ -222,7 +231,7 @@ impl Slab {
         let range = self.header.geometry.directory();
         // SAFETY: the directory lies inside the mapping (SlabGeometry puts it before the slots).
         let first = unsafe { self.memory.base.add(range.start as usize) };
-        // SAFETY: it is 64-byte aligned (page + 64 n), create() wrote every entry before anyone could ask,
+        // SAFETY: it is 64-byte aligned (page + 64 n), new() wrote every entry before anyone could ask,
         // and SlotEntry is atomics alone, so shared references stay valid while entries change.
         unsafe { std::slice::from_raw_parts(first.as_ptr().cast(), self.header.geometry.slot_count as usize) }
     }

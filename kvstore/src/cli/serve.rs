@@ -37,8 +37,9 @@ impl Serve {
         tracing::info!(
             version = env!("CARGO_PKG_VERSION"),
             host_bytes = %bytesize::ByteSize(config.host.bytes),
+            ready_bytes = %bytesize::ByteSize(config.host_ready_bytes),
             eviction = config.eviction.name(),
-            "the daemon is serving; it takes memory as blocks arrive"
+            "the daemon is serving"
         );
         running.until_signalled().await?;
         Ok(ExitCode::SUCCESS)

@@ -26,12 +26,25 @@ fn available_bytes() -> u64 {
     kib.unwrap_or_default() * 1024
 }
 
-/// Of the control group, where it has a bound.
+/// Of the control group and those around it, where one has a bound. Cached files give way to memory, and do not count.
 fn group_bytes_left() -> Option<u64> {
-    let of = |name: &str| -> Option<u64> {
-        std::fs::read_to_string(format!("/sys/fs/cgroup/memory.{name}")).ok()?.trim().parse().ok()
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    let root = Path::new("/sys/fs/cgroup");
+    let groups = Path::new(own).ancestors().map(|group| root.join(group));
+    groups.filter_map(|group| bytes_left_of(&group)).min()
+}
+
+fn bytes_left_of(group: &Path) -> Option<u64> {
+    let read = |name: &str| std::fs::read_to_string(group.join(name)).ok();
+    let number = |name: &str| -> Option<u64> { read(name)?.trim().parse().ok() };
+    let most = number("memory.max")?;
+    let stat = read("memory.stat").unwrap_or_default();
+    let files = |line: &str| -> Option<u64> {
+        line.strip_prefix("inactive_file ").or(line.strip_prefix("active_file "))?.parse().ok()
     };
-    Some(of("max")?.saturating_sub(of("current")?))
+    let cached: u64 = stat.lines().filter_map(files).sum();
+    Some(most.saturating_sub(number("memory.current")?.saturating_sub(cached)))
 }
 
 /// The socket of the namespace "default" where none is configured: in the user's private runtime folder,
@@ -66,4 +79,23 @@ pub fn boot_id() -> [u8; 16] {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
     u128::from_str_radix(&digits, 16).map(u128::to_be_bytes).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A container whose files filled its bound was taken for one without memory.
+    #[test]
+    fn cached_files_of_a_control_group_give_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        assert_eq!(bytes_left_of(folder.path()), None);
+        write("memory.max", "max\n");
+        assert_eq!(bytes_left_of(folder.path()), None, "it has no bound");
+        write("memory.max", "1000\n");
+        write("memory.current", "900\n");
+        write("memory.stat", "anon 100\nfile 700\nshmem 50\ninactive_file 400\nactive_file 250\n");
+        assert_eq!(bytes_left_of(folder.path()), Some(750));
+    }
 }

@@ -257,6 +257,7 @@ impl HostTier {
     /// Takes a millisecond or so.
     pub fn staging(&self, bytes: u64) -> Option<StagingMemory> {
         let bytes = bytes.next_multiple_of(SLOT_BYTES_MIN);
+        let ready = self.ready.pause();
         {
             let state = self.state.lock();
             let most = state.limits.bytes / 100 * caps::STAGING_PERCENT_MAX;
@@ -267,7 +268,8 @@ impl HostTier {
             self.mapped.fetch_add(bytes, Ordering::AcqRel);
             self.staging.fetch_add(bytes, Ordering::AcqRel);
         }
-        self.trim_ready();
+        self.drop_surplus();
+        drop(ready);
         let retired = self.shrink();
         let gave = !retired.is_empty();
         drop(retired);

@@ -212,7 +212,7 @@ impl HostTier {
         let mut steps = Steps::begin(self);
         for (layout, group, hashes) in runs {
             for hash in *hashes {
-                // Looked at as often as the lock is let go: a hold that is too large stops early.
+                // Looked at now and then: a hold that is too large stops early.
                 if pins.len().is_multiple_of(caps::CHANGES_PER_LOCK as usize) {
                     steps.next().check_held(namespace)?;
                 }

@@ -22,7 +22,7 @@ impl StateLock {
         Self { state: Mutex::new(state), waiting: AtomicU32::new(0) }
     }
 
-    /// For moments: a few blocks at most.
+    /// For moments: a few blocks at most, or the look at a thousand keys.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         if let Some(state) = self.state.try_lock() {
             return state;

@@ -226,7 +226,7 @@ impl HostTier {
                 taking: false,
             }),
             mapped: Arc::new(AtomicU64::new(0)),
-            ready: Ready::new(0),
+            ready: Ready::new(options.limits.bytes, room::memory_bytes_of(room::slab_bytes_of(options.limits.bytes))),
             staging: Arc::new(AtomicU64::new(0)),
             slab_watchers: Mutex::new(Vec::new()),
             slab_serial: AtomicU32::new(0),
@@ -329,7 +329,7 @@ impl HostTier {
         }
     }
 
-    /// Makes the slab that a [`SlabPlan`] stands for. Blocks for milliseconds, where no memory was ready for it.
+    /// Makes the slab that a [`SlabPlan`] stands for. Blocks for milliseconds, where no memory of its size was ready for it.
     pub fn make_slab(&self, mut plan: SlabPlan) -> Result<(), SlabError> {
         plan.surplus.clear();
         let header = plan.header(self.epoch, self.slab_serial.fetch_add(1, Ordering::Relaxed));
@@ -358,9 +358,10 @@ impl HostTier {
     pub fn drop_plan(&self, mut plan: SlabPlan) {
         let mut state = self.state.lock();
         match plan.memory.take() {
-            Some(memory) => self.ready.put_back(memory),
-            None => drop(self.mapped.fetch_sub(plan.bytes(), Ordering::AcqRel)),
+            Some(memory) => self.ready.put_back([memory]),
+            None => drop(self.mapped.fetch_sub(plan.bytes(), Ordering::SeqCst)),
         }
+        self.ready.put_back(plan.surplus.drain(..));
         state.end_plan(&plan);
         drop(state);
     }
@@ -373,7 +374,7 @@ impl HostTier {
     /// Changes it. A smaller bound is reached by [`Self::tick`], as leases end.
     pub fn set_limits(&self, limits: HostLimits) {
         self.state.lock().limits = limits;
-        self.trim_ready();
+        self.ready.set_limit(limits.bytes);
     }
 
     /// What each namespace may have, in the order of their numbers. A smaller bound is reached by [`Self::tick`], as leases end.
@@ -405,7 +406,7 @@ impl HostTier {
         }
         // Unmapping a slab takes a while: not under the lock.
         drop(retired);
-        self.trim_ready();
+        self.look_at_ready();
     }
 
     /// Every slab there is now: for verification, slab by slab.

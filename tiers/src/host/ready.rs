@@ -4,31 +4,43 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use kvstore_transfer::{SlabError, SlabMemory};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::HostTier;
-use super::room::memory_bytes_of;
 
 /// How long the thread waits before it tries again where the system had no memory.
 const TRY_AGAIN: Duration = Duration::from_secs(10);
-/// How urgent the thread is to the scheduler: not at all.
-const NICE: i32 = 19;
+/// How urgent the thread is to the scheduler: a tenth as much as others. It holds a lock that others need for some instructions
+/// only, once a piece.
+const NICE: i32 = 10;
+/// A pool that grows waits this long at most for the piece that is being made, where that is the last room there is; then it evicts.
+const AWAITED: Duration = Duration::from_millis(250);
 
 /// See the head of this file.
 pub(super) struct Ready {
-    /// Each of the tier's usual size.
+    /// Each of `piece_bytes`.
     memory: Mutex<Vec<SlabMemory>>,
-    /// Bytes of it, and of what is being made.
+    piece_bytes: u64,
+    /// Bytes of it.
     bytes: Arc<AtomicU64>,
-    /// What it should be.
+    /// Bytes of a piece that is being made.
+    making: Arc<AtomicU64>,
+    /// Held while a piece is made.
+    at_work: Mutex<()>,
+    /// When that began.
+    begun: Mutex<Option<Instant>>,
+    /// How much should be ready.
     goal: AtomicU64,
-    /// There is too little, or the tier is no more.
+    /// The tier's bound.
+    limit: AtomicU64,
     wake: Arc<Wake>,
 }
 
+/// Something changed, or the tier is no more.
 #[derive(Default)]
 struct Wake {
     is_over: AtomicBool,
@@ -42,31 +54,56 @@ impl Wake {
         self.changed.notify_one();
     }
 
-    fn wait(&self) {
+    /// Waits until somebody asks, or until then.
+    fn wait(&self, until: Option<Instant>) {
         let mut asked = self.asked.lock();
-        self.changed.wait_while(&mut asked, |asked| !*asked);
+        match until {
+            Some(until) => drop(self.changed.wait_while_until(&mut asked, |asked| !*asked, until)),
+            None => self.changed.wait_while(&mut asked, |asked| !*asked),
+        }
         *asked = false;
-    }
-
-    /// Waits, whoever asks.
-    fn wait_before_trying_again(&self) {
-        let mut asked = self.asked.lock();
-        self.changed.wait_while_for(&mut asked, |_| !self.is_over.load(Ordering::Acquire), TRY_AGAIN);
     }
 }
 
 impl Ready {
-    pub(super) fn new(goal: u64) -> Self {
-        let (memory, bytes) = (Mutex::default(), Arc::default());
-        Self { memory, bytes, goal: AtomicU64::new(goal), wake: Arc::default() }
+    pub(super) fn new(limit: u64, piece_bytes: u64) -> Self {
+        Self {
+            memory: Mutex::default(),
+            piece_bytes,
+            bytes: Arc::default(),
+            making: Arc::default(),
+            at_work: Mutex::default(),
+            begun: Mutex::default(),
+            goal: AtomicU64::new(0),
+            limit: AtomicU64::new(limit),
+            wake: Arc::default(),
+        }
     }
 
+    /// Bytes that are ready, and of what is being made.
     pub(super) fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Acquire)
+        // What was being made becomes ready under this lock.
+        let _memory = self.memory.lock();
+        self.bytes.load(Ordering::SeqCst) + self.making()
     }
 
-    pub(super) fn set_goal(&self, goal: u64) {
-        self.goal.store(goal, Ordering::Relaxed);
+    /// Bytes of what is being made. It is in nobody's way but within the bound: what cannot be taken cannot be given back.
+    pub(super) fn making(&self) -> u64 {
+        self.making.load(Ordering::SeqCst)
+    }
+
+    /// True while a piece is being made that soon is there.
+    pub(super) fn comes_soon(&self) -> bool {
+        self.making() > 0 && self.begun.lock().is_some_and(|begun| begun.elapsed() < AWAITED)
+    }
+
+    /// The thread makes nothing, as long as this is kept.
+    pub(super) fn pause(&self) -> MutexGuard<'_, ()> {
+        self.at_work.lock()
+    }
+
+    pub(super) fn set_limit(&self, limit: u64) {
+        self.limit.store(limit, Ordering::SeqCst);
         self.wake.up();
     }
 
@@ -80,86 +117,106 @@ impl Ready {
         })
     }
 
-    /// Memory that is not needed after all.
-    pub(super) fn put_back(&self, mut memory: SlabMemory) {
-        memory.count_in(&self.bytes);
-        self.memory.lock().push(memory);
-    }
-
-    /// What must go so that at most `room` bytes are ready. To unmap it takes milliseconds: not under a lock.
+    /// What must go so that at most `room` bytes are ready. It counts nowhere any more: whoever takes its place counts already, and
+    /// gives it back first. To unmap it takes milliseconds: not under a lock.
     pub(super) fn surplus(&self, room: u64) -> Vec<SlabMemory> {
         let mut memory = self.memory.lock();
-        let (mut bytes, mut surplus) = (self.bytes(), Vec::new());
-        while bytes > room
-            && let Some(one) = memory.pop()
+        let mut surplus = Vec::new();
+        while self.bytes.load(Ordering::SeqCst) > room
+            && let Some(mut one) = memory.pop()
         {
-            bytes = bytes.saturating_sub(one.bytes());
+            one.count_in(&Arc::default());
             surplus.push(one);
         }
         surplus
+    }
+
+    /// Memory that is not needed after all.
+    pub(super) fn put_back(&self, memory: impl IntoIterator<Item = SlabMemory>) {
+        for mut one in memory {
+            one.count_in(&self.bytes);
+            self.memory.lock().push(one);
+        }
     }
 }
 
 impl Drop for Ready {
     fn drop(&mut self) {
-        self.wake.is_over.store(true, Ordering::Release);
+        self.wake.is_over.store(true, Ordering::SeqCst);
         self.wake.up();
     }
 }
 
 impl HostTier {
     /// Starts the thread that makes memory ready, while the machine has so many bytes to spare. It ends with the tier.
-    pub fn keep_ready(self: &Arc<Self>, to_spare: impl Fn() -> u64 + Send + 'static) -> std::io::Result<()> {
+    pub fn keep_ready(
+        self: &Arc<Self>,
+        to_spare: impl Fn() -> u64 + Send + 'static,
+    ) -> std::io::Result<JoinHandle<()>> {
         let (tier, wake) = (Arc::downgrade(self), Arc::clone(&self.ready.wake));
         std::thread::Builder::new().name("kvstore-memory".into()).spawn(move || {
             // Without the right to it, the thread is as urgent as others.
             let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE);
             make_ready_forever(&tier, &wake, to_spare);
-        })?;
-        Ok(())
+        })
     }
 
     /// How much memory is to be ready. More than the tier may have is never made.
     pub fn set_ready_bytes(&self, bytes: u64) {
-        self.ready.set_goal(bytes);
+        self.ready.goal.store(bytes, Ordering::SeqCst);
+        self.ready.wake.up();
     }
 
-    /// Gives back what is ready beyond the goal, or beyond the tier's bound.
-    pub(super) fn trim_ready(&self) {
-        self.drop_surplus();
-        if self.wants_ready().is_some() {
+    /// The thread looks again what is to be made or given back. Cheap.
+    pub(super) fn look_at_ready(&self) {
+        let ready = self.ready.bytes.load(Ordering::SeqCst);
+        if ready > self.room_for_ready() || self.fits_beside(ready + self.ready.piece_bytes) {
             self.ready.wake.up();
         }
     }
 
-    fn drop_surplus(&self) {
-        let room = self.limits().bytes.saturating_sub(self.mapped.load(Ordering::Acquire));
-        drop(self.ready.surplus(room.min(self.ready.goal.load(Ordering::Relaxed))));
+    /// True where so many bytes may be ready. A place of the same size stays free beside the last piece: a pool that grows while that
+    /// is made finds room, and evicts nothing.
+    fn fits_beside(&self, ready: u64) -> bool {
+        let mapped = self.mapped.load(Ordering::SeqCst);
+        let fits = mapped + ready + self.ready.piece_bytes <= self.ready.limit.load(Ordering::SeqCst);
+        fits && ready <= self.ready.goal.load(Ordering::SeqCst)
     }
 
-    /// Bytes that are to be made ready next. A place of the same size stays free beside them, so that a pool that grows meanwhile
-    /// does not take the tier beyond its bound.
-    fn wants_ready(&self) -> Option<u64> {
-        let (limit, bytes) = {
-            let state = self.state.lock();
-            (state.limits.bytes, memory_bytes_of(state.slab_bytes))
-        };
-        let ready = self.ready.bytes() + bytes;
-        let fits = self.mapped.load(Ordering::Acquire) + ready + bytes <= limit;
-        (fits && ready <= self.ready.goal.load(Ordering::Relaxed)).then_some(bytes)
+    /// Bytes that may be ready.
+    fn room_for_ready(&self) -> u64 {
+        let room = self.ready.limit.load(Ordering::SeqCst).saturating_sub(self.mapped.load(Ordering::SeqCst));
+        room.min(self.ready.goal.load(Ordering::SeqCst))
+    }
+
+    /// Gives back what is ready beyond the goal, or beyond the tier's bound. Takes milliseconds.
+    pub(super) fn drop_surplus(&self) {
+        drop(self.ready.surplus(self.room_for_ready()));
     }
 
     /// Makes one piece of memory ready.
     fn make_ready(&self, to_spare: &impl Fn() -> u64) -> Result<Made, SlabError> {
-        let Some(bytes) = self.wants_ready() else { return Ok(Made::Enough) };
+        let (ready, bytes) = (&self.ready, self.ready.piece_bytes);
+        let _at_work = ready.at_work.lock();
+        if !self.fits_beside(ready.bytes() + bytes) {
+            return Ok(Made::Enough);
+        }
         if to_spare() < bytes {
             return Ok(Made::NoMemory);
         }
-        self.ready.bytes.fetch_add(bytes, Ordering::AcqRel);
-        let memory = SlabMemory::create(bytes, self.huge_pages, Arc::clone(&self.ready.bytes))?;
-        self.ready.memory.lock().push(memory);
-        // The goal and the bound may be smaller than they were when it was begun.
-        self.drop_surplus();
+        {
+            // Slabs are planned, and memory becomes theirs or is given back, under this lock.
+            let _state = self.state.lock();
+            if !self.fits_beside(ready.bytes() + bytes) {
+                return Ok(Made::Enough);
+            }
+            *ready.begun.lock() = Some(Instant::now());
+            ready.making.fetch_add(bytes, Ordering::SeqCst);
+        }
+        let mut memory = SlabMemory::create(bytes, self.huge_pages, Arc::clone(&ready.making))?;
+        let mut all = ready.memory.lock();
+        memory.count_in(&ready.bytes);
+        all.push(memory);
         Ok(Made::One)
     }
 }
@@ -173,16 +230,24 @@ enum Made {
 }
 
 fn make_ready_forever(tier: &Weak<HostTier>, wake: &Wake, to_spare: impl Fn() -> u64) {
-    while !wake.is_over.load(Ordering::Acquire) {
-        match tier.upgrade().map(|tier| tier.make_ready(&to_spare)) {
-            Some(Ok(Made::One)) => {}
-            Some(Ok(Made::Enough)) => wake.wait(),
-            Some(Ok(Made::NoMemory)) => wake.wait_before_trying_again(),
-            Some(Err(error)) => {
-                tracing::warn!(%error, "memory cannot be made ready ahead of need");
-                wake.wait_before_trying_again();
-            }
-            None => return,
+    let (mut not_before, mut warned) = (None, false);
+    while !wake.is_over.load(Ordering::SeqCst) {
+        let Some(tier) = tier.upgrade() else { return };
+        tier.drop_surplus();
+        if not_before.is_none_or(|instant| instant <= Instant::now()) {
+            not_before = match tier.make_ready(&to_spare) {
+                Ok(Made::One) => continue,
+                Ok(Made::Enough) => None,
+                Ok(Made::NoMemory) => Some(Instant::now() + TRY_AGAIN),
+                Err(error) => {
+                    if !std::mem::replace(&mut warned, true) {
+                        tracing::warn!(%error, "memory cannot be made ready ahead of need, so puts wait for it; it is tried again");
+                    }
+                    Some(Instant::now() + TRY_AGAIN)
+                }
+            };
         }
+        drop(tier);
+        wake.wait(not_before);
     }
 }

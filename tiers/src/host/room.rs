@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use kvstore_plane::{SlabGeometry, SlabHeader};
+use kvstore_plane::{HUGE_PAGES_FROM_BYTES, SlabGeometry, SlabHeader};
 use kvstore_transfer::{HUGE_PAGE_BYTES, Slab, SlabMemory};
 use parking_lot::MutexGuard;
 
@@ -77,9 +77,9 @@ pub(super) fn slab_bytes_of(host_bytes: u64) -> u64 {
     (host_bytes / caps::SLABS_PER_TIER).clamp(caps::SLAB_BYTES_MIN, caps::SLAB_BYTES_MAX)
 }
 
-/// Bytes that hold any full slab of about so many bytes, whose size may be rounded up to whole huge pages.
+/// Bytes that hold any full slab of about so many bytes: see [`SlabGeometry::new`].
 pub(super) fn memory_bytes_of(slab_bytes: u64) -> u64 {
-    slab_bytes.next_multiple_of(HUGE_PAGE_BYTES)
+    slab_bytes.next_multiple_of(if slab_bytes >= HUGE_PAGES_FROM_BYTES { HUGE_PAGE_BYTES } else { 4096 })
 }
 
 /// Slots of a full slab.
@@ -114,6 +114,9 @@ impl HostTier {
         }
         if let Some(plan) = self.plan(state, namespace, pool) {
             return Room::Make(plan);
+        }
+        if self.ready.comes_soon() && self.has_room_but_for_ready(state, namespace, pool) {
+            return Room::Wait;
         }
         let ahead_of_need = priority == Priority::Prefetch;
         if ahead_of_need && state.namespace_mut(namespace).is_some_and(|at| at.slots.would_push_out_better(incoming)) {
@@ -158,17 +161,27 @@ impl HostTier {
         if !low || state.making.contains(&(namespace, pool)) { None } else { self.plan(state, namespace, pool) }
     }
 
+    /// True where there is room for a slab, and memory that is being made ready takes it just now.
+    fn has_room_but_for_ready(&self, state: &State, namespace: NamespaceId, pool: PoolId) -> bool {
+        let room = state.limits.bytes.saturating_sub(self.mapped.load(Ordering::SeqCst));
+        let room = room.min(state.room_of(namespace));
+        let slots = state.namespace(namespace).map(|at| at.slots.pool_occupancy(pool));
+        slots.is_some_and(|(slot_bytes, _, _)| slab_geometry(state.slab_bytes, slot_bytes, room).is_some())
+    }
+
     fn plan(&self, state: &mut State, namespace: NamespaceId, pool: PoolId) -> Option<SlabPlan> {
-        let room = state.limits.bytes.saturating_sub(self.mapped.load(Ordering::Acquire));
+        // What is being made ready cannot be taken yet, nor given back.
+        let room = state.limits.bytes.saturating_sub(self.mapped.load(Ordering::SeqCst) + self.ready.making());
         let room = room.min(state.room_of(namespace));
         let namespace_state = state.namespace(namespace)?;
         let (slot_bytes, _, _) = namespace_state.slots.pool_occupancy(pool);
         let geometry = slab_geometry(state.slab_bytes, slot_bytes, room)?;
         let memory = self.ready.take(geometry.slab_bytes, &self.mapped);
         if memory.is_none() {
-            self.mapped.fetch_add(geometry.slab_bytes, Ordering::AcqRel);
+            self.mapped.fetch_add(geometry.slab_bytes, Ordering::SeqCst);
         }
-        let surplus = self.ready.surplus(state.limits.bytes.saturating_sub(self.mapped.load(Ordering::Acquire)));
+        let room = state.limits.bytes.saturating_sub(self.mapped.load(Ordering::SeqCst) + self.ready.making());
+        let surplus = self.ready.surplus(room);
         let namespace_digest = namespace_state.digest;
         let plan = SlabPlan { namespace, pool, namespace_digest, geometry, memory, surplus };
         state.making.push((namespace, pool));
