@@ -192,6 +192,8 @@ fn begin(daemon: &TestDaemon, id: u64, now: u64) -> BeginFill {
     loop {
         match host.begin_fill(&request, BootTime(now)) {
             BeginFill::NeedsSlab(plan) => host.make_slab(plan).unwrap(),
+            // Memory is being made ready.
+            BeginFill::Wait => std::thread::yield_now(),
             BeginFill::Fill(fill, Some(plan)) => {
                 host.drop_plan(plan);
                 return BeginFill::Fill(fill, None);

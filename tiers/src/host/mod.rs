@@ -393,10 +393,9 @@ impl HostTier {
         self.expire_holds(now);
         let count = self.state.lock().namespaces.len();
         (0..count).for_each(|at| self.look_again(NamespaceId(at)));
-        let mapped = self.mapped.load(Ordering::Acquire);
         let mut retired = self.shrink();
         retired.extend(self.shrink_namespaces());
-        self.evict_to_watermark(mapped);
+        self.evict_to_watermark();
         if self.state.lock().namespaces.iter().any(|namespace| namespace.slots.has_leaving()) {
             self.leaving.notify_one();
         }

@@ -411,15 +411,17 @@ impl HostTier {
     }
 
     /// Where the tier can't grow, evicts from each pool that is fuller than the high watermark.
-    pub(super) fn evict_to_watermark(&self, mapped: u64) {
+    pub(super) fn evict_to_watermark(&self) {
         let state = self.state.lock();
-        let room = state.limits.bytes.saturating_sub(mapped);
         let of = |(at, namespace): (usize, &Namespace)| namespace.slots.pools().map(move |pool| (at, pool));
         let pools: Vec<(usize, PoolId)> = state.namespaces.iter().enumerate().flat_map(of).collect();
         drop(state);
         let mut steps = Steps::begin(self);
         for (at, pool) in pools {
-            let mut above = steps.next().above_watermark(at, pool, room);
+            // Looked at under the lock, as plans are made and dropped: one that was just dropped would take room that is free again.
+            let state = steps.next();
+            let room = state.limits.bytes.saturating_sub(self.mapped.load(Ordering::Acquire));
+            let mut above = state.above_watermark(at, pool, room);
             while above > 0 {
                 // As long as it gets emptier: what is left may all be held, with slots to spare.
                 let Some(namespace) = steps.take(EVICTED_AT_ONCE).namespaces.get_mut(at) else { break };
