@@ -14,11 +14,11 @@ use super::HostTier;
 
 /// How long the thread waits before it tries again where the system had no memory.
 const TRY_AGAIN: Duration = Duration::from_secs(10);
-/// How urgent the thread is to the scheduler: a tenth as much as others. It holds a lock that others need for some instructions
-/// only, once a piece.
-const NICE: i32 = 10;
+/// How urgent the thread is to the scheduler: a third as much as others. Less would keep a pool that grows waiting for what the thread
+/// has begun. It holds a lock that others need for some instructions only, once a piece.
+const NICE: i32 = 5;
 /// A pool that grows waits this long at most for the piece that is being made, where that is the last room there is; then it evicts.
-const AWAITED: Duration = Duration::from_millis(250);
+const AWAITED: Duration = Duration::from_millis(500);
 
 /// See the head of this file.
 pub(super) struct Ready {
