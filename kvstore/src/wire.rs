@@ -183,7 +183,12 @@ pub fn hashes(bytes: &[Bytes], max: usize) -> Result<Vec<SequenceHash>, Status> 
         let problem = format!("the call names {} blocks, but it may name at most {max}", bytes.len());
         return Err(invalid("sequence_hashes", problem));
     }
-    bytes.iter().map(|bytes| hash("sequence_hashes", bytes)).collect()
+    // With its memory taken at once: a list that is collected from results grows, and is copied as it does.
+    let mut hashes = Vec::with_capacity(bytes.len());
+    for bytes in bytes {
+        hashes.push(hash("sequence_hashes", bytes)?);
+    }
+    Ok(hashes)
 }
 
 /// The name of a ticket or pin.
