@@ -73,8 +73,8 @@ pub const KEYS_PER_LOCK: usize = 1024;
 /// Blocks that are pinned, unpinned, evicted or leased under the lock in one go: each costs a few cache misses, and all of them some
 /// hundred microseconds at most.
 pub const CHANGES_PER_LOCK: u32 = 512;
-/// After so many of them it is looked whether somebody waits for the lock who needs it for a moment, such as a put: about a
-/// microsecond.
+/// After so many of them it is looked whether somebody waits for the lock who needs it for a moment, such as a put: some
+/// tenths of a microsecond.
 pub const CHANGES_PER_LOOK: u32 = 2;
 /// Volumes of the Nvme tier at most: disks of a node. Each costs four threads.
 pub const NVME_PATHS_MAX: usize = 16;

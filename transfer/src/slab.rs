@@ -23,7 +23,9 @@ const COLLAPSED_BYTES: usize = 16 << 20;
 const COLLAPSED_WITHIN: Duration = Duration::from_millis(20);
 /// Pages that are made in one go: a tenth of a millisecond's. The kernel keeps the process's map of its memory meanwhile, which other
 /// threads may want to change.
-const POPULATE_BYTES: u64 = 256 << 10;
+const POPULATE_BYTES: usize = 256 << 10;
+/// Bytes of an ordinary page.
+const PAGE_BYTES: usize = 4096;
 
 /// Whether slabs ask for huge pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -126,11 +128,11 @@ impl SlabMemory {
         for from in (0..bytes).step_by(COLLAPSED_BYTES) {
             let begun = Instant::now();
             let end = bytes.min(from + COLLAPSED_BYTES);
-            for at in (from..end).step_by(HUGE_PAGE_BYTES as usize) {
-                // SAFETY: `at` is inside the mapping, of `bytes` bytes.
-                let page = unsafe { self.base.add(at) };
-                // SAFETY: mapped for writing, and nobody else knows of it yet. It is zero, and stays zero.
-                unsafe { page.as_ptr().write_volatile(0) };
+            // Not by a write: where the system has no memory to give, that would end the process.
+            let touched =
+                (from..end).step_by(HUGE_PAGE_BYTES as usize).try_for_each(|at| self.fault_in(at, PAGE_BYTES));
+            if touched.is_err() {
+                break;
             }
             // SAFETY: `from` is inside the mapping.
             let part = unsafe { self.base.add(from) };
@@ -143,18 +145,20 @@ impl SlabMemory {
     }
 
     fn populate(&self) -> rustix::io::Result<()> {
-        for at in (0..self.bytes).step_by(POPULATE_BYTES as usize) {
-            let bytes = POPULATE_BYTES.min(self.bytes - at) as usize;
-            // SAFETY: `at` is inside the mapping.
-            let from = unsafe { self.base.add(at as usize) };
-            // SAFETY: faults in our own mapping; contents stay as they are.
-            match unsafe { rustix::mm::madvise(from.as_ptr().cast::<c_void>(), bytes, Advice::LinuxPopulateWrite) } {
-                // Kernels before 5.14 do not know the advice: slots are then faulted in as they are first filled.
-                Err(rustix::io::Errno::INVAL) => return Ok(()),
-                other => other?,
-            }
+        let bytes = self.bytes as usize;
+        match (0..bytes).step_by(POPULATE_BYTES).try_for_each(|at| self.fault_in(at, POPULATE_BYTES.min(bytes - at))) {
+            // Kernels before 5.14 do not know the advice: slots are then faulted in as they are first filled.
+            Err(rustix::io::Errno::INVAL) => Ok(()),
+            other => other,
         }
-        Ok(())
+    }
+
+    /// Has the kernel give pages to `bytes` bytes from `at` on, which are inside.
+    fn fault_in(&self, at: usize, bytes: usize) -> rustix::io::Result<()> {
+        // SAFETY: `at` is inside the mapping.
+        let from = unsafe { self.base.add(at) };
+        // SAFETY: faults in our own mapping; contents stay as they are.
+        unsafe { rustix::mm::madvise(from.as_ptr().cast::<c_void>(), bytes, Advice::LinuxPopulateWrite) }
     }
 
     /// Gives back what is beyond `bytes`.
