@@ -1,4 +1,5 @@
-//! What peers that do no more than they must cost others: connections that say nothing, and readers that read nothing.
+//! What peers that do no more than they must cost others: connections that say nothing, and readers that read nothing;
+//! and what a disk that is full costs a restart.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -7,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use kvstore::replay;
-use kvstore_client::v1::{BlockKind, GetRequest};
-use kvstore_client::{Client, GroupRef, Plane};
+use kvstore_client::v1::{BlockKind, GetRequest, Level, PutStatus};
+use kvstore_client::{Client, GroupRef, Plane, PutOptions};
 use kvstore_proto::data_stream;
 use kvstore_tests::chain;
+use kvstore_tests::loop_mount::LoopMount;
 
 use crate::figure::{self, median};
 use crate::process::Process;
@@ -22,6 +24,8 @@ const BLOCK: u32 = 64 << 10;
 const BLOCKS: u64 = 512;
 /// Gets of one round.
 const GETS: usize = 20;
+/// Restarts of each kind in a round.
+const RESTARTS: usize = 3;
 
 struct Daemon {
     process: Process,
@@ -54,7 +58,8 @@ impl Daemon {
 pub fn measure(daemon: &Path, rounds: usize) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(silent(daemon))?;
-    runtime.block_on(unread(daemon, rounds))
+    runtime.block_on(unread(daemon, rounds))?;
+    runtime.block_on(full_disk(daemon, rounds))
 }
 
 /// Newcomers beside connections that say nothing. Those that the daemon closes come back.
@@ -191,4 +196,71 @@ fn headers() -> Vec<u8> {
         }
     }
     block
+}
+
+/// Restarts after kill -9 on a disk that is full to the last byte, and on the same disk with room: until the volume serves.
+async fn full_disk(daemon: &Path, rounds: usize) -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let Some(mount) = LoopMount::new(folder.path(), 700) else {
+        eprintln!("restarts on a full disk are not measured: a loop file system needs root, mount and mkfs.ext4");
+        return Ok(());
+    };
+    let socket = folder.path().join("full.sock");
+    let address = format!("unix:{}", socket.display());
+    let start = || -> anyhow::Result<Process> {
+        let mut command = Command::new(daemon);
+        command.args(["serve", "--host-bytes", "64MiB", "--set", "http.address=off", "--set", "nvme.bytes=256MiB"]);
+        command.arg("--set").arg(format!("nvme.paths={}", mount.path().join("kvstore").display()));
+        command.arg("--listen").arg(&address);
+        Process::start(command, &socket)
+    };
+    {
+        let _process = start()?;
+        let client = Client::connect_over(&address, Plane::Grpc).await?;
+        let group = client.register_layout(replay::layout("outside", BLOCK, BlockKind::Attention)).await?.group(0);
+        let local = PutOptions { level: Level::Local, ..PutOptions::default() };
+        for at in 0..32 {
+            let stored = client.put_with(&group, chain(at * 48..(at + 1) * 48, BLOCK), local).await?;
+            anyhow::ensure!(stored.iter().all(|of| of.status() == PutStatus::Stored), "a block was not stored");
+        }
+    }
+    // Milliseconds of a restart that finds the log of a daemon that was killed.
+    let restart = async || {
+        let begun = Instant::now();
+        let process = start()?;
+        let client = Client::connect_over(&address, Plane::Grpc).await?;
+        loop {
+            let status = client.status().await?;
+            let volume = status.nvme.and_then(|nvme| nvme.volumes.into_iter().next()).context("no volume")?;
+            anyhow::ensure!(volume.state != "REBUILDING", "the volume is scanned: {}", volume.reason);
+            if volume.state == "SERVING" || volume.state == "NO_SPACE" {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let taken = begun.elapsed().as_secs_f64() * 1e3;
+        // Until what runs in the background after a start is done.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        drop(process);
+        anyhow::Ok(taken)
+    };
+    let (mut ratios, mut full_ms) = (Vec::new(), Vec::new());
+    for round in 0..=rounds {
+        let (mut roomy, mut full) = (Vec::new(), Vec::new());
+        for _ in 0..RESTARTS {
+            roomy.push(restart().await?);
+            let ballast = mount.fill();
+            full.push(restart().await?);
+            std::fs::remove_file(ballast)?;
+        }
+        let (roomy, full) = (median(roomy), median(full));
+        // The first round warms up.
+        if round > 0 {
+            ratios.push(full / roomy);
+            full_ms.push(full);
+        }
+    }
+    figure::print("outside", "restart_on_full_disk", median(ratios), "<= 1.5");
+    figure::note("outside", "restart_on_full_disk_ms", median(full_ms));
+    Ok(())
 }

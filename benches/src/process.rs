@@ -23,7 +23,7 @@ impl Process {
         let started = Instant::now();
         while std::os::unix::net::UnixStream::connect(socket).is_err() {
             anyhow::ensure!(started.elapsed() < Duration::from_secs(10), "{name} did not open {}", socket.display());
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(1));
         }
         Ok(process)
     }

@@ -1,5 +1,7 @@
 //! The router's bounds, each with its reason. Those of the index are in `kvstore_index::caps`.
 
+use std::time::Duration;
+
 /// Bytes of one message of events: a prompt of a million tokens in it, five bytes each at most.
 pub const EVENT_BYTES_MAX: usize = 6 << 20;
 /// Events of one message: each takes some 150 bytes here, and two there.
@@ -10,22 +12,48 @@ pub const PREFETCH_DEADLINE_MS: u32 = 10_000;
 pub const PIECES_KEPT_MAX: usize = 1 << 14;
 /// Sessions of which it is known where they were: 100 bytes each.
 pub const SESSIONS_MAX: usize = 100_000;
-/// Bytes of a request's body: a conversation with some pictures in it.
-pub const REQUEST_BYTES_MAX: usize = 32 << 20;
-/// Bytes of an answer that does not come in pieces.
-pub const ANSWER_BYTES_MAX: usize = 64 << 20;
+/// Bytes of a request's body, unless the configuration says otherwise: a conversation with some pictures in it, or an hour of speech.
+pub const REQUEST_BYTES_MAX: u64 = 64 << 20;
+/// Bytes of the bodies of all requests under way: some thousand conversations of the longest kind.
+pub const REQUESTS_BYTES_MAX: usize = 1 << 30;
+/// A body that is too long is read for so long, so that its client sees why it is refused.
+pub const DRAIN_WITHIN: Duration = Duration::from_secs(5);
+/// Bytes of an answer that is kept until it is whole, so that another worker can be asked if it breaks off: one of a hundred thousand
+/// tokens. Of a longer one, what came is passed on.
+pub const ANSWER_KEPT_MAX: usize = 1 << 20;
+/// Bytes of an answer that the router reads for itself: a prompt's that was computed ahead, with its token ids.
+pub const ANSWER_READ_MAX: usize = 64 << 20;
 /// Bytes of one event of an answer that does: the first may bring a whole prompt's token ids.
 pub const ANSWER_EVENT_BYTES_MAX: usize = 16 << 20;
 /// Workers that a request is tried at, before its first byte and after.
 pub const TRIES_MAX: usize = 4;
 /// Connections to a worker that wait for the next request.
 pub const IDLE_CONNECTIONS_MAX: usize = 64;
+/// They wait no longer than this: common servers close them after five seconds.
+pub const IDLE_CONNECTION_TIME: Duration = Duration::from_secs(4);
+/// A worker takes a connection within this, or is asked no more.
+pub const CONNECT_WITHIN: Duration = Duration::from_secs(2);
+/// A worker that does not answer so often, one time after the other, is away.
+pub const DOUBTS_MAX: u32 = 3;
+/// Behind the last line of an answer, its end is waited for no longer than this.
+pub const END_WITHIN: Duration = Duration::from_secs(2);
+/// How often workers are asked what they serve, and how often at most where a request names what is not known.
+pub const MODELS_EVERY: Duration = Duration::from_secs(10);
+/// ...
+pub const MODELS_EVERY_MIN: Duration = Duration::from_secs(1);
+/// Models, with their adapters, that a worker may say that it serves: some hundred bytes each.
+pub const MODELS_PER_WORKER_MAX: usize = 4096;
+/// Connections of clients; each may need another one to a worker. Fewer, where the process may have fewer descriptors.
+pub const CONNECTIONS_MAX: usize = 16_384;
+/// A client says what it wants within this, from the start of its connection or the end of its last request on: longer than clients keep
+/// idle connections, as common servers have it.
+pub const HEADER_WITHIN: Duration = Duration::from_secs(75);
 /// A worker, or another replica, that does not answer within this is away.
-pub const HEALTH_WITHIN: std::time::Duration = std::time::Duration::from_secs(2);
+pub const HEALTH_WITHIN: Duration = Duration::from_secs(2);
 /// How often other replicas are asked what they have under way.
-pub const PEERS_EVERY: std::time::Duration = std::time::Duration::from_millis(200);
+pub const PEERS_EVERY: Duration = Duration::from_millis(200);
 /// At its end the router waits this long for answers under way.
-pub const CLOSE_WITHIN: std::time::Duration = std::time::Duration::from_secs(30);
+pub const CLOSE_WITHIN: Duration = Duration::from_secs(30);
 /// Workers at once: each has up to some holders in the index.
 pub const WORKERS_MAX: usize = 2048;
 /// Pictures and the like of one request that are encoded ahead.

@@ -9,6 +9,7 @@ use bytesize::ByteSize;
 use kvstore_proto::hashes::Sha256Cbor;
 use serde::Deserialize;
 
+use crate::caps;
 use crate::cost::Choose;
 use crate::discovery;
 use crate::fleet::{FleetOptions, WorkerSpec};
@@ -37,6 +38,8 @@ pub struct Config {
     pub peers: Vec<String>,
     /// Answers that break off are gone on with.
     pub resume: bool,
+    /// Bytes of a request's body.
+    pub request_bytes: ByteSize,
     /// How requests are placed.
     pub place: PlaceConfig,
     /// What the indexes may take.
@@ -82,6 +85,9 @@ pub struct ModelConfig {
     /// It is an adapter (LoRA) under a name of its own.
     #[serde(default)]
     pub adapter: bool,
+    /// Its base model, where it is an adapter and its engines do not say which.
+    #[serde(default)]
+    pub base: Option<String>,
 }
 
 /// How requests are placed.
@@ -150,6 +156,7 @@ impl Default for Config {
             workers_file: None,
             peers: Vec::new(),
             resume: true,
+            request_bytes: ByteSize(caps::REQUEST_BYTES_MAX),
             place: PlaceConfig::default(),
             index: IndexConfig::default(),
         }
@@ -178,6 +185,11 @@ impl Config {
         ] {
             anyhow::ensure!((least..=most).contains(&value), "{key} is {value}; it must be from {least} to {most}");
         }
+        let bytes = self.request_bytes;
+        anyhow::ensure!(
+            (1024..=1 << 32).contains(&bytes.as_u64()),
+            "request_bytes is {bytes}; it must be from 1 KiB to 4 GiB"
+        );
         anyhow::ensure!(place.requests_max > 0, "place.requests_max is 0; it must be at least 1");
         for peer in &self.peers {
             let is_http = peer.parse::<http::Uri>().is_ok_and(|url| url.scheme_str() == Some("http"));
@@ -226,17 +238,24 @@ impl Config {
 
     /// How to serve.
     pub fn serve_options(&self) -> ServeOptions {
-        ServeOptions { resume: self.resume, peers: self.peers.clone(), ..ServeOptions::default() }
+        let request_bytes = self.request_bytes.as_u64();
+        ServeOptions { resume: self.resume, peers: self.peers.clone(), request_bytes, ..ServeOptions::default() }
     }
 
-    /// Loads the models' tokenizers.
-    pub fn load_models(&self) -> anyhow::Result<HashMap<String, Model>> {
+    /// Loads the models' tokenizers. One that cannot be used costs that model its prefix routing, and nothing else.
+    pub fn load_models(&self) -> HashMap<String, Model> {
         let load = |model: &ModelConfig| {
             let tokens =
                 model.tokenizer.as_deref().map(|path| Tokens::load(path, model.chat_template.as_deref())).transpose();
-            let tokens = tokens
-                .map_err(|error| anyhow::anyhow!("cannot load the tokenizer of model {:?}: {error}", model.name))?;
-            Ok((model.name.clone(), Model { tokens, adapter: model.adapter }))
+            let (tokens, problem) = match tokens {
+                Ok(tokens) => (tokens, None),
+                Err(error) => {
+                    let name = &model.name;
+                    tracing::error!(model = name, %error, "the model's tokenizer cannot be used, so its prompts are placed by load");
+                    (None, Some(error.to_string()))
+                }
+            };
+            (model.name.clone(), Model { tokens, adapter: model.adapter, base: model.base.clone(), problem })
         };
         self.models.iter().map(load).collect()
     }
@@ -272,6 +291,7 @@ mod tests {
             ("[place]\nrequests_max = 0", "requests_max"),
             ("[place]\naffinity = 0.5", "place.affinity is 0.5; it must be from 1 to 100"),
             ("lisen = 1", "unknown field"),
+            ("request_bytes = \"10B\"", "request_bytes is 10 B; it must be from 1 KiB to 4 GiB"),
             ("[index]\nengine_bytes = \"much\"", "engine_bytes"),
         ] {
             let text = if text.is_empty() { String::new() } else { format!("{text}\n{WORKER}") };

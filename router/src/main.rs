@@ -138,7 +138,7 @@ fn worker_of(text: &str) -> Result<WorkerSpec, String> {
 
 fn tokenizer_of(text: &str) -> Result<ModelConfig, String> {
     let (name, path) = text.split_once('=').ok_or("the value is not MODEL=FOLDER")?;
-    Ok(ModelConfig { name: name.into(), tokenizer: Some(path.into()), chat_template: None, adapter: false })
+    Ok(ModelConfig { name: name.into(), tokenizer: Some(path.into()), chat_template: None, adapter: false, base: None })
 }
 
 impl Serve {
@@ -165,9 +165,10 @@ impl Serve {
         let colours = std::io::stderr().is_terminal();
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
         let config = self.config()?;
+        raise_descriptors();
         let fleet = Fleet::new(config.hashing()?, config.fleet_options());
         let router = Router::new(Arc::clone(&fleet), config.place_options());
-        let app = App::new(router, config.load_models()?, config.serve_options());
+        let app = App::new(router, config.load_models(), config.serve_options());
         let listener = tokio::net::TcpListener::bind(config.listen).await;
         let listener = listener
             .with_context(|| format!("cannot listen on {} (choose another address with --listen)", config.listen))?;
@@ -189,9 +190,18 @@ impl Serve {
             tracing::info!("the router is stopping; it finishes the answers under way first");
             let _ = stop.send(true);
         });
-        let served = app.serve(listener, stopping).await;
+        app.serve(listener, stopping).await;
         following.abort();
-        Ok(served?)
+        Ok(())
+    }
+}
+
+/// A connection takes a descriptor, and often another one to a worker: as many as the system allows.
+fn raise_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!(%error, "the limit on descriptors cannot be raised");
     }
 }
 

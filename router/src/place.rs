@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 
 use crate::caps;
 use crate::cost::{
-    Cached, Choice, Choose, Load, Overload, RequestId, Speed, TIERS, Terms, TierRate, WorkerLoad, choose,
+    Cached, Choice, Choose, Load, Overload, RequestId, Speed, TIERS, Terms, TierRate, Why, WorkerLoad, choose,
 };
 use crate::fleet::{Fleet, Role, Worker};
 use crate::hashing::Chain;
@@ -49,7 +49,7 @@ impl Default for PlaceOptions {
 /// What is to be placed.
 #[derive(Clone, Debug, Default)]
 pub struct Asked {
-    /// The model, as workers name it.
+    /// The model, as workers name it; empty for any.
     pub model: String,
     /// Tokens of the prompt; a guess where they are not known.
     pub tokens: u64,
@@ -116,7 +116,8 @@ pub struct Router {
     waiting: AtomicUsize,
     freed: Notify,
     started: Instant,
-    random: AtomicU64,
+    seed: u64,
+    turns: [AtomicU64; 4],
     /// What happened.
     pub counts: PlaceCounts,
 }
@@ -177,7 +178,8 @@ impl Router {
             waiting: AtomicUsize::new(0),
             freed: Notify::new(),
             started: Instant::now(),
-            random: AtomicU64::new(0x9E37_79B9_7F4A_7C15 ^ std::process::id() as u64),
+            seed: 0x9E37_79B9_7F4A_7C15 ^ u64::from(std::process::id()),
+            turns: Default::default(),
             counts: PlaceCounts::default(),
         })
     }
@@ -218,22 +220,21 @@ impl Router {
         self.started.elapsed()
     }
 
-    fn chance(&self) -> f64 {
-        let step = self.random.fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed);
+    /// A number from 0 to 1 for each turn; replicas have others.
+    fn chance(&self, turn: u64) -> f64 {
+        let step = self.seed.wrapping_add(turn.wrapping_mul(0x9E37_79B9_7F4A_7C15));
         let mixed = (step ^ step >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         ((mixed ^ mixed >> 27).wrapping_mul(0x94D0_49BB_1331_11EB) >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// Workers that may have a request, and what it would cost at each.
     pub fn candidates(&self, asked: &Asked, but: &[usize]) -> Result<Vec<Candidate>, Refused> {
-        let all = self.fleet.workers();
-        let of_model: Vec<Arc<Worker>> =
-            all.iter().filter(|worker| worker.spec.model == asked.model).cloned().collect();
+        let of_model = self.fleet.serving(&asked.model);
         if of_model.is_empty() {
-            let mut known: Vec<&str> = all.iter().map(|worker| worker.spec.model.as_str()).collect();
-            known.sort_unstable();
-            known.dedup();
-            let known = if known.is_empty() { "no models, because it has no workers".into() } else { known.join(", ") };
+            let known = match self.fleet.models() {
+                none if none.is_empty() => "no models, because it has no workers".into(),
+                known => known.join(", "),
+            };
             return Err(Refused::UnknownModel { model: asked.model.clone(), known });
         }
         // Some workers are known for their blocks alone.
@@ -264,14 +265,29 @@ impl Router {
         Ok(workers.into_iter().zip(cached).map(candidate).collect())
     }
 
-    /// Chooses among candidates, without placing anything.
+    /// Chooses among candidates as the next request will be placed, without placing anything.
     pub fn choose(&self, asked: &Asked, candidates: &mut [Candidate]) -> Result<Choice, Refused> {
+        self.choose_at(asked, candidates, self.turn_of(asked.role).load(Ordering::Relaxed))
+    }
+
+    /// Whose turn it is among equals, for each role.
+    fn turn_of(&self, role: Role) -> &AtomicU64 {
+        let [both, prefill, decode, encode] = &self.turns;
+        match role {
+            Role::Both => both,
+            Role::Prefill => prefill,
+            Role::Decode => decode,
+            Role::Encode => encode,
+        }
+    }
+
+    fn choose_at(&self, asked: &Asked, candidates: &mut [Candidate], turn: u64) -> Result<Choice, Refused> {
         let session = asked.session.and_then(|session| self.sessions.lock().get(session));
         let rows: Vec<(Terms, u64, bool)> = candidates
             .iter()
             .map(|candidate| (candidate.terms, candidate.load.requests(), session == Some(candidate.worker.number)))
             .collect();
-        match choose(&self.options().choose, &rows, self.chance()) {
+        match choose(&self.options().choose, &rows, self.chance(turn)) {
             None => Err(Refused::AllAway(asked.model.clone())),
             Some(Err(overload)) => Err(overload.into()),
             Some(Ok(choice)) => {
@@ -311,7 +327,8 @@ impl Router {
 
     fn place_now(self: &Arc<Self>, asked: &Asked, but: &[usize]) -> Result<Placed, Refused> {
         let mut candidates = self.candidates(asked, but)?;
-        let choice = self.choose(asked, &mut candidates)?;
+        let turn = self.turn_of(asked.role).fetch_add(1, Ordering::Relaxed);
+        let choice = self.choose_at(asked, &mut candidates, turn)?;
         let Some(chosen) = candidates.into_iter().nth(choice.at) else {
             return Err(Refused::AllAway(asked.model.clone()));
         };
@@ -322,7 +339,8 @@ impl Router {
             self.sessions.lock().set(session, number);
         }
         self.counts.placed.fetch_add(1, Ordering::Relaxed);
-        self.counts.by_affinity.fetch_add(u64::from(choice.by_affinity), Ordering::Relaxed);
+        let stayed = choice.why == Why::Session { costlier: true };
+        self.counts.by_affinity.fetch_add(u64::from(stayed), Ordering::Relaxed);
         self.counts.tokens.fetch_add(asked.tokens, Ordering::Relaxed);
         let cached = terms.cached.engine_tokens + terms.cached.fetched_tokens;
         self.counts.cached_tokens.fetch_add(cached, Ordering::Relaxed);
@@ -414,14 +432,15 @@ impl Drop for Placed {
 #[cfg(test)]
 mod tests {
     use kvstore_proto::hashes::Sha256Cbor;
+    use serde_json::{Value, json};
 
     use super::*;
     use crate::events::vllm::{Batch, Event, Stored};
-    use crate::fleet::{FleetOptions, WorkerSpec};
+    use crate::fleet::{Evidence, FleetOptions, WorkerSpec};
     use crate::hashing::Hashing;
 
     fn spec(id: &str, role: Role) -> WorkerSpec {
-        WorkerSpec { role, block_tokens: 16, ..WorkerSpec::new(id, "http://127.0.0.1:1", "m") }
+        WorkerSpec { role, block_tokens: 16, ..WorkerSpec::new(id, &format!("http://{id}:1"), "m") }
     }
 
     fn router(options: PlaceOptions, ids: &[&str]) -> Arc<Router> {
@@ -494,11 +513,11 @@ mod tests {
         let unknown = Asked { model: "x".into(), ..asked.clone() };
         let error = router.place(&unknown, &[]).await.err().unwrap();
         assert_eq!(error.to_string(), "the model \"x\" is not served here; the router serves m");
-        router.fleet.worker("a").unwrap().set_up(false);
+        router.fleet.worker("a").unwrap().failed(Evidence::Gone);
         for _ in 0..5 {
             assert_eq!(router.place(&asked, &[]).await.unwrap().worker.spec.id, "b");
         }
-        router.fleet.worker("b").unwrap().set_up(false);
+        router.fleet.worker("b").unwrap().failed(Evidence::Gone);
         assert_eq!(router.place(&asked, &[]).await.err(), Some(Refused::AllAway("m".into())));
         let prefill = Asked { role: Role::Prefill, ..asked };
         assert_eq!(router.place(&prefill, &[]).await.unwrap().worker.spec.id, "p");
@@ -530,5 +549,75 @@ mod tests {
         for _ in 0..5 {
             assert_eq!(router.place(&asked, &[]).await.unwrap().worker.spec.id, "b");
         }
+    }
+
+    #[tokio::test]
+    async fn what_is_explained_is_what_happens_and_equals_take_turns() {
+        let router = router(PlaceOptions::default(), &["a", "b", "c"]);
+        let asked = asked(&router, &[1; 64]);
+        let mut served: HashMap<String, u32> = HashMap::new();
+        for turn in 0..300 {
+            let mut candidates = router.candidates(&asked, &[]).unwrap();
+            let choice = router.choose(&asked, &mut candidates).unwrap();
+            assert_eq!(choice.equals, 3, "nothing tells them apart");
+            let chosen = candidates.iter().find(|candidate| candidate.chosen).unwrap().worker.spec.id.clone();
+            // A request that is looked at twice takes no turn.
+            let again = router.choose(&asked, &mut router.candidates(&asked, &[]).unwrap()).unwrap();
+            assert_eq!(again, choice);
+            assert_eq!(router.place(&asked, &[]).await.unwrap().worker.spec.id, chosen, "turn {turn}");
+            *served.entry(chosen).or_default() += 1;
+        }
+        assert!(served.values().all(|count| (60..140).contains(count)), "{served:?}");
+        // One that is busy is none of them.
+        let busy = router.place(&asked, &[]).await.unwrap();
+        let choice = router.choose(&asked, &mut router.candidates(&asked, &[]).unwrap()).unwrap();
+        assert_eq!(choice.equals, 2);
+        drop(busy);
+    }
+
+    #[tokio::test]
+    async fn an_engine_is_one_under_however_many_names_it_is_listed() {
+        let router = router(PlaceOptions::default(), &["a", "b"]);
+        for id in ["a", "b"] {
+            let adapter = WorkerSpec::new(&format!("{id}2"), &format!("http://{id}:1/"), "m-lora");
+            router.fleet.add_worker(WorkerSpec { block_tokens: 16, ..adapter });
+        }
+        let busy = router.place(&asked(&router, &[1; 640]), &[]).await.unwrap();
+        let adapter = Asked { model: "m-lora".into(), ..asked(&router, &[2; 64]) };
+        let loads = router.loads();
+        let twin = format!("{}2", busy.worker.spec.id);
+        assert_eq!(loads[&twin], loads[&busy.worker.spec.id]);
+        for _ in 0..10 {
+            let placed = router.place(&adapter, &[]).await.unwrap();
+            assert!(placed.worker.spec.id.ends_with('2') && placed.worker.spec.id != twin, "{}", placed.worker.spec.id);
+        }
+        // It was tried under its other name.
+        let but = [busy.worker.number];
+        assert_ne!(router.place(&adapter, &but).await.unwrap().worker.spec.id, twin);
+    }
+
+    #[tokio::test]
+    async fn adapters_go_to_who_has_them_and_else_to_their_base_models_workers() {
+        let router = router(PlaceOptions::default(), &["a", "b"]);
+        let adapter = Asked { model: "lora".into(), tokens: 10, ..Asked::default() };
+        assert!(matches!(router.place(&adapter, &[]).await.err(), Some(Refused::UnknownModel { .. })));
+        for base in [None, Some("m".to_owned())] {
+            router.fleet.set_adapters([("lora".to_owned(), base)].into());
+            assert_eq!(router.candidates(&adapter, &[]).unwrap().len(), 2);
+        }
+        router.fleet.set_adapters([("lora".to_owned(), Some("other".to_owned()))].into());
+        assert!(router.candidates(&adapter, &[]).is_err(), "nobody serves its base model");
+        assert!(router.fleet.is_adapter("lora") && !router.fleet.is_adapter("m"));
+        // Loaded while it runs: the engine says so.
+        router.fleet.set_adapters(Default::default());
+        let served = |entry: Value| crate::fleet::read_served(json!({"data": [entry]}).to_string().as_bytes()).unwrap();
+        router.fleet.worker("b").unwrap().set_served(served(json!({"id": "lora", "parent": "m"})));
+        assert!(router.fleet.is_adapter("lora"));
+        for _ in 0..5 {
+            assert_eq!(router.place(&adapter, &[]).await.unwrap().worker.spec.id, "b");
+        }
+        assert_eq!(router.fleet.models(), ["lora", "m"]);
+        let any = router.candidates(&Asked::default(), &[]).unwrap();
+        assert_eq!(any.len(), 2, "whatever they serve");
     }
 }

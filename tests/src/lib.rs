@@ -6,8 +6,11 @@ pub mod azure;
 pub mod engine;
 pub mod fault_proxy;
 pub mod faulty_tier;
+pub mod front;
+pub mod loop_mount;
 pub mod memory;
 pub mod object;
+pub mod raw_worker;
 pub mod s3;
 pub mod tier;
 

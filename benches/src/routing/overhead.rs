@@ -121,7 +121,7 @@ async fn measure_in_runtime(rounds: usize) -> anyhow::Result<()> {
         worker.view.apply(&Batch { events, ..Batch::default() }, 0);
     }
     let router = Router::new(fleet, PlaceOptions::default());
-    let model = Model { tokens: Some(tokens), adapter: false };
+    let model = Model { tokens: Some(tokens), ..Model::default() };
     let app = App::new(Arc::clone(&router), HashMap::from([("m".to_owned(), model)]), ServeOptions::default());
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let url = format!("http://{}", listener.local_addr()?);

@@ -27,8 +27,24 @@ impl Default for Choose {
 pub struct Choice {
     /// Which of the candidates.
     pub at: usize,
-    /// It is where the session was before.
-    pub by_affinity: bool,
+    /// What decided.
+    pub why: Why,
+    /// How many are as good as the best, with it.
+    pub equals: usize,
+}
+
+/// What decided a choice.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Why {
+    /// It is expected to answer first, or is one of several equals, whose turn it is.
+    Best,
+    /// The session was there before. `costlier`: another is expected to answer sooner.
+    Session {
+        /// ...
+        costlier: bool,
+    },
+    /// Chance, by the temperature.
+    Chance,
 }
 
 /// Every worker has as much as it may.
@@ -60,15 +76,20 @@ pub fn choose(how: &Choose, candidates: &[(Terms, u64, bool)], chance: f64) -> O
             candidates.iter().map(|(terms, _, _)| terms.queue_seconds - how.seconds_max).fold(f64::MAX, f64::min);
         return Some(Err(Overload { retry_seconds: soonest.clamp(1.0, 60.0) }));
     };
+    let is_equal = |at: &&usize| expected(**at) == expected(best) && requests(**at) == requests(best);
+    let equals = open.iter().filter(is_equal).count();
     let stays = |at: &&usize| {
         candidates.get(**at).is_some_and(|(_, _, session)| *session) && expected(**at) <= expected(best) * how.affinity
     };
     if let Some(at) = open.iter().find(stays) {
-        return Some(Ok(Choice { at: *at, by_affinity: *at != best }));
+        let costlier = expected(*at) > expected(best);
+        return Some(Ok(Choice { at: *at, why: Why::Session { costlier }, equals }));
     }
-    let at =
-        if how.temperature > 0.0 { sample(&open, &expected, expected(best), how.temperature, chance) } else { best };
-    Some(Ok(Choice { at, by_affinity: false }))
+    if how.temperature > 0.0 {
+        let at = sample(&open, &expected, expected(best), how.temperature, chance);
+        return Some(Ok(Choice { at, why: Why::Chance, equals }));
+    }
+    Some(Ok(Choice { at: best, why: Why::Best, equals }))
 }
 
 /// Softmax of how much longer than the best each takes, in units of the best's time.
@@ -115,7 +136,7 @@ mod tests {
     fn a_session_stays_while_that_costs_little() {
         let how = Choose::default();
         let near = [candidate(0.1, 0, false), candidate(0.13, 0, true)];
-        assert_eq!(choose(&how, &near, 0.0), Some(Ok(Choice { at: 1, by_affinity: true })));
+        assert_eq!(choose(&how, &near, 0.0), Some(Ok(Choice { at: 1, why: Why::Session { costlier: true }, equals: 1 })));
         assert_eq!(chosen(&how, &[candidate(0.1, 0, false), candidate(0.3, 0, true)], 0.0), 0);
     }
 

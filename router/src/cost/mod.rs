@@ -14,7 +14,7 @@ mod choose;
 mod load;
 mod speed;
 
-pub use choose::{Choice, Choose, Overload, choose};
+pub use choose::{Choice, Choose, Overload, Why, choose};
 pub use load::{Ended, Load, RequestId, WorkerLoad};
 pub use speed::Speed;
 

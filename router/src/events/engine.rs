@@ -46,6 +46,8 @@ pub struct EngineCounts {
     pub orphans: u64,
     /// Events that concern another place than the engine's own memory, or are unknown here.
     pub passed_over: u64,
+    /// Messages, and events, that could not be read.
+    pub unread: u64,
     /// Times that everything was forgotten: the engine restarted, or events were lost for good.
     pub fences: u64,
 }
@@ -104,9 +106,15 @@ impl EngineView {
                     let groups = self.groups();
                     groups.iter().filter(|known| known.rank == rank).for_each(|known| self.index.clear(known.holder));
                 }
+                Event::Unread(_) => self.passed_over(1),
                 _ => self.state.lock().counts.passed_over += 1,
             }
         }
+    }
+
+    /// So much of what the engine said could not be read.
+    pub fn passed_over(&self, count: u64) {
+        self.state.lock().counts.unread += count;
     }
 
     fn store(&self, rank: u32, stored: &Stored) {

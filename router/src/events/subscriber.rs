@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kvstore_proto::zmtp::{Connection, Endpoint, ZmtpError};
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{sleep, timeout};
@@ -66,10 +67,32 @@ fn numbered(frames: &[Bytes]) -> Option<(u64, &Bytes)> {
     Some((u64::from_be_bytes(number.as_ref().try_into().ok()?), payload))
 }
 
+/// Why a subscriber gets no events at the moment; `None` while it does.
+#[derive(Debug)]
+pub struct Following(Mutex<Option<String>>);
+
+impl Default for Following {
+    fn default() -> Self {
+        Self(Mutex::new(Some("the router has not reached it yet".into())))
+    }
+}
+
+impl Following {
+    /// Why not, if so.
+    pub fn problem(&self) -> Option<String> {
+        self.0.lock().clone()
+    }
+
+    fn set(&self, problem: Option<String>) {
+        *self.0.lock() = problem;
+    }
+}
+
 /// See the head of this file.
 pub struct Subscriber {
     source: Source,
     view: Arc<EngineView>,
+    following: Arc<Following>,
     /// The last message: its number, and what it was.
     last: Option<(u64, u64)>,
     /// Messages that could not be read.
@@ -88,7 +111,12 @@ enum Replayed {
 impl Subscriber {
     /// Of one rank; what it says goes into `view`.
     pub fn new(source: Source, view: Arc<EngineView>) -> Self {
-        Self { source, view, last: None, bad: 0 }
+        Self { source, view, following: Arc::default(), last: None, bad: 0 }
+    }
+
+    /// How that goes.
+    pub fn following(&self) -> Arc<Following> {
+        Arc::clone(&self.following)
     }
 
     /// Follows until the future is dropped.
@@ -100,10 +128,13 @@ impl Subscriber {
                 Ok(socket) => {
                     tracing::info!(endpoint = %self.source.events, rank = self.source.rank, "the router follows the engine's events");
                     (pause, told) = (PAUSE.0, false);
+                    self.following.set(None);
                     let error = self.listen(socket).await;
+                    self.following.set(Some(error.to_string()));
                     tracing::warn!(endpoint = %self.source.events, %error, "the stream of the engine's events ended; the router connects again");
                 }
                 Err(error) if !told => {
+                    self.following.set(Some(error.to_string()));
                     tracing::warn!(endpoint = %self.source.events, %error, "the router gets no events from the engine, and keeps trying");
                     told = true;
                 }
@@ -164,10 +195,11 @@ impl Subscriber {
             Err(error) => {
                 self.bad += 1;
                 if self.bad.is_power_of_two() {
-                    tracing::warn!(endpoint = %self.source.events, %error, bad = self.bad, "an event cannot be read, so the router forgets what it knew of the engine");
+                    tracing::warn!(endpoint = %self.source.events, %error, bad = self.bad, "a message of the engine cannot be read, so the router passes it over");
                 }
-                // What it said is not known, and may have been a removal.
-                self.view.fence();
+                // It may have said that blocks left. A prefix that is believed too long costs its request some time; to forget all would
+                // cost every request as much.
+                self.view.passed_over(1);
             }
         }
     }

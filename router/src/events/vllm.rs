@@ -76,6 +76,8 @@ pub enum Event {
     Cleared,
     /// Something that this router does not know; it says nothing of where blocks are, as far as is known.
     Unknown(String),
+    /// An event of a known kind that does not fit together: why.
+    Unread(String),
 }
 
 /// What is wrong with a message.
@@ -230,16 +232,14 @@ struct Fields {
 }
 
 impl Fields {
-    fn event<E: de::Error>(self, tag: &str) -> Result<Event, E> {
+    fn event(self, tag: &str) -> Event {
         let hashes: Vec<u64> = self.hashes.iter().map(|hash| hash.0).collect();
         match tag {
             "BlockStored" => {
                 if !self.tokens.is_empty() && self.tokens.len() != hashes.len() * self.block_tokens as usize {
                     let (tokens, blocks) = (self.tokens.len(), hashes.len());
-                    return Err(E::custom(format!(
-                        "{tokens} tokens do not fill {blocks} blocks of {}",
-                        self.block_tokens
-                    )));
+                    // A group that names a span, say: the events beside it can be read.
+                    return Event::Unread(format!("{tokens} tokens do not fill {blocks} blocks of {}", self.block_tokens));
                 }
                 let kind = match (self.kind.as_deref(), self.window) {
                     (Some("sliding_window" | "chunked_local_attention" | "SlidingWindow"), Some(window)) => {
@@ -249,7 +249,7 @@ impl Fields {
                     _ => GroupKind::Attention,
                 };
                 let adapter = self.adapter.or_else(|| self.adapter_number.map(|number| number.to_string()));
-                Ok(Event::Stored(Stored {
+                Event::Stored(Stored {
                     hashes,
                     parent: self.parent.map(|hash| hash.0),
                     tokens: self.tokens,
@@ -262,11 +262,11 @@ impl Fields {
                     },
                     group: self.group.unwrap_or(0),
                     kind,
-                }))
+                })
             }
-            "BlockRemoved" => Ok(Event::Removed { hashes, medium: self.medium, group: self.group }),
-            "AllBlocksCleared" => Ok(Event::Cleared),
-            other => Ok(Event::Unknown(other.chars().take(64).collect())),
+            "BlockRemoved" => Event::Removed { hashes, medium: self.medium, group: self.group },
+            "AllBlocksCleared" => Event::Cleared,
+            other => Event::Unknown(other.chars().take(64).collect()),
         }
     }
 
@@ -357,7 +357,7 @@ impl<'de> Deserialize<'de> for Event {
                 while fields.read_place(&tag, at, &mut seq)? {
                     at += 1;
                 }
-                fields.event(&tag)
+                Ok(fields.event(&tag))
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Event, A::Error> {
@@ -368,7 +368,7 @@ impl<'de> Deserialize<'de> for Event {
                         name => fields.read_field(name, &mut map)?,
                     }
                 }
-                fields.event(&tag.ok_or_else(|| de::Error::missing_field("type"))?)
+                Ok(fields.event(&tag.ok_or_else(|| de::Error::missing_field("type"))?))
             }
         }
         deserializer.deserialize_any(Form)
@@ -514,7 +514,6 @@ mod tests {
             (json!(7), "a batch"),
             (json!([1.0]), "a time, and events"),
             (json!({"ts": 1.0}), "events"),
-            (json!([1.0, [["BlockStored", [1, 2], null, [1, 2, 3], 2]]]), "3 tokens do not fill 2 blocks of 2"),
             (json!([1.0, [["BlockStored", ["x"], null, [1], 1]]]), "a hash"),
             (json!([1.0, [{"block_hashes": []}]]), "type"),
             (json!([1.0, [[]]]), "starts with it"),
@@ -522,6 +521,10 @@ mod tests {
             let error = wrong(value.clone());
             assert!(error.contains(says), "{value}: {error}");
         }
+        // An event that does not fit together costs those beside it nothing.
+        let odd = decoded(&json!([1.0, [["BlockStored", [1, 2], null, [1, 2, 3], 2], ["BlockStored", [1], null, [1, 2], 2]]]));
+        assert_eq!(odd.events[0], Event::Unread("3 tokens do not fill 2 blocks of 2".into()));
+        assert!(matches!(&odd.events[1], Event::Stored(stored) if stored.hashes == [1]));
         assert!(decode(&[]).is_err());
         assert_eq!(decode(&vec![0; caps::EVENT_BYTES_MAX + 1]), Err(BadEvents::TooLong(caps::EVENT_BYTES_MAX + 1)));
         // Nested without end; and a length that the message does not have.

@@ -3,15 +3,15 @@
 mod node;
 mod worker;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
+use arc_swap::ArcSwap;
 use kvstore_client::{GroupRun, usable_prefix, window_blocks};
 use parking_lot::RwLock;
 
 pub use node::{Node, NodeStatus};
-pub use worker::{Role, Worker, WorkerSpec};
+pub use worker::{Evidence, Role, Served, Worker, WorkerSpec, read_served};
 
 use crate::cost::Cached;
 use crate::events::vllm::GroupKind;
@@ -39,6 +39,29 @@ impl Default for FleetOptions {
 struct State {
     workers: BTreeMap<String, Arc<Worker>>,
     nodes: BTreeMap<String, Arc<Node>>,
+    /// Engines' numbers, by URL.
+    numbers: HashMap<String, usize>,
+    /// The next number.
+    next: usize,
+}
+
+impl State {
+    /// The number of the engine at a URL. One that is known for its blocks alone is its own.
+    fn number(&mut self, url: &str) -> usize {
+        let next = self.next;
+        let number = match url.trim_end_matches('/') {
+            "" => next,
+            url => *self.numbers.entry(url.to_owned()).or_insert(next),
+        };
+        self.next += usize::from(number == next);
+        number
+    }
+
+    /// Forgets the numbers of engines that are gone.
+    fn forget_numbers(&mut self) {
+        let known: Vec<usize> = self.workers.values().map(|worker| worker.number).collect();
+        self.numbers.retain(|_, number| known.contains(number));
+    }
 }
 
 /// See the head of this file. Shared by `Arc`.
@@ -47,7 +70,8 @@ pub struct Fleet {
     tiers: Arc<PrefixIndex>,
     hashing: Hashing,
     state: RwLock<State>,
-    numbers: AtomicUsize,
+    /// Adapters by name, and the base model of each where that was said.
+    adapters: ArcSwap<BTreeMap<String, Option<String>>>,
 }
 
 impl Fleet {
@@ -62,7 +86,7 @@ impl Fleet {
             tiers: Arc::new(PrefixIndex::new(options.node_index_bytes)),
             hashing,
             state: RwLock::default(),
-            numbers: AtomicUsize::new(0),
+            adapters: ArcSwap::default(),
         })
     }
 
@@ -113,11 +137,65 @@ impl Fleet {
         for (id, spec) in wanted {
             if !state.workers.contains_key(id) {
                 let node = spec.node.as_ref().and_then(|address| state.nodes.get(address).cloned());
-                let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+                let number = state.number(&spec.url);
                 let worker = Worker::follow(spec.clone(), number, node, Arc::clone(&self.engines), self.naming(spec));
                 state.workers.insert(id.to_owned(), worker);
             }
         }
+        state.forget_numbers();
+    }
+
+    /// Adapters (LoRA) that engines serve under names of their own, and the base model of each where it is known.
+    pub fn set_adapters(&self, adapters: BTreeMap<String, Option<String>>) {
+        self.adapters.store(Arc::new(adapters));
+    }
+
+    /// Whether a model is an adapter, by the configuration or by a worker's word.
+    pub fn is_adapter(&self, model: &str) -> bool {
+        let says = |worker: &Arc<Worker>| {
+            worker.served().iter().any(|served| served.id == model && served.parent.is_some())
+        };
+        self.adapters.load().contains_key(model) || self.state.read().workers.values().any(says)
+    }
+
+    /// Workers that serve a model, one for each engine: those that are configured for it, or say that they serve it; of an adapter of
+    /// which none says so, those of its base model. All, where the model is empty.
+    pub fn serving(&self, model: &str) -> Vec<Arc<Worker>> {
+        let state = self.state.read();
+        let mut found: Vec<&Arc<Worker>> =
+            state.workers.values().filter(|worker| model.is_empty() || worker.serves(model)).collect();
+        let adapters = self.adapters.load();
+        if found.is_empty() && let Some(base) = adapters.get(model) {
+            let is_base = |worker: &&Arc<Worker>| match base {
+                Some(base) => worker.serves(base),
+                None => !adapters.contains_key(&worker.spec.model),
+            };
+            found = state.workers.values().filter(is_base).collect();
+        }
+        // Stable: who is configured for it comes first.
+        found.sort_by_key(|worker| worker.spec.model != model);
+        let mut seen = Vec::with_capacity(found.len());
+        let is_first = |worker: &&Arc<Worker>| {
+            let first = !seen.contains(&worker.number);
+            seen.push(worker.number);
+            first
+        };
+        let mut found: Vec<Arc<Worker>> = found.into_iter().filter(is_first).cloned().collect();
+        found.sort_by(|a, b| a.spec.id.cmp(&b.spec.id));
+        found
+    }
+
+    /// Names of all models: of workers, of what they say, and of adapters. Sorted.
+    pub fn models(&self) -> Vec<String> {
+        let state = self.state.read();
+        let configured = state.workers.values().map(|worker| worker.spec.model.clone());
+        let served = state.workers.values().flat_map(|worker| {
+            worker.served().iter().map(|served| served.id.clone()).collect::<Vec<_>>()
+        });
+        let mut names: Vec<String> = configured.chain(served).chain(self.adapters.load().keys().cloned()).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
     }
 
     /// Adds one worker, or changes it.
@@ -158,12 +236,23 @@ impl Fleet {
         workers.iter().zip(engines).map(|(worker, blocks)| tiers.beyond(chain, worker, blocks)).collect()
     }
 
+    /// Whether a worker may find a longer prefix than this one, which is some prompt's beginning. `false` where nobody has all of this.
+    pub fn may_have_more(&self, model: &str, chain: &Chain) -> bool {
+        let workers = self.serving(model);
+        if !workers.iter().all(|worker| worker.needs_all_blocks()) {
+            return true;
+        }
+        // A node's blocks may be larger than the engine's: the last of them need not be whole here.
+        let larger = workers.iter().filter_map(|worker| worker.node.as_ref()?.block_tokens(&worker.spec.model)).max();
+        let whole = tokens(chain.names.len(), chain).saturating_sub(u64::from(larger.unwrap_or(0)).saturating_sub(u64::from(chain.block_tokens)));
+        whole == 0 || self.locate(chain, &workers).iter().any(|cached| cached.engine_tokens + cached.fetched_tokens >= whole)
+    }
+
     /// Tokens of a model's blocks, as its workers' engines have them, or its nodes; `None` until somebody says.
     pub fn block_tokens(&self, model: &str) -> Option<u32> {
-        let workers: Vec<Arc<Worker>> =
-            self.workers().into_iter().filter(|worker| worker.spec.model == model).collect();
+        let workers = self.serving(model);
         let of_engines = workers.iter().find_map(|worker| worker.block_tokens());
-        of_engines.or_else(|| workers.iter().find_map(|worker| worker.node.as_ref()?.block_tokens(model)))
+        of_engines.or_else(|| workers.iter().find_map(|worker| worker.node.as_ref()?.block_tokens(&worker.spec.model)))
     }
 
     /// Tokens of a prompt that each rank of a worker's engine has.

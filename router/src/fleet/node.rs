@@ -148,6 +148,13 @@ impl Node {
         state.layouts.iter().filter(|layout| are_shards(layout, last)).cloned().collect()
     }
 
+    /// Whether no block of a model is of use without all that stand before it.
+    pub(super) fn needs_all_blocks(&self, model: &str) -> bool {
+        let family = self.family(model);
+        let Some(first) = family.first() else { return true };
+        (0..first.name_seeds.len()).any(|group| kind_of(first, group) == Some(GroupKind::Attention))
+    }
+
     /// Tokens of the blocks of a model that is stored there.
     pub(super) fn block_tokens(&self, model: &str) -> Option<u32> {
         self.family(model).first()?.layout.as_ref().map(|layout| layout.block_tokens)

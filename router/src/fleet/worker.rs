@@ -1,14 +1,18 @@
 //! A worker: an engine that serves requests over HTTP, and says what it has in its memory.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
+use arc_swap::ArcSwap;
 use kvstore_proto::zmtp::Endpoint;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tokio::task::AbortHandle;
 
 use super::Node;
-use crate::events::subscriber::{Source, Subscriber};
+use crate::caps;
+use crate::events::subscriber::{Following, Source, Subscriber};
+use crate::events::vllm::GroupKind;
 use crate::events::{EngineView, Naming};
 use crate::index::PrefixIndex;
 
@@ -122,14 +126,56 @@ impl WorkerSpec {
 pub struct Worker {
     /// What it is.
     pub spec: WorkerSpec,
-    /// Its number in this router's life: for counting what it does.
+    /// Its engine's number in this router's life, for counting what it does: workers at one URL are one engine.
     pub number: usize,
     /// Its node's daemon.
     pub node: Option<Arc<Node>>,
     /// What its engine has.
     pub view: Arc<EngineView>,
-    up: AtomicBool,
+    health: Mutex<Health>,
+    served: ArcSwap<Vec<Served>>,
+    following: Vec<Arc<Following>>,
     tasks: Vec<AbortHandle>,
+}
+
+/// A model that a worker says that it serves.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Served {
+    /// As requests name it.
+    pub id: String,
+    /// The base model, where it is an adapter (LoRA).
+    pub parent: Option<String>,
+    /// Tokens of its context.
+    pub tokens_max: Option<u64>,
+    /// All that the worker says of it.
+    pub entry: Value,
+}
+
+/// What a worker says under `/v1/models`; none where it is something else.
+pub fn read_served(answer: &[u8]) -> Option<Vec<Served>> {
+    let answer: Value = serde_json::from_slice(answer).ok()?;
+    let served = |entry: &Value| {
+        let text = |name: &str| entry.get(name).and_then(Value::as_str).map(str::to_owned);
+        let tokens_max = entry.get("max_model_len").and_then(Value::as_u64);
+        Some(Served { id: text("id")?, parent: text("parent"), tokens_max, entry: entry.clone() })
+    };
+    let all = answer.get("data")?.as_array()?;
+    Some(all.iter().take(caps::MODELS_PER_WORKER_MAX).filter_map(served).collect())
+}
+
+/// Why a worker is thought to be away.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Evidence {
+    /// Nobody listens there, or it says itself that it does not work.
+    Gone,
+    /// It did not answer, or hung up: once may be chance.
+    Doubt,
+}
+
+#[derive(Default)]
+struct Health {
+    away: bool,
+    doubts: u32,
 }
 
 impl Worker {
@@ -141,7 +187,7 @@ impl Worker {
         naming: Naming,
     ) -> Arc<Self> {
         let view = Arc::new(EngineView::new(index, naming));
-        let mut tasks = Vec::new();
+        let (mut tasks, mut following) = (Vec::new(), Vec::new());
         let endpoint = |text: &Option<String>| text.as_deref().and_then(|text| text.parse::<Endpoint>().ok());
         let replay = endpoint(&spec.replay);
         if let Some(events) = endpoint(&spec.events) {
@@ -153,20 +199,78 @@ impl Worker {
                     rank: u32::from(spec.first_rank + rank),
                 };
                 let subscriber = Subscriber::new(source, Arc::clone(&view));
+                following.push(subscriber.following());
                 tasks.push(tokio::spawn(subscriber.follow()).abort_handle());
             }
         }
-        Arc::new(Self { spec, number, node, view, up: AtomicBool::new(true), tasks })
+        Arc::new(Self { spec, number, node, view, health: Mutex::default(), served: ArcSwap::default(), following, tasks })
     }
 
-    /// False after it refused connections, until it answers again.
+    /// Whether it gets requests.
     pub fn is_up(&self) -> bool {
-        self.up.load(Ordering::Acquire)
+        !self.health.lock().away
     }
 
-    /// It answered, or did not. True where that is news.
-    pub fn set_up(&self, up: bool) -> bool {
-        self.up.swap(up, Ordering::AcqRel) != up
+    /// It answered. True where it was away.
+    pub fn succeeded(&self) -> bool {
+        let mut health = self.health.lock();
+        health.doubts = 0;
+        std::mem::take(&mut health.away)
+    }
+
+    /// It did not. True where it counts as away from now on.
+    pub fn failed(&self, evidence: Evidence) -> bool {
+        let mut health = self.health.lock();
+        health.doubts += 1;
+        let away = evidence == Evidence::Gone || health.doubts >= caps::DOUBTS_MAX;
+        away && !std::mem::replace(&mut health.away, true)
+    }
+
+    /// Whether its events come, of all its ranks. True where it has none.
+    pub fn follows_all(&self) -> bool {
+        self.following.iter().all(|following| following.problem().is_none())
+    }
+
+    /// What the router lacks of it, each with why.
+    pub fn problems(&self) -> Vec<String> {
+        let events = self.spec.events.as_deref().unwrap_or_default();
+        let following = self.following.iter().filter_map(|following| following.problem());
+        let mut problems: Vec<String> = following.map(|why| format!("no events from {events}: {why}")).collect();
+        if let (Some(address), None) = (&self.spec.node, &self.node) {
+            problems.push(format!("the node {address} cannot be followed"));
+        }
+        if let Some(node) = self.node.as_ref().filter(|node| !node.status().whole) {
+            problems.push(format!("the node {} does not answer, so its blocks are not known", node.address));
+        }
+        let unread = self.view.counts().unread;
+        if unread > 0 {
+            problems.push(format!("{unread} of its messages or events could not be read"));
+        }
+        problems
+    }
+
+    /// The models that it says that it serves; empty until it was asked.
+    pub fn served(&self) -> Arc<Vec<Served>> {
+        self.served.load_full()
+    }
+
+    /// It says that it serves these.
+    pub fn set_served(&self, served: Vec<Served>) {
+        if **self.served.load() != served {
+            self.served.store(Arc::new(served));
+        }
+    }
+
+    /// Whether it serves this model, by its configuration or by its own word.
+    pub fn serves(&self, model: &str) -> bool {
+        self.spec.model == model || self.served.load().iter().any(|served| served.id == model)
+    }
+
+    /// Whether no block of a prefix is of use, in its engine and on its node, without all that stand before it.
+    pub(super) fn needs_all_blocks(&self) -> bool {
+        let groups = self.view.groups();
+        let of_engine = groups.is_empty() || groups.iter().any(|group| group.kind == GroupKind::Attention);
+        of_engine && self.node.as_ref().is_none_or(|node| node.needs_all_blocks(&self.spec.model))
     }
 
     /// Tokens of its blocks; `None` until that is known.
@@ -179,5 +283,47 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.tasks.iter().for_each(AbortHandle::abort);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvstore_proto::hashes::Sha256Cbor;
+
+    use super::*;
+    use crate::fleet::{Fleet, FleetOptions};
+    use crate::hashing::Hashing;
+
+    #[tokio::test]
+    async fn a_worker_is_away_after_evidence_and_back_at_its_first_success() {
+        let fleet = Fleet::new(Hashing::Sha256Cbor(Sha256Cbor::default()), FleetOptions::default());
+        fleet.set_workers(&[WorkerSpec::new("a", "http://127.0.0.1:1", "m")]);
+        let worker = fleet.worker("a").unwrap();
+        for _ in 0..3 {
+            for _ in 1..caps::DOUBTS_MAX {
+                assert!(!worker.failed(Evidence::Doubt) && worker.is_up(), "once may be chance");
+            }
+            assert!(!worker.succeeded(), "it was never away");
+        }
+        for _ in 1..caps::DOUBTS_MAX {
+            worker.failed(Evidence::Doubt);
+        }
+        assert!(worker.failed(Evidence::Doubt) && !worker.is_up() && !worker.failed(Evidence::Doubt));
+        assert!(worker.succeeded() && worker.is_up());
+        assert!(worker.failed(Evidence::Gone) && !worker.is_up(), "nobody listens there");
+    }
+
+    #[test]
+    fn what_a_worker_says_of_its_models_is_read_as_far_as_it_can_be() {
+        let answer = r#"{"object": "list", "data": [
+            {"id": "m", "root": "/models/m", "parent": null, "max_model_len": 4096, "extra": {"a": 1}},
+            {"id": "m-lora", "root": "/loras/x", "parent": "m", "max_model_len": null}, {"object": "model"}, 7]}"#;
+        let served = read_served(answer.as_bytes()).unwrap();
+        let short: Vec<_> = served.iter().map(|one| (one.id.as_str(), one.parent.as_deref(), one.tokens_max)).collect();
+        assert_eq!(short, [("m", None, Some(4096)), ("m-lora", Some("m"), None)]);
+        assert_eq!(served[0].entry["extra"]["a"], 1);
+        for other in ["", "[]", "{\"data\": 7}", "<html>"] {
+            assert_eq!(read_served(other.as_bytes()), None, "{other}");
+        }
     }
 }

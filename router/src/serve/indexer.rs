@@ -13,9 +13,9 @@ use http::{HeaderMap, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::openai::{Kind, Request};
+use super::openai::{ApiError, Kind, Request};
 use super::{App, plain};
-use crate::cost::WorkerLoad;
+use crate::cost::{Choice, Why, WorkerLoad};
 use crate::fleet::{Role, WorkerSpec};
 use crate::hashing::Chain;
 use crate::place::{Asked, Candidate};
@@ -164,6 +164,11 @@ struct WorkerRow {
     removed_blocks: u64,
     orphans: u64,
     fences: u64,
+    unread: u64,
+    /// Models and adapters that it says that it serves.
+    serves: Vec<String>,
+    /// What the router lacks of it, or could not read.
+    problems: Vec<String>,
 }
 
 fn worker_rows(app: &App) -> Vec<WorkerRow> {
@@ -187,9 +192,17 @@ fn worker_rows(app: &App) -> Vec<WorkerRow> {
             removed_blocks: counts.removed,
             orphans: counts.orphans,
             fences: counts.fences,
+            unread: counts.unread,
+            serves: worker.served().iter().map(|served| served.id.clone()).collect(),
+            problems: worker.problems().into_iter().chain(problem_of_model(app, &worker.spec.model)).collect(),
         }
     };
     app.router.fleet.workers().iter().map(row).collect()
+}
+
+fn problem_of_model(app: &App, model: &str) -> Option<String> {
+    let why = app.models.get(model)?.problem.as_ref()?;
+    Some(format!("the tokenizer of model {model:?} cannot be used, so its prompts are placed by load: {why}"))
 }
 
 async fn workers(State(app): State<Arc<App>>) -> Json<Vec<WorkerRow>> {
@@ -268,7 +281,7 @@ struct Overlap {
 /// Matched tokens by instance, rank and tier, each tier's beyond those before it.
 fn scores(app: &App, model: &str, chain: &Chain) -> Response {
     let fleet = &app.router.fleet;
-    let workers: Vec<_> = fleet.workers().into_iter().filter(|worker| worker.spec.model == model).collect();
+    let workers = fleet.serving(model);
     let located = fleet.locate(chain, &workers);
     let mut instances: BTreeMap<String, Overlap> = BTreeMap::new();
     for (worker, cached) in workers.iter().zip(located) {
@@ -338,19 +351,20 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
     ([(http::header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics()).into_response()
 }
 
-async fn explain_request(State(app): State<Arc<App>>, headers: HeaderMap, body: bytes::Bytes) -> Response {
-    let is_chat = serde_json::from_slice::<Value>(&body).is_ok_and(|body| body.get("messages").is_some());
-    let kind = if is_chat { Kind::Chat } else { Kind::Completion };
-    let request = match Request::read(kind, &headers, &body) {
-        Ok(request) => Arc::new(request),
-        Err(error) => return error.into_response(),
-    };
-    let mut asked = app.asked(&request).await;
-    asked.role = app.answering_role(&request.model);
-    match explain(&app, &asked) {
-        Ok(explained) => Json(explained).into_response(),
-        Err(refused) => super::openai::ApiError::from(refused).into_response(),
+async fn explain_request(State(app): State<Arc<App>>, headers: HeaderMap, body: axum::body::Body) -> Response {
+    explain_body(&app, &headers, body).await.unwrap_or_else(IntoResponse::into_response)
+}
+
+async fn explain_body(app: &Arc<App>, headers: &HeaderMap, body: axum::body::Body) -> Result<Response, ApiError> {
+    let (body, _held) = app.bodies.read(body).await?;
+    let mut request = Request::read(Kind::Completion, headers, body)?;
+    if request.body.get("messages").is_some() {
+        request.kind = Kind::Chat;
     }
+    let model = app.model_of(&request.model).await?;
+    let mut asked = app.asked_whole(&Arc::new(request), model).await;
+    asked.role = app.answering_role(&asked.model);
+    Ok(Json(explain(app, &asked)?).into_response())
 }
 
 /// What a request would cost at each worker, and which it would go to; places nothing.
@@ -377,18 +391,32 @@ pub fn explain(app: &App, asked: &Asked) -> Result<Value, crate::place::Refused>
         })
     };
     let why = match &chosen {
-        Ok(choice) if choice.by_affinity => {
-            "the chosen worker served the session before, and costs little more than the best worker".to_owned()
-        }
-        Ok(_) => "the chosen worker is expected to answer first".to_owned(),
+        Ok(choice) => in_words(choice),
         Err(refused) => refused.to_string(),
     };
+    let equals = chosen.as_ref().map_or(0, |choice| choice.equals);
     Ok(json!({
         "model": asked.model,
         "prompt_tokens": asked.tokens,
         "tokens_known": !asked.chain.names.is_empty(),
         "block_tokens": asked.chain.block_tokens,
         "why": why,
+        "equals": equals,
         "workers": candidates.iter().map(row).collect::<Vec<_>>(),
     }))
+}
+
+fn in_words(choice: &Choice) -> String {
+    match choice.why {
+        Why::Session { costlier: true } => {
+            "the chosen worker served the session before, and costs little more than the best worker".into()
+        }
+        Why::Session { costlier: false } => "the chosen worker served the session before, and none is better".into(),
+        Why::Chance => "the chosen worker was drawn by chance, the more likely the sooner a worker answers (place.temperature)".into(),
+        Why::Best if choice.equals > 1 => format!(
+            "{} workers are expected to answer equally soon; they take turns, and it is the chosen worker's",
+            choice.equals
+        ),
+        Why::Best => "the chosen worker is expected to answer first".into(),
+    }
 }

@@ -1,39 +1,44 @@
-//! The router's faces: OpenAI's API in front of the workers, and what standalone indexers answer.
+//! The router's faces: OpenAI's API in front of the workers, every other route of theirs, and what standalone indexers answer.
 
+mod ahead;
+mod body;
+mod call;
 mod indexer;
+mod json;
+mod known;
+mod listen;
+mod metrics;
+mod models;
 mod openai;
+mod pass;
 mod proxy;
 mod relay;
+mod resume;
 mod sse;
+mod upstream;
+mod whole;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router as Routes;
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use bytes::Bytes;
-use http::{HeaderMap, StatusCode, Uri};
-use http_body_util::Full;
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
-use serde_json::{Value, json};
+use http::StatusCode;
+use http::uri::PathAndQuery;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 pub use indexer::explain;
-use openai::{ApiError, Kind};
+use openai::Kind;
 
 use crate::caps;
 use crate::cost::WorkerLoad;
 use crate::place::Router;
 use crate::tokens::Tokens;
-
-type HttpClient = Client<HttpConnector, Full<Bytes>>;
 
 /// A model, as the router is told of it.
 #[derive(Default)]
@@ -42,6 +47,10 @@ pub struct Model {
     pub tokens: Option<Tokens>,
     /// It is an adapter (LoRA) that engines serve under this name.
     pub adapter: bool,
+    /// Its base model, where it is an adapter and that was said.
+    pub base: Option<String>,
+    /// Why there is no tokenizer, though there should be one.
+    pub problem: Option<String>,
 }
 
 /// How to serve.
@@ -53,11 +62,13 @@ pub struct ServeOptions {
     pub peers: Vec<String>,
     /// How often workers are asked whether they live.
     pub health_every: Duration,
+    /// Bytes of a request's body, at most.
+    pub request_bytes: u64,
 }
 
 impl Default for ServeOptions {
     fn default() -> Self {
-        Self { resume: true, peers: Vec::new(), health_every: Duration::from_secs(2) }
+        Self { resume: true, peers: Vec::new(), health_every: Duration::from_secs(2), request_bytes: caps::REQUEST_BYTES_MAX }
     }
 }
 
@@ -78,58 +89,59 @@ pub struct App {
     pub router: Arc<Router>,
     models: HashMap<String, Model>,
     options: ServeOptions,
-    client: HttpClient,
+    workers: upstream::Workers,
+    bodies: body::Bodies,
     counts: ServeCounts,
+    started: Instant,
+    /// When workers may be asked again what they serve, in milliseconds from the start; 0 before the first time.
+    models_asked_ms: AtomicU64,
 }
 
 impl App {
     /// In front of these workers.
     pub fn new(router: Arc<Router>, models: HashMap<String, Model>, options: ServeOptions) -> Arc<Self> {
-        let mut connector = HttpConnector::new();
-        connector.set_connect_timeout(Some(Duration::from_secs(2)));
-        connector.set_keepalive(Some(Duration::from_secs(30)));
-        connector.set_nodelay(true);
-        let client =
-            Client::builder(TokioExecutor::new()).pool_max_idle_per_host(caps::IDLE_CONNECTIONS_MAX).build(connector);
-        Arc::new(Self { router, models, options, client, counts: ServeCounts::default() })
+        let adapters = models.iter().filter(|(_, model)| model.adapter);
+        let adapters: BTreeMap<String, Option<String>> =
+            adapters.map(|(name, model)| (name.clone(), model.base.clone())).collect();
+        router.fleet.set_adapters(adapters);
+        Arc::new(Self {
+            router,
+            models,
+            workers: upstream::Workers::new(),
+            bodies: body::Bodies::new(options.request_bytes),
+            options,
+            counts: ServeCounts::default(),
+            started: Instant::now(),
+            models_asked_ms: AtomicU64::new(0),
+        })
     }
 
     /// Serves until `stop` turns true; answers under way are finished, for half a minute at most.
-    pub async fn serve(self: Arc<Self>, listener: TcpListener, mut stop: watch::Receiver<bool>) -> std::io::Result<()> {
+    pub async fn serve(self: Arc<Self>, listener: TcpListener, stop: watch::Receiver<bool>) {
         let background = tokio::spawn(Arc::clone(&self).work_forever());
-        let stopped = {
-            let mut stop = stop.clone();
-            async move { _ = stop.wait_for(|stop| *stop).await }
-        };
-        let served = axum::serve(listener, self.routes()).with_graceful_shutdown(stopped).into_future();
-        let overdue = async {
-            _ = stop.wait_for(|stop| *stop).await;
-            tokio::time::sleep(caps::CLOSE_WITHIN).await;
-        };
-        let ended = tokio::select! {
-            served = served => served,
-            () = overdue => Ok(()),
-        };
+        listen::serve(listener, self.routes(), stop).await;
         background.abort();
-        ended
     }
 
     fn routes(self: &Arc<Self>) -> Routes {
         Routes::new()
             .route("/v1/completions", post(completion))
             .route("/v1/chat/completions", post(chat))
-            .route("/v1/models", get(models))
+            .route("/v1/models", get(models::models))
+            .route("/v1/models/{*id}", get(models::model))
             .merge(indexer::routes())
-            .fallback(unknown)
-            .layer(DefaultBodyLimit::max(caps::REQUEST_BYTES_MAX))
+            .method_not_allowed_fallback(pass::pass)
+            .fallback(pass::pass)
             .with_state(Arc::clone(self))
     }
 
     async fn work_forever(self: Arc<Self>) {
         let mut health = tokio::time::interval(self.options.health_every);
+        let mut models = tokio::time::interval(caps::MODELS_EVERY);
         let mut peers = tokio::time::interval(caps::PEERS_EVERY);
         loop {
             tokio::select! {
+                _ = models.tick() => self.ask_models().await,
                 _ = health.tick() => {
                     self.router.tick();
                     self.look_after_workers().await;
@@ -139,32 +151,9 @@ impl App {
         }
     }
 
-    /// A worker that does not answer gets nothing until it does.
-    async fn look_after_workers(&self) {
-        let workers = self.router.fleet.workers();
-        let each = workers.iter().filter(|worker| !worker.spec.url.is_empty()).map(|worker| async {
-            let up = self.get(worker, "/health", caps::HEALTH_WITHIN).await;
-            if worker.set_up(up.is_ok()) {
-                match up {
-                    Ok(_) => tracing::info!(worker = worker.spec.id, "the worker answers"),
-                    Err(error) => tracing::warn!(
-                        worker = worker.spec.id,
-                        error,
-                        "the worker does not answer, so it gets no requests"
-                    ),
-                }
-            }
-        });
-        futures::future::join_all(each).await;
-    }
-
     async fn ask_peers(&self) {
         let each = self.options.peers.iter().map(|url| async move {
-            let peer = format!("{}/load", url.trim_end_matches('/'));
-            let request = http::Request::get(&peer).body(Full::new(Bytes::new())).ok()?;
-            let answer = tokio::time::timeout(caps::HEALTH_WITHIN, self.client.request(request)).await.ok()?.ok()?;
-            let body = http_body_util::Limited::new(answer.into_body(), 1 << 20);
-            let body = http_body_util::BodyExt::collect(body).await.ok()?.to_bytes();
+            let (_, body) = self.workers.get(url, "/load", caps::HEALTH_WITHIN).await.ok()?;
             serde_json::from_slice::<HashMap<String, WorkerLoad>>(&body).ok()
         });
         let mut sum: HashMap<String, WorkerLoad> = HashMap::new();
@@ -177,110 +166,25 @@ impl App {
         }
         self.router.set_others(sum);
     }
-
-    /// Figures for Prometheus.
-    fn metrics(&self) -> String {
-        use std::fmt::Write as _;
-        let mut text = String::new();
-        let place = &self.router.counts;
-        let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        let counters = [
-            ("requests_total", "Requests that the router received", get(&self.counts.requests)),
-            ("placed_total", "Requests that the router placed at a worker", get(&place.placed)),
-            ("by_affinity_total", "Requests that stayed at the worker of their session", get(&place.by_affinity)),
-            ("shed_total", "Requests that were refused because all workers were full", get(&place.shed)),
-            ("resumed_total", "Answers that broke off and continued at another worker", get(&self.counts.resumed)),
-            ("broken_total", "Answers that broke off and could not be continued", get(&self.counts.broken)),
-            (
-                "expired_total",
-                "Requests that expired because the router heard nothing more of them",
-                get(&place.expired),
-            ),
-            ("prompt_tokens_total", "Prompt tokens of the requests that were placed", get(&place.tokens)),
-            (
-                "cached_tokens_total",
-                "Prompt tokens that the chosen workers had or could fetch",
-                get(&place.cached_tokens),
-            ),
-        ];
-        for (name, help, value) in counters {
-            let _ = writeln!(
-                text,
-                "# HELP kvstore_router_{name} {help}\n# TYPE kvstore_router_{name} counter\nkvstore_router_{name} {value}"
-            );
-        }
-        let fleet = &self.router.fleet;
-        let (engines, tiers) = (fleet.engine_index().status(), fleet.tier_index().status());
-        let gauges = [
-            ("waiting", "Requests that wait for a worker", self.router.waiting() as u64),
-            (
-                "workers_up",
-                "Workers that answer",
-                fleet.workers().iter().filter(|worker| worker.is_up()).count() as u64,
-            ),
-            ("engine_index_blocks", "Blocks in the index of the engines' memory", engines.blocks),
-            ("engine_index_bytes", "Bytes of the index of the engines' memory", engines.bytes),
-            ("node_index_blocks", "Blocks in the index of the nodes' tiers", tiers.blocks),
-            ("node_index_bytes", "Bytes of the index of the nodes' tiers", tiers.bytes),
-        ];
-        for (name, help, value) in gauges {
-            let _ = writeln!(
-                text,
-                "# HELP kvstore_router_{name} {help}\n# TYPE kvstore_router_{name} gauge\nkvstore_router_{name} {value}"
-            );
-        }
-        text
-    }
 }
 
-async fn completion(
-    State(app): State<Arc<App>>,
-    headers: HeaderMap,
-    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
-) -> Response {
-    answer(app, Kind::Completion, headers, body).await
+async fn completion(State(app): State<Arc<App>>, request: Request) -> Response {
+    answer(app, Kind::Completion, request).await
 }
 
-async fn chat(
-    State(app): State<Arc<App>>,
-    headers: HeaderMap,
-    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
-) -> Response {
-    answer(app, Kind::Chat, headers, body).await
+async fn chat(State(app): State<Arc<App>>, request: Request) -> Response {
+    answer(app, Kind::Chat, request).await
 }
 
-async fn answer(
-    app: Arc<App>,
-    kind: Kind,
-    headers: HeaderMap,
-    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
-) -> Response {
+async fn answer(app: Arc<App>, kind: Kind, request: Request) -> Response {
     app.counts.requests.fetch_add(1, Ordering::Relaxed);
-    match body {
-        Ok(body) => proxy::handle(app, kind, headers, body).await.unwrap_or_else(IntoResponse::into_response),
-        Err(rejection) => {
-            let message = format!(
-                "the request body cannot be read ({rejection}); it may have at most {} MiB",
-                caps::REQUEST_BYTES_MAX >> 20
-            );
-            ApiError::invalid(None, message).into_response()
-        }
-    }
-}
-
-async fn models(State(app): State<Arc<App>>) -> axum::Json<Value> {
-    let mut names: Vec<String> = app.router.fleet.workers().iter().map(|worker| worker.spec.model.clone()).collect();
-    names.sort_unstable();
-    names.dedup();
-    let entries: Vec<Value> = names
-        .iter()
-        .map(|name| json!({"id": name, "object": "model", "created": 0, "owned_by": "kvstore-router"}))
-        .collect();
-    axum::Json(json!({"object": "list", "data": entries}))
-}
-
-async fn unknown(uri: Uri) -> Response {
-    ApiError::unknown_path(uri.path()).into_response()
+    let (parts, body) = request.into_parts();
+    let path = parts.uri.path_and_query().map_or(kind.path(), PathAndQuery::as_str).to_owned();
+    let answered = match app.bodies.read(body).await {
+        Ok(read) => proxy::answer(app, kind, path, parts.headers, read).await,
+        Err(error) => Err(error),
+    };
+    answered.unwrap_or_else(IntoResponse::into_response)
 }
 
 /// Nothing to say but a status.

@@ -1,10 +1,12 @@
 //! Requests as OpenAI's API has them: what of them routing needs, and errors in its shape.
 
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde_json::{Value, json};
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::json::Object;
 use crate::cost::Overload;
 use crate::place::Refused;
 
@@ -45,11 +47,36 @@ impl ApiError {
         Self { status: StatusCode::BAD_REQUEST, message: message.into(), kind, param, code: None, retry_after: None }
     }
 
-    /// There is no such path.
-    pub fn unknown_path(path: &str) -> Self {
-        let message =
-            format!("the router does not serve {path}; it serves /v1/chat/completions, /v1/completions and /v1/models");
-        Self { status: StatusCode::NOT_FOUND, ..Self::invalid(None, message) }
+    /// The request names no model, and several are served.
+    pub fn no_model(known: &str) -> Self {
+        Self::invalid(Some("model"), format!("model is missing; name one of those that the router serves: {known}"))
+    }
+
+    /// There is no such model.
+    pub fn no_such_model(id: &str) -> Self {
+        let message = format!("the model {id:?} is not served here; /v1/models lists those that are");
+        Self { status: StatusCode::NOT_FOUND, code: Some("model_not_found"), ..Self::invalid(Some("model"), message) }
+    }
+
+    /// The body is longer than the router takes.
+    pub fn too_large(max: u64) -> Self {
+        let message = format!(
+            "the request's body has more than {} bytes, which is the router's limit (request_bytes in its configuration)",
+            max
+        );
+        Self { status: StatusCode::PAYLOAD_TOO_LARGE, code: Some("request_too_large"), ..Self::invalid(None, message) }
+    }
+
+    /// The router holds as many bytes of requests as it may.
+    pub fn busy() -> Self {
+        Self { code: Some("overloaded"), ..Self::unavailable("the router holds as many requests as it has memory for; try again in a moment") }
+    }
+
+    /// The router's own time is over.
+    pub fn timed_out(within: std::time::Duration) -> Self {
+        let message = format!("the worker sent nothing for {} s, which is the router's limit (place.silence_seconds)", within.as_secs());
+        let status = StatusCode::GATEWAY_TIMEOUT;
+        Self { status, retry_after: None, code: Some("timeout"), ..Self::unavailable(message) }
     }
 
     /// The workers' answers cannot be had.
@@ -99,20 +126,18 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// A request that was read.
+/// A request that was read as far as routing needs it.
 #[derive(Debug)]
 pub struct Request {
     /// Which kind.
     pub kind: Kind,
-    /// All of it.
-    pub body: Value,
-    /// The model.
+    /// All of it, as it came.
+    pub body: Object,
+    /// The model; empty where it names none.
     pub model: String,
-    /// The answer comes in pieces.
-    pub stream: bool,
     /// The client asked for token ids.
     pub wants_token_ids: bool,
-    /// The adapter's name, where the model's is one: engines serve adapters under names of their own.
+    /// A tenant's salt: other blocks of the same tokens.
     pub salt: Option<String>,
     /// Names the session.
     pub session: Option<u64>,
@@ -120,11 +145,11 @@ pub struct Request {
 
 /// The prompt, as far as it is known without a tokenizer.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Prompt<'a> {
+pub enum Prompt {
     /// Token ids.
     Tokens(Vec<u32>),
     /// A text, to be tokenized with what the model expects around it.
-    Text(&'a str),
+    Text(String),
     /// A conversation.
     Chat,
     /// More than one, or something else: routed by load alone.
@@ -132,77 +157,39 @@ pub enum Prompt<'a> {
 }
 
 impl Request {
-    /// Reads a request's body.
-    pub fn read(kind: Kind, headers: &HeaderMap, bytes: &[u8]) -> Result<Self, ApiError> {
-        let body: Value = serde_json::from_slice(bytes)
-            .map_err(|error| ApiError::invalid(None, format!("the body is not JSON: {error}")))?;
-        if !body.is_object() {
-            return Err(ApiError::invalid(None, "the body is not a JSON object"));
-        }
-        let model = match body.get("model") {
-            Some(Value::String(model)) if !model.is_empty() => model.clone(),
-            None => return Err(ApiError::invalid(Some("model"), "model is missing; name one that /v1/models lists")),
-            Some(_) => {
-                return Err(ApiError::invalid(Some("model"), "model is not a string; name one that /v1/models lists"));
-            }
+    /// Reads a request's body. What it does not need it leaves to the worker, which says what is wrong with it.
+    pub fn read(kind: Kind, headers: &HeaderMap, body: Bytes) -> Result<Self, ApiError> {
+        let body = Object::read(body).map_err(|error| {
+            ApiError::invalid(None, format!("the request's body is not a JSON object: {error}"))
+        })?;
+        let model = match body.value("model") {
+            Value::String(model) => model,
+            Value::Null => String::new(),
+            _ => return Err(ApiError::invalid(Some("model"), "model is not a string; name one that /v1/models lists")),
         };
-        let stream = match body.get("stream") {
-            None | Some(Value::Null) => false,
-            Some(Value::Bool(stream)) => *stream,
-            Some(_) => return Err(ApiError::invalid(Some("stream"), "stream must be true or false")),
-        };
-        let text = |field: &str| body.get(field).and_then(Value::as_str).map(str::to_owned);
+        let text = |field: &str| body.value(field).as_str().map(str::to_owned);
         let salt = text("cache_salt");
         let session = headers.get("x-session-id").and_then(|value| value.to_str().ok()).map(str::to_owned);
         let session = session.or_else(|| text("prompt_cache_key")).or_else(|| text("user"));
         let session = session.map(|session| xxh3_64(session.as_bytes()));
-        let wants_token_ids = body.get("return_token_ids").and_then(Value::as_bool).unwrap_or(false);
-        let request = Self { kind, body, model, stream, wants_token_ids, salt, session };
-        request.check_prompt()?;
-        Ok(request)
+        let wants_token_ids = body.value("return_token_ids").as_bool().unwrap_or(false);
+        Ok(Self { kind, body, model, wants_token_ids, salt, session })
     }
 
-    fn check_prompt(&self) -> Result<(), ApiError> {
-        match self.kind {
-            Kind::Chat => match self.body.get("messages") {
-                Some(Value::Array(messages)) if !messages.is_empty() => {
-                    let wrong = messages.iter().position(|message| !message.get("role").is_some_and(Value::is_string));
-                    match wrong {
-                        Some(at) => Err(ApiError::invalid(
-                            Some("messages"),
-                            format!("messages[{at}] has no role; add a string such as \"user\""),
-                        )),
-                        None => Ok(()),
-                    }
-                }
-                _ => Err(ApiError::invalid(
-                    Some("messages"),
-                    "messages is missing or empty; it must be a list of messages",
-                )),
-            },
-            Kind::Completion => match self.body.get("prompt") {
-                Some(Value::String(_)) => Ok(()),
-                Some(Value::Array(prompt)) if !prompt.is_empty() => Ok(()),
-                None if self.body.get("prompt_embeds").is_some() => Ok(()),
-                _ => {
-                    let message =
-                        "prompt is missing or empty; it must be a string, a list of token ids, or a list of those";
-                    Err(ApiError::invalid(Some("prompt"), message))
-                }
-            },
-        }
+    /// The answer is to come in pieces.
+    pub fn streams(&self) -> bool {
+        self.body.value("stream") == true
     }
 
     /// Its prompt.
-    pub fn prompt(&self) -> Prompt<'_> {
+    pub fn prompt(&self) -> Prompt {
         if self.kind == Kind::Chat {
             return Prompt::Chat;
         }
-        let Some(prompt) = self.body.get("prompt") else { return Prompt::Other };
-        match prompt {
+        match self.body.value("prompt") {
             Value::String(text) => Prompt::Text(text),
             Value::Array(prompts) => match prompts.as_slice() {
-                [Value::String(text)] => Prompt::Text(text),
+                [Value::String(text)] => Prompt::Text(text.clone()),
                 [Value::Array(tokens)] => token_ids(tokens).map_or(Prompt::Other, Prompt::Tokens),
                 tokens => token_ids(tokens).map_or(Prompt::Other, Prompt::Tokens),
             },
@@ -212,49 +199,29 @@ impl Request {
 
     /// A guess at the prompt's tokens, where nothing says how many there are: four bytes each, as English has them.
     pub fn guessed_tokens(&self) -> u64 {
-        let prompt = self.body.get("prompt").or_else(|| self.body.get("messages"));
-        (prompt.map_or(0, bytes_of_texts) / 4).max(1)
-    }
-
-    fn field(&self, name: &str) -> &Value {
-        self.body.get(name).unwrap_or(&Value::Null)
-    }
-
-    /// Whether a broken answer can be gone on with elsewhere: one choice, of which all that matters is its tokens.
-    pub fn is_resumable(&self) -> bool {
-        let one = |name: &str| self.field(name).as_u64().is_none_or(|count| count == 1);
-        let absent = |name: &&str| match self.field(name) {
-            Value::Null | Value::Bool(false) => true,
-            Value::Array(list) => list.is_empty(),
-            Value::Number(number) => number.as_f64() == Some(0.0),
-            Value::Object(format) => format.get("type").is_some_and(|kind| kind == "text"),
-            _ => false,
+        let prompt = match self.body.value("prompt") {
+            Value::Null => self.body.value("messages"),
+            prompt => prompt,
         };
-        const STATEFUL: [&str; 16] = [
-            "logprobs",
-            "top_logprobs",
-            "prompt_logprobs",
-            "echo",
-            "suffix",
-            "use_beam_search",
-            "tools",
-            "functions",
-            "response_format",
-            "structured_outputs",
-            "guided_json",
-            "guided_regex",
-            "guided_choice",
-            "guided_grammar",
-            "presence_penalty",
-            "frequency_penalty",
-        ];
-        let one_prompt = self.kind == Kind::Chat || !matches!(self.prompt(), Prompt::Other);
-        one("n") && one("best_of") && one_prompt && STATEFUL.iter().all(absent)
+        (bytes_of_texts(&prompt) / 4).max(1)
+    }
+
+    /// Choices that its answer has.
+    pub fn choices(&self) -> u64 {
+        let each = self.body.value("n").as_u64().unwrap_or(1).max(1);
+        let prompts = match self.body.value("prompt") {
+            Value::Array(prompts) if self.kind == Kind::Completion => match prompts.first() {
+                Some(Value::String(_) | Value::Array(_)) => prompts.len() as u64,
+                _ => 1,
+            },
+            _ => 1,
+        };
+        each.saturating_mul(prompts)
     }
 
     /// Tokens that it asks for at most, where it says so.
     pub fn max_tokens(&self) -> Option<u64> {
-        let of = |name: &str| self.field(name).as_u64();
+        let of = |name: &str| self.body.value(name).as_u64();
         match self.kind {
             Kind::Chat => of("max_completion_tokens").or_else(|| of("max_tokens")),
             // What OpenAI and engines take for granted.
@@ -283,44 +250,19 @@ mod tests {
     use super::*;
 
     fn read(kind: Kind, body: &Value) -> Result<Request, ApiError> {
-        Request::read(kind, &HeaderMap::new(), body.to_string().as_bytes())
+        Request::read(kind, &HeaderMap::new(), body.to_string().into())
     }
 
     #[test]
     fn wrong_requests_are_named_in_openais_shape() {
-        for (kind, body, param, says) in [
-            (Kind::Chat, json!([]), None, "not a JSON object"),
-            (Kind::Chat, json!({"messages": []}), Some("model"), "model is missing"),
-            (Kind::Chat, json!({"model": 7, "messages": []}), Some("model"), "not a string"),
-            (Kind::Chat, json!({"model": "m"}), Some("messages"), "messages is missing"),
-            (
-                Kind::Chat,
-                json!({"model": "m", "messages": [{"content": "x"}]}),
-                Some("messages"),
-                "messages[0] has no role",
-            ),
-            (
-                Kind::Chat,
-                json!({"model": "m", "stream": "yes", "messages": [{"role": "user"}]}),
-                Some("stream"),
-                "true or false",
-            ),
-            (Kind::Completion, json!({"model": "m", "prompt": []}), Some("prompt"), "prompt is missing"),
-            (Kind::Completion, json!({"model": "m", "prompt": 5}), Some("prompt"), "prompt is missing"),
-        ] {
-            let error = read(kind, &body).unwrap_err();
+        for (body, param, says) in [("[]", None, "not a JSON object"), ("{", None, "not a JSON object"), ("{\"model\": 7}", Some("model"), "not a string")] {
+            let error = Request::read(Kind::Chat, &HeaderMap::new(), Bytes::from(body)).unwrap_err();
             let shape = error.body();
             assert!(shape["error"]["message"].as_str().unwrap().contains(says), "{shape}");
             assert_eq!(shape["error"]["type"], "invalid_request_error");
             assert_eq!(shape["error"]["param"].as_str(), param);
             assert_eq!(error.into_response().status(), StatusCode::BAD_REQUEST);
         }
-        assert!(
-            Request::read(Kind::Chat, &HeaderMap::new(), b"{").unwrap_err().body()["error"]["message"]
-                .as_str()
-                .unwrap()
-                .contains("not JSON")
-        );
         let overload = ApiError::from(Refused::Overload(Overload { retry_seconds: 2.4 })).into_response();
         assert_eq!(
             (overload.status(), &overload.headers()[header::RETRY_AFTER]),
@@ -328,6 +270,9 @@ mod tests {
         );
         let unknown = Refused::UnknownModel { model: "x".into(), known: "m".into() };
         assert_eq!(ApiError::from(unknown).into_response().status(), StatusCode::NOT_FOUND);
+        for (error, status) in [(ApiError::too_large(5), 413), (ApiError::timed_out(std::time::Duration::from_secs(1)), 504), (ApiError::busy(), 503)] {
+            assert_eq!(error.into_response().status().as_u16(), status);
+        }
     }
 
     #[test]
@@ -349,29 +294,5 @@ mod tests {
         );
         let chat = chat.unwrap();
         assert_eq!((chat.prompt(), chat.guessed_tokens(), chat.session), (Prompt::Chat, 3, Some(xxh3_64(b"u"))));
-    }
-
-    #[test]
-    fn what_has_more_state_than_its_tokens_is_not_resumed() {
-        let resumable = |more: Value| {
-            let mut body = json!({"model": "m", "prompt": [1, 2]});
-            body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-            read(Kind::Completion, &body).unwrap().is_resumable()
-        };
-        assert!(resumable(json!({})));
-        assert!(resumable(
-            json!({"n": 1, "logprobs": null, "tools": [], "presence_penalty": 0, "response_format": {"type": "text"}})
-        ));
-        for stateful in [
-            json!({"n": 2}),
-            json!({"logprobs": 5}),
-            json!({"echo": true}),
-            json!({"tools": [{}]}),
-            json!({"response_format": {"type": "json_object"}}),
-            json!({"frequency_penalty": 0.5}),
-            json!({"prompt": ["a", "b"]}),
-        ] {
-            assert!(!resumable(stateful.clone()), "{stateful}");
-        }
     }
 }

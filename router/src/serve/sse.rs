@@ -1,15 +1,20 @@
-//! Server-sent events, as engines stream answers: `data:` lines, an empty line after each.
+//! Server-sent events, as engines stream answers: lines, an empty one after each event. Events come out as the bytes that came in.
 
-use bytes::{Buf, Bytes, BytesMut};
+use std::borrow::Cow;
+
+use bytes::{Bytes, BytesMut};
 
 use crate::caps;
 
 /// Takes bytes as they come, and gives whole events.
 #[derive(Default)]
 pub struct Events {
-    buffer: BytesMut,
-    /// Bytes that were looked through without finding an end.
-    seen: usize,
+    /// What came last, where nothing was left of what came before it: its events are parts of it.
+    fresh: Bytes,
+    /// An event whose end is yet to come.
+    partial: BytesMut,
+    /// Where its last line begins, as far as it was looked through.
+    line: usize,
 }
 
 /// An event longer than any engine's.
@@ -17,43 +22,112 @@ pub struct Events {
 #[error("the worker's answer has an event of more than {} bytes", caps::ANSWER_EVENT_BYTES_MAX)]
 pub struct TooLong;
 
+/// One event, with the empty line behind it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Event(Bytes);
+
 impl Events {
     /// More of the stream.
-    pub fn push(&mut self, bytes: &Bytes) -> Result<(), TooLong> {
-        self.buffer.extend_from_slice(bytes);
-        if self.buffer.len() > caps::ANSWER_EVENT_BYTES_MAX { Err(TooLong) } else { Ok(()) }
+    pub fn push(&mut self, bytes: Bytes) -> Result<(), TooLong> {
+        if self.partial.is_empty() && self.fresh.is_empty() {
+            self.fresh = bytes;
+        } else {
+            self.partial.extend_from_slice(&std::mem::take(&mut self.fresh));
+            self.partial.extend_from_slice(&bytes);
+        }
+        if self.partial.len() > caps::ANSWER_EVENT_BYTES_MAX { Err(TooLong) } else { Ok(()) }
     }
 
-    /// The data of the next whole event; comments and other fields are passed over.
-    pub fn next_data(&mut self) -> Option<String> {
-        loop {
-            let (end, gap) = self.end()?;
-            let event = self.buffer.split_to(end);
-            self.buffer.advance(gap);
-            self.seen = 0;
-            let text = String::from_utf8_lossy(&event);
-            let lines = text.lines().filter_map(|line| line.strip_prefix("data:"));
-            let data: Vec<&str> = lines.map(|line| line.strip_prefix(' ').unwrap_or(line)).collect();
-            if !data.is_empty() {
-                return Some(data.join("\n"));
+    /// The next whole event.
+    pub fn next(&mut self) -> Option<Event> {
+        if self.partial.is_empty() {
+            self.line = 0;
+            if let Some(end) = end_of_event(&self.fresh, &mut self.line) {
+                return Some(Event(self.fresh.split_to(end)));
             }
+            self.partial.extend_from_slice(&std::mem::take(&mut self.fresh));
+            return None;
         }
+        let end = end_of_event(&self.partial, &mut self.line)?;
+        let event = self.partial.split_to(end).freeze();
+        // The others are parts of what is left, without a copy.
+        self.fresh = std::mem::take(&mut self.partial).freeze();
+        self.line = 0;
+        Some(Event(event))
     }
 
-    /// Where the first event ends, and how long what stands between it and the next is.
-    fn end(&mut self) -> Option<(usize, usize)> {
-        let from = self.seen.saturating_sub(3);
-        let bytes = self.buffer.as_ref();
-        for at in from..bytes.len() {
-            let rest = bytes.get(at..).unwrap_or_default();
-            for gap in [b"\n\n".as_slice(), b"\r\n\r\n", b"\r\r"] {
-                if rest.starts_with(gap) {
-                    return Some((at, gap.len()));
-                }
-            }
+    /// What came behind the last whole event.
+    pub fn rest(&mut self) -> Bytes {
+        let mut rest = std::mem::take(&mut self.partial);
+        rest.extend_from_slice(&std::mem::take(&mut self.fresh));
+        self.line = 0;
+        rest.freeze()
+    }
+}
+
+/// The end of the first line at or behind `from`, and where the next begins. `None` where it did not end yet: behind a carriage return,
+/// a line feed may follow.
+fn end_of_line(bytes: &[u8], from: usize) -> Option<(usize, usize)> {
+    let rest = bytes.get(from..)?;
+    let end = from + rest.iter().position(|byte| matches!(byte, b'\n' | b'\r'))?;
+    if bytes.get(end) == Some(&b'\n') {
+        return Some((end, end + 1));
+    }
+    let follows = bytes.get(end + 1)?;
+    Some((end, end + 1 + usize::from(*follows == b'\n')))
+}
+
+/// Where the first event ends, behind its empty line. `line`: where the first line begins that is not known to be another's.
+fn end_of_event(bytes: &[u8], line: &mut usize) -> Option<usize> {
+    while let Some((end, next)) = end_of_line(bytes, *line) {
+        if end == *line {
+            return Some(next);
         }
-        self.seen = bytes.len();
-        None
+        *line = next;
+    }
+    None
+}
+
+impl Event {
+    /// As it came.
+    pub fn into_bytes(self) -> Bytes {
+        self.0
+    }
+
+    /// Its data; none where it has no such line: a comment, say. `None`, too, where it is not UTF-8.
+    pub fn data(&self) -> Option<Cow<'_, str>> {
+        let text = std::str::from_utf8(&self.0).ok()?;
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+        let mut data: Option<Cow<'_, str>> = None;
+        let mut at = 0;
+        while let Some((end, next)) = end_of_line(text.as_bytes(), at).or((at < text.len()).then_some((text.len(), text.len()))) {
+            let line = text.get(at..end).unwrap_or_default();
+            at = next;
+            let value = match line.strip_prefix("data") {
+                Some("") => "",
+                Some(rest) => match rest.strip_prefix(':') {
+                    Some(value) => value.strip_prefix(' ').unwrap_or(value),
+                    None => continue,
+                },
+                None => continue,
+            };
+            data = Some(match data {
+                None => Cow::Borrowed(value),
+                Some(before) => Cow::Owned(format!("{before}\n{value}")),
+            });
+        }
+        data
+    }
+
+    /// The event with other data, where its data are one line; otherwise an event of the data alone.
+    pub fn with_data(&self, new: &[u8]) -> Bytes {
+        let whole = &self.0;
+        if let Some(Cow::Borrowed(old)) = self.data() {
+            let range = super::json::range_of(whole, old);
+            let (before, after) = (whole.get(..range.start).unwrap_or_default(), whole.get(range.end..).unwrap_or_default());
+            return [before, new, after].concat().into();
+        }
+        [b"data: ", new, b"\n\n"].concat().into()
     }
 }
 
@@ -66,23 +140,44 @@ pub fn event(data: &str) -> Bytes {
 mod tests {
     use super::*;
 
+    fn all_of(events: &mut Events) -> Vec<Event> {
+        std::iter::from_fn(|| events.next()).collect()
+    }
+
     #[test]
-    fn events_come_whole_however_they_are_cut() {
-        let stream =
-            b"data: {\"a\": 1}\n\n: a comment\n\ndata: one\r\ndata:two\r\n\r\nevent: x\ndata: [DONE]\n\ndata: cut off";
+    fn events_come_whole_and_as_they_were_however_they_are_cut() {
+        let stream = b"data: {\"a\": 1}\n\n: a comment\n\ndata: one\r\ndata:two\r\n\r\nevent: x\ndata: [DONE]\n\n\nid: 7\rdata\r\rdatum: 3\n\ndata: cut off";
+        let datas = [Some("{\"a\": 1}"), None, Some("one\ntwo"), Some("[DONE]"), None, Some(""), None];
         for size in 1..stream.len() {
             let mut events = Events::default();
             let mut all = Vec::new();
             for piece in stream.chunks(size) {
-                events.push(&Bytes::copy_from_slice(piece)).unwrap();
-                while let Some(data) = events.next_data() {
-                    all.push(data);
-                }
+                events.push(Bytes::copy_from_slice(piece)).unwrap();
+                all.extend(all_of(&mut events));
             }
-            assert_eq!(all, ["{\"a\": 1}", "one\ntwo", "[DONE]"], "in pieces of {size}");
+            let found: Vec<Option<String>> = all.iter().map(|event| event.data().map(Cow::into_owned)).collect();
+            assert_eq!(found, datas.map(|data| data.map(str::to_owned)), "in pieces of {size}");
+            let mut bytes: Vec<u8> = all.into_iter().flat_map(Event::into_bytes).collect();
+            assert!(stream.starts_with(&bytes));
+            bytes.extend(events.rest());
+            assert_eq!(bytes, stream, "in pieces of {size}");
         }
         let mut events = Events::default();
-        let long = Bytes::from(vec![b'x'; caps::ANSWER_EVENT_BYTES_MAX + 1]);
-        assert_eq!(events.push(&long), Err(TooLong));
+        let long = Bytes::from(vec![b'x'; caps::ANSWER_EVENT_BYTES_MAX]);
+        events.push(long).unwrap();
+        assert_eq!(events.next(), None);
+        assert_eq!(events.push(Bytes::from_static(b"x")), Err(TooLong));
+    }
+
+    #[test]
+    fn an_event_keeps_all_but_its_data() {
+        let one = |text: &'static str| {
+            let mut events = Events::default();
+            events.push(Bytes::from_static(text.as_bytes())).unwrap();
+            events.next().unwrap()
+        };
+        assert_eq!(one(": x\r\ndata:{}\r\nid: 3\r\n\r\n").with_data(b"[1]"), ": x\r\ndata:[1]\r\nid: 3\r\n\r\n");
+        assert_eq!(one("data: a\ndata: b\n\n").with_data(b"[1]"), "data: [1]\n\n");
+        assert_eq!(Event(Bytes::from_static(b"data: \xff\n\n")).data(), None, "not a text");
     }
 }

@@ -44,6 +44,17 @@ pub struct Tokens {
     cache: Option<chunks::Cache>,
 }
 
+/// Tokens of a text, or of its beginning.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Encoded {
+    /// They.
+    pub ids: Vec<u32>,
+    /// How many the whole text has; a guess where these are not all.
+    pub count: u64,
+    /// These are all.
+    pub whole: bool,
+}
+
 const TEMPLATE: &str = "chat";
 /// What a tokenizer is tried with: prose, code, numbers, other scripts, white space.
 const TRIED: &str = "The quick brown fox, said Dr. O'Neill, doesn't jump over 12,345.67 lazy dogs; it sleeps. \
@@ -119,19 +130,50 @@ impl Tokens {
 
     /// The tokens of a text. `special`: with those that the model expects around a prompt.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenError> {
-        let Some(cache) = &self.cache else { return self.encode_whole(text, special) };
-        let mut tokens = Vec::with_capacity(text.len() / 3);
+        Ok(self.encode_while(text, special, |_| true)?.ids)
+    }
+
+    /// The tokens of a text's beginning: of more and more of it, while those so far may be followed by others that matter.
+    pub fn encode_while(
+        &self,
+        text: &str,
+        special: bool,
+        mut goes_on: impl FnMut(&[u32]) -> bool,
+    ) -> Result<Encoded, TokenError> {
+        let Some(cache) = &self.cache else {
+            let ids = self.encode_whole(text, special)?;
+            return Ok(Encoded { count: ids.len() as u64, ids, whole: true });
+        };
+        let mut ids = Vec::with_capacity(text.len() / 3);
         let (before, after) = &self.around;
         if special {
-            tokens.extend_from_slice(before);
+            ids.extend_from_slice(before);
         }
+        let (mut bytes, mut pieces, mut asks_at) = (0, 0, 1);
         for piece in chunks::pieces(text) {
-            tokens.extend_from_slice(&cache.get(piece, || self.encode_whole(piece, false))?);
+            ids.extend_from_slice(&cache.get(piece, || self.encode_whole(piece, false))?);
+            bytes += piece.len();
+            pieces += 1;
+            // Twice as much each time: what is asked about again is no more than what is new.
+            if pieces == asks_at && bytes < text.len() {
+                asks_at *= 2;
+                if !goes_on(&ids) {
+                    let count = (ids.len() as f64 * text.len() as f64 / bytes as f64) as u64;
+                    return Ok(Encoded { ids, count, whole: false });
+                }
+            }
         }
         if special {
-            tokens.extend_from_slice(after);
+            ids.extend_from_slice(after);
         }
-        Ok(tokens)
+        Ok(Encoded { count: ids.len() as u64, ids, whole: true })
+    }
+
+    /// Whether the text of these tokens ends with a whole character.
+    pub fn ends_with_character(&self, ids: &[u32]) -> bool {
+        // No character has more bytes than four, and hardly a token less than one.
+        let end = ids.get(ids.len().saturating_sub(8)..).unwrap_or_default();
+        self.tokenizer.decode(end, false).is_ok_and(|text| !text.ends_with('\u{fffd}'))
     }
 
     fn encode_whole(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenError> {
@@ -142,6 +184,12 @@ impl Tokens {
 
     /// The tokens of a conversation, as a request for the next message of it.
     pub fn encode_chat(&self, request: &Value) -> Result<Vec<u32>, TokenError> {
+        // The template has written what special tokens there are to be.
+        self.encode(&self.render(request)?, false)
+    }
+
+    /// The text of a conversation, as a request for the next message of it.
+    pub fn render(&self, request: &Value) -> Result<String, TokenError> {
         let environment = self.template.as_ref().ok_or(TokenError::NoTemplate)?;
         let wrong = |error: minijinja::Error| TokenError::Template(error.to_string());
         let template = environment.get_template(TEMPLATE).map_err(wrong)?;
@@ -162,9 +210,7 @@ impl Tokens {
             eos_token => self.eos_token,
             ..more
         };
-        let text = template.render(values).map_err(wrong)?;
-        // The template has written what special tokens there are to be.
-        self.encode(&text, false)
+        template.render(values).map_err(wrong)
     }
 }
 
@@ -273,6 +319,29 @@ mod tests {
         let tokens = Tokens::load(folder.path(), None).unwrap();
         assert!(tokens.cache.is_none());
         assert_eq!(tokens.encode(&text, false).unwrap(), [0], "one line, one unknown word");
+    }
+
+    #[test]
+    fn a_text_is_read_only_as_far_as_that_matters() {
+        let folder = folder(CHAT);
+        let tokens = Tokens::load(folder.path(), None).unwrap();
+        let text = "hello there user : assistant tool system ".repeat(500);
+        let whole = tokens.encode(&text, true).unwrap();
+        let mut asked = Vec::new();
+        let read = |goes_on: usize, asked: &mut Vec<usize>| {
+            asked.clear();
+            let go = |ids: &[u32]| {
+                asked.push(ids.len());
+                assert_eq!(ids, &whole[..ids.len()], "a beginning");
+                ids.len() < goes_on
+            };
+            tokens.encode_while(&text, true, go).unwrap()
+        };
+        let first = read(0, &mut asked);
+        assert_eq!((asked.len(), first.whole, first.ids.len()), (1, false, asked[0]));
+        assert!(first.ids.len() < 200 && (3400..3600).contains(&first.count), "{} of {}", first.count, whole.len());
+        assert!(!read(1000, &mut asked).whole && asked.len() < 6, "{asked:?}");
+        assert_eq!(read(usize::MAX, &mut asked), Encoded { count: whole.len() as u64, ids: whole.clone(), whole: true });
     }
 
     #[test]

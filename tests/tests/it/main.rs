@@ -41,6 +41,7 @@ mod placement;
 mod project;
 mod publisher;
 mod router_events;
+mod router_pass;
 mod router_proxy;
 mod shared_memory;
 mod slots_model;

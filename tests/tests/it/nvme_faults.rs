@@ -3,10 +3,10 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kvstore_tests::loop_mount::LoopMount;
 use kvstore_tests::tier::{Got, TierOptions, Tiers};
 use kvstore_tiers::below::Ask;
 use kvstore_transfer::frame::{FrameHeader, FrameIdentity};
@@ -431,46 +431,4 @@ fn a_full_file_system_refuses_writes_and_ends_by_itself() {
     tiers.until_state("SERVING");
     (0..50).for_each(|id| assert!(tiers.get(id).bytes().is_some()));
     tiers.close();
-}
-
-/// A small file system in a file; goes with this value.
-pub struct LoopMount(PathBuf);
-
-impl LoopMount {
-    pub fn new(folder: &Path, mib: u64) -> Option<Self> {
-        let (image, mount) = (folder.join("image"), folder.join("mount"));
-        std::fs::File::create(&image).unwrap().set_len(mib << 20).unwrap();
-        std::fs::create_dir(&mount).unwrap();
-        let run = |program: &str, arguments: &[&std::ffi::OsStr]| {
-            Command::new(program).args(arguments).output().is_ok_and(|output| output.status.success())
-        };
-        let made = run("mkfs.ext4", &["-q".as_ref(), "-m0".as_ref(), image.as_os_str()])
-            && run("mount", &["-o".as_ref(), "loop".as_ref(), image.as_os_str(), mount.as_os_str()]);
-        made.then_some(Self(mount))
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-
-    /// Takes all of its room, to the last byte; removed, the file gives it back.
-    pub fn fill(&self) -> PathBuf {
-        self.fill_with("ballast")
-    }
-
-    /// The same, with a file of this name.
-    pub fn fill_with(&self, name: &str) -> PathBuf {
-        let ballast = self.0.join(name);
-        let mut file = std::fs::File::create(&ballast).unwrap();
-        for bytes in [1 << 20, 4096] {
-            while std::io::Write::write_all(&mut file, &vec![1; bytes]).is_ok() {}
-        }
-        ballast
-    }
-}
-
-impl Drop for LoopMount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).output();
-    }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::nvme_faults::LoopMount;
+use kvstore_tests::loop_mount::LoopMount;
 use kvstore_tests::tier::{Got, TierOptions, Tiers, as_killed, now};
 use kvstore_tiers::slots::Delete;
 

@@ -5,9 +5,10 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::nvme_faults::{LoopMount, faulty, fill};
+use crate::nvme_faults::{faulty, fill};
 use crate::nvme_index::{assert_kept, assert_whole, killed_and_full};
 use kvstore_rocksdb::{DB, IteratorMode, Options};
+use kvstore_tests::loop_mount::LoopMount;
 use kvstore_tests::tier::{Got, TierOptions, Tiers, as_killed, now};
 use kvstore_tiers::slots::Delete;
 use kvstore_transfer::volume::{Fault, Faults};

@@ -55,7 +55,7 @@ impl Published {
                     assert!(self.places.get_mut(&medium.unwrap()).unwrap().remove(&hashes[0]), "it was there");
                 }
                 Event::Cleared => self.places.clear(),
-                Event::Unknown(name) => panic!("{name}"),
+                Event::Unknown(what) | Event::Unread(what) => panic!("{what}"),
             }
         }
     }

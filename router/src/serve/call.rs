@@ -1,0 +1,81 @@
+//! A request on its way to one worker after the other, until one takes it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, StatusCode};
+
+use super::App;
+use super::body::Held;
+use super::openai::{ApiError, Request};
+use super::upstream::{Failure, Outgoing, Upstream};
+use crate::caps;
+use crate::place::{Asked, Placed, Refused};
+
+/// See the head of this file.
+pub(super) struct Call {
+    pub(super) app: Arc<App>,
+    pub(super) request: Arc<Request>,
+    pub(super) asked: Asked,
+    pub(super) headers: HeaderMap,
+    /// With its query.
+    pub(super) path: String,
+    /// As it goes to workers.
+    pub(super) body: Bytes,
+    /// Why a broken answer cannot be gone on with at another worker; `None` where it can.
+    pub(super) hindrance: Option<String>,
+    /// The router asks for token ids, and the client does not.
+    pub(super) hides: bool,
+    /// The memory that the request takes.
+    pub(super) _held: Held,
+}
+
+impl Call {
+    /// Sends the request to one worker after the other, until one takes it: one that answers, if only that the request is wrong.
+    pub(super) async fn send_somewhere(&self, but: &mut Vec<usize>) -> Result<(Placed, Upstream), ApiError> {
+        self.send_to_some(&self.path, &self.body, but).await
+    }
+
+    /// The same, of another request. `but`: engines that had it already; those that get it are added.
+    pub(super) async fn send_to_some(
+        &self,
+        path: &str,
+        body: &Bytes,
+        but: &mut Vec<usize>,
+    ) -> Result<(Placed, Upstream), ApiError> {
+        let mut last: Option<(Placed, Upstream)> = None;
+        let request = Outgoing { method: &Method::POST, path, headers: &self.headers, body, reads: self.reads() };
+        loop {
+            let placed = match self.app.router.place(&self.asked, but).await {
+                Ok(placed) => placed,
+                // Nobody else is there: what the last one said is the answer.
+                Err(Refused::AllAway(_)) if last.is_some() => break,
+                Err(refused) => return Err(refused.into()),
+            };
+            but.push(placed.worker.number);
+            self.app.hint(&placed, &self.asked);
+            let silence = self.app.router.options().silence;
+            match self.app.workers.ask(&placed.worker, request, silence).await {
+                Ok(upstream) if !is_the_workers_fault(upstream.status()) => return Ok((placed, upstream)),
+                Ok(upstream) => {
+                    tracing::warn!(worker = placed.worker.spec.id, status = %upstream.status(), "the worker did not take a request");
+                    last = Some((placed, upstream));
+                }
+                Err(Failure::TimedOut(within)) => return Err(ApiError::timed_out(within)),
+                Err(Failure::Worker(..)) => {}
+            }
+            if but.len() >= caps::TRIES_MAX {
+                break;
+            }
+        }
+        last.ok_or_else(|| ApiError::unavailable("no worker could be reached; try again in a moment"))
+    }
+
+    fn reads(&self) -> bool {
+        self.request.streams()
+    }
+}
+
+fn is_the_workers_fault(status: StatusCode) -> bool {
+    status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS
+}

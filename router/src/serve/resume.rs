@@ -1,0 +1,523 @@
+//! What came of an answer, and whether and how another worker can give its rest.
+//!
+//! An answer is gone on with only where that is exact: what decides about the rest is in the tokens that came, and in fields of the
+//! request that are sent along. Any other field, one that is not known here too, forbids it.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value, json};
+
+use super::json::{Changes, range_of};
+use super::openai::{Kind, Prompt, Request};
+use crate::tokens::Tokens;
+
+/// Fields that are sent along with the tokens.
+const CARRIED: [&str; 15] = [
+    "model",
+    "stream_options",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop_token_ids",
+    "logit_bias",
+    "ignore_eos",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "cache_salt",
+    "priority",
+];
+
+/// Fields that say nothing of the tokens to come, or only through those of the prompt.
+const PASSED_OVER: [&str; 22] = [
+    "prompt",
+    "messages",
+    "stream",
+    "max_tokens",
+    "max_completion_tokens",
+    "min_tokens",
+    "return_token_ids",
+    "add_special_tokens",
+    "add_generation_prompt",
+    "continue_final_message",
+    "truncate_prompt_tokens",
+    "chat_template",
+    "chat_template_kwargs",
+    "documents",
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "prompt_cache_key",
+    "safety_identifier",
+    "request_id",
+    "session_id",
+];
+
+/// Why a broken answer to a request cannot be gone on with: the field that stands in the way. `None` where it can.
+pub fn hindrance(request: &Request) -> Option<String> {
+    if request.kind == Kind::Completion && matches!(request.prompt(), Prompt::Other) {
+        return Some("prompt".into());
+    }
+    let is_greedy = request.body.value("temperature").as_f64() == Some(0.0);
+    let may = |name: &str| {
+        let value = request.body.value(name);
+        match name {
+            // Pictures are no tokens.
+            "messages" => has_text_alone(&value),
+            // The sampler's state is lost; without chance there is none.
+            "seed" => is_greedy || value.is_null(),
+            "n" | "best_of" => value.is_null() || value == 1,
+            "response_format" => value.is_null() || value.get("type").is_some_and(|kind| kind == "text"),
+            "tool_choice" => value.is_null() || value == "none" || value == "auto",
+            "parallel_tool_calls" => true,
+            "presence_penalty" | "frequency_penalty" => value.is_null() || value.as_f64() == Some(0.0),
+            "length_penalty" => value.is_null() || value.as_f64() == Some(1.0),
+            "top_logprobs" => value.is_null() || value == 0,
+            _ if CARRIED.contains(&name) || PASSED_OVER.contains(&name) => true,
+            // Whatever it is: what is not asked for.
+            _ => is_nothing(&value),
+        }
+    };
+    request.body.names().find(|name| !may(name)).map(str::to_owned)
+}
+
+/// Null, false, or empty.
+fn is_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(list) => list.is_empty(),
+        Value::String(text) => text.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        _ => false,
+    }
+}
+
+fn has_text_alone(messages: &Value) -> bool {
+    let is_text = |part: &Value| part.is_string() || part.get("type").is_some_and(|kind| kind == "text");
+    messages.as_array().is_some_and(|messages| {
+        messages.iter().all(|message| match message.get("content") {
+            None | Some(Value::Null | Value::String(_)) => true,
+            Some(Value::Array(parts)) => parts.iter().all(is_text),
+            Some(_) => false,
+        })
+    })
+}
+
+/// A piece of an answer, as far as the router reads it. What it does not name is passed on unread.
+#[derive(Deserialize)]
+struct Piece<'a> {
+    #[serde(borrow)]
+    id: Option<&'a RawValue>,
+    #[serde(borrow)]
+    created: Option<&'a RawValue>,
+    #[serde(borrow)]
+    model: Option<&'a RawValue>,
+    #[serde(borrow)]
+    error: Option<&'a RawValue>,
+    #[serde(borrow)]
+    usage: Option<&'a RawValue>,
+    #[serde(borrow)]
+    prompt_token_ids: Option<&'a RawValue>,
+    #[serde(borrow)]
+    choices: Option<Vec<Choice<'a>>>,
+}
+
+#[derive(Deserialize)]
+struct Choice<'a> {
+    index: Option<u64>,
+    #[serde(borrow)]
+    text: Option<&'a RawValue>,
+    #[serde(borrow)]
+    delta: Option<&'a RawValue>,
+    #[serde(borrow)]
+    token_ids: Option<&'a RawValue>,
+    #[serde(borrow)]
+    prompt_token_ids: Option<&'a RawValue>,
+    #[serde(borrow)]
+    finish_reason: Option<&'a RawValue>,
+}
+
+/// What came so far.
+#[derive(Default)]
+pub struct Answer {
+    /// What every piece says: id, model, and when.
+    id: Option<Value>,
+    created: Option<Value>,
+    model: Option<Value>,
+    prompt: Option<Vec<u32>>,
+    generated: Vec<u32>,
+    /// Of these, those whose text was sent: engines hold back what may become a stop string, and half a character.
+    told: usize,
+    /// The last text came with several tokens: its end may be within a character.
+    several: bool,
+    /// Tokens that came before the answer was gone on with last.
+    before: usize,
+    /// Pieces of another worker are to look like the first one's.
+    resumed: bool,
+    /// Some piece was sent that tokens alone do not bring back.
+    opaque: bool,
+    /// Some piece cannot be read here.
+    unread: bool,
+    /// Anything of it was sent.
+    sent: bool,
+    /// Text was sent.
+    has_text: bool,
+    finished: BTreeSet<u64>,
+    has_usage: bool,
+}
+
+/// What to do with a piece.
+#[derive(Debug, PartialEq)]
+pub enum Verdict {
+    /// It is sent as it came.
+    AsItCame,
+    /// It is sent with these data.
+    As(Vec<u8>),
+    /// It is not sent: nobody but the router asked for it.
+    Dropped,
+    /// The worker says that it failed.
+    Failed(String),
+}
+
+impl Answer {
+    /// Anything of it was sent to the client.
+    pub fn was_sent(&self) -> bool {
+        self.sent
+    }
+
+    /// Tokens that came.
+    pub fn tokens(&self) -> usize {
+        self.generated.len()
+    }
+
+    /// Takes a piece of the answer as the worker sent it. `hides`: the router asked for token ids, and the client did not.
+    pub fn take(&mut self, data: &str, request: &Request, hides: bool) -> Verdict {
+        let Ok(piece) = serde_json::from_str::<Piece<'_>>(data) else {
+            // JSON of another form, or none: the client may know what it is.
+            (self.opaque, self.unread, self.sent) = (true, true, true);
+            return Verdict::AsItCame;
+        };
+        let choices = piece.choices.unwrap_or_default();
+        if let Some(error) = piece.error
+            && choices.is_empty()
+        {
+            return Verdict::Failed(error.get().to_owned());
+        }
+        self.sent = true;
+        let value = |text: Option<&RawValue>| text.and_then(|text| serde_json::from_str::<Value>(text.get()).ok());
+        if !self.resumed {
+            self.id = self.id.take().or_else(|| value(piece.id));
+            self.created = self.created.take().or_else(|| value(piece.created));
+            self.model = self.model.take().or_else(|| value(piece.model));
+        }
+        self.has_usage |= piece.usage.is_some();
+        let mut hidden: Vec<&RawValue> = piece.prompt_token_ids.into_iter().collect();
+        let mut prompt = piece.prompt_token_ids;
+        for choice in &choices {
+            prompt = prompt.or(choice.prompt_token_ids);
+            hidden.extend(choice.prompt_token_ids.into_iter().chain(choice.token_ids));
+            self.take_choice(choice);
+        }
+        if !self.resumed && self.prompt.is_none() {
+            self.prompt = prompt.and_then(|prompt| serde_json::from_str(prompt.get()).ok());
+        }
+        if self.resumed {
+            return self.dressed(data, request, hides).map_or(Verdict::AsItCame, Verdict::As);
+        }
+        if !hides || hidden.is_empty() {
+            return Verdict::AsItCame;
+        }
+        // Without token ids to tell, vLLM sends nothing for tokens whose text it holds back.
+        let is_idle = |choice: &Choice<'_>| {
+            choice.delta.is_some_and(|delta| delta.get() == "{}") && choice.token_ids.is_some() && choice.finish_reason.is_none()
+        };
+        if piece.usage.is_none() && !choices.is_empty() && choices.iter().all(is_idle) {
+            return Verdict::Dropped;
+        }
+        // What it says where nobody asks for them.
+        let mut changes = Changes::default();
+        hidden.iter().for_each(|ids| changes.replace(range_of(data.as_bytes(), ids.get()), "null"));
+        Verdict::As(changes.apply(data.as_bytes()))
+    }
+
+    fn take_choice(&mut self, choice: &Choice<'_>) {
+        let is_text = |value: Option<&RawValue>| value.is_some_and(|value| value.get().len() > 2);
+        let delta: Option<Map<String, Value>> = choice.delta.map(|delta| serde_json::from_str(delta.get()).unwrap_or_default());
+        let content = delta.as_ref().and_then(|delta| delta.get("content")).and_then(Value::as_str);
+        let with_text = is_text(choice.text) || content.is_some_and(|content| !content.is_empty());
+        // Calls of tools, thoughts, refusals: tokens alone do not tell them.
+        let is_told = |(name, value): (&String, &Value)| matches!(name.as_str(), "role" | "content") || is_nothing(value);
+        self.opaque |= delta.is_some_and(|delta| !delta.iter().all(is_told));
+        let tokens: Option<Vec<u32>> = choice.token_ids.and_then(|ids| serde_json::from_str(ids.get()).ok());
+        self.opaque |= with_text && tokens.as_ref().is_none_or(Vec::is_empty);
+        let tokens = tokens.unwrap_or_default();
+        self.generated.extend(&tokens);
+        if with_text {
+            (self.told, self.several, self.has_text) = (self.generated.len(), tokens.len() > 1, true);
+        }
+        if choice.finish_reason.is_some() {
+            self.finished.insert(choice.index.unwrap_or(0));
+        }
+    }
+
+    /// Whether all of it came, but perhaps its last line: every choice has ended, and what was asked for has come.
+    pub fn is_whole(&self, request: &Request) -> bool {
+        let usage = request.body.value("stream_options");
+        let usage = usage.get("include_usage").is_some_and(|usage| *usage == true);
+        self.finished.len() as u64 >= request.choices() && (self.has_usage || !usage)
+    }
+
+    /// Whether the router can tell a whole answer from one that broke off: it reads all pieces.
+    pub fn is_read(&self) -> bool {
+        self.sent && !self.unread
+    }
+
+    /// Makes a piece of a continuation look like one of the answer that it continues.
+    fn dressed(&self, data: &str, request: &Request, hides: bool) -> Option<Vec<u8>> {
+        let mut fields: Map<String, Value> = serde_json::from_str(data).ok()?;
+        for (name, value) in [("id", &self.id), ("created", &self.created), ("model", &self.model)] {
+            if let Some(value) = value {
+                fields.insert(name.into(), value.clone());
+            }
+        }
+        if let Some(usage) = fields.get_mut("usage").and_then(Value::as_object_mut) {
+            let prompt = self.prompt.as_ref().map_or(0, Vec::len) as u64;
+            let completion = usage.get("completion_tokens").and_then(Value::as_u64).unwrap_or(0) + self.before as u64;
+            usage.insert("prompt_tokens".into(), json!(prompt));
+            usage.insert("completion_tokens".into(), json!(completion));
+            usage.insert("total_tokens".into(), json!(prompt + completion));
+        }
+        // The client has its prompt's tokens, if it wants them.
+        fields.remove("prompt_token_ids");
+        if request.kind == Kind::Chat {
+            fields.insert("object".into(), json!("chat.completion.chunk"));
+        }
+        for choice in fields.get_mut("choices").and_then(Value::as_array_mut).into_iter().flatten() {
+            let Some(choice) = choice.as_object_mut() else { continue };
+            choice.remove("prompt_token_ids");
+            if hides && choice.contains_key("token_ids") {
+                choice.insert("token_ids".into(), Value::Null);
+            }
+            if request.kind == Kind::Chat {
+                let text = choice.remove("text").unwrap_or_else(|| json!(""));
+                choice.insert("delta".into(), json!({"content": text}));
+                choice.remove("prompt_logprobs");
+            }
+        }
+        serde_json::to_vec(&fields).ok()
+    }
+
+    /// From here on come pieces of another worker, which got [`Self::rest`].
+    pub fn goes_on(&mut self) {
+        self.generated.truncate(self.told);
+        (self.resumed, self.before) = (true, self.told);
+    }
+
+    /// The request for the rest of the answer, and its prompt: what was asked for, and what came, as tokens. `tokens_max`: what the
+    /// model's context has, where the request does not say how many it wants. Or why that cannot be.
+    pub fn rest(&self, request: &Request, tokenizer: Option<&Tokens>, tokens_max: Option<u64>) -> Result<(Bytes, Vec<u32>), &'static str> {
+        if self.opaque {
+            return Err("it holds what its tokens alone do not tell (calls of tools, thoughts, or text without token ids)");
+        }
+        let prompt = self.prompt.as_ref().ok_or("the worker did not say which tokens its prompt has (return_token_ids)")?;
+        if request.kind == Kind::Chat && !self.has_text {
+            return Err("nothing shows yet whether the model thinks or answers");
+        }
+        let came = self.generated.get(..self.told).unwrap_or_default();
+        if self.several && !tokenizer.is_some_and(|tokenizer| tokenizer.ends_with_character(came)) {
+            return Err("it may have broken off within a character");
+        }
+        let room = request.max_tokens().or(tokens_max.map(|max| max.saturating_sub(prompt.len() as u64)));
+        let room = room.ok_or("nobody says how many tokens it may have")?;
+        let left = room.checked_sub(came.len() as u64).filter(|left| *left > 0).ok_or("all tokens that were asked for came")?;
+        let all: Vec<u32> = prompt.iter().chain(came).copied().collect();
+        let mut rest: Map<String, Value> = CARRIED
+            .iter()
+            .map(|name| ((*name).to_owned(), request.body.value(name)))
+            .filter(|(_, value)| !value.is_null())
+            .collect();
+        rest.insert("prompt".into(), json!(all));
+        rest.insert("max_tokens".into(), json!(left));
+        rest.insert("stream".into(), Value::Bool(true));
+        rest.insert("return_token_ids".into(), Value::Bool(true));
+        rest.insert("add_special_tokens".into(), Value::Bool(false));
+        if let Some(least) = request.body.value("min_tokens").as_u64() {
+            rest.insert("min_tokens".into(), json!(least.saturating_sub(came.len() as u64)));
+        }
+        Ok((Bytes::from(Value::Object(rest).to_string()), all))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderMap;
+
+    use super::*;
+
+    fn request(kind: Kind, body: Value) -> Request {
+        Request::read(kind, &HeaderMap::new(), body.to_string().into()).unwrap()
+    }
+
+    fn chat() -> Request {
+        request(
+            Kind::Chat,
+            json!({"model": "m", "stream": true, "max_tokens": 10, "temperature": 0, "tools": null, "messages": [{"role": "user", "content": "x"}]}),
+        )
+    }
+
+    fn seen(verdict: Verdict) -> Value {
+        match verdict {
+            Verdict::As(data) => serde_json::from_slice(&data).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_continuation_looks_like_what_it_continues() {
+        let request = chat();
+        let mut answer = Answer::default();
+        let role = r#"{"id":"a","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"prompt_token_ids":[1, 2]}"#;
+        let hidden = role.replace("[1, 2]", "null");
+        assert_eq!(answer.take(role, &request, true), Verdict::As(hidden.into_bytes()), "nobody asked for them");
+        assert_eq!(answer.rest(&request, None, None).unwrap_err(), "nothing shows yet whether the model thinks or answers");
+        let first = r#"{"id":"a","created":1,"model":"m","choices":[{"index":0,"delta":{"content":"p"},"token_ids":[7],"finish_reason":null}]}"#;
+        assert_eq!(answer.take(first, &request, false), Verdict::AsItCame);
+        // Its text is held back.
+        let held = r#"{"id":"a","created":1,"model":"m","choices":[{"index":0,"delta":{},"token_ids":[8],"finish_reason":null}]}"#;
+        assert_eq!(answer.take(held, &request, true), Verdict::Dropped);
+        let (rest, prompt) = answer.rest(&request, None, None).unwrap();
+        let rest: Value = serde_json::from_slice(&rest).unwrap();
+        assert_eq!(prompt, [1, 2, 7], "from the last token whose text was sent");
+        assert_eq!((&rest["max_tokens"], &rest["temperature"]), (&json!(9), &json!(0)));
+        answer.goes_on();
+        let more = r#"{"id":"b","created":9,"model":"m","object":"text_completion","choices":[{"index":0,"text":"q","token_ids":[9],"prompt_token_ids":[1,2,7],"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}}"#;
+        let seen = seen(answer.take(more, &request, true));
+        assert_eq!((&seen["id"], &seen["created"], &seen["object"]), (&json!("a"), &json!(1), &json!("chat.completion.chunk")));
+        assert_eq!(seen["choices"][0], json!({"index": 0, "token_ids": null, "finish_reason": "stop", "delta": {"content": "q"}}));
+        assert_eq!(seen["usage"], json!({"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}));
+        assert!(answer.is_whole(&request) && answer.generated == [7, 9]);
+    }
+
+    #[test]
+    fn what_tokens_do_not_tell_is_not_gone_on_with() {
+        let request = chat();
+        let piece = |delta: Value, tokens: Value| json!({"choices": [{"index": 0, "delta": delta, "token_ids": tokens}]}).to_string();
+        let known = || Answer { prompt: Some(vec![1]), ..Answer::default() };
+        for (delta, tokens) in [
+            (json!({"content": "x", "tool_calls": [{"index": 0}]}), json!([1])),
+            (json!({"content": "x", "reasoning_content": "hm"}), json!([1])),
+            (json!({"content": "x", "reasoning": "hm"}), json!([1])),
+            (json!({"content": "x", "refusal": "no"}), json!([1])),
+            (json!({"content": "x", "audio": {"id": 1}}), json!([1])),
+            (json!({"content": "x"}), Value::Null),
+            (json!({"content": "x"}), json!([])),
+            // The second may be half a character.
+            (json!({"content": "x"}), json!([1, 2])),
+        ] {
+            let mut answer = known();
+            assert_eq!(answer.take(&piece(delta.clone(), tokens.clone()), &request, false), Verdict::AsItCame);
+            assert!(answer.rest(&request, None, None).is_err() && answer.was_sent(), "{delta} {tokens}");
+        }
+        let mut answer = known();
+        answer.take(&piece(json!({"content": "x", "tool_calls": [], "refusal": null}), json!([1])), &request, false);
+        assert!(answer.rest(&request, None, None).is_ok());
+        // All that was asked for came.
+        let whole = Answer { prompt: Some(vec![1]), generated: vec![1; 10], told: 10, has_text: true, ..Answer::default() };
+        assert_eq!(whole.rest(&request, None, None).unwrap_err(), "all tokens that were asked for came");
+    }
+
+    #[test]
+    fn errors_are_told_from_pieces_that_name_none() {
+        let request = chat();
+        let failed = |data: &str| matches!(Answer::default().take(data, &request, true), Verdict::Failed(_));
+        assert!(failed(r#"{"error": {"message": "dead"}}"#) && failed(r#"{"error": "dead", "choices": []}"#));
+        for odd in [
+            r#"{"error": null, "choices": []}"#,
+            r#"{"choices": [{"delta": {}, "error": {"code": 1}}]}"#,
+            r#"{"choices": [{"delta": {}}], "error": {"code": 1}}"#,
+            r#"{"choices": null}"#,
+            "[1, 2]",
+            "7",
+            "not JSON",
+            r#"{"choices": "none"}"#,
+        ] {
+            let mut answer = Answer::default();
+            assert_eq!(answer.take(odd, &request, false), Verdict::AsItCame, "{odd}");
+            assert!(answer.was_sent(), "{odd}");
+        }
+    }
+
+    #[test]
+    fn an_answer_is_whole_when_all_of_it_came() {
+        let end = |at: u64| format!(r#"{{"choices":[{{"index":{at},"text":"x","finish_reason":"stop"}}]}}"#);
+        let usage = r#"{"choices":[],"usage":{"prompt_tokens":1}}"#;
+        for (more, ends, whole) in [
+            (json!({}), vec![end(0)], true),
+            (json!({"n": 2}), vec![end(0)], false),
+            (json!({"n": 2}), vec![end(0), end(0)], false),
+            (json!({"n": 2}), vec![end(0), end(1)], true),
+            (json!({"prompt": ["a", "b"]}), vec![end(1)], false),
+            (json!({"prompt": [[1], [2]], "n": 2}), vec![end(1), end(0), end(2)], false),
+            (json!({"prompt": [[1], [2]], "n": 2}), vec![end(1), end(0), end(2), end(3)], true),
+            (json!({"stream_options": {"include_usage": true}}), vec![end(0)], false),
+            (json!({"stream_options": {"include_usage": true}}), vec![end(0), usage.into()], true),
+            (json!({"stream_options": {"include_usage": false}}), vec![end(0)], true),
+        ] {
+            let mut body = json!({"model": "m", "prompt": [1, 2]});
+            body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            let (request, mut answer) = (request(Kind::Completion, body), Answer::default());
+            ends.iter().for_each(|data| assert_eq!(answer.take(data, &request, false), Verdict::AsItCame));
+            assert_eq!(answer.is_whole(&request), whole, "{more}");
+        }
+    }
+
+    #[test]
+    fn only_what_is_known_to_be_told_by_tokens_is_gone_on_with() {
+        let hindered = |more: Value| {
+            let mut body = json!({"model": "m", "prompt": [1, 2], "stream": true});
+            body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            hindrance(&request(Kind::Completion, body))
+        };
+        for fine in [
+            json!({}),
+            json!({"n": 1, "best_of": 1, "logprobs": null, "tools": [], "presence_penalty": 0, "frequency_penalty": 0.0}),
+            json!({"response_format": {"type": "text"}, "tool_choice": "none", "stop": [], "echo": false, "suffix": ""}),
+            json!({"temperature": 0, "seed": 7, "top_p": 0.9, "top_k": 5, "logit_bias": {"1": -100}, "stop_token_ids": [5]}),
+            json!({"user": "u", "metadata": {"a": 1}, "cache_salt": "s", "priority": 3, "anything_new": null}),
+        ] {
+            assert_eq!(hindered(fine.clone()), None, "{fine}");
+        }
+        for (field, value) in [
+            ("n", json!(2)),
+            ("best_of", json!(2)),
+            ("logprobs", json!(0)),
+            ("echo", json!(true)),
+            ("suffix", json!("x")),
+            ("stop", json!("x")),
+            ("stop", json!(["x"])),
+            ("tools", json!([{}])),
+            ("tool_choice", json!("required")),
+            ("response_format", json!({"type": "json_object"})),
+            ("frequency_penalty", json!(0.5)),
+            ("seed", json!(7)),
+            ("prompt", json!(["a", "b"])),
+            ("bad_words", json!(["x"])),
+            ("regex", json!("[a-z]")),
+            ("vllm_xargs", json!({"budget": 1})),
+            ("anything_new", json!(0)),
+            ("anything_new", json!("x")),
+        ] {
+            assert_eq!(hindered(json!({field: value})).as_deref(), Some(field), "{value}");
+        }
+        let picture = json!({"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]});
+        assert_eq!(hindrance(&request(Kind::Chat, picture)).as_deref(), Some("messages"));
+        let parts = json!({"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}, {"role": "assistant"}]});
+        assert_eq!(hindrance(&request(Kind::Chat, parts)), None);
+    }
+}

@@ -1,0 +1,193 @@
+//! Asking a worker: one request, one answer, and what a failure says of the worker.
+
+use std::error::Error as _;
+use std::io::ErrorKind;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+
+use crate::caps;
+use crate::fleet::{Evidence, Worker};
+
+/// What a worker answers.
+pub(super) type Upstream = http::Response<Incoming>;
+type HttpClient = Client<HttpConnector, Full<Bytes>>;
+
+/// Who answered: for people, and for tests.
+const WORKER_HEADER: &str = "x-kvstore-worker";
+
+/// A request as it goes to a worker.
+#[derive(Clone, Copy)]
+pub(super) struct Outgoing<'a> {
+    pub(super) method: &'a Method,
+    /// With its query.
+    pub(super) path: &'a str,
+    /// As the client sent them.
+    pub(super) headers: &'a HeaderMap,
+    pub(super) body: &'a Bytes,
+    /// The router reads the answer, so it must not come compressed.
+    pub(super) reads: bool,
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The worker's fault, as far as can be told.
+    Worker(Evidence, String),
+    /// The router's own time is over; the worker may be sound.
+    TimedOut(Duration),
+}
+
+impl Failure {
+    /// In words.
+    pub(super) fn message(&self) -> String {
+        match self {
+            Self::Worker(_, why) => why.clone(),
+            Self::TimedOut(within) => format!("the worker did not answer within {} s", within.as_secs()),
+        }
+    }
+}
+
+/// Connections to the workers.
+pub(super) struct Workers {
+    pooled: HttpClient,
+    /// Its connections are never used twice.
+    fresh: HttpClient,
+}
+
+impl Workers {
+    pub(super) fn new() -> Self {
+        let mut connector = HttpConnector::new();
+        connector.set_connect_timeout(Some(caps::CONNECT_WITHIN));
+        connector.set_keepalive(Some(Duration::from_secs(30)));
+        connector.set_nodelay(true);
+        let builder = |idle: usize| {
+            let mut builder = Client::builder(TokioExecutor::new());
+            builder.pool_timer(TokioTimer::new()).pool_idle_timeout(caps::IDLE_CONNECTION_TIME).pool_max_idle_per_host(idle);
+            builder
+        };
+        Self { pooled: builder(caps::IDLE_CONNECTIONS_MAX).build(connector.clone()), fresh: builder(0).build(connector) }
+    }
+
+    /// Asks a worker, and judges it by how that ends. `within`: until the head of its answer.
+    pub(super) async fn ask(&self, worker: &Worker, request: Outgoing<'_>, within: Duration) -> Result<Upstream, Failure> {
+        let asked = tokio::time::timeout(within, self.ask_twice(&worker.spec.url, request)).await;
+        match asked {
+            Ok(Ok(answer)) => {
+                if worker.succeeded() {
+                    tracing::info!(worker = worker.spec.id, "the worker answers again");
+                }
+                Ok(answer)
+            }
+            Ok(Err((evidence, why))) => {
+                judge(worker, evidence, &why);
+                Err(Failure::Worker(evidence, why))
+            }
+            Err(_) => Err(Failure::TimedOut(within)),
+        }
+    }
+
+    /// A connection that was kept may have been closed by the worker just now, which says nothing of it: a fresh one is tried.
+    async fn ask_twice(&self, url: &str, request: Outgoing<'_>) -> Result<Upstream, (Evidence, String)> {
+        let build = || outgoing(url, request).map_err(|error| (Evidence::Doubt, error));
+        let first = match self.pooled.request(build()?).await {
+            Ok(answer) => return Ok(answer),
+            Err(error) => error,
+        };
+        if first.is_connect() {
+            return Err((evidence_of(&first), cause_of(&first)));
+        }
+        self.fresh.request(build()?).await.map_err(|error| (evidence_of(&error), cause_of(&error)))
+    }
+
+    /// What a worker says at a path, of a mebibyte at most.
+    pub(super) async fn get(&self, url: &str, path: &str, within: Duration) -> Result<(http::StatusCode, Bytes), Failure> {
+        let (method, headers, body) = (Method::GET, HeaderMap::new(), Bytes::new());
+        let request = Outgoing { method: &method, path, headers: &headers, body: &body, reads: true };
+        let whole = async {
+            let answer = self.ask_twice(url, request).await.map_err(|(evidence, why)| Failure::Worker(evidence, why))?;
+            let status = answer.status();
+            let body = Limited::new(answer.into_body(), 1 << 20).collect().await;
+            let body = body.map_err(|error| Failure::Worker(Evidence::Doubt, error.to_string()))?;
+            Ok((status, body.to_bytes()))
+        };
+        tokio::time::timeout(within, whole).await.unwrap_or(Err(Failure::TimedOut(within)))
+    }
+}
+
+/// Takes down what a failure says of a worker.
+pub(super) fn judge(worker: &Worker, evidence: Evidence, why: &str) {
+    if worker.failed(evidence) {
+        tracing::warn!(worker = worker.spec.id, why, "the worker is away: it gets no requests until it answers");
+    } else if worker.is_up() {
+        tracing::warn!(worker = worker.spec.id, why, "the worker did not answer a request");
+    }
+}
+
+fn outgoing(url: &str, request: Outgoing<'_>) -> Result<http::Request<Full<Bytes>>, String> {
+    let url = format!("{}{}", url.trim_end_matches('/'), request.path);
+    let built = http::Request::builder().method(request.method).uri(&url).body(Full::new(request.body.clone()));
+    let mut built = built.map_err(|error| format!("{url:?} is not a valid URL: {error}"))?;
+    copy_headers(request.headers, built.headers_mut());
+    for ours in [header::HOST, header::CONTENT_LENGTH, header::EXPECT] {
+        built.headers_mut().remove(ours);
+    }
+    if request.reads {
+        built.headers_mut().remove(header::ACCEPT_ENCODING);
+    }
+    Ok(built)
+}
+
+fn evidence_of(error: &hyper_util::client::legacy::Error) -> Evidence {
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        if error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::ConnectionRefused) {
+            return Evidence::Gone;
+        }
+        cause = error.source();
+    }
+    Evidence::Doubt
+}
+
+/// An error, with what caused it.
+pub(super) fn cause_of(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), |source| format!("{error}: {}", cause_of(source)))
+}
+
+/// Copies all headers but those that say something of one connection, not of the message.
+pub(super) fn copy_headers(from: &HeaderMap, to: &mut HeaderMap) {
+    let named = from.get_all(header::CONNECTION);
+    let named: Vec<&str> =
+        named.iter().filter_map(|names| names.to_str().ok()).flat_map(|names| names.split(',')).map(str::trim).collect();
+    for (name, value) in from {
+        if !is_of_the_connection(name) && !named.iter().any(|named| named.eq_ignore_ascii_case(name.as_str())) {
+            to.append(name.clone(), value.clone());
+        }
+    }
+}
+
+fn is_of_the_connection(name: &HeaderName) -> bool {
+    const NAMES: [HeaderName; 7] = [
+        header::CONNECTION,
+        header::PROXY_AUTHENTICATE,
+        header::PROXY_AUTHORIZATION,
+        header::TE,
+        header::TRAILER,
+        header::TRANSFER_ENCODING,
+        header::UPGRADE,
+    ];
+    NAMES.contains(name) || name == "keep-alive" || name == "proxy-connection"
+}
+
+/// Says who answered.
+pub(super) fn name_worker(worker: &Worker, headers: &mut HeaderMap) {
+    if let Ok(id) = HeaderValue::from_str(&worker.spec.id) {
+        headers.insert(WORKER_HEADER, id);
+    }
+}
