@@ -20,6 +20,7 @@ mod outside;
 mod overcommit;
 mod process;
 mod restart;
+mod relay;
 mod routing;
 
 use clap::Parser;
@@ -30,7 +31,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Measure the figures of one group.
 #[derive(Parser)]
 struct Arguments {
-    /// The group: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, idle, first_pass or outside.
+    /// The group: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, idle, first_pass or outside.
     #[arg(long)]
     group: String,
     /// Rounds of each paired measurement.
@@ -66,12 +67,13 @@ fn main() -> anyhow::Result<()> {
             overcommit::measure(&arguments.disk, &arguments.trace)
         }
         "advise" => advise::measure(&arguments.daemon, &arguments.trace, arguments.rounds),
+        "relay" => relay::measure(&arguments.daemon),
         "routing" => routing::measure(&arguments.trace, arguments.rounds),
         "idle" => idle::measure(&arguments.daemon, &arguments.disk),
         "first_pass" => first_pass::measure(&arguments.daemon, arguments.rounds),
         "outside" => outside::measure(&arguments.daemon, arguments.rounds),
         other => {
-            let valid = "grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, idle, first_pass, outside";
+            let valid = "grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, idle, first_pass, outside";
             anyhow::bail!("unknown group {other:?}: valid are {valid}")
         }
     }

@@ -15,7 +15,7 @@ use kvstore_tests::chain;
 use kvstore_tests::loop_mount::LoopMount;
 
 use crate::figure::{self, median};
-use crate::process::Process;
+use crate::process::{Process, resident_bytes};
 
 const SILENT: usize = 10_000;
 const NEWCOMERS: usize = 1000;
@@ -43,12 +43,6 @@ impl Daemon {
         Ok(Self { process: Process::start(command, &socket)?, socket, _folder: folder })
     }
 
-    fn resident_bytes(&self) -> anyhow::Result<f64> {
-        let statm = std::fs::read_to_string(format!("/proc/{}/statm", self.process.id()))?;
-        let pages: f64 = statm.split(' ').nth(1).context("no field of resident pages")?.parse()?;
-        Ok(pages * rustix::param::page_size() as f64)
-    }
-
     async fn client(&self) -> anyhow::Result<Client> {
         Ok(Client::connect_over(&format!("unix:{}", self.socket.display()), Plane::Grpc).await?)
     }
@@ -74,7 +68,7 @@ async fn silent(daemon: &Path) -> anyhow::Result<()> {
     for _ in 0..NEWCOMERS {
         alone.push(newcomer().await?);
     }
-    let before = daemon.resident_bytes()?;
+    let before = resident_bytes(daemon.process.id());
     let socket = daemon.socket.clone();
     let (stop, mut stopped) = tokio::sync::oneshot::channel::<()>();
     let crowd = tokio::task::spawn_blocking(move || {
@@ -97,7 +91,7 @@ async fn silent(daemon: &Path) -> anyhow::Result<()> {
     for _ in 0..NEWCOMERS {
         beside.push(newcomer().await?);
     }
-    let grown = daemon.resident_bytes()? - before;
+    let grown = resident_bytes(daemon.process.id()) - before;
     let _ = stop.send(());
     let crowd = crowd.await?;
     anyhow::ensure!(crowd == SILENT, "only {crowd} connections were made: raise the limit on descriptors");

@@ -28,6 +28,19 @@ impl Process {
         Ok(process)
     }
 
+    /// Starts `command` and waits until it takes connections at `address`.
+    pub fn start_listening(mut command: Command, address: std::net::SocketAddr) -> anyhow::Result<Self> {
+        let name = command.get_program().to_string_lossy().into_owned();
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let process = Self(command.spawn().with_context(|| format!("cannot start {name}"))?);
+        let started = Instant::now();
+        while std::net::TcpStream::connect(address).is_err() {
+            anyhow::ensure!(started.elapsed() < Duration::from_secs(10), "{name} does not listen on {address}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(process)
+    }
+
     /// Its number.
     pub fn id(&self) -> u32 {
         self.0.id()
@@ -50,6 +63,13 @@ impl Drop for Process {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Bytes of memory that a process has now.
+pub fn resident_bytes(id: u32) -> f64 {
+    let statm = std::fs::read_to_string(format!("/proc/{id}/statm")).unwrap_or_default();
+    let pages = statm.split(' ').nth(1).and_then(|pages| pages.parse::<f64>().ok()).unwrap_or(f64::NAN);
+    pages * rustix::param::page_size() as f64
 }
 
 /// CPU seconds of this process so far.

@@ -248,13 +248,16 @@ impl Config {
             let tokens =
                 model.tokenizer.as_deref().map(|path| Tokens::load(path, model.chat_template.as_deref())).transpose();
             let (tokens, problem) = match tokens {
-                Ok(tokens) => (tokens, None),
-                Err(error) => {
-                    let name = &model.name;
-                    tracing::error!(model = name, %error, "the model's tokenizer cannot be used, so its prompts are placed by load");
-                    (None, Some(error.to_string()))
+                Ok(tokens) => {
+                    let problem = tokens.as_ref().and_then(Tokens::template_problem);
+                    let problem = problem.map(|why| format!("its chat template cannot be used, so its conversations are placed by load: {why}"));
+                    (tokens, problem)
                 }
+                Err(error) => (None, Some(format!("its tokenizer cannot be used, so its prompts are placed by load: {error}"))),
             };
+            if let Some(problem) = &problem {
+                tracing::error!(model = model.name, problem, "a model's prompts are not known in full");
+            }
             (model.name.clone(), Model { tokens, adapter: model.adapter, base: model.base.clone(), problem })
         };
         self.models.iter().map(load).collect()

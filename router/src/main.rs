@@ -378,6 +378,11 @@ async fn show_workers(to: Address) -> anyhow::Result<()> {
     };
     let rows = workers.as_array().into_iter().flatten().map(row).collect();
     print_table(&["worker", "model", "role", "", "prefilling", "decoding", "prompt tokens", "events", "node"], rows);
+    for worker in workers.as_array().into_iter().flatten() {
+        for problem in worker["problems"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+            println!("{}: {problem}", text(&worker["id"]));
+        }
+    }
     Ok(())
 }
 

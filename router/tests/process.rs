@@ -29,10 +29,14 @@ struct Router {
 
 impl Router {
     fn start() -> Self {
+        Self::start_with(&["--worker", "id=a,url=http://127.0.0.1:1,model=m"])
+    }
+
+    fn start_with(arguments: &[&str]) -> Self {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let child = binary()
             .args(["serve", "--listen", &format!("127.0.0.1:{port}")])
-            .args(["--worker", "id=a,url=http://127.0.0.1:1,model=m"])
+            .args(arguments)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -99,6 +103,55 @@ fn it_answers_for_its_health_and_stops_in_order() {
     let address = format!("http://127.0.0.1:{}", router.port);
     let workers = run(&["workers", "--address", &address, "--json"]);
     assert!(workers.status.success() && text(&workers.stdout).contains("http://127.0.0.1:1"), "{workers:?}");
+    assert_eq!(router.terminate(), Some(0));
+}
+
+/// What cannot be read or reached at the start costs that thing alone, and is said by name.
+#[test]
+fn a_start_holds_whatever_is_missing() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, content: &str| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, content).unwrap();
+    };
+    let words = r#"{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "hello": 1}, "unk_token": "[UNK]"}, "pre_tokenizer": {"type": "Whitespace"}}"#;
+    file("damaged/tokenizer.json", &words[..60]);
+    file("template/tokenizer.json", words);
+    file("template/chat_template.jinja", "{% for message in %}");
+    let models: String = ["missing", "damaged", "template"]
+        .map(|name| format!("[[models]]\nname = {name:?}\ntokenizer = {:?}\n", folder.path().join(name)))
+        .concat();
+    let workers: String = ["missing", "damaged", "template"]
+        .map(|model| format!("[[workers]]\nid = \"{model}-worker\"\nurl = \"http://127.0.0.1:1\"\nmodel = {model:?}\nevents = \"tcp://127.0.0.1:1\"\nnode = \"http://127.0.0.1:1\"\nblock_tokens = 1\n"))
+        .concat();
+    file("router.toml", &format!("{models}{workers}"));
+    let router = Router::start_with(&["--config", folder.path().join("router.toml").to_str().unwrap()]);
+    let address = format!("http://127.0.0.1:{}", router.port);
+    let shown = |needed: &str| {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let shown = text(&run(&["workers", "--address", &address]).stdout);
+            if shown.contains(needed) {
+                return shown;
+            }
+            assert!(Instant::now() < deadline, "{needed} is missing in {shown}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    shown("missing-worker: model \"missing\": its tokenizer cannot be used");
+    shown("damaged-worker: model \"damaged\": its tokenizer cannot be used");
+    shown("template-worker: model \"template\": its chat template cannot be used");
+    shown("no events from tcp://127.0.0.1:1: ");
+    shown("the node http://127.0.0.1:1 does not answer");
+    shown("away");
+    let metrics = router.get("/metrics");
+    for figure in ["models_without_tokens 3", "workers_without_events 3", "nodes_away 1", "workers_up 0"] {
+        assert!(metrics.contains(&format!("kvstore_router_{figure}\n")), "{figure} is missing in {metrics}");
+    }
+    // Texts of a model whose template is broken are read all the same.
+    let explained = text(&run(&["explain", "hello hello", "--model", "template", "--address", &address]).stdout);
+    assert!(explained.contains("2 tokens, model template") && explained.contains("no worker for the model"), "{explained}");
     assert_eq!(router.terminate(), Some(0));
 }
 

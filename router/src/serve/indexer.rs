@@ -202,7 +202,7 @@ fn worker_rows(app: &App) -> Vec<WorkerRow> {
 
 fn problem_of_model(app: &App, model: &str) -> Option<String> {
     let why = app.models.get(model)?.problem.as_ref()?;
-    Some(format!("the tokenizer of model {model:?} cannot be used, so its prompts are placed by load: {why}"))
+    Some(format!("model {model:?}: {why}"))
 }
 
 async fn workers(State(app): State<Arc<App>>) -> Json<Vec<WorkerRow>> {

@@ -36,6 +36,7 @@ pub enum TokenError {
 pub struct Tokens {
     tokenizer: Tokenizer,
     template: Option<Environment<'static>>,
+    template_problem: Option<String>,
     bos_token: String,
     eos_token: String,
     /// Tokens that stand before and after a text with special ones.
@@ -106,12 +107,21 @@ impl Tokens {
             None if jinja.exists() => Some(read(&jinja)?),
             None => template_of(&settings),
         };
-        let template = source.map(environment).transpose()?;
+        // A template that cannot be read costs conversations, and no other prompts.
+        let (template, template_problem) = match source.map(environment).transpose() {
+            Ok(template) => (template, None),
+            Err(error) => (None, Some(error.to_string())),
+        };
         let (bos_token, eos_token) = (special(&settings, "bos_token"), special(&settings, "eos_token"));
         let mut tokens =
-            Self { tokenizer, template, bos_token, eos_token, around: (Vec::new(), Vec::new()), cache: None };
+            Self { tokenizer, template, template_problem, bos_token, eos_token, around: (Vec::new(), Vec::new()), cache: None };
         tokens.try_cutting()?;
         Ok(tokens)
+    }
+
+    /// Why it has no chat template, though there is one.
+    pub fn template_problem(&self) -> Option<&str> {
+        self.template_problem.as_deref()
     }
 
     /// Whether texts may be cut for this tokenizer: it says the same of a text of many kinds, whole and in pieces.
