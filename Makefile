@@ -2,8 +2,8 @@
 .PHONY: demo test soak test-python test-engines python release wheel test-wheel lint bench bench-peers bench-router bench-engines bench-build engines \
   audit build-costs help
 
-# Figures to measure: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, idle, outside, or several with commas.
-FIGURES ?= grpc,index,eviction,nvme,restart,local,long,locks,object,advise,routing,idle,first_pass,outside
+# Figures to measure: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, idle, first_pass, outside, or several with commas.
+FIGURES ?= grpc,index,eviction,nvme,restart,local,long,locks,object,advise,routing,relay,idle,first_pass,outside
 TARGET := $(or $(CARGO_TARGET_DIR),$(shell cargo metadata --no-deps --format-version 1 2>/dev/null | sed 's/.*"target_directory":"\([^"]*\)".*/\1/'),target)
 # A folder on the disk that nvme and restart measure; needs 20 GiB.
 DISK ?= $(TARGET)
@@ -13,6 +13,8 @@ BUILD := cargo build --locked --quiet --workspace
 # Wheels that ship, and those that tests install.
 WHEELS := $(TARGET)/wheels
 TEST_WHEELS := $(TARGET)/test-wheels
+# A proxy that streams are compared with.
+NGINX := $(or $(shell command -v nginx),$(abspath $(TARGET))/nginx/usr/sbin/nginx)
 # Python for the shims' tests, and for the peers that benches compare with.
 VENV := $(TARGET)/python
 # Keeps the figures that a bench prints.
@@ -125,11 +127,13 @@ audit:
 
 bench: python
 	@scripts/setup.sh build redis fio
+	@# Unpacked and not installed: nothing is to start it as a service.
+	@command -v nginx >/dev/null || [ -x $(NGINX) ] || { mkdir -p $(TARGET)/nginx && cd $(TARGET)/nginx && apt-get download -qq nginx && dpkg -x nginx_*.deb .; }
 	cargo build --release --locked --quiet --package kvstore-benches
 	cargo build --release --locked --quiet --package kvstore --package kvstore-router
 	@set -e; for group in $$(echo $(FIGURES) | tr , ' '); do \
 	  $(RECORD) --group $$group --command "make bench FIGURES=$$group" -- \
-	    $(TARGET)/release/kvstore-benches --group $$group --daemon $(TARGET)/release/kvstore --disk $(DISK); \
+	    env NGINX=$(NGINX) $(TARGET)/release/kvstore-benches --group $$group --daemon $(TARGET)/release/kvstore --disk $(DISK); \
 	done
 
 bench-peers: wheel

@@ -10,6 +10,8 @@ pub const EVENTS_PER_MESSAGE_MAX: usize = 1 << 16;
 pub const PREFETCH_DEADLINE_MS: u32 = 10_000;
 /// Pieces of prompts whose tokens are kept, for each model: some 1.3 KiB each.
 pub const PIECES_KEPT_MAX: usize = 1 << 14;
+/// Tokens of a stream are counted at this pace: what they weigh changes slowly.
+pub const TOKENS_COUNTED_EVERY: Duration = Duration::from_millis(100);
 /// Sessions of which it is known where they were: 100 bytes each.
 pub const SESSIONS_MAX: usize = 100_000;
 /// Bytes of a request's body, unless the configuration says otherwise: a conversation with some pictures in it, or an hour of speech.
@@ -37,6 +39,9 @@ pub const CONNECT_WITHIN: Duration = Duration::from_secs(2);
 pub const DOUBTS_MAX: u32 = 3;
 /// Behind the last line of an answer, its end is waited for no longer than this.
 pub const END_WITHIN: Duration = Duration::from_secs(2);
+/// An engine that wrote no text for so many tokens has no tokenizer: no character has as many, and no other text is held back from a request
+/// that can be gone on with.
+pub const HELD_BACK_MAX: usize = 32;
 /// How often workers are asked what they serve, and how often at most where a request names what is not known.
 pub const MODELS_EVERY: Duration = Duration::from_secs(10);
 /// ...

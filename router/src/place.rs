@@ -102,6 +102,8 @@ pub struct Placed {
     router: Arc<Router>,
     id: RequestId,
     last_token: Option<Instant>,
+    /// Tokens since then that are not counted yet.
+    uncounted: u64,
 }
 
 /// See the head of this file. Shared by `Arc`.
@@ -344,7 +346,7 @@ impl Router {
         self.counts.tokens.fetch_add(asked.tokens, Ordering::Relaxed);
         let cached = terms.cached.engine_tokens + terms.cached.fetched_tokens;
         self.counts.cached_tokens.fetch_add(cached, Ordering::Relaxed);
-        Ok(Placed { worker: chosen.worker, terms, router: Arc::clone(self), id, last_token: None })
+        Ok(Placed { worker: chosen.worker, terms, router: Arc::clone(self), id, last_token: None, uncounted: 0 })
     }
 
     /// Background work: forgets requests of which nothing is heard. Call it about once a second.
@@ -384,33 +386,37 @@ impl Drop for Queued<'_> {
 }
 
 impl Placed {
-    /// Tokens of the answer came; the first of them says how fast the worker computes.
+    /// Tokens of the answer came; the first of them says how fast the worker computes. Those after it are counted some at a time.
     pub fn tokens(&mut self, count: u64) {
         let now = Instant::now();
-        let mut load = self.router.load.lock();
-        match self.last_token.replace(now) {
-            None => {
-                let ended = load.first_token(self.id, self.router.now());
-                drop(load);
-                if let Some(ended) = ended {
-                    // What was fetched is not the engine's time.
-                    let took = ended.took.saturating_sub(Duration::from_secs_f64(self.terms.fetch_seconds.max(0.0)));
-                    let mut speeds = self.router.speeds.lock();
-                    let usual = usual_of(&speeds);
-                    speeds.entry(ended.worker).or_insert(usual).learn_prefill(ended.work, ended.decoding, took);
-                }
-                self.router.freed.notify_waiters();
-            }
-            Some(before) => {
-                let expires = self.router.now() + self.router.options().silence;
-                load.tokens(self.id, count, expires);
-                drop(load);
-                let mut speeds = self.router.speeds.lock();
-                if let Some(speed) = speeds.get_mut(&self.worker.number) {
-                    speed.learn_token(now.duration_since(before) / u32::try_from(count.max(1)).unwrap_or(u32::MAX));
-                }
-            }
+        let Some(before) = self.last_token else {
+            self.last_token = Some(now);
+            return self.first_token();
+        };
+        self.uncounted += count;
+        let since = now.duration_since(before);
+        if since < caps::TOKENS_COUNTED_EVERY {
+            return;
         }
+        self.last_token = Some(now);
+        let count = std::mem::take(&mut self.uncounted);
+        let expires = self.router.now() + self.router.options().silence;
+        self.router.load.lock().tokens(self.id, count, expires);
+        if let Some(speed) = self.router.speeds.lock().get_mut(&self.worker.number) {
+            speed.learn_token(since / u32::try_from(count.max(1)).unwrap_or(u32::MAX));
+        }
+    }
+
+    fn first_token(&self) {
+        let ended = self.router.load.lock().first_token(self.id, self.router.now());
+        if let Some(ended) = ended {
+            // What was fetched is not the engine's time.
+            let took = ended.took.saturating_sub(Duration::from_secs_f64(self.terms.fetch_seconds.max(0.0)));
+            let mut speeds = self.router.speeds.lock();
+            let usual = usual_of(&speeds);
+            speeds.entry(ended.worker).or_insert(usual).learn_prefill(ended.work, ended.decoding, took);
+        }
+        self.router.freed.notify_waiters();
     }
 }
 

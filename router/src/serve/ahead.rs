@@ -5,7 +5,7 @@ use http::{HeaderMap, Method};
 use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 
-use super::App;
+use super::app::App;
 use super::openai::{Kind, Request};
 use super::upstream::{Outgoing, Upstream};
 use crate::caps;

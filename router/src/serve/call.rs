@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode};
 
-use super::App;
+use super::app::App;
 use super::body::Held;
 use super::openai::{ApiError, Request};
 use super::upstream::{Failure, Outgoing, Upstream};

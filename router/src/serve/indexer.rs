@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::openai::{ApiError, Kind, Request};
-use super::{App, plain};
+use super::app::App;
 use crate::cost::{Choice, Why, WorkerLoad};
 use crate::fleet::{Role, WorkerSpec};
 use crate::hashing::Chain;
@@ -419,4 +419,9 @@ fn in_words(choice: &Choice) -> String {
         ),
         Why::Best => "the chosen worker is expected to answer first".into(),
     }
+}
+
+/// Nothing to say but a status.
+fn plain(status: StatusCode, text: &'static str) -> Response {
+    (status, text).into_response()
 }

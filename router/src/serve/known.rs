@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::App;
+use super::app::App;
 use super::openai::{ApiError, Prompt, Request};
 use crate::fleet::{Role, Worker};
 use crate::hashing::Chain;

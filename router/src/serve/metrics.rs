@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::App;
+use super::app::App;
 
 impl App {
     pub(super) fn metrics(&self) -> String {

@@ -1,6 +1,7 @@
 //! The router's faces: OpenAI's API in front of the workers, every other route of theirs, and what standalone indexers answer.
 
 mod ahead;
+mod app;
 mod body;
 mod call;
 mod indexer;
@@ -18,104 +19,26 @@ mod sse;
 mod upstream;
 mod whole;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::Ordering;
 
 use axum::Router as Routes;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use http::StatusCode;
 use http::uri::PathAndQuery;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
+pub use app::{App, Model, ServeCounts, ServeOptions};
 pub use indexer::explain;
 use openai::Kind;
 
 use crate::caps;
 use crate::cost::WorkerLoad;
-use crate::place::Router;
-use crate::tokens::Tokens;
-
-/// A model, as the router is told of it.
-#[derive(Default)]
-pub struct Model {
-    /// Its tokenizer; none: texts are routed by load alone.
-    pub tokens: Option<Tokens>,
-    /// It is an adapter (LoRA) that engines serve under this name.
-    pub adapter: bool,
-    /// Its base model, where it is an adapter and that was said.
-    pub base: Option<String>,
-    /// Why there is no tokenizer, though there should be one.
-    pub problem: Option<String>,
-}
-
-/// How to serve.
-#[derive(Clone, Debug)]
-pub struct ServeOptions {
-    /// Answers that break off are gone on with elsewhere; workers are asked for token ids for that.
-    pub resume: bool,
-    /// Other replicas of this router, whose requests under way count, too.
-    pub peers: Vec<String>,
-    /// How often workers are asked whether they live.
-    pub health_every: Duration,
-    /// Bytes of a request's body, at most.
-    pub request_bytes: u64,
-}
-
-impl Default for ServeOptions {
-    fn default() -> Self {
-        Self { resume: true, peers: Vec::new(), health_every: Duration::from_secs(2), request_bytes: caps::REQUEST_BYTES_MAX }
-    }
-}
-
-/// Counts since the start.
-#[derive(Default, Debug)]
-pub struct ServeCounts {
-    /// Requests.
-    pub requests: AtomicU64,
-    /// Answers that went on at another worker.
-    pub resumed: AtomicU64,
-    /// Answers that broke off for good.
-    pub broken: AtomicU64,
-}
-
-/// What all requests share.
-pub struct App {
-    /// Where requests go.
-    pub router: Arc<Router>,
-    models: HashMap<String, Model>,
-    options: ServeOptions,
-    workers: upstream::Workers,
-    bodies: body::Bodies,
-    counts: ServeCounts,
-    started: Instant,
-    /// When workers may be asked again what they serve, in milliseconds from the start; 0 before the first time.
-    models_asked_ms: AtomicU64,
-}
 
 impl App {
-    /// In front of these workers.
-    pub fn new(router: Arc<Router>, models: HashMap<String, Model>, options: ServeOptions) -> Arc<Self> {
-        let adapters = models.iter().filter(|(_, model)| model.adapter);
-        let adapters: BTreeMap<String, Option<String>> =
-            adapters.map(|(name, model)| (name.clone(), model.base.clone())).collect();
-        router.fleet.set_adapters(adapters);
-        Arc::new(Self {
-            router,
-            models,
-            workers: upstream::Workers::new(),
-            bodies: body::Bodies::new(options.request_bytes),
-            options,
-            counts: ServeCounts::default(),
-            started: Instant::now(),
-            models_asked_ms: AtomicU64::new(0),
-        })
-    }
-
     /// Serves until `stop` turns true; answers under way are finished, for half a minute at most.
     pub async fn serve(self: Arc<Self>, listener: TcpListener, stop: watch::Receiver<bool>) {
         let background = tokio::spawn(Arc::clone(&self).work_forever());
@@ -185,9 +108,4 @@ async fn answer(app: Arc<App>, kind: Kind, request: Request) -> Response {
         Err(error) => Err(error),
     };
     answered.unwrap_or_else(IntoResponse::into_response)
-}
-
-/// Nothing to say but a status.
-pub(crate) fn plain(status: StatusCode, text: &'static str) -> Response {
-    (status, text).into_response()
 }

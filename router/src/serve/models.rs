@@ -8,7 +8,7 @@ use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use super::App;
+use super::app::App;
 use super::openai::ApiError;
 use super::upstream::{Failure, judge};
 use crate::caps;

@@ -12,7 +12,7 @@ use http::{HeaderMap, header};
 use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::App;
+use super::app::App;
 use super::body::Held;
 use super::json::Object;
 use super::openai::ApiError;

@@ -11,7 +11,8 @@ use super::body::Held;
 use super::call::Call;
 use super::openai::{ApiError, Kind, Request};
 use super::relay::{Relay, is_stream};
-use super::{App, resume, whole};
+use super::app::App;
+use super::{resume, whole};
 
 /// Answers a request for a text. `path`: with its query.
 pub(super) async fn answer(

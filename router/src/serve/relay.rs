@@ -2,22 +2,24 @@
 //! worker where that is exact ([`super::resume`]); otherwise it ends with an error that the client sees.
 
 use std::collections::VecDeque;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::response::Response;
 use bytes::Bytes;
 use http::header;
-use http_body_util::BodyExt;
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
+use tokio::time::Sleep;
 
 use super::call::Call;
 use super::openai::{ApiError, Kind};
 use super::resume::{Answer, Verdict};
 use super::sse::{self, Event, Events};
-use super::upstream::{Upstream, cause_of, copy_headers, name_worker};
+use super::upstream::{Upstream, cause_of, copy_headers, judge, name_worker};
 use super::whole::body_of;
 use crate::caps;
 use crate::fleet::Evidence;
@@ -37,7 +39,16 @@ pub(super) struct Relay {
     failure: Option<Bytes>,
     silence: Duration,
     heard: Instant,
+    timer: Pin<Box<Sleep>>,
     state: State,
+}
+
+/// Why no more comes.
+enum Break {
+    /// The connection ended.
+    Worker(String),
+    /// The router's own time is over; the worker may be sound.
+    Silent(String),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -66,9 +77,11 @@ impl Relay {
         // It may end otherwise than the worker thinks.
         response.headers_mut().remove(header::CONTENT_LENGTH);
         name_worker(&placed.worker, response.headers_mut());
+        let silence = call.app.router.options().silence;
         let relay = Self {
             but: vec![placed.worker.number],
-            silence: call.app.router.options().silence,
+            silence,
+            timer: Box::pin(tokio::time::sleep(silence)),
             call,
             placed,
             body,
@@ -102,34 +115,47 @@ impl Relay {
                     }
                 }
                 Ok(None) => self.ended().await,
-                Err(why) => self.broke(&why).await,
+                Err(broke) => self.broke(broke).await,
             }
         }
     }
 
     /// The next bytes; none at the end.
-    async fn frame(&mut self) -> Result<Option<Bytes>, String> {
+    async fn frame(&mut self) -> Result<Option<Bytes>, Break> {
         loop {
-            // Behind its end, a worker closes the answer, or it is closed for it.
-            let patience = if self.state == State::Closing { caps::END_WITHIN } else { self.silence };
-            let frame = tokio::select! {
-                biased;
-                frame = self.body.frame() => frame,
-                () = tokio::time::sleep_until((self.heard + patience).into()) => {
-                    return Err(format!("the worker sent nothing for {} s", patience.as_secs()));
-                }
-            };
-            self.heard = Instant::now();
-            match frame {
-                None => return Ok(None),
-                Some(Err(error)) => return Err(cause_of(&error)),
-                Some(Ok(frame)) => {
+            let polled = std::future::poll_fn(|cx| match Pin::new(&mut self.body).poll_frame(cx) {
+                Poll::Ready(frame) => Poll::Ready(Some(frame)),
+                Poll::Pending => self.timer.as_mut().poll(cx).map(|()| None),
+            });
+            match polled.await {
+                // Set once and not for each piece, it may come early.
+                None if self.heard.elapsed() < self.patience() => self.set_timer(),
+                None => return Err(Break::Silent(format!("the worker sent nothing for {} s", self.patience().as_secs()))),
+                Some(None) => return Ok(None),
+                Some(Some(Err(error))) => return Err(Break::Worker(cause_of(&error))),
+                Some(Some(Ok(frame))) => {
+                    self.heard = Instant::now();
                     if let Ok(bytes) = frame.into_data() {
                         return Ok(Some(bytes));
                     }
                 }
             }
         }
+    }
+
+    /// Behind its end, a worker closes the answer, or it is closed for it.
+    fn patience(&self) -> Duration {
+        if self.state == State::Closing { caps::END_WITHIN } else { self.silence }
+    }
+
+    fn set_timer(&mut self) {
+        let due = self.heard + self.patience();
+        self.timer.as_mut().reset(due.into());
+    }
+
+    fn close(&mut self) {
+        self.state = State::Closing;
+        self.set_timer();
     }
 
     /// Takes bytes of the answer; or why it cannot go on.
@@ -148,8 +174,8 @@ impl Relay {
             return Ok(());
         };
         if data == "[DONE]" {
-            self.state = State::Closing;
             drop(data);
+            self.close();
             self.out.push_back(event.into_bytes());
             return Ok(());
         }
@@ -184,14 +210,18 @@ impl Relay {
         }
     }
 
-    async fn broke(&mut self, why: &str) {
-        match self.state {
-            // All was said.
-            State::Closing | State::Over => self.state = State::Over,
-            State::Open => {
-                super::upstream::judge(&self.placed.worker, Evidence::Doubt, why);
-                self.go_on_elsewhere(why).await;
+    async fn broke(&mut self, broke: Break) {
+        // All was said.
+        if self.state != State::Open {
+            self.state = State::Over;
+            return;
+        }
+        match broke {
+            Break::Worker(why) => {
+                judge(&self.placed.worker, Evidence::Doubt, &why);
+                self.go_on_elsewhere(&why).await;
             }
+            Break::Silent(why) => self.go_on_elsewhere(&why).await,
         }
     }
 
@@ -213,13 +243,14 @@ impl Relay {
                 self.call.app.counts.resumed.fetch_add(1, Ordering::Relaxed);
                 (self.placed, self.body, self.events) = (placed, upstream.into_body(), Events::default());
                 self.heard = Instant::now();
+                self.set_timer();
             }
             Err(problem) => {
                 self.call.app.counts.broken.fetch_add(1, Ordering::Relaxed);
                 if let Some(failure) = failure {
                     // The worker's own word, and whatever it says behind it.
                     self.out.push_back(failure);
-                    self.state = State::Closing;
+                    self.close();
                     return self.pass_what_is_there();
                 }
                 let error = ApiError::unavailable(format!("the worker's answer broke off ({why}), and {problem}"));
@@ -271,9 +302,9 @@ impl Relay {
         };
         let tokenizer = app.models.get(&self.call.asked.model).and_then(|model| model.tokens.as_ref());
         let rest = self.answer.rest(&request, tokenizer, tokens_max);
-        let (body, tokens) = rest.map_err(|why| format!("it cannot be continued at another worker: {why}"))?;
-        self.call.asked = app.asked_again(&self.call.asked, &request, &tokens);
-        self.answer.goes_on();
-        Ok(self.call.send_to_some(Kind::Completion.path(), &body, &mut self.but).await)
+        let rest = rest.map_err(|why| format!("it cannot be continued at another worker: {why}"))?;
+        self.call.asked = app.asked_again(&self.call.asked, &request, &rest.prompt);
+        self.answer.goes_on(&rest);
+        Ok(self.call.send_to_some(Kind::Completion.path(), &rest.body, &mut self.but).await)
     }
 }

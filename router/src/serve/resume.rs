@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::json::{Changes, range_of};
 use super::openai::{Kind, Prompt, Request};
+use crate::caps;
 use crate::tokens::Tokens;
 
 /// Fields that are sent along with the tokens.
@@ -314,14 +315,27 @@ impl Answer {
     }
 
     /// From here on come pieces of another worker, which got [`Self::rest`].
-    pub fn goes_on(&mut self) {
-        self.generated.truncate(self.told);
-        (self.resumed, self.before) = (true, self.told);
+    pub fn goes_on(&mut self, rest: &Rest) {
+        self.generated.truncate(rest.came);
+        (self.resumed, self.before, self.told) = (true, rest.came, rest.came);
     }
 
-    /// The request for the rest of the answer, and its prompt: what was asked for, and what came, as tokens. `tokens_max`: what the
-    /// model's context has, where the request does not say how many it wants. Or why that cannot be.
-    pub fn rest(&self, request: &Request, tokenizer: Option<&Tokens>, tokens_max: Option<u64>) -> Result<(Bytes, Vec<u32>), &'static str> {
+    /// How many of the tokens that came the client has: those whose text it has.
+    fn came(&self, request: &Request) -> Result<usize, &'static str> {
+        let all = self.generated.len();
+        if !request.wants_token_ids || self.told == all {
+            return Ok(self.told);
+        }
+        // It has the tokens, whatever their text is. An engine without a tokenizer writes none.
+        if !self.has_text && all >= caps::HELD_BACK_MAX {
+            return Ok(all);
+        }
+        Err("the client has tokens whose text was held back")
+    }
+
+    /// The request for the rest of the answer: what was asked for, and what came, as tokens. `tokens_max`: what the model's context has,
+    /// where the request does not say how many it wants. Or why that cannot be.
+    pub fn rest(&self, request: &Request, tokenizer: Option<&Tokens>, tokens_max: Option<u64>) -> Result<Rest, &'static str> {
         if self.opaque {
             return Err("it holds what its tokens alone do not tell (calls of tools, thoughts, or text without token ids)");
         }
@@ -329,13 +343,14 @@ impl Answer {
         if request.kind == Kind::Chat && !self.has_text {
             return Err("nothing shows yet whether the model thinks or answers");
         }
-        let came = self.generated.get(..self.told).unwrap_or_default();
+        let count = self.came(request)?;
+        let came = self.generated.get(..count).unwrap_or_default();
         if self.several && !tokenizer.is_some_and(|tokenizer| tokenizer.ends_with_character(came)) {
             return Err("it may have broken off within a character");
         }
         let room = request.max_tokens().or(tokens_max.map(|max| max.saturating_sub(prompt.len() as u64)));
         let room = room.ok_or("nobody says how many tokens it may have")?;
-        let left = room.checked_sub(came.len() as u64).filter(|left| *left > 0).ok_or("all tokens that were asked for came")?;
+        let left = room.checked_sub(count as u64).filter(|left| *left > 0).ok_or("all tokens that were asked for came")?;
         let all: Vec<u32> = prompt.iter().chain(came).copied().collect();
         let mut rest: Map<String, Value> = CARRIED
             .iter()
@@ -348,10 +363,21 @@ impl Answer {
         rest.insert("return_token_ids".into(), Value::Bool(true));
         rest.insert("add_special_tokens".into(), Value::Bool(false));
         if let Some(least) = request.body.value("min_tokens").as_u64() {
-            rest.insert("min_tokens".into(), json!(least.saturating_sub(came.len() as u64)));
+            rest.insert("min_tokens".into(), json!(least.saturating_sub(count as u64)));
         }
-        Ok((Bytes::from(Value::Object(rest).to_string()), all))
+        Ok(Rest { body: Bytes::from(Value::Object(rest).to_string()), prompt: all, came: count })
     }
+}
+
+/// A request for the rest of an answer.
+#[derive(Debug, PartialEq)]
+pub struct Rest {
+    /// For `/v1/completions`.
+    pub body: Bytes,
+    /// Its prompt.
+    pub prompt: Vec<u32>,
+    /// Tokens of it that are the answer's.
+    came: usize,
 }
 
 #[cfg(test)]
@@ -391,11 +417,11 @@ mod tests {
         // Its text is held back.
         let held = r#"{"id":"a","created":1,"model":"m","choices":[{"index":0,"delta":{},"token_ids":[8],"finish_reason":null}]}"#;
         assert_eq!(answer.take(held, &request, true), Verdict::Dropped);
-        let (rest, prompt) = answer.rest(&request, None, None).unwrap();
-        let rest: Value = serde_json::from_slice(&rest).unwrap();
-        assert_eq!(prompt, [1, 2, 7], "from the last token whose text was sent");
-        assert_eq!((&rest["max_tokens"], &rest["temperature"]), (&json!(9), &json!(0)));
-        answer.goes_on();
+        let rest = answer.rest(&request, None, None).unwrap();
+        let body: Value = serde_json::from_slice(&rest.body).unwrap();
+        assert_eq!(rest.prompt, [1, 2, 7], "from the last token whose text was sent");
+        assert_eq!((&body["max_tokens"], &body["temperature"]), (&json!(9), &json!(0)));
+        answer.goes_on(&rest);
         let more = r#"{"id":"b","created":9,"model":"m","object":"text_completion","choices":[{"index":0,"text":"q","token_ids":[9],"prompt_token_ids":[1,2,7],"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}}"#;
         let seen = seen(answer.take(more, &request, true));
         assert_eq!((&seen["id"], &seen["created"], &seen["object"]), (&json!("a"), &json!(1), &json!("chat.completion.chunk")));
@@ -430,6 +456,22 @@ mod tests {
         // All that was asked for came.
         let whole = Answer { prompt: Some(vec![1]), generated: vec![1; 10], told: 10, has_text: true, ..Answer::default() };
         assert_eq!(whole.rest(&request, None, None).unwrap_err(), "all tokens that were asked for came");
+    }
+
+    /// A client that asks for token ids has tokens whose text is held back.
+    #[test]
+    fn tokens_that_the_client_has_are_not_sent_again() {
+        let body = |ids: bool| json!({"model": "m", "prompt": [1, 2], "stream": true, "max_tokens": 99, "return_token_ids": ids});
+        let piece = |text: &str, token: u32| json!({"choices": [{"index": 0, "text": text, "token_ids": [token], "prompt_token_ids": [1, 2]}]}).to_string();
+        let told = |ids: bool, texts: &[&str]| {
+            let (request, mut answer) = (request(Kind::Completion, body(ids)), Answer::default());
+            texts.iter().zip(3..).for_each(|(text, token)| _ = answer.take(&piece(text, token), &request, !ids));
+            answer.rest(&request, None, None).map(|rest| rest.prompt.len() - 2)
+        };
+        assert_eq!((told(false, &["a", "b", ""]), told(true, &["a", "", "b"])), (Ok(2), Ok(3)));
+        assert_eq!(told(true, &["a", "b", ""]), Err("the client has tokens whose text was held back"));
+        assert_eq!(told(true, &[""; 3]), Err("the client has tokens whose text was held back"), "half a character, perhaps");
+        assert_eq!((told(true, &[""; 40]), told(false, &[""; 40])), (Ok(40), Ok(0)), "an engine without a tokenizer");
     }
 
     #[test]

@@ -49,6 +49,23 @@ const KVSTORE: Layers = Layers {
     exceptions: &[],
 };
 
+const ROUTER_SERVE: Layers = Layers {
+    folder: "router/src/serve",
+    layers: &[
+        &["json", "listen"],
+        &["openai", "sse"],
+        &["body", "upstream"],
+        &["app"],
+        &["metrics", "models", "resume"],
+        &["ahead", "known"],
+        &["call", "indexer"],
+        &["whole"],
+        &["pass", "relay"],
+        &["proxy"],
+    ],
+    exceptions: &[],
+};
+
 impl Layers {
     fn layer_of(&self, module: &str) -> Option<usize> {
         self.layers.iter().position(|layer| layer.contains(&module))
@@ -80,11 +97,11 @@ impl Layers {
     }
 }
 
-/// The module at the top of the crate that a file is part of. None for the root.
+/// The module at the top of the folder that a file is part of. None for the root.
 fn module_of(path: &Path) -> Option<String> {
     let first = path.components().next()?.as_os_str().to_str()?;
     let name = first.strip_suffix(".rs").unwrap_or(first);
-    (name != "lib" && name != "main").then(|| name.to_owned())
+    (!["lib", "main", "mod"].contains(&name)).then(|| name.to_owned())
 }
 
 /// How often `super::` is said in a file to name the root of the crate.
@@ -161,7 +178,7 @@ fn sources(folder: &str) -> BTreeMap<PathBuf, String> {
 
 #[test]
 fn modules_import_only_lower_ones() {
-    for layers in [TIERS, KVSTORE] {
+    for layers in [TIERS, KVSTORE, ROUTER_SERVE] {
         let files = sources(layers.folder);
         let known = layers.modules();
         let found: BTreeSet<String> = files.keys().filter_map(|path| module_of(path)).collect();
@@ -200,7 +217,7 @@ fn an_import_of_a_higher_module_is_found_however_it_is_written() {
 fn the_layers_are_written_down() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../ARCHITECTURE.md");
     let text = std::fs::read_to_string(path).unwrap();
-    for layers in [TIERS, KVSTORE] {
+    for layers in [TIERS, KVSTORE, ROUTER_SERVE] {
         let head = format!("| layers of `{}` |", layers.folder.trim_end_matches("src"));
         let rows = text.lines().skip_while(|line| !line.starts_with(&head)).skip(2);
         let rows = rows.take_while(|line| line.starts_with("| `"));

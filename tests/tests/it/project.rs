@@ -100,8 +100,8 @@ fn the_tests_of_the_contract_exist() {
     for name in text.split('`').filter(|name| name.contains("::")) {
         let (file, function) = name.split_once("::").unwrap();
         let folders = match file.split_once('/') {
-            // A test beside the code that it tests.
-            Some((krate, module)) => vec![format!("{krate}/src/{module}.rs")],
+            // A test beside the code that it tests, or of the crate's program.
+            Some((krate, module)) => ["src", "tests"].map(|folder| format!("{krate}/{folder}/{module}.rs")).to_vec(),
             None => ["tests/tests/it", "kvstore/tests/it"].map(|folder| format!("{folder}/{file}.rs")).to_vec(),
         };
         let is_there = folders.iter().any(|file| {
