@@ -11,6 +11,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 pub const GREETING_BYTES: usize = 64;
 /// Bytes of a command at most: what peers say of themselves.
 const COMMAND_BYTES_MAX: usize = 4096;
+/// Bytes of a frame that is passed over, at most.
+const SKIPPED_BYTES_MAX: u64 = 1 << 30;
 /// Frames of one message at most: an envelope, a topic, a number, a payload, and room.
 const FRAMES_MAX: usize = 16;
 
@@ -84,8 +86,15 @@ struct Frame {
     body: Bytes,
 }
 
+/// What stands at the front of a buffer.
+enum Front {
+    Frame(Frame),
+    /// A frame that is longer than it may be: so many bytes follow, and another frame of the message if `more`.
+    Long { bytes: u64, more: bool },
+}
+
 /// A frame from the front of `buffer`; `None` until it is there.
-fn take_frame(buffer: &mut BytesMut, bytes_max: usize) -> Result<Option<Frame>, ZmtpError> {
+fn take_frame(buffer: &mut BytesMut, bytes_max: usize, skips: bool) -> Result<Option<Front>, ZmtpError> {
     let (flags, header, length) = match buffer.as_ref() {
         [flags, rest @ ..] if flags & 2 == 2 => match rest.first_chunk::<8>() {
             Some(length) => (*flags, 9, u64::from_be_bytes(*length)),
@@ -100,13 +109,18 @@ fn take_frame(buffer: &mut BytesMut, bytes_max: usize) -> Result<Option<Frame>, 
     let command = flags & 4 == 4;
     let most = if command { COMMAND_BYTES_MAX } else { bytes_max };
     if length > most as u64 {
-        return Err(wrong(format!("it sent a frame of {length} bytes; at most {most} are allowed")));
+        if command || !skips || length > SKIPPED_BYTES_MAX {
+            return Err(wrong(format!("it sent a frame of {length} bytes; at most {most} are allowed")));
+        }
+        buffer.advance(header);
+        return Ok(Some(Front::Long { bytes: length, more: flags & 1 == 1 }));
     }
     if buffer.len() < header + length as usize {
         return Ok(None);
     }
     buffer.advance(header);
-    Ok(Some(Frame { more: flags & 1 == 1, command, body: buffer.split_to(length as usize).freeze() }))
+    let body = buffer.split_to(length as usize).freeze();
+    Ok(Some(Front::Frame(Frame { more: flags & 1 == 1, command, body })))
 }
 
 fn put_frame(out: &mut BytesMut, flags: u8, body: &[u8]) {
@@ -135,11 +149,15 @@ pub struct Connection<S> {
     buffer: BytesMut,
     message_bytes_max: usize,
     frames: Vec<Bytes>,
+    /// Bytes of a frame that is too long, which are yet to be passed over; and whether another one follows it.
+    skipped: Option<(u64, bool)>,
+    skips: bool,
     peer: String,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
-    /// Greets a peer as a socket of `socket_type`. Messages of more than `message_bytes_max` bytes end the connection.
+    /// Greets a peer as a socket of `socket_type`. Messages of more than `message_bytes_max` bytes end the connection,
+    /// unless [`Self::passing_over_long`] says otherwise.
     pub async fn handshake(mut stream: S, socket_type: &str, message_bytes_max: usize) -> Result<Self, ZmtpError> {
         stream.write_all(&greeting()).await?;
         let mut theirs = [0; GREETING_BYTES];
@@ -152,7 +170,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         put_frame(&mut out, 4, &body);
         stream.write_all(&out).await?;
         let (buffer, frames, peer) = (BytesMut::new(), Vec::new(), String::new());
-        let mut connection = Self { stream, buffer, message_bytes_max, frames, peer };
+        let mut connection = Self { stream, buffer, message_bytes_max, frames, skipped: None, skips: false, peer };
         let frame = connection.frame().await?.ok_or_else(|| wrong("it closed the connection"))?;
         match frame.body.as_ref() {
             [5, b'R', b'E', b'A', b'D', b'Y', metadata @ ..] if frame.command => {
@@ -172,13 +190,36 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     async fn frame(&mut self) -> Result<Option<Frame>, ZmtpError> {
         loop {
-            if let Some(frame) = take_frame(&mut self.buffer, self.message_bytes_max)? {
-                return Ok(Some(frame));
+            if let Some((left, more)) = &mut self.skipped {
+                let here = (*left).min(self.buffer.len() as u64);
+                self.buffer.advance(here as usize);
+                *left -= here;
+                if *left == 0 {
+                    let more = *more;
+                    self.skipped = None;
+                    return Ok(Some(Frame { more, command: false, body: Bytes::new() }));
+                }
+            } else {
+                match take_frame(&mut self.buffer, self.message_bytes_max, self.skips)? {
+                    Some(Front::Frame(frame)) => return Ok(Some(frame)),
+                    Some(Front::Long { bytes, more }) => {
+                        self.skipped = Some((bytes, more));
+                        continue;
+                    }
+                    None => {}
+                }
             }
             if self.stream.read_buf(&mut self.buffer).await? == 0 {
                 return Ok(None);
             }
         }
+    }
+
+    /// In a message that is too long, the frame that makes it so comes empty, and the connection goes on. For a peer that is trusted not to
+    /// send without end: frames of more than a gibibyte end the connection.
+    pub fn passing_over_long(mut self) -> Self {
+        self.skips = true;
+        self
     }
 
     /// The next message; `None` when the peer hung up. Dropping the future loses nothing.
@@ -192,10 +233,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 continue;
             }
             let before: usize = self.frames.iter().map(Bytes::len).sum();
-            if self.frames.len() >= FRAMES_MAX || before + frame.body.len() > self.message_bytes_max {
+            let fits = before + frame.body.len() <= self.message_bytes_max;
+            if self.frames.len() >= FRAMES_MAX || !fits && !self.skips {
                 return Err(wrong(format!("it sent a message of more than {} bytes", self.message_bytes_max)));
             }
-            self.frames.push(frame.body);
+            self.frames.push(if fits { frame.body } else { Bytes::new() });
             if !frame.more {
                 return Ok(Some(std::mem::take(&mut self.frames)));
             }
@@ -324,6 +366,28 @@ mod tests {
             a.write_all(&greeting).await.unwrap();
             assert!(Connection::handshake(b, "PUB", 1000).await.is_err());
         }
+    }
+
+    #[tokio::test]
+    async fn what_is_too_long_costs_itself_alone_where_that_is_wanted() {
+        let (a, b) = tokio::io::duplex(1 << 10);
+        let (a, b) = tokio::join!(Connection::handshake(a, "PUB", 1000), Connection::handshake(b, "SUB", 1000));
+        let (mut a, mut b) = (a.unwrap(), b.unwrap().passing_over_long());
+        let long = vec![7u8; 100_000];
+        let sent = async {
+            a.send(&[b"t", b"1", &long]).await.unwrap();
+            a.send(&[b"t", b"2", b"short"]).await.unwrap();
+            a.send(&[&[0; 600], &[0; 600], b"3"]).await.unwrap();
+            a.send_encoded(&[2, 0, 0, 0, 0, 0x41, 0, 0, 0]).await.unwrap();
+        };
+        let received = async {
+            assert_eq!(b.receive().await.unwrap().unwrap(), [&b"t"[..], b"1", b""]);
+            assert_eq!(b.receive().await.unwrap().unwrap(), [&b"t"[..], b"2", b"short"]);
+            assert_eq!(b.receive().await.unwrap().unwrap(), [&[0; 600][..], b"", b"3"]);
+            assert!(b.receive().await.unwrap_err().to_string().contains("a frame of 1090519040 bytes"));
+        };
+        tokio::join!(sent, received);
+        assert!(b.buffer.capacity() < 10_000, "nothing of it is kept");
     }
 
     /// Bytes of any kind behind a sound handshake, or in its place: messages, an error or the end, and never much memory.

@@ -12,6 +12,8 @@ pub const PREFETCH_DEADLINE_MS: u32 = 10_000;
 pub const PIECES_KEPT_MAX: usize = 1 << 14;
 /// Tokens of a stream are counted at this pace: what they weigh changes slowly.
 pub const TOKENS_COUNTED_EVERY: Duration = Duration::from_millis(100);
+/// A request of so few bytes is read where it came in: handing it to another thread takes longer.
+pub const READ_AT_ONCE_BYTES: usize = 2048;
 /// Sessions of which it is known where they were: 100 bytes each.
 pub const SESSIONS_MAX: usize = 100_000;
 /// Bytes of a request's body, unless the configuration says otherwise: a conversation with some pictures in it, or an hour of speech.

@@ -53,7 +53,8 @@ async fn connect(endpoint: &Endpoint, socket_type: &str) -> Result<Socket, ZmtpE
             }
             Endpoint::Ipc(path) => Box::new(UnixStream::connect(path).await?),
         };
-        Connection::handshake(stream, socket_type, caps::EVENT_BYTES_MAX + 1024).await
+        let connection = Connection::handshake(stream, socket_type, caps::EVENT_BYTES_MAX + 1024).await?;
+        Ok(connection.passing_over_long())
     };
     match timeout(PATIENCE, whole).await {
         Ok(connected) => connected,

@@ -8,8 +8,10 @@ use http::{HeaderMap, Method, StatusCode};
 use super::app::App;
 use super::body::Held;
 use super::openai::{ApiError, Request};
+use super::resume;
 use super::upstream::{Failure, Outgoing, Upstream};
 use crate::caps;
+use crate::hashing::Chain;
 use crate::place::{Asked, Placed, Refused};
 
 /// See the head of this file.
@@ -27,10 +29,16 @@ pub(super) struct Call {
     /// The router asks for token ids, and the client does not.
     pub(super) hides: bool,
     /// The memory that the request takes.
-    pub(super) _held: Held,
+    pub(super) held: Held,
 }
 
 impl Call {
+    /// Its answer has begun, and it is not asked from its start again: what that took is given up.
+    pub(super) fn forget_prompt(&mut self) {
+        self.request = Arc::new(resume::what_is_needed(&self.request));
+        (self.body, self.held, self.asked.chain) = (Bytes::new(), Held::default(), Chain::default());
+    }
+
     /// Sends the request to one worker after the other, until one takes it: one that answers, if only that the request is wrong.
     pub(super) async fn send_somewhere(&self, but: &mut Vec<usize>) -> Result<(Placed, Upstream), ApiError> {
         self.send_to_some(&self.path, &self.body, but).await

@@ -73,6 +73,22 @@ impl Object {
         self.members.iter().map(|(name, _)| name.as_str())
     }
 
+    /// An object of some of its members, in a text of its own.
+    pub fn only(&self, is_wanted: impl Fn(&str) -> bool) -> Self {
+        let mut text = vec![b'{'];
+        let mut members = Vec::new();
+        for (name, range) in self.members.iter().filter(|(name, _)| is_wanted(name)) {
+            text.extend_from_slice(if members.is_empty() { b"\"" } else { b",\"" });
+            text.extend_from_slice(name.as_bytes());
+            text.extend_from_slice(b"\":");
+            let start = text.len();
+            text.extend_from_slice(self.text.get(range.clone()).unwrap_or_default());
+            members.push((name.clone(), start..text.len()));
+        }
+        text.push(b'}');
+        Self { text: text.into(), members }
+    }
+
     /// The same object with some members set to these texts: where it has one, its value, otherwise behind all others.
     pub fn with(&self, members: &[(&str, &str)]) -> Bytes {
         let mut changes = Changes::default();
@@ -148,6 +164,14 @@ mod tests {
         assert_eq!(with("{}", &[("x", "1"), ("y", "2")]), "{\"x\":1,\"y\":2}");
         assert_eq!(with("{ }", &[("x", "1")]), "{ \"x\":1}");
         assert_eq!(with("{\"\\u0078\": 1}", &[("x", "2")]), "{\"\\u0078\": 2}", "the same name, written otherwise");
+    }
+
+    #[test]
+    fn some_members_make_an_object_of_their_own() {
+        let object = read("{\"z\": [1, 2], \"long\": \"xxxxxxxx\", \"a\" : 1.0 }");
+        let some = object.only(|name| name != "long");
+        assert_eq!((some.bytes().as_ref(), some.get("a"), some.get("long")), (&b"{\"z\":[1, 2],\"a\":1.0}"[..], Some("1.0"), None));
+        assert_eq!(object.only(|_| false).bytes().as_ref(), b"{}");
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::app::App;
 use super::openai::{ApiError, Prompt, Request};
+use crate::caps;
 use crate::fleet::{Role, Worker};
 use crate::hashing::Chain;
 use crate::place::Asked;
@@ -40,12 +41,16 @@ impl App {
     }
 
     async fn read_prompt(self: &Arc<Self>, request: &Arc<Request>, model: String, whole: bool) -> Asked {
-        let (app, reading, of) = (Arc::clone(self), Arc::clone(request), model.clone());
-        // A long prompt takes milliseconds to tokenize and to hash.
-        let known = tokio::task::spawn_blocking(move || app.chain_of(&reading, &of, whole)).await;
+        let known = if request.body.bytes().len() <= caps::READ_AT_ONCE_BYTES {
+            self.chain_of(request, &model, whole)
+        } else {
+            let (app, reading, of) = (Arc::clone(self), Arc::clone(request), model.clone());
+            // A long prompt takes milliseconds to tokenize and to hash.
+            tokio::task::spawn_blocking(move || app.chain_of(&reading, &of, whole)).await.ok().flatten()
+        };
         let session = request.session;
         match known {
-            Ok(Some((tokens, chain))) => Asked { model, tokens, chain, session, role: Role::Both },
+            Some((tokens, chain)) => Asked { model, tokens, chain, session, role: Role::Both },
             _ => Asked { model, tokens: request.guessed_tokens(), session, ..Asked::default() },
         }
     }

@@ -141,6 +141,8 @@ pub struct Request {
     pub salt: Option<String>,
     /// Names the session.
     pub session: Option<u64>,
+    /// Choices that its answer has.
+    pub choices: u64,
 }
 
 /// The prompt, as far as it is known without a tokenizer.
@@ -173,7 +175,8 @@ impl Request {
         let session = session.or_else(|| text("prompt_cache_key")).or_else(|| text("user"));
         let session = session.map(|session| xxh3_64(session.as_bytes()));
         let wants_token_ids = body.value("return_token_ids").as_bool().unwrap_or(false);
-        Ok(Self { kind, body, model, wants_token_ids, salt, session })
+        let choices = choices(kind, &body);
+        Ok(Self { kind, body, model, wants_token_ids, salt, session, choices })
     }
 
     /// The answer is to come in pieces.
@@ -206,17 +209,11 @@ impl Request {
         (bytes_of_texts(&prompt) / 4).max(1)
     }
 
-    /// Choices that its answer has.
-    pub fn choices(&self) -> u64 {
-        let each = self.body.value("n").as_u64().unwrap_or(1).max(1);
-        let prompts = match self.body.value("prompt") {
-            Value::Array(prompts) if self.kind == Kind::Completion => match prompts.first() {
-                Some(Value::String(_) | Value::Array(_)) => prompts.len() as u64,
-                _ => 1,
-            },
-            _ => 1,
-        };
-        each.saturating_mul(prompts)
+    /// The request without its prompt, and whatever else is of no use once its answer has begun: prompts are long, and answers slow.
+    pub fn without_prompt(&self, needed: &[&str]) -> Self {
+        let is_needed = |name: &str| needed.contains(&name);
+        let (model, salt) = (self.model.clone(), self.salt.clone());
+        Self { body: self.body.only(is_needed), model, salt, ..*self }
     }
 
     /// Tokens that it asks for at most, where it says so.
@@ -228,6 +225,18 @@ impl Request {
             Kind::Completion => Some(of("max_tokens").unwrap_or(16)),
         }
     }
+}
+
+fn choices(kind: Kind, body: &Object) -> u64 {
+    let each = body.value("n").as_u64().unwrap_or(1).max(1);
+    let prompts = match body.value("prompt") {
+        Value::Array(prompts) if kind == Kind::Completion => match prompts.first() {
+            Some(Value::String(_) | Value::Array(_)) => prompts.len() as u64,
+            _ => 1,
+        },
+        _ => 1,
+    };
+    each.saturating_mul(prompts)
 }
 
 fn token_ids(list: &[Value]) -> Option<Vec<u32>> {

@@ -45,7 +45,7 @@ pub(super) async fn answer(
         "resume is off" => field,
         _ => format!("the tokens of its answer do not carry the request's field {field:?}"),
     });
-    let call = Call { app, request, asked, headers, path, body, hindrance, hides, _held: held };
+    let call = Call { app, request, asked, headers, path, body, hindrance, hides, held };
     let (placed, upstream) = call.send_somewhere(&mut Vec::new()).await?;
     if is_stream(&upstream) { Ok(Relay::begin(call, placed, upstream)) } else { whole::answer(call, placed, upstream).await }
 }

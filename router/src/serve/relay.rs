@@ -164,6 +164,12 @@ impl Relay {
         while let Some(event) = self.events.next() {
             self.take_event(event)?;
         }
+        // What came at once goes on at once: a write costs more than a copy.
+        if self.out.len() > 1 {
+            let all = self.out.iter().map(Bytes::as_ref).collect::<Vec<&[u8]>>().concat();
+            self.out.clear();
+            self.out.push_back(all.into());
+        }
         Ok(())
     }
 
@@ -179,7 +185,7 @@ impl Relay {
             self.out.push_back(event.into_bytes());
             return Ok(());
         }
-        let before = self.answer.tokens();
+        let (before, is_first) = (self.answer.tokens(), !self.answer.was_sent());
         match self.answer.take(&data, &self.call.request, self.call.hides) {
             Verdict::AsItCame => {
                 drop(data);
@@ -192,6 +198,9 @@ impl Relay {
                 self.failure = Some(event.into_bytes());
                 return Err(why);
             }
+        }
+        if is_first && self.answer.was_sent() {
+            self.call.forget_prompt();
         }
         let new = (self.answer.tokens().saturating_sub(before)) as u64;
         self.placed.tokens(new.max(1));

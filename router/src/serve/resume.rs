@@ -60,6 +60,14 @@ const PASSED_OVER: [&str; 22] = [
     "session_id",
 ];
 
+/// Fields of a request that matter once its answer has begun.
+const NEEDED: [&str; 5] = ["n", "stream", "max_tokens", "max_completion_tokens", "min_tokens"];
+
+/// What is needed of a request once its answer has begun.
+pub fn what_is_needed(request: &Request) -> Request {
+    request.without_prompt(&[&CARRIED[..], &NEEDED].concat())
+}
+
 /// Why a broken answer to a request cannot be gone on with: the field that stands in the way. `None` where it can.
 pub fn hindrance(request: &Request) -> Option<String> {
     if request.kind == Kind::Completion && matches!(request.prompt(), Prompt::Other) {
@@ -271,7 +279,7 @@ impl Answer {
     pub fn is_whole(&self, request: &Request) -> bool {
         let usage = request.body.value("stream_options");
         let usage = usage.get("include_usage").is_some_and(|usage| *usage == true);
-        self.finished.len() as u64 >= request.choices() && (self.has_usage || !usage)
+        self.finished.len() as u64 >= request.choices && (self.has_usage || !usage)
     }
 
     /// Whether the router can tell a whole answer from one that broke off: it reads all pieces.
@@ -418,6 +426,7 @@ mod tests {
         let held = r#"{"id":"a","created":1,"model":"m","choices":[{"index":0,"delta":{},"token_ids":[8],"finish_reason":null}]}"#;
         assert_eq!(answer.take(held, &request, true), Verdict::Dropped);
         let rest = answer.rest(&request, None, None).unwrap();
+        assert_eq!(answer.rest(&what_is_needed(&request), None, None).as_ref(), Ok(&rest), "its prompt is not needed any more");
         let body: Value = serde_json::from_slice(&rest.body).unwrap();
         assert_eq!(rest.prompt, [1, 2, 7], "from the last token whose text was sent");
         assert_eq!((&body["max_tokens"], &body["temperature"]), (&json!(9), &json!(0)));
@@ -513,7 +522,7 @@ mod tests {
         ] {
             let mut body = json!({"model": "m", "prompt": [1, 2]});
             body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-            let (request, mut answer) = (request(Kind::Completion, body), Answer::default());
+            let (request, mut answer) = (what_is_needed(&request(Kind::Completion, body)), Answer::default());
             ends.iter().for_each(|data| assert_eq!(answer.take(data, &request, false), Verdict::AsItCame));
             assert_eq!(answer.is_whole(&request), whole, "{more}");
         }

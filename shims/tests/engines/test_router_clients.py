@@ -1,7 +1,7 @@
 """Clients that people use, straight to vLLM and through the router: the answers are the same.
 
 The router is told of one server under two addresses, so that it takes it for two engines and asks for token ids, as it does where an
-answer could go on elsewhere. All requests are greedy.
+answer could go on elsewhere. Requests are greedy, or have a seed.
 """
 
 import asyncio
@@ -37,6 +37,9 @@ TEMPLATE = (
 # What differs from one answer to the next, whoever passes it on.
 ITS_OWN = {"id", "created", "created_at", "completed_at", "item_id", "call_id", "response_id", "request_id"}
 
+# A model that knows nothing would write white space without end wherever a form lets it.
+NO_BLANKS: dict[str, int] = {}
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -58,6 +61,10 @@ def write_tokenizer(folder: pathlib.Path) -> None:
     tokenizer.train([str(path) for path in sorted((ROOT / "docs").glob("*.md"))], trainer)
     assert tokenizer.get_vocab_size() == models.VOCABULARY
     tokenizer.save(str(folder / "tokenizer.json"))
+    # As byte-level tokenizers write a space, a line feed, a tab and a carriage return.
+    NO_BLANKS.update(
+        {str(token): -100 for text, token in tokenizer.get_vocab().items() if set(text) & set("\u0120\u010a\u0109\u010d")}
+    )
     settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -143,7 +150,11 @@ TOOL = dict(
         name="look_up",
         description="Looks something up",
         # In an order of its own: sorted, it would be another prompt.
-        parameters=dict(type="object", properties=dict(where=dict(enum=["here", "there"]), deep=dict(type="boolean")), required=["where", "deep"]),
+        parameters=dict(
+            type="object",
+            properties=dict(where=dict(enum=["here", "there"]), deep=dict(type="boolean")),
+            required=["where", "deep"],
+        ),
     ),
 )
 SCHEMA = dict(
@@ -161,7 +172,7 @@ SCHEMA = dict(
 HELLO = [dict(role="system", content="Be brief."), dict(role="user", content="Where do blocks of a prompt go?")]
 CHATS = {
     "plain": {},
-    "two choices": dict(n=2),
+    "two choices": dict(n=2, temperature=0.7, seed=5),
     "log-probabilities": dict(logprobs=True, top_logprobs=3),
     "a stop": dict(stop=["e"]),
     "a named tool": dict(tools=[TOOL], tool_choice=dict(type="function", function=dict(name="look_up"))),
@@ -178,7 +189,7 @@ def clients(urls):
 
 @pytest.mark.parametrize("case", CHATS)
 def test_chats_are_answered_alike(urls, case):
-    asked = dict(model="tiny", messages=HELLO, max_tokens=40, temperature=0, **CHATS[case])
+    asked = dict(model="tiny", messages=HELLO, max_tokens=40, temperature=0) | CHATS[case]
     direct, through = clients(urls)
     assert plain(through.chat.completions.create(**asked)) == plain(direct.chat.completions.create(**asked))
     asked |= dict(stream=True, stream_options=dict(include_usage=True))
@@ -187,7 +198,10 @@ def test_chats_are_answered_alike(urls, case):
     assert joined(through.chat.completions.create(**asked)) == expected
 
 
-@pytest.mark.parametrize("more", [{}, dict(n=2), dict(logprobs=2), dict(echo=True), dict(prompt=["a", "b"]), dict(prompt=[5, 6, 7])])
+@pytest.mark.parametrize(
+    "more",
+    [{}, dict(n=2, temperature=0.7, seed=5), dict(logprobs=2), dict(echo=True), dict(prompt=["a", "b"]), dict(prompt=[5, 6, 7])],
+)
 def test_completions_are_answered_alike(urls, more):
     asked = dict(model="tiny", prompt="A block is", max_tokens=20, temperature=0) | more
     direct, through = clients(urls)
@@ -251,17 +265,19 @@ def test_an_agent_gets_the_same_answers(urls):
         client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         model = agents.OpenAIChatCompletionsModel(model="tiny", openai_client=client)
         seen = []
-        for settings in (agents.ModelSettings(temperature=0, max_tokens=60, tool_choice="required"),):
-            caller = agents.Agent(
-                name="caller", model=model, tools=[look_up], model_settings=settings, tool_use_behavior="stop_on_first_tool"
-            )
-            seen.append((await agents.Runner.run(caller, "Look it up.")).final_output)
-            streamed = agents.Runner.run_streamed(caller, "Look it up.")
-            seen.append([event.type async for event in streamed.stream_events() if event.type != "raw_response_event"])
-            seen.append(streamed.final_output)
-        judge = agents.Agent(
-            name="judge", model=model, output_type=Verdict, model_settings=agents.ModelSettings(temperature=0, max_tokens=60)
+        form = dict(logit_bias=NO_BLANKS)
+        # Nor would it ever have called enough.
+        once = form | dict(stop=["</tool_call>"], include_stop_str_in_output=True)
+        settings = agents.ModelSettings(temperature=0, max_tokens=100, extra_body=once, tool_choice="required")
+        caller = agents.Agent(
+            name="caller", model=model, tools=[look_up], model_settings=settings, tool_use_behavior="stop_on_first_tool"
         )
+        seen.append((await agents.Runner.run(caller, "Look it up.")).final_output)
+        streamed = agents.Runner.run_streamed(caller, "Look it up.")
+        seen.append([event.type async for event in streamed.stream_events() if event.type != "raw_response_event"])
+        seen.append(streamed.final_output)
+        settings = agents.ModelSettings(temperature=0, max_tokens=100, extra_body=form)
+        judge = agents.Agent(name="judge", model=model, output_type=Verdict, model_settings=settings)
         seen.append((await agents.Runner.run(judge, "Is it so?")).final_output)
         await client.close()
         return seen
