@@ -19,8 +19,8 @@ mod object;
 mod outside;
 mod overcommit;
 mod process;
-mod restart;
 mod relay;
+mod restart;
 mod routing;
 
 use clap::Parser;

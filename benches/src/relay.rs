@@ -15,7 +15,8 @@ use rustix::event::epoll;
 use crate::figure::{self, median};
 use crate::process::{Process, resident_bytes};
 
-const STREAMS: usize = 2000;
+/// Streams at once: those that a router is to take, and half of them, which leave two cores some time.
+const STREAMS: [usize; 2] = [2000, 1000];
 const TOKEN_EVERY: Duration = Duration::from_millis(20);
 /// How long each side is measured, after all its streams have begun.
 const MEASURED: Duration = Duration::from_secs(6);
@@ -105,7 +106,11 @@ fn begun(mut stream: TcpStream) -> Option<TcpStream> {
             break;
         }
     }
-    stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n").ok()?;
+    stream
+        .write_all(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n",
+        )
+        .ok()?;
     Some(stream)
 }
 
@@ -127,17 +132,18 @@ impl Seen {
     }
 }
 
-const BODY: &str = "{\"model\": \"m\", \"messages\": [{\"role\": \"user\", \"content\": \"hello there\"}], \"stream\": true}";
+const BODY: &str =
+    "{\"model\": \"m\", \"messages\": [{\"role\": \"user\", \"content\": \"hello there\"}], \"stream\": true}";
 
 /// Opens all streams at `address`, and reads them for a while.
-fn sink(address: SocketAddr, process: Option<&Process>) -> anyhow::Result<Seen> {
+fn sink(address: SocketAddr, count: usize, process: Option<&Process>) -> anyhow::Result<Seen> {
     let resident = |process: Option<&Process>| process.map_or(0.0, |process| resident_bytes(process.id()));
     let before = resident(process);
     let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json";
     let request = format!("{head}\r\ncontent-length: {}\r\n\r\n{BODY}", BODY.len());
     let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     let mut streams = Vec::new();
-    for at in 0..STREAMS {
+    for at in 0..count {
         let mut stream = TcpStream::connect(address)?;
         stream.set_nodelay(true)?;
         stream.write_all(request.as_bytes())?;
@@ -155,16 +161,20 @@ fn sink(address: SocketAddr, process: Option<&Process>) -> anyhow::Result<Seen> 
     let until_all = Instant::now() + Duration::from_secs(20);
     let (mut started, mut cpu) = (None::<Instant>, 0.0);
     loop {
-        if began == STREAMS && started.is_none() {
+        if began == count && started.is_none() {
             started = Some(Instant::now());
             cpu = process.map_or(0.0, Process::cpu_seconds);
             delays.clear();
         }
-        anyhow::ensure!(began == STREAMS || Instant::now() < until_all, "only {began} streams began");
+        anyhow::ensure!(began == count || Instant::now() < until_all, "only {began} streams began");
         if started.is_some_and(|started| started.elapsed() > MEASURED) {
             break;
         }
-        epoll::wait(&poll, rustix::buffer::spare_capacity(&mut events), Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 10_000_000 }))?;
+        epoll::wait(
+            &poll,
+            rustix::buffer::spare_capacity(&mut events),
+            Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 10_000_000 }),
+        )?;
         for event in events.drain(..) {
             let Some((stream, has_begun)) = streams.get_mut(event.data.u64() as usize) else { continue };
             let read = match stream.read(&mut buffer) {
@@ -176,7 +186,8 @@ fn sink(address: SocketAddr, process: Option<&Process>) -> anyhow::Result<Seen> 
             let now = now_ns();
             let text = buffer.get(..read).unwrap_or_default();
             for at in text.windows(7).enumerate().filter(|(_, window)| window == b"\"sent\":").map(|(at, _)| at) {
-                let sent = text.get(at + 7..at + 27).and_then(|digits| std::str::from_utf8(digits).ok()?.parse::<u64>().ok());
+                let sent =
+                    text.get(at + 7..at + 27).and_then(|digits| std::str::from_utf8(digits).ok()?.parse::<u64>().ok());
                 if let Some(sent) = sent {
                     delays.push(now.saturating_sub(sent) as f64 / 1e6);
                     began += usize::from(!std::mem::replace(has_begun, true));
@@ -185,7 +196,7 @@ fn sink(address: SocketAddr, process: Option<&Process>) -> anyhow::Result<Seen> 
         }
     }
     let cpu_seconds = process.map_or(0.0, Process::cpu_seconds) - cpu;
-    let bytes_per_stream = (resident(process) - before) / STREAMS as f64;
+    let bytes_per_stream = (resident(process) - before) / count as f64;
     delays.sort_by(f64::total_cmp);
     Ok(Seen { delays, cpu_seconds, bytes_per_stream })
 }
@@ -238,42 +249,53 @@ fn nginx(source: &Source) -> anyhow::Result<Proxy> {
 pub fn measure(daemon: &Path) -> anyhow::Result<()> {
     let program = daemon.with_file_name("kvstore-router");
     anyhow::ensure!(program.exists(), "{} is missing: build kvstore-router, too", program.display());
-    let (mut added, mut of_nginx, mut per_stream) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut cpu, mut nginx_cpu, mut nginx_added, mut direct_p99) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let (mut nginx_bytes, mut rates) = (Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
-        let direct = {
-            let source = Source::start()?;
-            sink(source.address, None).context("straight from the source")?
-        };
-        let through = {
-            let source = Source::start()?;
-            let proxy = router(&program, &source)?;
-            sink(proxy.address, Some(&proxy.process)).context("through the router")?
-        };
-        let peer = {
-            let source = Source::start()?;
-            let proxy = nginx(&source)?;
-            sink(proxy.address, Some(&proxy.process)).context("through nginx")?
-        };
-        added.push(through.p99() - direct.p99());
-        nginx_added.push(peer.p99() - direct.p99());
-        direct_p99.push(direct.p99());
-        of_nginx.push(through.cpu_us_per_token() / peer.cpu_us_per_token());
-        cpu.push(through.cpu_us_per_token());
-        nginx_cpu.push(peer.cpu_us_per_token());
-        per_stream.push(through.bytes_per_stream / 1024.0);
-        nginx_bytes.push(peer.bytes_per_stream / 1024.0);
-        rates.push(through.delays.len() as f64 / MEASURED.as_secs_f64());
+    for count in STREAMS {
+        let infix = if count == STREAMS[0] { String::new() } else { format!("_{count}") };
+        let rows = rounds(&program, count)?;
+        let of = |name: fn(&Round) -> f64| median(rows.iter().map(name).collect());
+        let target = |target: &'static str| if infix.is_empty() { target } else { "none" };
+        figure::print(
+            "relay",
+            &format!("added_p99_ms{infix}"),
+            of(|row| row.router.p99() - row.direct.p99()),
+            target("< 5"),
+        );
+        figure::note("relay", &format!("nginx_added_p99_ms{infix}"), of(|row| row.nginx.p99() - row.direct.p99()));
+        figure::note("relay", &format!("direct_p99_ms{infix}"), of(|row| row.direct.p99()));
+        let of_nginx = of(|row| row.router.cpu_us_per_token() / row.nginx.cpu_us_per_token());
+        figure::print("relay", &format!("cpu_of_nginx{infix}"), of_nginx, target("<= 0.5"));
+        figure::note("relay", &format!("cpu_us_per_token{infix}"), of(|row| row.router.cpu_us_per_token()));
+        figure::note("relay", &format!("nginx_cpu_us_per_token{infix}"), of(|row| row.nginx.cpu_us_per_token()));
+        let tokens = |row: &Round| row.router.delays.len() as f64 / MEASURED.as_secs_f64();
+        figure::note("relay", &format!("tokens_per_second{infix}"), of(tokens));
+        if infix.is_empty() {
+            figure::print("relay", "kib_per_stream", of(|row| row.router.bytes_per_stream / 1024.0), "<= 8");
+            figure::note("relay", "nginx_kib_per_stream", of(|row| row.nginx.bytes_per_stream / 1024.0));
+        }
     }
-    figure::print("relay", "added_p99_ms", median(added), "< 5");
-    figure::note("relay", "nginx_added_p99_ms", median(nginx_added));
-    figure::note("relay", "direct_p99_ms", median(direct_p99));
-    figure::print("relay", "cpu_of_nginx", median(of_nginx), "<= 0.5");
-    figure::note("relay", "cpu_us_per_token", median(cpu));
-    figure::note("relay", "nginx_cpu_us_per_token", median(nginx_cpu));
-    figure::print("relay", "kib_per_stream", median(per_stream), "<= 8");
-    figure::note("relay", "nginx_kib_per_stream", median(nginx_bytes));
-    figure::note("relay", "tokens_per_second", median(rates));
     Ok(())
+}
+
+struct Round {
+    direct: Seen,
+    router: Seen,
+    nginx: Seen,
+}
+
+fn rounds(program: &Path, count: usize) -> anyhow::Result<Vec<Round>> {
+    let round = |_| {
+        let source = Source::start()?;
+        let direct = sink(source.address, count, None).context("straight from the source")?;
+        drop(source);
+        let source = Source::start()?;
+        let proxy = router(program, &source)?;
+        let router = sink(proxy.address, count, Some(&proxy.process)).context("through the router")?;
+        drop((proxy, source));
+        let source = Source::start()?;
+        let proxy = nginx(&source)?;
+        let nginx = sink(proxy.address, count, Some(&proxy.process)).context("through nginx")?;
+        drop((proxy, source));
+        Ok(Round { direct, router, nginx })
+    };
+    (0..ROUNDS).map(round).collect()
 }

@@ -90,7 +90,10 @@ struct Frame {
 enum Front {
     Frame(Frame),
     /// A frame that is longer than it may be: so many bytes follow, and another frame of the message if `more`.
-    Long { bytes: u64, more: bool },
+    Long {
+        bytes: u64,
+        more: bool,
+    },
 }
 
 /// A frame from the front of `buffer`; `None` until it is there.

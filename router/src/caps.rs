@@ -14,12 +14,20 @@ pub const PIECES_KEPT_MAX: usize = 1 << 14;
 pub const TOKENS_COUNTED_EVERY: Duration = Duration::from_millis(100);
 /// A request of so few bytes is read where it came in: handing it to another thread takes longer.
 pub const READ_AT_ONCE_BYTES: usize = 2048;
+/// A request of which something is heard is said to live at this pace.
+pub const HEARD_EVERY: Duration = Duration::from_secs(1);
 /// Sessions of which it is known where they were: 100 bytes each.
 pub const SESSIONS_MAX: usize = 100_000;
 /// Bytes of a request's body, unless the configuration says otherwise: a conversation with some pictures in it, or an hour of speech.
 pub const REQUEST_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of the bodies of all requests under way: some thousand conversations of the longest kind.
 pub const REQUESTS_BYTES_MAX: usize = 1 << 30;
+/// Members of a request's object: engines know some seventy.
+pub const REQUEST_MEMBERS_MAX: usize = 1024;
+/// A body that sends nothing for so long is given up.
+pub const BODY_WITHIN: Duration = Duration::from_secs(30);
+/// Bytes of an answer, or of an event of one, that are kept without asking whether there is memory for them.
+pub const ANSWER_UNCOUNTED: usize = 64 << 10;
 /// A body that is too long is read for so long, so that its client sees why it is refused.
 pub const DRAIN_WITHIN: Duration = Duration::from_secs(5);
 /// Bytes of an answer that is kept until it is whole, so that another worker can be asked if it breaks off: one of a hundred thousand
@@ -37,6 +45,8 @@ pub const IDLE_CONNECTIONS_MAX: usize = 64;
 pub const IDLE_CONNECTION_TIME: Duration = Duration::from_secs(4);
 /// A worker takes a connection within this, or is asked no more.
 pub const CONNECT_WITHIN: Duration = Duration::from_secs(2);
+/// A kept connection that was closed meanwhile shows that at once. A worker that hangs up later has begun to work.
+pub const STALE_WITHIN: Duration = Duration::from_secs(1);
 /// A worker that does not answer so often, one time after the other, is away.
 pub const DOUBTS_MAX: u32 = 3;
 /// Behind the last line of an answer, its end is waited for no longer than this.

@@ -250,10 +250,14 @@ impl Config {
             let (tokens, problem) = match tokens {
                 Ok(tokens) => {
                     let problem = tokens.as_ref().and_then(Tokens::template_problem);
-                    let problem = problem.map(|why| format!("its chat template cannot be used, so its conversations are placed by load: {why}"));
+                    let problem = problem.map(|why| {
+                        format!("its chat template cannot be used, so its conversations are placed by load: {why}")
+                    });
                     (tokens, problem)
                 }
-                Err(error) => (None, Some(format!("its tokenizer cannot be used, so its prompts are placed by load: {error}"))),
+                Err(error) => {
+                    (None, Some(format!("its tokenizer cannot be used, so its prompts are placed by load: {error}")))
+                }
             };
             if let Some(problem) = &problem {
                 tracing::error!(model = model.name, problem, "a model's prompts are not known in full");

@@ -3,7 +3,7 @@
 //! Replicas of the router do not talk. Each knows what all caches hold from the same events, and learns each worker's speed from its own
 //! requests, in which those of the other replicas show as slowness; with [`Router::set_others`] it also counts what they have under way.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -73,11 +73,15 @@ pub enum Refused {
         known: String,
     },
     /// Those who do are away.
-    #[error("no worker for the model {0:?} answers; try again in a moment")]
+    #[error("no worker {}answers; try again in a moment", for_model(.0))]
     AllAway(String),
     /// Those who do are full, and so is the queue, or it took too long.
     #[error("{0}")]
     Overload(#[from] Overload),
+}
+
+fn for_model(model: &str) -> String {
+    if model.is_empty() { String::new() } else { format!("for the model {model:?} ") }
 }
 
 /// One candidate.
@@ -104,6 +108,8 @@ pub struct Placed {
     last_token: Option<Instant>,
     /// Tokens since then that are not counted yet.
     uncounted: u64,
+    /// When it was last said that something is heard of it.
+    heard: Option<Instant>,
 }
 
 /// See the head of this file. Shared by `Arc`.
@@ -248,6 +254,7 @@ impl Router {
         };
         let workers: Vec<Arc<Worker>> = of_model.into_iter().filter(may).collect();
         let cached = self.fleet.locate(&asked.chain, &workers);
+        let (workers, cached) = one_for_each_engine(&asked.model, workers, cached);
         let (load, speeds, others) = (self.load.lock(), self.speeds.lock(), self.others.load());
         // A worker of which nothing is known is thought to be as fast as those of which something is.
         let usual = usual_of(&speeds);
@@ -346,7 +353,15 @@ impl Router {
         self.counts.tokens.fetch_add(asked.tokens, Ordering::Relaxed);
         let cached = terms.cached.engine_tokens + terms.cached.fetched_tokens;
         self.counts.cached_tokens.fetch_add(cached, Ordering::Relaxed);
-        Ok(Placed { worker: chosen.worker, terms, router: Arc::clone(self), id, last_token: None, uncounted: 0 })
+        Ok(Placed {
+            worker: chosen.worker,
+            terms,
+            router: Arc::clone(self),
+            id,
+            last_token: None,
+            uncounted: 0,
+            heard: None,
+        })
     }
 
     /// Background work: forgets requests of which nothing is heard. Call it about once a second.
@@ -360,6 +375,23 @@ impl Router {
         self.speeds.lock().retain(|number, _| known.contains(number));
         self.freed.notify_waiters();
     }
+}
+
+/// Of the workers at one URL, the one that knows of the longest prefix: they are one engine's names, or its ranks.
+fn one_for_each_engine(model: &str, workers: Vec<Arc<Worker>>, cached: Vec<Cached>) -> (Vec<Arc<Worker>>, Vec<Cached>) {
+    let mut best: BTreeMap<usize, (Arc<Worker>, Cached)> = BTreeMap::new();
+    let rank = |worker: &Worker, cached: &Cached| {
+        (cached.engine_tokens + cached.fetched_tokens, cached.engine_tokens, worker.spec.model == model)
+    };
+    for (worker, cached) in workers.into_iter().zip(cached) {
+        match best.get(&worker.number) {
+            Some((known, of)) if rank(known, of) >= rank(&worker, &cached) => {}
+            _ => _ = best.insert(worker.number, (worker, cached)),
+        }
+    }
+    let mut all: Vec<(Arc<Worker>, Cached)> = best.into_values().collect();
+    all.sort_by(|(a, _), (b, _)| a.spec.id.cmp(&b.spec.id));
+    all.into_iter().unzip()
 }
 
 fn usual_of(speeds: &HashMap<usize, Speed>) -> Speed {
@@ -404,6 +436,15 @@ impl Placed {
         self.router.load.lock().tokens(self.id, count, expires);
         if let Some(speed) = self.router.speeds.lock().get_mut(&self.worker.number) {
             speed.learn_token(since / u32::try_from(count.max(1)).unwrap_or(u32::MAX));
+        }
+    }
+
+    /// Something came, if only that it lives: it is load for as long as that goes on.
+    pub fn heard(&mut self, now: Instant) {
+        if self.heard.is_none_or(|before| now.duration_since(before) >= caps::HEARD_EVERY) {
+            self.heard = Some(now);
+            let expires = self.router.now() + self.router.options().silence;
+            self.router.load.lock().tokens(self.id, 0, expires);
         }
     }
 
@@ -600,6 +641,21 @@ mod tests {
         // It was tried under its other name.
         let but = [busy.worker.number];
         assert_ne!(router.place(&adapter, &but).await.unwrap().worker.spec.id, twin);
+    }
+
+    /// Ranks that are registered for themselves are one engine; a prefix may be known of any of them.
+    #[tokio::test]
+    async fn the_ranks_of_an_engine_count_together() {
+        let router = router(PlaceOptions::default(), &["a", "b"]);
+        router
+            .fleet
+            .add_worker(WorkerSpec { first_rank: 1, ..WorkerSpec { id: "b@1".into(), ..spec("b", Role::Both) } });
+        let asked = asked(&router, &(0..640).collect::<Vec<u32>>());
+        holds(&router, "b@1", &asked.chain);
+        let candidates = router.candidates(&asked, &[]).unwrap();
+        let ids: Vec<&str> = candidates.iter().map(|candidate| candidate.worker.spec.id.as_str()).collect();
+        assert_eq!((ids, candidates[1].terms.cached.engine_tokens), (vec!["a", "b@1"], 640));
+        assert_eq!(router.fleet.serving("m").len(), 3, "each says what it knows");
     }
 
     #[tokio::test]

@@ -151,7 +151,10 @@ fn a_start_holds_whatever_is_missing() {
     }
     // Texts of a model whose template is broken are read all the same.
     let explained = text(&run(&["explain", "hello hello", "--model", "template", "--address", &address]).stdout);
-    assert!(explained.contains("2 tokens, model template") && explained.contains("no worker for the model"), "{explained}");
+    assert!(
+        explained.contains("2 tokens, model template") && explained.contains("no worker for the model"),
+        "{explained}"
+    );
     assert_eq!(router.terminate(), Some(0));
 }
 

@@ -87,7 +87,12 @@ impl Front {
     }
 
     /// The same, for these models.
-    pub async fn start_for(workers: &[WorkerSpec], options: PlaceOptions, serve: ServeOptions, models: HashMap<String, Model>) -> Self {
+    pub async fn start_for(
+        workers: &[WorkerSpec],
+        options: PlaceOptions,
+        serve: ServeOptions,
+        models: HashMap<String, Model>,
+    ) -> Self {
         let fleet = Fleet::new(Hashing::Sha256Cbor(Sha256Cbor::default()), FleetOptions::default());
         fleet.set_workers(workers);
         let router = Router::new(fleet, options);
@@ -145,4 +150,3 @@ pub async fn until(what: &str, reached: impl Fn() -> bool) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
-

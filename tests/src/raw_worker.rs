@@ -90,11 +90,8 @@ impl RawWorker {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let models = r#"{"object": "list", "data": [{"id": "m", "object": "model", "max_model_len": 4096}]}"#;
-        let shared = Shared {
-            answers: Box::new(answers),
-            models: Mutex::new(models.to_owned()),
-            requests: Mutex::default(),
-        };
+        let shared =
+            Shared { answers: Box::new(answers), models: Mutex::new(models.to_owned()), requests: Mutex::default() };
         let shared = Arc::new(shared);
         let serving = Arc::clone(&shared);
         let task = tokio::spawn(async move {

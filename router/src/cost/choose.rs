@@ -136,7 +136,10 @@ mod tests {
     fn a_session_stays_while_that_costs_little() {
         let how = Choose::default();
         let near = [candidate(0.1, 0, false), candidate(0.13, 0, true)];
-        assert_eq!(choose(&how, &near, 0.0), Some(Ok(Choice { at: 1, why: Why::Session { costlier: true }, equals: 1 })));
+        assert_eq!(
+            choose(&how, &near, 0.0),
+            Some(Ok(Choice { at: 1, why: Why::Session { costlier: true }, equals: 1 }))
+        );
         assert_eq!(chosen(&how, &[candidate(0.1, 0, false), candidate(0.3, 0, true)], 0.0), 0);
     }
 

@@ -239,7 +239,10 @@ impl Fields {
                 if !self.tokens.is_empty() && self.tokens.len() != hashes.len() * self.block_tokens as usize {
                     let (tokens, blocks) = (self.tokens.len(), hashes.len());
                     // A group that names a span, say: the events beside it can be read.
-                    return Event::Unread(format!("{tokens} tokens do not fill {blocks} blocks of {}", self.block_tokens));
+                    return Event::Unread(format!(
+                        "{tokens} tokens do not fill {blocks} blocks of {}",
+                        self.block_tokens
+                    ));
                 }
                 let kind = match (self.kind.as_deref(), self.window) {
                     (Some("sliding_window" | "chunked_local_attention" | "SlidingWindow"), Some(window)) => {
@@ -522,7 +525,10 @@ mod tests {
             assert!(error.contains(says), "{value}: {error}");
         }
         // An event that does not fit together costs those beside it nothing.
-        let odd = decoded(&json!([1.0, [["BlockStored", [1, 2], null, [1, 2, 3], 2], ["BlockStored", [1], null, [1, 2], 2]]]));
+        let odd = decoded(&json!([
+            1.0,
+            [["BlockStored", [1, 2], null, [1, 2, 3], 2], ["BlockStored", [1], null, [1, 2], 2]]
+        ]));
         assert_eq!(odd.events[0], Event::Unread("3 tokens do not fill 2 blocks of 2".into()));
         assert!(matches!(&odd.events[1], Event::Stored(stored) if stored.hashes == [1]));
         assert!(decode(&[]).is_err());

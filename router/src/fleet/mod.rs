@@ -152,46 +152,38 @@ impl Fleet {
 
     /// Whether a model is an adapter, by the configuration or by a worker's word.
     pub fn is_adapter(&self, model: &str) -> bool {
-        let says = |worker: &Arc<Worker>| {
-            worker.served().iter().any(|served| served.id == model && served.parent.is_some())
-        };
+        let says =
+            |worker: &Arc<Worker>| worker.served().iter().any(|served| served.id == model && served.parent.is_some());
         self.adapters.load().contains_key(model) || self.state.read().workers.values().any(says)
     }
 
-    /// Workers that serve a model, one for each engine: those that are configured for it, or say that they serve it; of an adapter of
+    /// Workers that serve a model, in the order of their names: those that are configured for it, or say that they serve it; of an adapter of
     /// which none says so, those of its base model. All, where the model is empty.
     pub fn serving(&self, model: &str) -> Vec<Arc<Worker>> {
         let state = self.state.read();
         let mut found: Vec<&Arc<Worker>> =
             state.workers.values().filter(|worker| model.is_empty() || worker.serves(model)).collect();
         let adapters = self.adapters.load();
-        if found.is_empty() && let Some(base) = adapters.get(model) {
+        if found.is_empty()
+            && let Some(base) = adapters.get(model)
+        {
             let is_base = |worker: &&Arc<Worker>| match base {
                 Some(base) => worker.serves(base),
                 None => !adapters.contains_key(&worker.spec.model),
             };
             found = state.workers.values().filter(is_base).collect();
         }
-        // Stable: who is configured for it comes first.
-        found.sort_by_key(|worker| worker.spec.model != model);
-        let mut seen = Vec::with_capacity(found.len());
-        let is_first = |worker: &&Arc<Worker>| {
-            let first = !seen.contains(&worker.number);
-            seen.push(worker.number);
-            first
-        };
-        let mut found: Vec<Arc<Worker>> = found.into_iter().filter(is_first).cloned().collect();
-        found.sort_by(|a, b| a.spec.id.cmp(&b.spec.id));
-        found
+        found.into_iter().cloned().collect()
     }
 
     /// Names of all models: of workers, of what they say, and of adapters. Sorted.
     pub fn models(&self) -> Vec<String> {
         let state = self.state.read();
         let configured = state.workers.values().map(|worker| worker.spec.model.clone());
-        let served = state.workers.values().flat_map(|worker| {
-            worker.served().iter().map(|served| served.id.clone()).collect::<Vec<_>>()
-        });
+        let served = state
+            .workers
+            .values()
+            .flat_map(|worker| worker.served().iter().map(|served| served.id.clone()).collect::<Vec<_>>());
         let mut names: Vec<String> = configured.chain(served).chain(self.adapters.load().keys().cloned()).collect();
         names.sort_unstable();
         names.dedup();
@@ -244,8 +236,10 @@ impl Fleet {
         }
         // A node's blocks may be larger than the engine's: the last of them need not be whole here.
         let larger = workers.iter().filter_map(|worker| worker.node.as_ref()?.block_tokens(&worker.spec.model)).max();
-        let whole = tokens(chain.names.len(), chain).saturating_sub(u64::from(larger.unwrap_or(0)).saturating_sub(u64::from(chain.block_tokens)));
-        whole == 0 || self.locate(chain, &workers).iter().any(|cached| cached.engine_tokens + cached.fetched_tokens >= whole)
+        let whole = tokens(chain.names.len(), chain)
+            .saturating_sub(u64::from(larger.unwrap_or(0)).saturating_sub(u64::from(chain.block_tokens)));
+        whole == 0
+            || self.locate(chain, &workers).iter().any(|cached| cached.engine_tokens + cached.fetched_tokens >= whole)
     }
 
     /// Tokens of a model's blocks, as its workers' engines have them, or its nodes; `None` until somebody says.

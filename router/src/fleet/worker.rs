@@ -203,7 +203,16 @@ impl Worker {
                 tasks.push(tokio::spawn(subscriber.follow()).abort_handle());
             }
         }
-        Arc::new(Self { spec, number, node, view, health: Mutex::default(), served: ArcSwap::default(), following, tasks })
+        Arc::new(Self {
+            spec,
+            number,
+            node,
+            view,
+            health: Mutex::default(),
+            served: ArcSwap::default(),
+            following,
+            tasks,
+        })
     }
 
     /// Whether it gets requests.

@@ -24,7 +24,14 @@ impl App {
         }
     }
 
-    async fn send_ahead(&self, worker: &Worker, kind: Kind, headers: &HeaderMap, body: &Bytes, what: &str) -> Option<Upstream> {
+    async fn send_ahead(
+        &self,
+        worker: &Worker,
+        kind: Kind,
+        headers: &HeaderMap,
+        body: &Bytes,
+        what: &str,
+    ) -> Option<Upstream> {
         let request = Outgoing { method: &Method::POST, path: kind.path(), headers, body, reads: true };
         match self.workers.ask(worker, request, self.router.options().silence).await {
             Ok(answer) if answer.status().is_success() => Some(answer),
@@ -37,6 +44,13 @@ impl App {
                 None
             }
         }
+    }
+
+    /// All of an answer, within the time that an answer may be silent.
+    async fn read_ahead(&self, answer: Upstream) -> Option<Bytes> {
+        let whole = Limited::new(answer.into_body(), caps::ANSWER_READ_MAX).collect();
+        let whole = tokio::time::timeout(self.router.options().silence, whole).await;
+        Some(whole.ok()?.ok()?.to_bytes())
     }
 
     /// Where there are workers for prompts alone, and this one has much to compute: one of them computes it first, and the store has it
@@ -67,7 +81,7 @@ impl App {
         }
         let body = request.body.with(&set);
         let answer = self.send_ahead(&placed.worker, request.kind, headers, &body, "compute a prompt ahead").await?;
-        let whole = Limited::new(answer.into_body(), caps::ANSWER_READ_MAX).collect().await.ok()?.to_bytes();
+        let whole = self.read_ahead(answer).await?;
         let whole: Value = serde_json::from_slice(&whole).ok()?;
         whole.get("kv_transfer_params").filter(|parameters| parameters.is_object()).cloned()
     }
@@ -87,8 +101,7 @@ impl App {
             let body = json!({"model": model, "max_tokens": 1, "stream": false, "messages": [{"role": "user", "content": [part]}]});
             let body = Bytes::from(body.to_string());
             let answer = self.send_ahead(&placed.worker, Kind::Chat, headers, &body, "encode an input ahead").await?;
-            _ = Limited::new(answer.into_body(), caps::ANSWER_READ_MAX).collect().await;
-            Some(())
+            self.read_ahead(answer).await.map(drop)
         });
         futures::future::join_all(each).await;
     }

@@ -39,7 +39,12 @@ pub struct ServeOptions {
 
 impl Default for ServeOptions {
     fn default() -> Self {
-        Self { resume: true, peers: Vec::new(), health_every: Duration::from_secs(2), request_bytes: caps::REQUEST_BYTES_MAX }
+        Self {
+            resume: true,
+            peers: Vec::new(),
+            health_every: Duration::from_secs(2),
+            request_bytes: caps::REQUEST_BYTES_MAX,
+        }
     }
 }
 

@@ -32,6 +32,13 @@ impl Bodies {
         Self { steps: Arc::new(Semaphore::new((all / STEP).min(Semaphore::MAX_PERMITS))), each_max }
     }
 
+    /// Memory of so many bytes for as long as the value lives; `None` where there is none left.
+    pub(super) fn hold(&self, bytes: usize) -> Option<Held> {
+        let steps = u32::try_from(bytes.div_ceil(STEP)).ok()?;
+        let permit = Arc::clone(&self.steps).try_acquire_many_owned(steps).ok()?;
+        Some(Held { _permit: Some(permit) })
+    }
+
     /// Reads a body to its end.
     pub(super) async fn read(&self, mut body: Body) -> Result<(Bytes, Held), ApiError> {
         let announced = hyper::body::Body::size_hint(&body).lower();
@@ -51,12 +58,14 @@ impl Bodies {
             }
             Ok(())
         };
-        hold(announced as usize)?;
         // One frame, as most requests are, is taken as it is.
         let mut first = Bytes::new();
         let mut whole = BytesMut::new();
-        while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|error| ApiError::invalid(None, format!("the request's body did not come whole: {error}")))?;
+        loop {
+            let frame = tokio::time::timeout(caps::BODY_WITHIN, body.frame()).await;
+            let Some(frame) = frame.map_err(|_| ApiError::slow_body(caps::BODY_WITHIN))? else { break };
+            let frame = frame
+                .map_err(|error| ApiError::invalid(None, format!("the request's body did not come whole: {error}")))?;
             let Ok(data) = frame.into_data() else { continue };
             let all = first.len() + whole.len() + data.len();
             if all as u64 > self.each_max {
@@ -69,7 +78,8 @@ impl Bodies {
                 continue;
             }
             if whole.is_empty() {
-                whole.reserve((announced as usize).max(all));
+                // No more ahead than what is counted.
+                whole.reserve((announced as usize).min(2 * all));
                 whole.extend_from_slice(&std::mem::take(&mut first));
             }
             whole.extend_from_slice(&data);
@@ -120,6 +130,7 @@ mod tests {
         let small = Bodies { steps: Arc::new(Semaphore::new(3)), each_max: 100_000 };
         let (_, held) = small.read(Body::from("x".repeat(STEP * 2))).await.unwrap();
         assert_eq!(status(small.read(Body::from("x".repeat(STEP * 2))).await.err().unwrap()), 503);
+        assert!(small.hold(STEP).is_some() && small.hold(STEP + 1).is_none());
         drop(held);
         assert!(small.read(pieces(12)).await.is_ok());
         assert_eq!(small.steps.available_permits(), 3);

@@ -70,6 +70,7 @@ impl Call {
                     last = Some((placed, upstream));
                 }
                 Err(Failure::TimedOut(within)) => return Err(ApiError::timed_out(within)),
+                Err(Failure::Request(why)) => return Err(ApiError::invalid(None, why)),
                 Err(Failure::Worker(..)) => {}
             }
             if but.len() >= caps::TRIES_MAX {

@@ -13,8 +13,8 @@ use http::{HeaderMap, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::openai::{ApiError, Kind, Request};
 use super::app::App;
+use super::openai::{ApiError, Kind, Request};
 use crate::cost::{Choice, Why, WorkerLoad};
 use crate::fleet::{Role, WorkerSpec};
 use crate::hashing::Chain;
@@ -412,7 +412,10 @@ fn in_words(choice: &Choice) -> String {
             "the chosen worker served the session before, and costs little more than the best worker".into()
         }
         Why::Session { costlier: false } => "the chosen worker served the session before, and none is better".into(),
-        Why::Chance => "the chosen worker was drawn by chance, the more likely the sooner a worker answers (place.temperature)".into(),
+        Why::Chance => {
+            "the chosen worker was drawn by chance, the more likely the sooner a worker answers (place.temperature)"
+                .into()
+        }
         Why::Best if choice.equals > 1 => format!(
             "{} workers are expected to answer equally soon; they take turns, and it is the chosen worker's",
             choice.equals

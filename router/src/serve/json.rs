@@ -10,6 +10,8 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
+use crate::caps;
+
 /// An object's text, and where its members lie in it.
 #[derive(Clone, Debug)]
 pub struct Object {
@@ -27,12 +29,15 @@ impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
             type Value = Members<'de>;
 
             fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("a JSON object")
+                write!(f, "a JSON object of at most {} members", caps::REQUEST_MEMBERS_MAX)
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut members = Vec::new();
                 while let Some(member) = map.next_entry::<&RawValue, &RawValue>()? {
+                    if members.len() >= caps::REQUEST_MEMBERS_MAX {
+                        return Err(serde::de::Error::invalid_length(members.len() + 1, &self));
+                    }
                     members.push(member);
                 }
                 Ok(Members(members))
@@ -68,9 +73,10 @@ impl Object {
         self.get(name).and_then(|text| serde_json::from_str(text).ok()).unwrap_or(Value::Null)
     }
 
-    /// Names, in order.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.members.iter().map(|(name, _)| name.as_str())
+    /// Names, in order, and the texts of their values.
+    pub fn members(&self) -> impl Iterator<Item = (&str, &str)> {
+        let text = |range: &Range<usize>| std::str::from_utf8(self.text.get(range.clone())?).ok();
+        self.members.iter().map(move |(name, range)| (name.as_str(), text(range).unwrap_or_default()))
     }
 
     /// An object of some of its members, in a text of its own.
@@ -170,19 +176,27 @@ mod tests {
     fn some_members_make_an_object_of_their_own() {
         let object = read("{\"z\": [1, 2], \"long\": \"xxxxxxxx\", \"a\" : 1.0 }");
         let some = object.only(|name| name != "long");
-        assert_eq!((some.bytes().as_ref(), some.get("a"), some.get("long")), (&b"{\"z\":[1, 2],\"a\":1.0}"[..], Some("1.0"), None));
+        assert_eq!(
+            (some.bytes().as_ref(), some.get("a"), some.get("long")),
+            (&b"{\"z\":[1, 2],\"a\":1.0}"[..], Some("1.0"), None)
+        );
         assert_eq!(object.only(|_| false).bytes().as_ref(), b"{}");
     }
 
     #[test]
     fn members_come_in_order_and_only_of_objects() {
         let object = read("{\"b\": 1, \"a\": [1], \"b\": \"x\"}");
-        assert_eq!(object.names().collect::<Vec<_>>(), ["b", "a", "b"]);
-        assert_eq!((object.get("b"), object.get("c"), object.value("a")), (Some("\"x\""), None, serde_json::json!([1])));
+        assert_eq!(object.members().collect::<Vec<_>>(), [("b", "1"), ("a", "[1]"), ("b", "\"x\"")]);
+        assert_eq!(
+            (object.get("b"), object.get("c"), object.value("a")),
+            (Some("\"x\""), None, serde_json::json!([1]))
+        );
         assert_eq!(read("{\"a\": \"\\ud800\"}").value("a"), Value::Null, "half a character");
         for wrong in ["[]", "7", "", "{\"a\": 1", "{\"a\": 1} x", "{a: 1}", "{\"a\": nul}"] {
             assert!(Object::read(Bytes::from(wrong)).is_err(), "{wrong}");
         }
+        let many = format!("{{{}\"x\":1}}", "\"\":0,".repeat(caps::REQUEST_MEMBERS_MAX));
+        assert!(Object::read(Bytes::from(many)).unwrap_err().to_string().contains("at most 1024 members"));
         // Nested without end: nothing recurses.
         let deep = format!("{{\"a\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
         assert_eq!(read(&deep).get("a").map(str::len), Some(200_001));

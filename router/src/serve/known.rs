@@ -1,5 +1,6 @@
 //! What routing needs to know of a request: which model it means, which blocks its prompt has, and who answers such requests.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::app::App;
@@ -61,7 +62,9 @@ impl App {
             tracing::debug!(%error, model, "the prompt cannot be tokenized, so the request is routed without its tokens");
         };
         let (text, special) = match request.prompt() {
-            Prompt::Tokens(tokens) => return self.chain(request, model, &tokens).map(|chain| (tokens.len() as u64, chain)),
+            Prompt::Tokens(tokens) => {
+                return self.chain(request, model, &tokens).map(|chain| (tokens.len() as u64, chain));
+            }
             Prompt::Text(text) => (text, true),
             Prompt::Chat => {
                 let body = serde_json::from_slice(request.body.bytes()).ok()?;
@@ -117,15 +120,20 @@ impl App {
         self.router.fleet.serving(model).iter().any(has)
     }
 
-    /// Tokens that a model's context has, as its workers say; of an adapter, its base model's.
-    pub(super) async fn model_tokens_max(&self, model: &str) -> Option<u64> {
+    /// Engines that may answer such requests, up or not.
+    pub(super) fn engines(&self, asked: &Asked) -> usize {
+        let answers = |worker: &&Arc<Worker>| worker.spec.role == asked.role && !worker.spec.url.is_empty();
+        let serving = self.router.fleet.serving(&asked.model);
+        serving.iter().filter(answers).map(|worker| worker.number).collect::<BTreeSet<usize>>().len()
+    }
+
+    /// Tokens that a model's context has, as a worker says; of an adapter, its base model's.
+    pub(super) async fn model_tokens_max(&self, worker: &Worker, model: &str) -> Option<u64> {
         let known = || {
-            self.router.fleet.serving(model).iter().find_map(|worker| {
-                let served = worker.served();
-                let of = |id: &str| served.iter().find(|served| served.id == id);
-                let this = of(model)?;
-                this.tokens_max.or_else(|| of(this.parent.as_deref()?)?.tokens_max)
-            })
+            let served = worker.served();
+            let of = |id: &str| served.iter().find(|served| served.id == id);
+            let this = of(model)?;
+            this.tokens_max.or_else(|| of(this.parent.as_deref()?)?.tokens_max)
         };
         if let Some(known) = known() {
             return Some(known);

@@ -20,9 +20,17 @@ impl App {
             ("shed_total", "Requests that were refused because all workers were full", get(&place.shed)),
             ("resumed_total", "Answers that broke off and continued at another worker", get(&self.counts.resumed)),
             ("broken_total", "Answers that broke off and could not be continued", get(&self.counts.broken)),
-            ("expired_total", "Requests that expired because the router heard nothing more of them", get(&place.expired)),
+            (
+                "expired_total",
+                "Requests that expired because the router heard nothing more of them",
+                get(&place.expired),
+            ),
             ("prompt_tokens_total", "Prompt tokens of the requests that were placed", get(&place.tokens)),
-            ("cached_tokens_total", "Prompt tokens that the chosen workers had or could fetch", get(&place.cached_tokens)),
+            (
+                "cached_tokens_total",
+                "Prompt tokens that the chosen workers had or could fetch",
+                get(&place.cached_tokens),
+            ),
             ("unread_events_total", "Messages and events of engines that the router could not read", unread),
         ];
         for (name, help, value) in counters {
@@ -30,14 +38,27 @@ impl App {
         }
         let (engines, tiers) = (fleet.engine_index().status(), fleet.tier_index().status());
         let up = workers.iter().filter(|worker| worker.is_up()).count() as u64;
-        let without_events = workers.iter().filter(|worker| worker.spec.events.is_some() && !worker.follows_all()).count();
+        let without_events =
+            workers.iter().filter(|worker| worker.spec.events.is_some() && !worker.follows_all()).count();
         let without_node = fleet.nodes().iter().filter(|node| !node.status().whole).count();
         let gauges = [
             ("waiting", "Requests that wait for a worker", self.router.waiting() as u64),
             ("workers_up", "Workers that answer", up),
-            ("workers_without_events", "Workers whose events the router does not get, though it is told where they are", without_events as u64),
-            ("nodes_away", "Nodes whose blocks the router does not know, because they do not answer", without_node as u64),
-            ("models_without_tokens", "Models whose tokenizer or template the router could not read", self.models_with_problems() as u64),
+            (
+                "workers_without_events",
+                "Workers whose events the router does not get, though it is told where they are",
+                without_events as u64,
+            ),
+            (
+                "nodes_away",
+                "Nodes whose blocks the router does not know, because they do not answer",
+                without_node as u64,
+            ),
+            (
+                "models_without_tokens",
+                "Models whose tokenizer or template the router could not read",
+                self.models_with_problems() as u64,
+            ),
             ("engine_index_blocks", "Blocks in the index of the engines' memory", engines.blocks),
             ("engine_index_bytes", "Bytes of the index of the engines' memory", engines.bytes),
             ("node_index_blocks", "Blocks in the index of the nodes' tiers", tiers.blocks),

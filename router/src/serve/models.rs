@@ -71,13 +71,17 @@ impl App {
     fn model_entries(&self) -> Vec<Value> {
         let workers = self.router.fleet.workers();
         let entry = |name: String| {
-            let served: Vec<_> =
-                workers.iter().flat_map(|worker| worker.served().iter().filter(|one| one.id == name).cloned().collect::<Vec<_>>()).collect();
+            let served: Vec<_> = workers
+                .iter()
+                .flat_map(|worker| worker.served().iter().filter(|one| one.id == name).cloned().collect::<Vec<_>>())
+                .collect();
             let Some(first) = served.first() else {
                 return json!({"id": name, "object": "model", "created": 0, "owned_by": "kvstore-router"});
             };
             let mut entry = first.entry.clone();
-            if let (Some(least), Some(fields)) = (served.iter().filter_map(|one| one.tokens_max).min(), entry.as_object_mut()) {
+            if let (Some(least), Some(fields)) =
+                (served.iter().filter_map(|one| one.tokens_max).min(), entry.as_object_mut())
+            {
                 fields.insert("max_model_len".into(), json!(least));
             }
             entry

@@ -58,6 +58,12 @@ impl ApiError {
         Self { status: StatusCode::NOT_FOUND, code: Some("model_not_found"), ..Self::invalid(Some("model"), message) }
     }
 
+    /// The router passes no WebSockets.
+    pub fn no_upgrade() -> Self {
+        let message = "the router does not pass WebSockets; connect to a worker itself";
+        Self { status: StatusCode::NOT_IMPLEMENTED, code: Some("not_implemented"), ..Self::invalid(None, message) }
+    }
+
     /// The body is longer than the router takes.
     pub fn too_large(max: u64) -> Self {
         let message = format!(
@@ -67,14 +73,26 @@ impl ApiError {
         Self { status: StatusCode::PAYLOAD_TOO_LARGE, code: Some("request_too_large"), ..Self::invalid(None, message) }
     }
 
+    /// The body did not come.
+    pub fn slow_body(within: std::time::Duration) -> Self {
+        let message = format!("nothing came of the request's body for {} s", within.as_secs());
+        Self { status: StatusCode::REQUEST_TIMEOUT, code: Some("timeout"), ..Self::invalid(None, message) }
+    }
+
     /// The router holds as many bytes of requests as it may.
     pub fn busy() -> Self {
-        Self { code: Some("overloaded"), ..Self::unavailable("the router holds as many requests as it has memory for; try again in a moment") }
+        Self {
+            code: Some("overloaded"),
+            ..Self::unavailable("the router holds as many requests as it has memory for; try again in a moment")
+        }
     }
 
     /// The router's own time is over.
     pub fn timed_out(within: std::time::Duration) -> Self {
-        let message = format!("the worker sent nothing for {} s, which is the router's limit (place.silence_seconds)", within.as_secs());
+        let message = format!(
+            "the worker sent nothing for {} s, which is the router's limit (place.silence_seconds)",
+            within.as_secs()
+        );
         let status = StatusCode::GATEWAY_TIMEOUT;
         Self { status, retry_after: None, code: Some("timeout"), ..Self::unavailable(message) }
     }
@@ -161,9 +179,8 @@ pub enum Prompt {
 impl Request {
     /// Reads a request's body. What it does not need it leaves to the worker, which says what is wrong with it.
     pub fn read(kind: Kind, headers: &HeaderMap, body: Bytes) -> Result<Self, ApiError> {
-        let body = Object::read(body).map_err(|error| {
-            ApiError::invalid(None, format!("the request's body is not a JSON object: {error}"))
-        })?;
+        let body = Object::read(body)
+            .map_err(|error| ApiError::invalid(None, format!("the request's body is not a JSON object: {error}")))?;
         let model = match body.value("model") {
             Value::String(model) => model,
             Value::Null => String::new(),
@@ -228,7 +245,16 @@ impl Request {
 }
 
 fn choices(kind: Kind, body: &Object) -> u64 {
-    let each = body.value("n").as_u64().unwrap_or(1).max(1);
+    // As engines read it: 2.0 and "2" are two.
+    let each = match body.value("n") {
+        Value::Number(number) => number.as_f64().unwrap_or(1.0) as u64,
+        Value::String(text) => text.trim().parse().unwrap_or(u64::MAX),
+        _ => 1,
+    };
+    // Each may be a prompt, or several: only the engine knows.
+    if !body.value("prompt_embeds").is_null() {
+        return u64::MAX;
+    }
     let prompts = match body.value("prompt") {
         Value::Array(prompts) if kind == Kind::Completion => match prompts.first() {
             Some(Value::String(_) | Value::Array(_)) => prompts.len() as u64,
@@ -236,7 +262,7 @@ fn choices(kind: Kind, body: &Object) -> u64 {
         },
         _ => 1,
     };
-    each.saturating_mul(prompts)
+    each.max(1).saturating_mul(prompts)
 }
 
 fn token_ids(list: &[Value]) -> Option<Vec<u32>> {
@@ -264,7 +290,11 @@ mod tests {
 
     #[test]
     fn wrong_requests_are_named_in_openais_shape() {
-        for (body, param, says) in [("[]", None, "not a JSON object"), ("{", None, "not a JSON object"), ("{\"model\": 7}", Some("model"), "not a string")] {
+        for (body, param, says) in [
+            ("[]", None, "not a JSON object"),
+            ("{", None, "not a JSON object"),
+            ("{\"model\": 7}", Some("model"), "not a string"),
+        ] {
             let error = Request::read(Kind::Chat, &HeaderMap::new(), Bytes::from(body)).unwrap_err();
             let shape = error.body();
             assert!(shape["error"]["message"].as_str().unwrap().contains(says), "{shape}");
@@ -279,7 +309,11 @@ mod tests {
         );
         let unknown = Refused::UnknownModel { model: "x".into(), known: "m".into() };
         assert_eq!(ApiError::from(unknown).into_response().status(), StatusCode::NOT_FOUND);
-        for (error, status) in [(ApiError::too_large(5), 413), (ApiError::timed_out(std::time::Duration::from_secs(1)), 504), (ApiError::busy(), 503)] {
+        for (error, status) in [
+            (ApiError::too_large(5), 413),
+            (ApiError::timed_out(std::time::Duration::from_secs(1)), 504),
+            (ApiError::busy(), 503),
+        ] {
             assert_eq!(error.into_response().status().as_u16(), status);
         }
     }

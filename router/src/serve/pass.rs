@@ -29,6 +29,11 @@ pub(super) async fn pass(State(app): State<Arc<App>>, request: Request) -> Respo
 }
 
 async fn answer(app: &App, parts: Parts, body: Body) -> Result<Response, ApiError> {
+    // Others are offers that may be passed over.
+    let upgrade = parts.headers.get(header::UPGRADE).map_or(&b""[..], |value| value.as_bytes());
+    if upgrade.eq_ignore_ascii_case(b"websocket") {
+        return Err(ApiError::no_upgrade());
+    }
     let (body, _held): (Bytes, Held) = app.bodies.read(body).await?;
     let (named, session) = what_it_names(&parts.headers, &body);
     // Where several models are served and none is named, anybody may know.
@@ -48,6 +53,7 @@ async fn answer(app: &App, parts: Parts, body: Body) -> Result<Response, ApiErro
         match app.workers.ask(&placed.worker, outgoing, silence).await {
             Ok(upstream) => return Ok(as_it_comes(placed, upstream, Bytes::new(), silence)),
             Err(Failure::TimedOut(within)) => return Err(ApiError::timed_out(within)),
+            Err(Failure::Request(why)) => return Err(ApiError::invalid(None, why)),
             Err(Failure::Worker(..)) if but.len() < caps::TRIES_MAX => {}
             Err(Failure::Worker(..)) => {
                 return Err(ApiError::unavailable("no worker could be reached; try again in a moment"));
@@ -63,7 +69,9 @@ fn what_it_names(headers: &HeaderMap, body: &Bytes) -> (Option<String>, Option<u
     if kind.starts_with(b"multipart/form-data") {
         return (field_of_form(body, "model"), session.map(|session| xxh3_64(session.as_bytes())));
     }
-    let Ok(object) = Object::read(body.clone()) else { return (None, session.map(|session| xxh3_64(session.as_bytes()))) };
+    let Ok(object) = Object::read(body.clone()) else {
+        return (None, session.map(|session| xxh3_64(session.as_bytes())));
+    };
     let text = |name: &str| match object.value(name) {
         Value::String(text) if !text.is_empty() => Some(text),
         _ => None,

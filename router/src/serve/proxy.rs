@@ -7,11 +7,11 @@ use axum::response::Response;
 use bytes::Bytes;
 use http::HeaderMap;
 
+use super::app::App;
 use super::body::Held;
 use super::call::Call;
 use super::openai::{ApiError, Kind, Request};
 use super::relay::{Relay, is_stream};
-use super::app::App;
 use super::{resume, whole};
 
 /// Answers a request for a text. `path`: with its query.
@@ -31,21 +31,25 @@ pub(super) async fn answer(
     if let Some(parameters) = app.prefill_first(&request, &asked, &headers).await {
         set.push(("kv_transfer_params", parameters.to_string()));
     }
-    let hindrance = if app.options.resume { resume::hindrance(&request) } else { Some("resume is off".into()) };
     // Nobody else could go on with it: then nothing is asked for that the client did not.
-    let alone = app.router.fleet.serving(&asked.model).len() < 2;
-    let resumes = request.streams() && hindrance.is_none() && !alone;
+    let hindrance = match (app.options.resume, request.streams() && app.engines(&asked) > 1) {
+        (false, _) => Some("resume is off".into()),
+        (true, false) => Some("there is no other".into()),
+        (true, true) => resume::hindrance(&request)
+            .map(|field| format!("the tokens of its answer do not carry the request's field {field:?}")),
+    };
+    let resumes = hindrance.is_none();
     let hides = resumes && !request.wants_token_ids;
     if hides {
         set.push(("return_token_ids", "true".into()));
     }
     let set: Vec<(&str, &str)> = set.iter().map(|(name, value)| (*name, value.as_str())).collect();
     let body = request.body.with(&set);
-    let hindrance = hindrance.map(|field| match field.as_str() {
-        "resume is off" => field,
-        _ => format!("the tokens of its answer do not carry the request's field {field:?}"),
-    });
     let call = Call { app, request, asked, headers, path, body, hindrance, hides, held };
-    let (placed, upstream) = call.send_somewhere(&mut Vec::new()).await?;
-    if is_stream(&upstream) { Ok(Relay::begin(call, placed, upstream)) } else { whole::answer(call, placed, upstream).await }
+    let mut but = Vec::new();
+    let (placed, upstream) = call.send_somewhere(&mut but).await?;
+    match is_stream(&upstream) {
+        true => Ok(Relay::begin(call, placed, upstream, but)),
+        false => whole::answer(call, placed, upstream, but).await,
+    }
 }

@@ -15,6 +15,7 @@ use http::header;
 use hyper::body::{Body as _, Incoming};
 use tokio::time::Sleep;
 
+use super::body::Held;
 use super::call::Call;
 use super::openai::{ApiError, Kind};
 use super::resume::{Answer, Verdict};
@@ -37,6 +38,8 @@ pub(super) struct Relay {
     but: Vec<usize>,
     /// What the worker said of its failure, as it came.
     failure: Option<Bytes>,
+    /// The memory that a long event takes until it is whole, and how many bytes of it may be there.
+    held: (Held, usize),
     silence: Duration,
     heard: Instant,
     timer: Pin<Box<Sleep>>,
@@ -55,6 +58,8 @@ enum Break {
 enum State {
     /// More is to come.
     Open,
+    /// More is to come that is not read here, but passed on.
+    Unread,
     /// The worker said that this was all, or that it failed: what follows is passed on, if anything does.
     Closing,
     Over,
@@ -69,7 +74,8 @@ pub(super) fn is_stream(upstream: &Upstream) -> bool {
 
 impl Relay {
     /// Begins to relay what a worker streams.
-    pub(super) fn begin(call: Call, placed: Placed, upstream: Upstream) -> Response {
+    /// `but`: engines that had the request.
+    pub(super) fn begin(call: Call, placed: Placed, upstream: Upstream, but: Vec<usize>) -> Response {
         let (parts, body) = upstream.into_parts();
         let mut response = Response::new(Body::empty());
         *response.status_mut() = parts.status;
@@ -79,7 +85,7 @@ impl Relay {
         name_worker(&placed.worker, response.headers_mut());
         let silence = call.app.router.options().silence;
         let relay = Self {
-            but: vec![placed.worker.number],
+            but,
             silence,
             timer: Box::pin(tokio::time::sleep(silence)),
             call,
@@ -89,6 +95,7 @@ impl Relay {
             out: VecDeque::new(),
             answer: Answer::default(),
             failure: None,
+            held: (Held::default(), caps::ANSWER_UNCOUNTED),
             heard: Instant::now(),
             state: State::Open,
         };
@@ -109,6 +116,7 @@ impl Relay {
                 return None;
             }
             match self.frame().await {
+                Ok(Some(bytes)) if self.state == State::Unread => return Some(bytes),
                 Ok(Some(bytes)) => {
                     if let Err(why) = self.take(bytes) {
                         self.go_on_elsewhere(&why).await;
@@ -130,11 +138,14 @@ impl Relay {
             match polled.await {
                 // Set once and not for each piece, it may come early.
                 None if self.heard.elapsed() < self.patience() => self.set_timer(),
-                None => return Err(Break::Silent(format!("the worker sent nothing for {} s", self.patience().as_secs()))),
+                None => {
+                    return Err(Break::Silent(format!("the worker sent nothing for {} s", self.patience().as_secs())));
+                }
                 Some(None) => return Ok(None),
                 Some(Some(Err(error))) => return Err(Break::Worker(cause_of(&error))),
                 Some(Some(Ok(frame))) => {
                     self.heard = Instant::now();
+                    self.placed.heard(self.heard);
                     if let Ok(bytes) = frame.into_data() {
                         return Ok(Some(bytes));
                     }
@@ -160,10 +171,11 @@ impl Relay {
 
     /// Takes bytes of the answer; or why it cannot go on.
     fn take(&mut self, bytes: Bytes) -> Result<(), String> {
-        self.events.push(bytes).map_err(|error| error.to_string())?;
+        self.events.push(bytes);
         while let Some(event) = self.events.next() {
             self.take_event(event)?;
         }
+        self.count_partial();
         // What came at once goes on at once: a write costs more than a copy.
         if self.out.len() > 1 {
             let all = self.out.iter().map(Bytes::as_ref).collect::<Vec<&[u8]>>().concat();
@@ -173,9 +185,32 @@ impl Relay {
         Ok(())
     }
 
+    /// An event that is long, or longer than there is memory for, is passed on without being read, and whatever follows it.
+    fn count_partial(&mut self) {
+        let partial = self.events.partial();
+        if partial > self.held.1 {
+            // Twice as much each time.
+            match self.call.app.bodies.hold(2 * partial) {
+                Some(held) => self.held = (held, 2 * partial),
+                None => self.held.1 = 0,
+            }
+        } else if partial == 0 && self.held.1 > caps::ANSWER_UNCOUNTED {
+            self.held = (Held::default(), caps::ANSWER_UNCOUNTED);
+        }
+        if partial > caps::ANSWER_EVENT_BYTES_MAX || partial > self.held.1 {
+            self.answer.pass_over();
+            self.call.forget_prompt();
+            self.out.push_back(self.events.rest());
+            (self.state, self.held) = (State::Unread, (Held::default(), 0));
+        }
+    }
+
     fn take_event(&mut self, event: Event) -> Result<(), String> {
         let Some(data) = event.data().filter(|_| self.state == State::Open) else {
-            // A comment, such as one that keeps the connection alive; or what follows the end.
+            // A comment, such as one that keeps the connection alive; what follows the end; or what is no text.
+            if !event.is_text() {
+                self.answer.pass_over();
+            }
             self.out.push_back(event.into_bytes());
             return Ok(());
         };
@@ -193,6 +228,12 @@ impl Relay {
             }
             Verdict::As(data) => self.out.push_back(event.with_data(&data)),
             Verdict::Dropped => {}
+            Verdict::Refused => {
+                drop(data);
+                self.close();
+                self.out.push_back(event.into_bytes());
+                return Ok(());
+            }
             Verdict::Failed(why) => {
                 drop(data);
                 self.failure = Some(event.into_bytes());
@@ -201,6 +242,11 @@ impl Relay {
         }
         if is_first && self.answer.was_sent() {
             self.call.forget_prompt();
+            // Its tokens take memory, too, for as long as the answer goes on.
+            match self.call.app.bodies.hold(self.answer.prompt_tokens() * size_of::<u32>()) {
+                Some(held) => self.call.held = held,
+                None => self.answer.forget_prompt(),
+            }
         }
         let new = (self.answer.tokens().saturating_sub(before)) as u64;
         self.placed.tokens(new.max(1));
@@ -210,7 +256,7 @@ impl Relay {
     /// The worker closed the answer as a server does at its end.
     async fn ended(&mut self) {
         let whole = self.state == State::Closing || self.answer.is_whole(&self.call.request);
-        if whole || !self.answer.is_read() && self.answer.was_sent() {
+        if whole || self.state == State::Unread || !self.answer.is_read() && self.answer.was_sent() {
             let rest = self.events.rest();
             self.out.extend((!rest.is_empty()).then_some(rest));
             self.state = State::Over;
@@ -221,17 +267,32 @@ impl Relay {
 
     async fn broke(&mut self, broke: Break) {
         // All was said.
-        if self.state != State::Open {
+        if matches!(self.state, State::Closing | State::Over) {
             self.state = State::Over;
             return;
         }
-        match broke {
+        let why = match broke {
             Break::Worker(why) => {
                 judge(&self.placed.worker, Evidence::Doubt, &why);
-                self.go_on_elsewhere(&why).await;
+                why
             }
-            Break::Silent(why) => self.go_on_elsewhere(&why).await,
+            // Nobody is asked again from the start for the router's own limit.
+            Break::Silent(_) if !self.answer.was_sent() => return self.end_with(&ApiError::timed_out(self.silence)),
+            Break::Silent(why) => why,
+        };
+        if self.state == State::Unread {
+            // It may be within an event.
+            self.out.push_back(Bytes::from_static(b"\n\n"));
+            return self.end_with(&ApiError::unavailable(format!("the worker's answer broke off ({why})")));
         }
+        self.go_on_elsewhere(&why).await;
+    }
+
+    /// No end that looks like one: an answer that ends with an error is not whole.
+    fn end_with(&mut self, error: &ApiError) {
+        self.call.app.counts.broken.fetch_add(1, Ordering::Relaxed);
+        self.out.push_back(sse::event(&error.body().to_string()));
+        self.state = State::Over;
     }
 
     /// The worker is gone, or gave up: the answer goes on at another, or ends with an error that says so.
@@ -255,17 +316,14 @@ impl Relay {
                 self.set_timer();
             }
             Err(problem) => {
-                self.call.app.counts.broken.fetch_add(1, Ordering::Relaxed);
                 if let Some(failure) = failure {
+                    self.call.app.counts.broken.fetch_add(1, Ordering::Relaxed);
                     // The worker's own word, and whatever it says behind it.
                     self.out.push_back(failure);
                     self.close();
                     return self.pass_what_is_there();
                 }
-                let error = ApiError::unavailable(format!("the worker's answer broke off ({why}), and {problem}"));
-                // No end that looks like one: an answer that ends with an error is not whole.
-                self.out.push_back(sse::event(&error.body().to_string()));
-                self.state = State::Over;
+                self.end_with(&ApiError::unavailable(format!("the worker's answer broke off ({why}), and {problem}")));
             }
         }
     }
@@ -307,7 +365,7 @@ impl Relay {
         let (app, request) = (Arc::clone(&self.call.app), Arc::clone(&self.call.request));
         let tokens_max = match request.max_tokens() {
             Some(_) => None,
-            None => app.model_tokens_max(&self.call.asked.model).await,
+            None => app.model_tokens_max(&self.placed.worker, &self.call.asked.model).await,
         };
         let tokenizer = app.models.get(&self.call.asked.model).and_then(|model| model.tokens.as_ref());
         let rest = self.answer.rest(&request, tokenizer, tokens_max);

@@ -74,8 +74,12 @@ pub fn hindrance(request: &Request) -> Option<String> {
         return Some("prompt".into());
     }
     let is_greedy = request.body.value("temperature").as_f64() == Some(0.0);
-    let may = |name: &str| {
-        let value = request.body.value(name);
+    let may = |name: &str, text: &str| {
+        // A prompt is long, and is told by its tokens.
+        if CARRIED.contains(&name) && name != "seed" || PASSED_OVER.contains(&name) && name != "messages" {
+            return true;
+        }
+        let Ok(value) = serde_json::from_str::<Value>(text) else { return false };
         match name {
             // Pictures are no tokens.
             "messages" => has_text_alone(&value),
@@ -88,12 +92,11 @@ pub fn hindrance(request: &Request) -> Option<String> {
             "presence_penalty" | "frequency_penalty" => value.is_null() || value.as_f64() == Some(0.0),
             "length_penalty" => value.is_null() || value.as_f64() == Some(1.0),
             "top_logprobs" => value.is_null() || value == 0,
-            _ if CARRIED.contains(&name) || PASSED_OVER.contains(&name) => true,
             // Whatever it is: what is not asked for.
             _ => is_nothing(&value),
         }
     };
-    request.body.names().find(|name| !may(name)).map(str::to_owned)
+    request.body.members().find(|(name, text)| !may(name, text)).map(|(name, _)| name.to_owned())
 }
 
 /// Null, false, or empty.
@@ -152,6 +155,13 @@ struct Choice<'a> {
     finish_reason: Option<&'a RawValue>,
 }
 
+/// An error with a status of 400 to 499 is the request's.
+fn is_refusal(error: &RawValue) -> bool {
+    let error: Value = serde_json::from_str(error.get()).unwrap_or_default();
+    let code = error.get("code").or_else(|| error.get("status"));
+    code.and_then(Value::as_u64).is_some_and(|code| (400..500).contains(&code) && code != 429)
+}
+
 /// What came so far.
 #[derive(Default)]
 pub struct Answer {
@@ -177,6 +187,8 @@ pub struct Answer {
     sent: bool,
     /// Text was sent.
     has_text: bool,
+    /// Choices of which anything came, and those that have ended.
+    seen: BTreeSet<u64>,
     finished: BTreeSet<u64>,
     has_usage: bool,
 }
@@ -192,6 +204,8 @@ pub enum Verdict {
     Dropped,
     /// The worker says that it failed.
     Failed(String),
+    /// The worker says that the request is wrong: nobody else would take it.
+    Refused,
 }
 
 impl Answer {
@@ -205,18 +219,33 @@ impl Answer {
         self.generated.len()
     }
 
+    /// A piece is sent that cannot be read here: JSON of another form, or none. The client may know what it is.
+    pub fn pass_over(&mut self) {
+        (self.opaque, self.unread, self.sent) = (true, true, true);
+    }
+
+    /// The tokens of its prompt, as the worker said them.
+    pub fn prompt_tokens(&self) -> usize {
+        self.prompt.as_ref().map_or(0, Vec::len)
+    }
+
+    /// There is no room for its prompt: it cannot be gone on with.
+    pub fn forget_prompt(&mut self) {
+        self.prompt = None;
+        self.opaque = true;
+    }
+
     /// Takes a piece of the answer as the worker sent it. `hides`: the router asked for token ids, and the client did not.
     pub fn take(&mut self, data: &str, request: &Request, hides: bool) -> Verdict {
         let Ok(piece) = serde_json::from_str::<Piece<'_>>(data) else {
-            // JSON of another form, or none: the client may know what it is.
-            (self.opaque, self.unread, self.sent) = (true, true, true);
+            self.pass_over();
             return Verdict::AsItCame;
         };
         let choices = piece.choices.unwrap_or_default();
         if let Some(error) = piece.error
             && choices.is_empty()
         {
-            return Verdict::Failed(error.get().to_owned());
+            return if is_refusal(error) { Verdict::Refused } else { Verdict::Failed(error.get().to_owned()) };
         }
         self.sent = true;
         let value = |text: Option<&RawValue>| text.and_then(|text| serde_json::from_str::<Value>(text.get()).ok());
@@ -244,7 +273,9 @@ impl Answer {
         }
         // Without token ids to tell, vLLM sends nothing for tokens whose text it holds back.
         let is_idle = |choice: &Choice<'_>| {
-            choice.delta.is_some_and(|delta| delta.get() == "{}") && choice.token_ids.is_some() && choice.finish_reason.is_none()
+            choice.delta.is_some_and(|delta| delta.get() == "{}")
+                && choice.token_ids.is_some()
+                && choice.finish_reason.is_none()
         };
         if piece.usage.is_none() && !choices.is_empty() && choices.iter().all(is_idle) {
             return Verdict::Dropped;
@@ -257,11 +288,13 @@ impl Answer {
 
     fn take_choice(&mut self, choice: &Choice<'_>) {
         let is_text = |value: Option<&RawValue>| value.is_some_and(|value| value.get().len() > 2);
-        let delta: Option<Map<String, Value>> = choice.delta.map(|delta| serde_json::from_str(delta.get()).unwrap_or_default());
+        let delta: Option<Map<String, Value>> =
+            choice.delta.map(|delta| serde_json::from_str(delta.get()).unwrap_or_default());
         let content = delta.as_ref().and_then(|delta| delta.get("content")).and_then(Value::as_str);
         let with_text = is_text(choice.text) || content.is_some_and(|content| !content.is_empty());
         // Calls of tools, thoughts, refusals: tokens alone do not tell them.
-        let is_told = |(name, value): (&String, &Value)| matches!(name.as_str(), "role" | "content") || is_nothing(value);
+        let is_told =
+            |(name, value): (&String, &Value)| matches!(name.as_str(), "role" | "content") || is_nothing(value);
         self.opaque |= delta.is_some_and(|delta| !delta.iter().all(is_told));
         let tokens: Option<Vec<u32>> = choice.token_ids.and_then(|ids| serde_json::from_str(ids.get()).ok());
         self.opaque |= with_text && tokens.as_ref().is_none_or(Vec::is_empty);
@@ -270,6 +303,7 @@ impl Answer {
         if with_text {
             (self.told, self.several, self.has_text) = (self.generated.len(), tokens.len() > 1, true);
         }
+        self.seen.insert(choice.index.unwrap_or(0));
         if choice.finish_reason.is_some() {
             self.finished.insert(choice.index.unwrap_or(0));
         }
@@ -279,7 +313,8 @@ impl Answer {
     pub fn is_whole(&self, request: &Request) -> bool {
         let usage = request.body.value("stream_options");
         let usage = usage.get("include_usage").is_some_and(|usage| *usage == true);
-        self.finished.len() as u64 >= request.choices && (self.has_usage || !usage)
+        let ended = self.finished.len() as u64 >= request.choices && self.seen.is_subset(&self.finished);
+        ended && (self.has_usage || !usage)
     }
 
     /// Whether the router can tell a whole answer from one that broke off: it reads all pieces.
@@ -343,11 +378,22 @@ impl Answer {
 
     /// The request for the rest of the answer: what was asked for, and what came, as tokens. `tokens_max`: what the model's context has,
     /// where the request does not say how many it wants. Or why that cannot be.
-    pub fn rest(&self, request: &Request, tokenizer: Option<&Tokens>, tokens_max: Option<u64>) -> Result<Rest, &'static str> {
+    pub fn rest(
+        &self,
+        request: &Request,
+        tokenizer: Option<&Tokens>,
+        tokens_max: Option<u64>,
+    ) -> Result<Rest, &'static str> {
         if self.opaque {
-            return Err("it holds what its tokens alone do not tell (calls of tools, thoughts, or text without token ids)");
+            return Err(
+                "it holds what its tokens alone do not tell (calls of tools, thoughts, or text without token ids)",
+            );
         }
-        let prompt = self.prompt.as_ref().ok_or("the worker did not say which tokens its prompt has (return_token_ids)")?;
+        if !self.finished.is_empty() {
+            return Err("its end came");
+        }
+        let prompt =
+            self.prompt.as_ref().ok_or("the worker did not say which tokens its prompt has (return_token_ids)")?;
         if request.kind == Kind::Chat && !self.has_text {
             return Err("nothing shows yet whether the model thinks or answers");
         }
@@ -358,7 +404,8 @@ impl Answer {
         }
         let room = request.max_tokens().or(tokens_max.map(|max| max.saturating_sub(prompt.len() as u64)));
         let room = room.ok_or("nobody says how many tokens it may have")?;
-        let left = room.checked_sub(count as u64).filter(|left| *left > 0).ok_or("all tokens that were asked for came")?;
+        let left =
+            room.checked_sub(count as u64).filter(|left| *left > 0).ok_or("all tokens that were asked for came")?;
         let all: Vec<u32> = prompt.iter().chain(came).copied().collect();
         let mut rest: Map<String, Value> = CARRIED
             .iter()
@@ -419,22 +466,35 @@ mod tests {
         let role = r#"{"id":"a","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"prompt_token_ids":[1, 2]}"#;
         let hidden = role.replace("[1, 2]", "null");
         assert_eq!(answer.take(role, &request, true), Verdict::As(hidden.into_bytes()), "nobody asked for them");
-        assert_eq!(answer.rest(&request, None, None).unwrap_err(), "nothing shows yet whether the model thinks or answers");
+        assert_eq!(
+            answer.rest(&request, None, None).unwrap_err(),
+            "nothing shows yet whether the model thinks or answers"
+        );
         let first = r#"{"id":"a","created":1,"model":"m","choices":[{"index":0,"delta":{"content":"p"},"token_ids":[7],"finish_reason":null}]}"#;
         assert_eq!(answer.take(first, &request, false), Verdict::AsItCame);
         // Its text is held back.
         let held = r#"{"id":"a","created":1,"model":"m","choices":[{"index":0,"delta":{},"token_ids":[8],"finish_reason":null}]}"#;
         assert_eq!(answer.take(held, &request, true), Verdict::Dropped);
         let rest = answer.rest(&request, None, None).unwrap();
-        assert_eq!(answer.rest(&what_is_needed(&request), None, None).as_ref(), Ok(&rest), "its prompt is not needed any more");
+        assert_eq!(
+            answer.rest(&what_is_needed(&request), None, None).as_ref(),
+            Ok(&rest),
+            "its prompt is not needed any more"
+        );
         let body: Value = serde_json::from_slice(&rest.body).unwrap();
         assert_eq!(rest.prompt, [1, 2, 7], "from the last token whose text was sent");
         assert_eq!((&body["max_tokens"], &body["temperature"]), (&json!(9), &json!(0)));
         answer.goes_on(&rest);
         let more = r#"{"id":"b","created":9,"model":"m","object":"text_completion","choices":[{"index":0,"text":"q","token_ids":[9],"prompt_token_ids":[1,2,7],"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}}"#;
         let seen = seen(answer.take(more, &request, true));
-        assert_eq!((&seen["id"], &seen["created"], &seen["object"]), (&json!("a"), &json!(1), &json!("chat.completion.chunk")));
-        assert_eq!(seen["choices"][0], json!({"index": 0, "token_ids": null, "finish_reason": "stop", "delta": {"content": "q"}}));
+        assert_eq!(
+            (&seen["id"], &seen["created"], &seen["object"]),
+            (&json!("a"), &json!(1), &json!("chat.completion.chunk"))
+        );
+        assert_eq!(
+            seen["choices"][0],
+            json!({"index": 0, "token_ids": null, "finish_reason": "stop", "delta": {"content": "q"}})
+        );
         assert_eq!(seen["usage"], json!({"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}));
         assert!(answer.is_whole(&request) && answer.generated == [7, 9]);
     }
@@ -442,7 +502,9 @@ mod tests {
     #[test]
     fn what_tokens_do_not_tell_is_not_gone_on_with() {
         let request = chat();
-        let piece = |delta: Value, tokens: Value| json!({"choices": [{"index": 0, "delta": delta, "token_ids": tokens}]}).to_string();
+        let piece = |delta: Value, tokens: Value| {
+            json!({"choices": [{"index": 0, "delta": delta, "token_ids": tokens}]}).to_string()
+        };
         let known = || Answer { prompt: Some(vec![1]), ..Answer::default() };
         for (delta, tokens) in [
             (json!({"content": "x", "tool_calls": [{"index": 0}]}), json!([1])),
@@ -462,8 +524,18 @@ mod tests {
         let mut answer = known();
         answer.take(&piece(json!({"content": "x", "tool_calls": [], "refusal": null}), json!([1])), &request, false);
         assert!(answer.rest(&request, None, None).is_ok());
+        // Its end came, if not all that was asked for.
+        let mut answer = known();
+        answer.take(&piece(json!({"content": "x"}), json!([1])), &request, false);
+        answer.take(
+            r#"{"choices": [{"index": 0, "delta": {}, "token_ids": [2], "finish_reason": "stop"}]}"#,
+            &request,
+            false,
+        );
+        assert_eq!(answer.rest(&request, None, None).unwrap_err(), "its end came");
         // All that was asked for came.
-        let whole = Answer { prompt: Some(vec![1]), generated: vec![1; 10], told: 10, has_text: true, ..Answer::default() };
+        let whole =
+            Answer { prompt: Some(vec![1]), generated: vec![1; 10], told: 10, has_text: true, ..Answer::default() };
         assert_eq!(whole.rest(&request, None, None).unwrap_err(), "all tokens that were asked for came");
     }
 
@@ -471,7 +543,10 @@ mod tests {
     #[test]
     fn tokens_that_the_client_has_are_not_sent_again() {
         let body = |ids: bool| json!({"model": "m", "prompt": [1, 2], "stream": true, "max_tokens": 99, "return_token_ids": ids});
-        let piece = |text: &str, token: u32| json!({"choices": [{"index": 0, "text": text, "token_ids": [token], "prompt_token_ids": [1, 2]}]}).to_string();
+        let piece = |text: &str, token: u32| {
+            json!({"choices": [{"index": 0, "text": text, "token_ids": [token], "prompt_token_ids": [1, 2]}]})
+                .to_string()
+        };
         let told = |ids: bool, texts: &[&str]| {
             let (request, mut answer) = (request(Kind::Completion, body(ids)), Answer::default());
             texts.iter().zip(3..).for_each(|(text, token)| _ = answer.take(&piece(text, token), &request, !ids));
@@ -479,7 +554,11 @@ mod tests {
         };
         assert_eq!((told(false, &["a", "b", ""]), told(true, &["a", "", "b"])), (Ok(2), Ok(3)));
         assert_eq!(told(true, &["a", "b", ""]), Err("the client has tokens whose text was held back"));
-        assert_eq!(told(true, &[""; 3]), Err("the client has tokens whose text was held back"), "half a character, perhaps");
+        assert_eq!(
+            told(true, &[""; 3]),
+            Err("the client has tokens whose text was held back"),
+            "half a character, perhaps"
+        );
         assert_eq!((told(true, &[""; 40]), told(false, &[""; 40])), (Ok(40), Ok(0)), "an engine without a tokenizer");
     }
 
@@ -487,6 +566,9 @@ mod tests {
     fn errors_are_told_from_pieces_that_name_none() {
         let request = chat();
         let failed = |data: &str| matches!(Answer::default().take(data, &request, true), Verdict::Failed(_));
+        let mistake = r#"{"error": {"message": "too long", "type": "BadRequestError", "code": 400}}"#;
+        assert_eq!(Answer::default().take(mistake, &request, true), Verdict::Refused);
+        assert!(failed(r#"{"error": {"message": "dead", "code": 500}}"#) && failed(r#"{"error": {"code": 429}}"#));
         assert!(failed(r#"{"error": {"message": "dead"}}"#) && failed(r#"{"error": "dead", "choices": []}"#));
         for odd in [
             r#"{"error": null, "choices": []}"#,
@@ -519,6 +601,9 @@ mod tests {
             (json!({"stream_options": {"include_usage": true}}), vec![end(0)], false),
             (json!({"stream_options": {"include_usage": true}}), vec![end(0), usage.into()], true),
             (json!({"stream_options": {"include_usage": false}}), vec![end(0)], true),
+            (json!({"n": 2.0}), vec![end(0)], false),
+            (json!({"n": "2"}), vec![end(0), end(1)], true),
+            (json!({"prompt_embeds": ["a", "b"]}), vec![end(0), end(1)], false),
         ] {
             let mut body = json!({"model": "m", "prompt": [1, 2]});
             body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());

@@ -4,8 +4,6 @@ use std::borrow::Cow;
 
 use bytes::{Bytes, BytesMut};
 
-use crate::caps;
-
 /// Takes bytes as they come, and gives whole events.
 #[derive(Default)]
 pub struct Events {
@@ -17,25 +15,24 @@ pub struct Events {
     line: usize,
 }
 
-/// An event longer than any engine's.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("the worker's answer has an event of more than {} bytes", caps::ANSWER_EVENT_BYTES_MAX)]
-pub struct TooLong;
-
 /// One event, with the empty line behind it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Event(Bytes);
 
 impl Events {
     /// More of the stream.
-    pub fn push(&mut self, bytes: Bytes) -> Result<(), TooLong> {
+    pub fn push(&mut self, bytes: Bytes) {
         if self.partial.is_empty() && self.fresh.is_empty() {
             self.fresh = bytes;
         } else {
             self.partial.extend_from_slice(&std::mem::take(&mut self.fresh));
             self.partial.extend_from_slice(&bytes);
         }
-        if self.partial.len() > caps::ANSWER_EVENT_BYTES_MAX { Err(TooLong) } else { Ok(()) }
+    }
+
+    /// Bytes of an event whose end is yet to come, once [`Self::next`] gave all that came whole.
+    pub fn partial(&self) -> usize {
+        self.partial.len()
     }
 
     /// The next whole event.
@@ -94,13 +91,20 @@ impl Event {
         self.0
     }
 
+    /// Whether it is UTF-8.
+    pub fn is_text(&self) -> bool {
+        std::str::from_utf8(&self.0).is_ok()
+    }
+
     /// Its data; none where it has no such line: a comment, say. `None`, too, where it is not UTF-8.
     pub fn data(&self) -> Option<Cow<'_, str>> {
         let text = std::str::from_utf8(&self.0).ok()?;
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let mut data: Option<Cow<'_, str>> = None;
         let mut at = 0;
-        while let Some((end, next)) = end_of_line(text.as_bytes(), at).or((at < text.len()).then_some((text.len(), text.len()))) {
+        while let Some((end, next)) =
+            end_of_line(text.as_bytes(), at).or((at < text.len()).then_some((text.len(), text.len())))
+        {
             let line = text.get(at..end).unwrap_or_default();
             at = next;
             let value = match line.strip_prefix("data") {
@@ -124,7 +128,8 @@ impl Event {
         let whole = &self.0;
         if let Some(Cow::Borrowed(old)) = self.data() {
             let range = super::json::range_of(whole, old);
-            let (before, after) = (whole.get(..range.start).unwrap_or_default(), whole.get(range.end..).unwrap_or_default());
+            let (before, after) =
+                (whole.get(..range.start).unwrap_or_default(), whole.get(range.end..).unwrap_or_default());
             return [before, new, after].concat().into();
         }
         [b"data: ", new, b"\n\n"].concat().into()
@@ -152,7 +157,7 @@ mod tests {
             let mut events = Events::default();
             let mut all = Vec::new();
             for piece in stream.chunks(size) {
-                events.push(Bytes::copy_from_slice(piece)).unwrap();
+                events.push(Bytes::copy_from_slice(piece));
                 all.extend(all_of(&mut events));
             }
             let found: Vec<Option<String>> = all.iter().map(|event| event.data().map(Cow::into_owned)).collect();
@@ -160,24 +165,20 @@ mod tests {
             let mut bytes: Vec<u8> = all.into_iter().flat_map(Event::into_bytes).collect();
             assert!(stream.starts_with(&bytes));
             bytes.extend(events.rest());
-            assert_eq!(bytes, stream, "in pieces of {size}");
+            assert_eq!((bytes.as_slice(), events.partial()), (&stream[..], 0), "in pieces of {size}");
         }
-        let mut events = Events::default();
-        let long = Bytes::from(vec![b'x'; caps::ANSWER_EVENT_BYTES_MAX]);
-        events.push(long).unwrap();
-        assert_eq!(events.next(), None);
-        assert_eq!(events.push(Bytes::from_static(b"x")), Err(TooLong));
     }
 
     #[test]
     fn an_event_keeps_all_but_its_data() {
         let one = |text: &'static str| {
             let mut events = Events::default();
-            events.push(Bytes::from_static(text.as_bytes())).unwrap();
+            events.push(Bytes::from_static(text.as_bytes()));
             events.next().unwrap()
         };
         assert_eq!(one(": x\r\ndata:{}\r\nid: 3\r\n\r\n").with_data(b"[1]"), ": x\r\ndata:[1]\r\nid: 3\r\n\r\n");
         assert_eq!(one("data: a\ndata: b\n\n").with_data(b"[1]"), "data: [1]\n\n");
-        assert_eq!(Event(Bytes::from_static(b"data: \xff\n\n")).data(), None, "not a text");
+        let odd = Event(Bytes::from_static(b"data: \xff\n\n"));
+        assert!(!odd.is_text() && odd.data().is_none());
     }
 }

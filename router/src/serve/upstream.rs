@@ -2,7 +2,7 @@
 
 use std::error::Error as _;
 use std::io::ErrorKind;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
@@ -42,13 +42,15 @@ pub(super) enum Failure {
     Worker(Evidence, String),
     /// The router's own time is over; the worker may be sound.
     TimedOut(Duration),
+    /// The request cannot be sent to anybody.
+    Request(String),
 }
 
 impl Failure {
     /// In words.
     pub(super) fn message(&self) -> String {
         match self {
-            Self::Worker(_, why) => why.clone(),
+            Self::Worker(_, why) | Self::Request(why) => why.clone(),
             Self::TimedOut(within) => format!("the worker did not answer within {} s", within.as_secs()),
         }
     }
@@ -69,49 +71,70 @@ impl Workers {
         connector.set_nodelay(true);
         let builder = |idle: usize| {
             let mut builder = Client::builder(TokioExecutor::new());
-            builder.pool_timer(TokioTimer::new()).pool_idle_timeout(caps::IDLE_CONNECTION_TIME).pool_max_idle_per_host(idle);
+            builder
+                .pool_timer(TokioTimer::new())
+                .pool_idle_timeout(caps::IDLE_CONNECTION_TIME)
+                .pool_max_idle_per_host(idle);
             builder
         };
-        Self { pooled: builder(caps::IDLE_CONNECTIONS_MAX).build(connector.clone()), fresh: builder(0).build(connector) }
+        Self {
+            pooled: builder(caps::IDLE_CONNECTIONS_MAX).build(connector.clone()),
+            fresh: builder(0).build(connector),
+        }
     }
 
     /// Asks a worker, and judges it by how that ends. `within`: until the head of its answer.
-    pub(super) async fn ask(&self, worker: &Worker, request: Outgoing<'_>, within: Duration) -> Result<Upstream, Failure> {
+    pub(super) async fn ask(
+        &self,
+        worker: &Worker,
+        request: Outgoing<'_>,
+        within: Duration,
+    ) -> Result<Upstream, Failure> {
         let asked = tokio::time::timeout(within, self.ask_twice(&worker.spec.url, request)).await;
+        let asked = asked.unwrap_or(Err(Failure::TimedOut(within)));
         match asked {
-            Ok(Ok(answer)) => {
+            Ok(answer) => {
                 if worker.succeeded() {
                     tracing::info!(worker = worker.spec.id, "the worker answers again");
                 }
                 Ok(answer)
             }
-            Ok(Err((evidence, why))) => {
-                judge(worker, evidence, &why);
-                Err(Failure::Worker(evidence, why))
+            Err(failure) => {
+                if let Failure::Worker(evidence, why) = &failure {
+                    judge(worker, *evidence, why);
+                }
+                Err(failure)
             }
-            Err(_) => Err(Failure::TimedOut(within)),
         }
     }
 
-    /// A connection that was kept may have been closed by the worker just now, which says nothing of it: a fresh one is tried.
-    async fn ask_twice(&self, url: &str, request: Outgoing<'_>) -> Result<Upstream, (Evidence, String)> {
-        let build = || outgoing(url, request).map_err(|error| (Evidence::Doubt, error));
+    /// A connection that was kept may have been closed by the worker just now, which says nothing of it: a fresh one is tried. A worker that
+    /// hangs up later has begun to work, and is not asked again.
+    async fn ask_twice(&self, url: &str, request: Outgoing<'_>) -> Result<Upstream, Failure> {
+        let build = || outgoing(url, request).map_err(Failure::Request);
+        let fault = |error: &hyper_util::client::legacy::Error| Failure::Worker(evidence_of(error), cause_of(error));
+        let begun = Instant::now();
         let first = match self.pooled.request(build()?).await {
             Ok(answer) => return Ok(answer),
             Err(error) => error,
         };
-        if first.is_connect() {
-            return Err((evidence_of(&first), cause_of(&first)));
+        if first.is_connect() || begun.elapsed() > caps::STALE_WITHIN {
+            return Err(fault(&first));
         }
-        self.fresh.request(build()?).await.map_err(|error| (evidence_of(&error), cause_of(&error)))
+        self.fresh.request(build()?).await.map_err(|error| fault(&error))
     }
 
     /// What a worker says at a path, of a mebibyte at most.
-    pub(super) async fn get(&self, url: &str, path: &str, within: Duration) -> Result<(http::StatusCode, Bytes), Failure> {
+    pub(super) async fn get(
+        &self,
+        url: &str,
+        path: &str,
+        within: Duration,
+    ) -> Result<(http::StatusCode, Bytes), Failure> {
         let (method, headers, body) = (Method::GET, HeaderMap::new(), Bytes::new());
         let request = Outgoing { method: &method, path, headers: &headers, body: &body, reads: true };
         let whole = async {
-            let answer = self.ask_twice(url, request).await.map_err(|(evidence, why)| Failure::Worker(evidence, why))?;
+            let answer = self.ask_twice(url, request).await?;
             let status = answer.status();
             let body = Limited::new(answer.into_body(), 1 << 20).collect().await;
             let body = body.map_err(|error| Failure::Worker(Evidence::Doubt, error.to_string()))?;
@@ -131,9 +154,13 @@ pub(super) fn judge(worker: &Worker, evidence: Evidence, why: &str) {
 }
 
 fn outgoing(url: &str, request: Outgoing<'_>) -> Result<http::Request<Full<Bytes>>, String> {
+    // Of `OPTIONS *`, say.
+    if !request.path.starts_with('/') {
+        return Err(format!("{:?} is no path; use one that begins with /", request.path));
+    }
     let url = format!("{}{}", url.trim_end_matches('/'), request.path);
     let built = http::Request::builder().method(request.method).uri(&url).body(Full::new(request.body.clone()));
-    let mut built = built.map_err(|error| format!("{url:?} is not a valid URL: {error}"))?;
+    let mut built = built.map_err(|error| format!("the path cannot be passed on: {error}"))?;
     copy_headers(request.headers, built.headers_mut());
     for ours in [header::HOST, header::CONTENT_LENGTH, header::EXPECT] {
         built.headers_mut().remove(ours);
@@ -163,8 +190,12 @@ pub(super) fn cause_of(error: &dyn std::error::Error) -> String {
 /// Copies all headers but those that say something of one connection, not of the message.
 pub(super) fn copy_headers(from: &HeaderMap, to: &mut HeaderMap) {
     let named = from.get_all(header::CONNECTION);
-    let named: Vec<&str> =
-        named.iter().filter_map(|names| names.to_str().ok()).flat_map(|names| names.split(',')).map(str::trim).collect();
+    let named: Vec<&str> = named
+        .iter()
+        .filter_map(|names| names.to_str().ok())
+        .flat_map(|names| names.split(','))
+        .map(str::trim)
+        .collect();
     for (name, value) in from {
         if !is_of_the_connection(name) && !named.iter().any(|named| named.eq_ignore_ascii_case(name.as_str())) {
             to.append(name.clone(), value.clone());

@@ -3,7 +3,7 @@
 
 use std::convert::Infallible;
 use std::pin::pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::response::Response;
@@ -14,6 +14,7 @@ use http::response::Parts;
 use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
 
+use super::body::{Bodies, Held};
 use super::call::Call;
 use super::openai::ApiError;
 use super::upstream::{Upstream, cause_of, copy_headers, name_worker};
@@ -23,15 +24,16 @@ use crate::place::Placed;
 /// What came of reading an answer.
 enum Read {
     Whole(Bytes),
-    /// It is longer than the router keeps: what came of it.
+    /// It is longer than the router keeps, or has memory for: what came of it.
     Long(Bytes),
     Broken(String),
     /// Nothing came for so long.
     Silent(Duration),
 }
 
-async fn read(body: &mut Incoming, silence: Duration) -> Read {
+async fn read(bodies: &Bodies, body: &mut Incoming, silence: Duration) -> Read {
     let mut kept = BytesMut::new();
+    let mut held: Option<Held> = None;
     loop {
         match tokio::time::timeout(silence, body.frame()).await {
             Err(_) => return Read::Silent(silence),
@@ -41,7 +43,10 @@ async fn read(body: &mut Incoming, silence: Duration) -> Read {
                 if let Ok(data) = frame.into_data() {
                     kept.extend_from_slice(&data);
                 }
-                if kept.len() > caps::ANSWER_KEPT_MAX {
+                if kept.len() > caps::ANSWER_UNCOUNTED && held.is_none() {
+                    held = bodies.hold(caps::ANSWER_KEPT_MAX);
+                }
+                if kept.len() > caps::ANSWER_KEPT_MAX || kept.len() > caps::ANSWER_UNCOUNTED && held.is_none() {
                     return Read::Long(kept.freeze());
                 }
             }
@@ -51,13 +56,20 @@ async fn read(body: &mut Incoming, silence: Duration) -> Read {
 
 /// Whether an answer is worth waiting for: others may be streams of a kind that is not known here.
 fn is_kept(upstream: &Upstream) -> bool {
-    let is_json = upstream.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"));
+    let is_json = upstream
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"));
     is_json || upstream.body().size_hint().exact().is_some_and(|bytes| bytes <= caps::ANSWER_KEPT_MAX as u64)
 }
 
-/// Answers with what a worker says, or another, if its answer breaks off.
-pub(super) async fn answer(call: Call, mut placed: Placed, mut upstream: Upstream) -> Result<Response, ApiError> {
-    let mut but = vec![placed.worker.number];
+/// Answers with what a worker says, or another, if its answer breaks off. `but`: engines that had the request.
+pub(super) async fn answer(
+    call: Call,
+    mut placed: Placed,
+    mut upstream: Upstream,
+    mut but: Vec<usize>,
+) -> Result<Response, ApiError> {
     let silence = call.app.router.options().silence;
     loop {
         if !is_kept(&upstream) {
@@ -65,7 +77,7 @@ pub(super) async fn answer(call: Call, mut placed: Placed, mut upstream: Upstrea
         }
         let (parts, mut body) = upstream.into_parts();
         let read = {
-            let mut reading = pin!(read(&mut body, silence));
+            let mut reading = pin!(read(&call.app.bodies, &mut body, silence));
             // Its prompt is computed long before its answer is: by then, as far as can be told.
             tokio::select! {
                 read = &mut reading => read,
@@ -83,7 +95,9 @@ pub(super) async fn answer(call: Call, mut placed: Placed, mut upstream: Upstrea
                 let worker = &placed.worker.spec.id;
                 tracing::warn!(worker, why, "the worker's answer broke off, so the request goes to another worker");
                 if but.len() >= caps::TRIES_MAX {
-                    return Err(ApiError::unavailable("the answers of several workers broke off; try again in a moment"));
+                    return Err(ApiError::unavailable(
+                        "the answers of several workers broke off; try again in a moment",
+                    ));
                 }
                 (placed, upstream) = call.send_somewhere(&mut but).await?;
             }
@@ -123,6 +137,7 @@ impl Passing {
                 if !std::mem::replace(&mut self.told, true) {
                     self.placed.assume_prefilled();
                 }
+                self.placed.heard(Instant::now());
                 return Some(Ok(data));
             }
         }

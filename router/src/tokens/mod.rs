@@ -113,8 +113,15 @@ impl Tokens {
             Err(error) => (None, Some(error.to_string())),
         };
         let (bos_token, eos_token) = (special(&settings, "bos_token"), special(&settings, "eos_token"));
-        let mut tokens =
-            Self { tokenizer, template, template_problem, bos_token, eos_token, around: (Vec::new(), Vec::new()), cache: None };
+        let mut tokens = Self {
+            tokenizer,
+            template,
+            template_problem,
+            bos_token,
+            eos_token,
+            around: (Vec::new(), Vec::new()),
+            cache: None,
+        };
         tokens.try_cutting()?;
         Ok(tokens)
     }
@@ -351,7 +358,10 @@ mod tests {
         assert_eq!((asked.len(), first.whole, first.ids.len()), (1, false, asked[0]));
         assert!(first.ids.len() < 200 && (3400..3600).contains(&first.count), "{} of {}", first.count, whole.len());
         assert!(!read(1000, &mut asked).whole && asked.len() < 6, "{asked:?}");
-        assert_eq!(read(usize::MAX, &mut asked), Encoded { count: whole.len() as u64, ids: whole.clone(), whole: true });
+        assert_eq!(
+            read(usize::MAX, &mut asked),
+            Encoded { count: whole.len() as u64, ids: whole.clone(), whole: true }
+        );
     }
 
     #[test]

@@ -345,7 +345,8 @@ async fn a_hostile_publisher_does_no_harm() {
             _ => {
                 let mut socket: Connection<TcpStream> = Connection::handshake(stream, "PUB", 1024).await.unwrap();
                 // A message that cannot be read costs itself: what stood before it is still known.
-                let good = |block: u64| rmp_serde::to_vec(&json!([1.0, [["BlockStored", [block], null, [1], 1]], 0])).unwrap();
+                let good =
+                    |block: u64| rmp_serde::to_vec(&json!([1.0, [["BlockStored", [block], null, [1], 1]], 0])).unwrap();
                 let odd = [&good(5)[..], b"\xc1 not msgpack", &good(6), b"", &[0x93; 40], &good(7)];
                 for (number, payload) in (0u64..).zip(odd) {
                     socket.send(&[b"", &number.to_be_bytes(), payload]).await.unwrap();

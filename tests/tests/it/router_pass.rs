@@ -24,7 +24,8 @@ async fn front(workers: &[&RawWorker]) -> Front {
 }
 
 async fn front_with(workers: &[&RawWorker], place: PlaceOptions, serve: ServeOptions) -> Front {
-    let specs: Vec<_> = workers.iter().zip('a'..).map(|(worker, id)| spec(&id.to_string(), &worker.url(), Role::Both)).collect();
+    let specs: Vec<_> =
+        workers.iter().zip('a'..).map(|(worker, id)| spec(&id.to_string(), &worker.url(), Role::Both)).collect();
     Front::start_with(&specs, place, serve).await
 }
 
@@ -85,7 +86,21 @@ impl Random {
     }
 
     fn string(&mut self) -> String {
-        let parts = ["hello", " ", "\\n", "\\u00e4", "\u{e4}", "\\ud83d\\ude00", "\u{1f600}", "\\\"", "\\/", "/", "{}", "\\ud800", "<|x|>"];
+        let parts = [
+            "hello",
+            " ",
+            "\\n",
+            "\\u00e4",
+            "\u{e4}",
+            "\\ud83d\\ude00",
+            "\u{1f600}",
+            "\\\"",
+            "\\/",
+            "/",
+            "{}",
+            "\\ud800",
+            "<|x|>",
+        ];
         let parts: String = (0..self.below(6)).map(|_| self.of(&parts)).collect();
         format!("\"{parts}\"")
     }
@@ -109,8 +124,9 @@ impl Random {
                 let names = ["z", "a", "type", "properties", "reasoning", "label", "answer", "\\u0061b", ""];
                 let any = ["null", "number", "string", "array", "object"].map(str::to_owned);
                 let count = self.below(5);
-                let members: Vec<String> =
-                    (0..count).map(|_| format!("\"{}\"{}:{}", self.of(&names), self.space(), self.value(&any, depth - 1))).collect();
+                let members: Vec<String> = (0..count)
+                    .map(|_| format!("\"{}\"{}:{}", self.of(&names), self.space(), self.value(&any, depth - 1)))
+                    .collect();
                 format!("{{{}{}}}", self.space(), members.join(self.of(&[",", ", "])))
             }
             choices => {
@@ -124,12 +140,17 @@ impl Random {
     fn request(&mut self, fields: &HashMap<String, Vec<String>>, is_chat: bool) -> String {
         let needed = if is_chat { "messages" } else { "prompt" };
         let prompts = if is_chat {
-            ["[{\"role\":\"user\",\"content\":\"x\"}]", "[ {\"content\" : null, \"role\": \"assistant\", \"tool_calls\": []} ]"]
+            [
+                "[{\"role\":\"user\",\"content\":\"x\"}]",
+                "[ {\"content\" : null, \"role\": \"assistant\", \"tool_calls\": []} ]",
+            ]
         } else {
             ["\"x\"", "[1,  2]"]
         };
-        let mut members = vec![format!("\"model\"{}:\"m\"", self.space()), format!("\"{needed}\":{}", self.of(&prompts))];
-        let mut names: Vec<&String> = fields.keys().filter(|name| !["model", needed].contains(&name.as_str())).collect();
+        let mut members =
+            vec![format!("\"model\"{}:\"m\"", self.space()), format!("\"{needed}\":{}", self.of(&prompts))];
+        let mut names: Vec<&String> =
+            fields.keys().filter(|name| !["model", needed].contains(&name.as_str())).collect();
         names.sort();
         for _ in 0..self.below(10) {
             let name = names[self.below(names.len())];
@@ -142,7 +163,14 @@ impl Random {
         for at in (1..members.len()).rev() {
             members.swap(at, self.below(at + 1));
         }
-        format!("{}{{{}{}{}}}{}", self.space(), self.space(), members.join(self.of(&[",", ", ", ",\n "])), self.space(), self.space())
+        format!(
+            "{}{{{}{}{}}}{}",
+            self.space(),
+            self.space(),
+            members.join(self.of(&[",", ", ", ",\n "])),
+            self.space(),
+            self.space()
+        )
     }
 }
 
@@ -166,6 +194,53 @@ async fn requests_arrive_as_they_were_sent() {
     assert_eq!(worker.requests().len(), 2000);
 }
 
+/// The same of streams between two workers, where the router may ask for token ids: that is all that it adds.
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_are_asked_for_as_they_were_but_for_token_ids() {
+    let fields: Value = serde_json::from_str(FIELDS).unwrap();
+    let (a, b) = (RawWorker::start(|_| ok()).await, RawWorker::start(|_| ok()).await);
+    let front = front(&[&a, &b]).await;
+    let (mut random, mut added) = (Random(13), 0);
+    for (path, class) in [(CHAT, "chat"), (COMPLETIONS, "completion")] {
+        let fields: HashMap<String, Vec<String>> = serde_json::from_value(fields[class].clone()).unwrap();
+        let few: HashMap<String, Vec<String>> = fields
+            .iter()
+            .filter(|(name, _)| {
+                ["temperature", "top_p", "user", "max_tokens", "return_token_ids", "messages", "prompt", "model"]
+                    .contains(&name.as_str())
+            })
+            .map(|(name, kinds)| (name.clone(), kinds.clone()))
+            .collect();
+        for turn in 0..300 {
+            let body = random.request(if turn % 2 == 0 { &few } else { &fields }, class == "chat");
+            let end = body.rfind('}').unwrap();
+            let body = format!("{},\"stream\":true{}", &body[..end], &body[end..]);
+            assert_eq!(front.post_bytes(path, body.clone()).await.status, 200, "{body}");
+            let of = |worker: &RawWorker| {
+                worker.requests().last().map(|request| String::from_utf8(request.body.to_vec()).unwrap())
+            };
+            let got = [of(&a), of(&b)];
+            let end = body.rfind('}').unwrap();
+            let with = format!("{},\"return_token_ids\":true{}", &body[..end], &body[end..]);
+            let asks = body.contains("return_token_ids");
+            let is_it =
+                |got: &String| *got == body || *got == with || asks && without_value(got) == without_value(&body);
+            assert!(got.iter().flatten().any(is_it), "{class} {turn}: {body}\n{got:?}");
+            added += usize::from(got.iter().flatten().any(|got| *got == with));
+        }
+    }
+    assert!(added > 50, "{added}");
+}
+
+/// A body without what it says of token ids, the last time that it does.
+fn without_value(body: &str) -> String {
+    let Some(at) = body.rfind("\"return_token_ids\"") else { return body.to_owned() };
+    let after = &body[at..];
+    let end =
+        ["true", "false", "null"].iter().filter_map(|value| Some(after.find(value)? + value.len())).min().unwrap();
+    format!("{}{}", &body[..at], &after[end..])
+}
+
 /// Where the router asks for token ids, so that it could go on elsewhere, all else stays as it was.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_router_adds_is_all_that_changes() {
@@ -177,11 +252,15 @@ async fn what_the_router_adds_is_all_that_changes() {
         let all: Vec<RawRequest> = workers.iter().flat_map(RawWorker::requests).collect();
         assert_eq!(all.len(), before + 1);
         let bodies = workers.iter().filter_map(|worker| worker.requests().last().map(|request| request.body.clone()));
-        bodies.map(|body| String::from_utf8(body.to_vec()).unwrap()).find(|got| got.contains(&body[body.find("\"messages\"").unwrap()..][..50])).unwrap()
+        bodies
+            .map(|body| String::from_utf8(body.to_vec()).unwrap())
+            .find(|got| got.contains(&body[body.find("\"messages\"").unwrap()..][..50]))
+            .unwrap()
     };
     let plain = "{\"zeta\": null, \"messages\": [{\"role\": \"user\", \"content\": \"1\"}], \"temperature\": 1.0e0, \"stream\": true}  ";
     assert_eq!(got(plain).await, plain.replace("true}", "true,\"return_token_ids\":true}"));
-    let said = "{\"return_token_ids\" : false, \"messages\": [{\"role\": \"user\", \"content\": \"2\"}], \"stream\": true}";
+    let said =
+        "{\"return_token_ids\" : false, \"messages\": [{\"role\": \"user\", \"content\": \"2\"}], \"stream\": true}";
     assert_eq!(got(said).await, said.replace("false", "true"));
     for same in [
         "{\"messages\": [{\"role\": \"user\", \"content\": \"3\"}], \"stream\": true, \"tools\": [{\"b\": 1, \"a\": 2}]}",
@@ -213,7 +292,9 @@ fn random_stream(random: &mut Random, choices: usize) -> Vec<Vec<u8>> {
                 "data: {{\"z\":1.0,\"id\":\"c\",\"choices\":[{{\"index\":{choice},\"text\":{text},\"token_ids\":[{token}],\"finish_reason\":null}}]}}{end}"
             ));
         }
-        events.push(format!("data: {{\"choices\":[{{\"index\":{choice},\"text\":\"\",\"finish_reason\":\"stop\"}}]}}{end}"));
+        events.push(format!(
+            "data: {{\"choices\":[{{\"index\":{choice},\"text\":\"\",\"finish_reason\":\"stop\"}}]}}{end}"
+        ));
     }
     events.push(format!("data: [DONE]{end}"));
     events.into_iter().map(String::into_bytes).collect()
@@ -241,12 +322,16 @@ async fn a_broken_stream_is_a_beginning_and_an_error_at_every_byte() {
         let front = front(&[&worker]).await;
         // Behind the last choice's end, nothing is missing but the last line.
         let whole_from = stream.len() - events.last().unwrap().len();
-        let ends: Vec<usize> = events.iter().scan(0, |at, event| {
-            *at += event.len();
-            Some(*at)
-        }).collect();
+        let ends: Vec<usize> = events
+            .iter()
+            .scan(0, |at, event| {
+                *at += event.len();
+                Some(*at)
+            })
+            .collect();
         for cut in 0..=stream.len() {
-            let body = json!({"model": "m", "prompt": [1], "n": choices, "stream": true, "cut": cut, "sound": cut % 2 == 0});
+            let body =
+                json!({"model": "m", "prompt": [1], "n": choices, "stream": true, "cut": cut, "sound": cut % 2 == 0});
             let answer = exchange(&front, &post(COMPLETIONS, body.to_string().as_bytes())).await;
             if cut == 0 && !answer.starts_with(b"HTTP/1.1 200") {
                 continue;
@@ -262,11 +347,80 @@ async fn a_broken_stream_is_a_beginning_and_an_error_at_every_byte() {
             let here = ends.iter().copied().filter(|end| *end <= cut).max().unwrap_or(0);
             // An empty line may belong to the event before it.
             let rest = got.strip_prefix(&stream[..here]).unwrap_or_else(|| panic!("{turn}, cut at {cut}: {text}"));
-            let error = std::str::from_utf8(rest).unwrap();
-            assert!(error.contains("data: {\"error\":{\"message\":") && error.ends_with("}}\n\n"), "{turn}, cut at {cut}: {error:?}");
+            let error = std::str::from_utf8(rest).unwrap().trim_start_matches(['\r', '\n']);
+            assert!(
+                error.starts_with("data: {\"error\":{\"message\":") && error.ends_with("}}\n\n"),
+                "{turn}, cut at {cut}: {error:?}"
+            );
+            assert_eq!(error.matches("data: ").count(), 1, "{turn}, cut at {cut}: {error:?}");
             assert!(!error.contains("[DONE]"), "no end that looks like one");
         }
     }
+}
+
+/// The same between two workers that give the same answer: from wherever the first broke off, the client has the one answer, once, or a
+/// beginning of it and an error. The usage is asked for, so that an answer is not whole before it has come.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_continued_stream_is_the_one_answer_at_every_byte() {
+    const TOKENS: u32 = 6;
+    let event = |value: Value| format!("data: {value}\n\n");
+    let piece = move |token: u32| {
+        let reason = if token + 1 == TOKENS { json!("stop") } else { Value::Null };
+        // The text of an odd token comes with the next one's: half a character.
+        let text = if token % 2 == 0 { String::new() } else { format!("<{}><{token}>", token - 1) };
+        json!({"id": "c", "choices": [{"index": 0, "text": text, "prompt_token_ids": [1], "token_ids": [100 + token], "finish_reason": reason}]})
+    };
+    let answer_from = move |token: u32| -> Vec<u8> {
+        let mut all: String = (token..TOKENS).map(|token| event(piece(token))).collect();
+        all += &event(
+            json!({"id": "c", "choices": [], "usage": {"prompt_tokens": 1 + token, "completion_tokens": TOKENS - token}}),
+        );
+        (all + "data: [DONE]\n\n").into_bytes()
+    };
+    let cut = Arc::new(std::sync::atomic::AtomicUsize::new(usize::MAX));
+    let told = Arc::clone(&cut);
+    let answers = Arc::new(move |request: &RawRequest| {
+        let body: Value = serde_json::from_slice(&request.body).unwrap();
+        let whole = answer_from(body["prompt"].as_array().unwrap().len() as u32 - 1);
+        // The first that is asked is cut.
+        let cut = told.swap(usize::MAX, Ordering::Relaxed).min(whole.len());
+        let mut steps = vec![stream_head()];
+        steps.extend(whole[..cut].chunks(40).map(chunk));
+        steps.push(if cut == whole.len() { stream_end() } else { Step::HangUp });
+        steps
+    });
+    let (one, two) = (Arc::clone(&answers), answers);
+    let (a, b) =
+        (RawWorker::start(move |request| one(request)).await, RawWorker::start(move |request| two(request)).await);
+    let front = front(&[&a, &b]).await;
+    let body = json!({"model": "m", "prompt": [1], "max_tokens": 20, "temperature": 0, "stream": true, "stream_options": {"include_usage": true}});
+    let text: String = (0..TOKENS).map(|token| format!("<{token}>")).collect();
+    let (mut continued, mut broken) = (0, 0);
+    let length = answer_from(0).len();
+    for at in 0..length {
+        cut.store(at, Ordering::Relaxed);
+        let before = a.requests().len() + b.requests().len();
+        let answer = front.post(COMPLETIONS, body.clone()).await;
+        let pieces = answer.pieces();
+        let got: String = pieces.iter().filter_map(|piece| piece["choices"][0]["text"].as_str()).collect();
+        assert!(pieces.iter().all(|piece| piece["choices"][0]["token_ids"].is_null()), "nobody asked for them");
+        let asked = a.requests().len() + b.requests().len() - before;
+        if pieces.last().unwrap().get("error").is_some() {
+            assert!(text.starts_with(&got) && asked == 1, "cut at {at}: {got:?}");
+            broken += 1;
+        } else {
+            assert_eq!(got, text, "cut at {at}");
+            let usage = &pieces.last().unwrap()["usage"];
+            assert_eq!(
+                (&usage["prompt_tokens"], &usage["completion_tokens"]),
+                (&json!(1), &json!(TOKENS)),
+                "cut at {at}"
+            );
+            continued += usize::from(asked == 2);
+        }
+    }
+    // Between the last choice's end and the usage, nobody can give the rest.
+    assert!(continued > length / 2 && broken > 50, "{continued} continued, {broken} broken");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -297,7 +451,10 @@ async fn keep_alives_come_at_once() {
         for _ in 0..4 {
             steps.extend([chunk(b": keep-alive\n\n"), Step::Wait(Duration::from_millis(300))]);
         }
-        steps.extend([chunk(b"data: {\"choices\":[{\"index\":0,\"text\":\"x\",\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n"), stream_end()]);
+        steps.extend([
+            chunk(b"data: {\"choices\":[{\"index\":0,\"text\":\"x\",\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n"),
+            stream_end(),
+        ]);
         steps
     })
     .await;
@@ -332,7 +489,13 @@ async fn what_was_sent_is_not_asked_for_again() {
     let role = json!({"role": "assistant", "content": ""});
     let cases = [
         ("a role alone", vec![delta(role.clone())]),
-        ("a call", vec![delta(role.clone()), delta(json!({"tool_calls": [{"index": 0, "id": "t", "function": {"name": "f", "arguments": "{"}}]}))]),
+        (
+            "a call",
+            vec![
+                delta(role.clone()),
+                delta(json!({"tool_calls": [{"index": 0, "id": "t", "function": {"name": "f", "arguments": "{"}}]})),
+            ],
+        ),
         ("a thought", vec![delta(role.clone()), delta(json!({"reasoning_content": "I th"}))]),
         ("a thought under its new name", vec![delta(role.clone()), delta(json!({"reasoning": "I th"}))]),
         ("a refusal", vec![delta(role.clone()), delta(json!({"refusal": "I c"}))]),
@@ -345,7 +508,8 @@ async fn what_was_sent_is_not_asked_for_again() {
         let answers = move |_: &RawRequest| breaking(&told);
         let (a, b) = (RawWorker::start(answers.clone()).await, RawWorker::start(answers).await);
         let front = front(&[&a, &b]).await;
-        let body = json!({"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": true, "max_tokens": 9});
+        let body =
+            json!({"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": true, "max_tokens": 9});
         let answer = front.post(CHAT, body).await;
         let mut got = answer.pieces();
         let error = got.pop().unwrap();
@@ -353,6 +517,19 @@ async fn what_was_sent_is_not_asked_for_again() {
         assert_eq!(got, pieces, "{what}");
         assert_eq!(a.requests().len() + b.requests().len(), 1, "{what}");
     }
+    // What is no text at all.
+    let odd = |_: &RawRequest| vec![stream_head(), chunk(b"data: \xff\n\n"), Step::HangUp];
+    let (a, b) = (RawWorker::start(odd).await, RawWorker::start(odd).await);
+    let between = front(&[&a, &b]).await;
+    let got = between.post(COMPLETIONS, json!({"prompt": "x", "stream": true})).await.body;
+    assert!(got.starts_with(b"data: \xff\n\ndata: {\"error\"") && a.requests().len() + b.requests().len() == 1);
+    // A request that is wrong is wrong everywhere: the worker's word comes as it is.
+    let wrong: &[u8] = b"data: {\"error\": {\"message\": \"too long\", \"code\": 400}}\n\ndata: [DONE]\n\n";
+    let refuses = move |_: &RawRequest| vec![stream_head(), chunk(wrong), stream_end()];
+    let (a, b) = (RawWorker::start(refuses).await, RawWorker::start(refuses).await);
+    let between = front(&[&a, &b]).await;
+    assert_eq!(between.post(COMPLETIONS, json!({"prompt": "x", "stream": true})).await.body, wrong);
+    assert_eq!(a.requests().len() + b.requests().len(), 1);
     // Nothing was said but that it lives: it is asked again.
     let first = Arc::new(AtomicBool::new(true));
     let answers = move |_: &RawRequest| {
@@ -360,14 +537,17 @@ async fn what_was_sent_is_not_asked_for_again() {
         if first.swap(false, Ordering::Relaxed) {
             steps.push(Step::HangUp);
         } else {
-            steps.push(chunk(b"data: {\"choices\":[{\"index\":0,\"text\":\"x\",\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n"));
+            steps.push(chunk(
+                b"data: {\"choices\":[{\"index\":0,\"text\":\"x\",\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n",
+            ));
             steps.push(stream_end());
         }
         steps
     };
     let answers = Arc::new(answers);
     let (one, two) = (Arc::clone(&answers), answers);
-    let (a, b) = (RawWorker::start(move |request| one(request)).await, RawWorker::start(move |request| two(request)).await);
+    let (a, b) =
+        (RawWorker::start(move |request| one(request)).await, RawWorker::start(move |request| two(request)).await);
     let front = front(&[&a, &b]).await;
     assert_eq!(front.post(COMPLETIONS, json!({"prompt": "x", "stream": true})).await.text(), "x");
 }
@@ -386,7 +566,8 @@ async fn text_that_was_held_back_is_not_lost() {
         // The text of what comes behind so many tokens.
         let text = ["", "", "", "ther", "her", "er"][prompt];
         let mut steps = vec![stream_head()];
-        let end = json!({"id": "d", "choices": [{"index": 0, "text": text, "token_ids": [13], "finish_reason": "stop"}]});
+        let end =
+            json!({"id": "d", "choices": [{"index": 0, "text": text, "token_ids": [13], "finish_reason": "stop"}]});
         steps.extend([chunk(format!("data: {end}\n\ndata: [DONE]\n\n").as_bytes()), stream_end()]);
         steps
     };
@@ -411,8 +592,12 @@ async fn connections_that_closed_meanwhile_are_not_the_workers_fault() {
     for steps in [vec![Step::HangUp], vec![Step::Wait(Duration::from_millis(20)), Step::HangUp]] {
         let worker = RawWorker::start(move |request| if request.at.0 > 0 { steps.clone() } else { ok() }).await;
         let front = front(&[&worker]).await;
-        for (turn, path) in [COMPLETIONS, CHAT, "/tokenize", COMPLETIONS, "/v1/embeddings", COMPLETIONS].iter().enumerate() {
-            let answer = front.post(path, json!({"model": "m", "prompt": "x", "messages": [{"role": "user", "content": "x"}]})).await;
+        for (turn, path) in
+            [COMPLETIONS, CHAT, "/tokenize", COMPLETIONS, "/v1/embeddings", COMPLETIONS].iter().enumerate()
+        {
+            let answer = front
+                .post(path, json!({"model": "m", "prompt": "x", "messages": [{"role": "user", "content": "x"}]}))
+                .await;
             assert_eq!(answer.status, 200, "{turn}: {:?}", answer.body);
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -442,8 +627,74 @@ async fn the_routers_own_limits_are_its_own_answers() {
         assert_eq!((answer.status, &answer.json()["error"]["code"]), (504, &json!("timeout")), "{path}");
         assert_eq!(a.requests().len() + b.requests().len(), before + 1, "one worker was asked, and no other");
     }
+    // A stream that says nothing behind its head: its client sees why it ends, and nobody else is asked.
+    let mute = |_: &RawRequest| vec![stream_head(), Step::Wait(Duration::from_secs(30))];
+    let (c, d) = (RawWorker::start(mute).await, RawWorker::start(mute).await);
+    let between = front_with(&[&c, &d], place, ServeOptions::default()).await;
+    let pieces = between.post(COMPLETIONS, json!({"prompt": "x", "stream": true})).await.pieces();
+    assert_eq!((pieces.len(), &pieces[0]["error"]["code"]), (1, &json!("timeout")));
+    assert_eq!(c.requests().len() + d.requests().len(), 1);
     let workers = front.get("/workers").await.json();
     assert!(workers.as_array().unwrap().iter().all(|worker| worker["up"] == true), "{workers}");
+}
+
+/// An event that is longer than the router reads is passed on, and what follows it.
+#[tokio::test(flavor = "multi_thread")]
+async fn endless_events_are_passed_on_unread() {
+    let long: Arc<Vec<u8>> = Arc::new([b"data: ", "x".repeat(20 << 20).as_bytes(), b"\n\ndata: {}\n\n"].concat());
+    for breaks in [false, true] {
+        let told = Arc::clone(&long);
+        let answers = move |_: &RawRequest| {
+            let mut steps = vec![stream_head()];
+            steps.extend(told.chunks(1 << 20).map(chunk));
+            steps.push(if breaks { Step::HangUp } else { stream_end() });
+            steps
+        };
+        let answers = Arc::new(answers);
+        let (one, two) = (Arc::clone(&answers), answers);
+        let (a, b) =
+            (RawWorker::start(move |request| one(request)).await, RawWorker::start(move |request| two(request)).await);
+        let front = front(&[&a, &b]).await;
+        let got = front.post(COMPLETIONS, json!({"prompt": "x", "stream": true})).await.body;
+        let rest = got.strip_prefix(long.as_slice()).expect("all that was sent");
+        assert_eq!(breaks, rest.starts_with(b"\n\ndata: {\"error\""), "{:?}", &rest[..rest.len().min(100)]);
+        assert_eq!(a.requests().len() + b.requests().len(), 1);
+    }
+}
+
+/// A client that announces much and sends nothing takes nobody's room; what is no path, or has no end of members, is the client's mistake.
+#[tokio::test(flavor = "multi_thread")]
+async fn odd_clients_cost_no_worker_and_nobody_else() {
+    let worker = RawWorker::start(|_| ok()).await;
+    let front = front(&[&worker]).await;
+    let mut silent = Vec::new();
+    for _ in 0..40 {
+        let mut stream = TcpStream::connect(front.url.strip_prefix("http://").unwrap()).await.unwrap();
+        let head = format!("POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{{", 60 << 20);
+        stream.write_all(head.as_bytes()).await.unwrap();
+        silent.push(stream);
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    for _ in 0..5 {
+        let starred = exchange(&front, b"OPTIONS * HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
+        assert!(starred.starts_with(b"HTTP/1.1 400 "), "{}", String::from_utf8_lossy(&starred));
+        let far = format!("GET /{} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", "x".repeat(65_530));
+        let far = exchange(&front, far.as_bytes()).await;
+        assert!(
+            far.starts_with(b"HTTP/1.1 400 ") || far.starts_with(b"HTTP/1.1 414 "),
+            "{}",
+            String::from_utf8_lossy(&far[..60])
+        );
+    }
+    let many: String = (0..100_000).map(|at| format!("\"k{at}\":null,")).collect();
+    let many = front.post_bytes(COMPLETIONS, format!("{{{many}\"prompt\":\"x\"}}")).await;
+    assert!(many.status == 400 && many.json()["error"]["message"].as_str().unwrap().contains("at most 1024 members"));
+    assert_eq!(front.get("/workers").await.json()[0]["up"], true);
+    assert_eq!(front.post(COMPLETIONS, json!({"prompt": "x"})).await.status, 200, "there is room");
+    // An offer to go on in another protocol may be passed over.
+    let offered = b"GET /version HTTP/1.1\r\nhost: x\r\nconnection: close, Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n\r\n";
+    assert!(exchange(&front, offered).await.starts_with(b"HTTP/1.1 200 "));
+    assert!(!worker.requests().last().unwrap().head.to_lowercase().contains("upgrade"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -452,7 +703,8 @@ async fn long_answers_come_as_they_are_made() {
     let told = Arc::clone(&body);
     let worker = RawWorker::start(move |request| {
         let breaks = request.body.windows(5).any(|window| window == b"break");
-        let head = format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", told.len());
+        let head =
+            format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", told.len());
         let upto = if breaks { told.len() - 10 } else { told.len() };
         let mut steps = vec![Step::Send(head.into()), Step::Send(Bytes::copy_from_slice(&told[..upto]))];
         steps.extend(breaks.then_some(Step::HangUp));
@@ -484,33 +736,66 @@ async fn every_route_is_passed() {
     })
     .await;
     let front = front(&[&worker]).await;
-    for path in ["/v1/embeddings", "/v1/responses", "/rerank", "/score", "/tokenize", "/v1/audio/transcriptions", "/pooling?a=1&b=%20c"] {
+    for path in [
+        "/v1/embeddings",
+        "/v1/responses",
+        "/rerank",
+        "/score",
+        "/tokenize",
+        "/v1/audio/transcriptions",
+        "/pooling?a=1&b=%20c",
+    ] {
         let said = front.post(path, json!({"model": "m", "input": "x"})).await;
-        assert_eq!((said.json()["line"].as_str().unwrap(), said.worker.as_str()), (format!("POST {path} HTTP/1.1").as_str(), "a"));
+        assert_eq!(
+            (said.json()["line"].as_str().unwrap(), said.worker.as_str()),
+            (format!("POST {path} HTTP/1.1").as_str(), "a")
+        );
     }
     let said = front.get("/version").await.json();
     assert_eq!((&said["line"], &said["length"]), (&json!("GET /version HTTP/1.1"), &json!(0)));
-    let line = |method: &str| format!("{method} /v1/responses/resp_1 HTTP/1.1\r\nhost: x\r\nx-odd: a, b\r\naccept-encoding: gzip\r\nconnection: close, x-private\r\nx-private: 1\r\n\r\n");
+    let line = |method: &str| {
+        format!(
+            "{method} /v1/responses/resp_1 HTTP/1.1\r\nhost: x\r\nx-odd: a, b\r\naccept-encoding: gzip\r\nconnection: close, x-private\r\nx-private: 1\r\n\r\n"
+        )
+    };
     let deleted = String::from_utf8(exchange(&front, line("DELETE").as_bytes()).await).unwrap();
-    assert!(deleted.contains("\"line\":\"DELETE /v1/responses/resp_1 HTTP/1.1\"") && deleted.contains("\"odd\":\"a, b\""), "{deleted}");
+    assert!(
+        deleted.contains("\"line\":\"DELETE /v1/responses/resp_1 HTTP/1.1\"") && deleted.contains("\"odd\":\"a, b\""),
+        "{deleted}"
+    );
     assert!(deleted.contains("\"encoding\":\"gzip\""), "{deleted}");
     assert!(!worker.requests().last().unwrap().head.contains("x-private"), "it is of the connection");
     let head = String::from_utf8(exchange(&front, line("HEAD").as_bytes()).await).unwrap();
-    assert!(head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains("content-length: 77\r\n") && head.ends_with("\r\n\r\n"), "{head}");
+    assert!(
+        head.starts_with("HTTP/1.1 200 OK\r\n")
+            && head.contains("content-length: 77\r\n")
+            && head.ends_with("\r\n\r\n"),
+        "{head}"
+    );
     // HTTP/1.0, whole and in pieces; and a body in chunks.
     let old = format!("POST {COMPLETIONS} HTTP/1.0\r\ncontent-length: 15\r\n\r\n{{\"prompt\": \"x\"}}");
     let old = String::from_utf8(exchange(&front, old.as_bytes()).await).unwrap();
     assert!(old.starts_with("HTTP/1.0 200 OK") && old.contains("\"length\":15"), "{old}");
-    let chunked = format!("POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n7\r\n{{\"promp\r\n8\r\nt\": \"x\"}}\r\n0\r\n\r\n");
+    let chunked = format!(
+        "POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n7\r\n{{\"promp\r\n8\r\nt\": \"x\"}}\r\n0\r\n\r\n"
+    );
     let chunked = String::from_utf8(exchange(&front, chunked.as_bytes()).await).unwrap();
     assert!(chunked.contains("\"length\":15"), "{chunked}");
     let answer = front.get("/gzip").await;
-    assert_eq!((&answer.headers["content-encoding"], answer.body.as_ref()), (&"gzip".parse().unwrap(), &b"\x1f\x8b\x08"[..]));
+    assert_eq!(
+        (&answer.headers["content-encoding"], answer.body.as_ref()),
+        (&"gzip".parse().unwrap(), &b"\x1f\x8b\x08"[..])
+    );
     let answer = front.post("/teapot", json!({})).await;
     assert_eq!((answer.status, answer.body.as_ref()), (418, &b"short"[..]));
+    let upgraded = b"GET /v1/realtime HTTP/1.1\r\nhost: x\r\nconnection: close, upgrade\r\nupgrade: websocket\r\n\r\n";
+    assert!(exchange(&front, upgraded).await.starts_with(b"HTTP/1.1 501 "), "it says that it cannot");
     // A form, and a client that asks for leave first.
     let form = "--b\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\nother\r\n--b--\r\n";
-    let asked = format!("POST /v1/audio/transcriptions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nexpect: 100-continue\r\ncontent-type: multipart/form-data; boundary=b\r\ncontent-length: {}\r\n\r\n{form}", form.len());
+    let asked = format!(
+        "POST /v1/audio/transcriptions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nexpect: 100-continue\r\ncontent-type: multipart/form-data; boundary=b\r\ncontent-length: {}\r\n\r\n{form}",
+        form.len()
+    );
     let asked = String::from_utf8(exchange(&front, asked.as_bytes()).await).unwrap();
     assert!(asked.contains(" 404 ") && asked.contains("model_not_found"), "{asked}");
     let known = asked_form(&front, form.replace("other", "m")).await;
@@ -519,7 +804,10 @@ async fn every_route_is_passed() {
 }
 
 async fn asked_form(front: &Front, form: String) -> String {
-    let request = format!("POST /v1/audio/transcriptions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: multipart/form-data; boundary=b\r\ncontent-length: {}\r\n\r\n{form}", form.len());
+    let request = format!(
+        "POST /v1/audio/transcriptions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: multipart/form-data; boundary=b\r\ncontent-length: {}\r\n\r\n{form}",
+        form.len()
+    );
     String::from_utf8(exchange(front, request.as_bytes()).await).unwrap()
 }
 
@@ -527,8 +815,17 @@ async fn asked_form(front: &Front, form: String) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_ends_its_request_in_every_phase() {
     let silent = RawWorker::start(|_| vec![Step::Wait(Duration::from_secs(60))]).await;
-    let half = RawWorker::start(|_| vec![Step::Send(Bytes::from_static(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{")), Step::Wait(Duration::from_secs(60))]).await;
-    let endless = RawWorker::start(|_| vec![stream_head(), chunk(b"data: {}\n\n"), Step::Wait(Duration::from_secs(60))]).await;
+    let half = RawWorker::start(|_| {
+        vec![
+            Step::Send(Bytes::from_static(
+                b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{",
+            )),
+            Step::Wait(Duration::from_secs(60)),
+        ]
+    })
+    .await;
+    let endless =
+        RawWorker::start(|_| vec![stream_head(), chunk(b"data: {}\n\n"), Step::Wait(Duration::from_secs(60))]).await;
     for (phase, worker) in [("before the head", &silent), ("within the answer", &half), ("within a stream", &endless)] {
         for path in [COMPLETIONS, "/v1/embeddings"] {
             let front = front(&[worker]).await;
@@ -552,9 +849,15 @@ async fn adapters_are_served_by_their_base_models_workers() {
     assert_eq!(ask("m-lora").await.status, 200);
     let ids = async || {
         let models = front.get("/v1/models").await.json();
-        models["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        models["data"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|model| model["id"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
     };
-    until("the workers are asked", || front.router.fleet.workers().iter().all(|worker| !worker.served().is_empty())).await;
+    until("the workers are asked", || front.router.fleet.workers().iter().all(|worker| !worker.served().is_empty()))
+        .await;
     assert_eq!(ids().await, ["m", "m-lora"]);
     let m = front.get("/v1/models/m").await.json();
     assert_eq!(m["max_model_len"], 4096, "as its engine says");

@@ -16,7 +16,9 @@ const QUICK: Duration = Duration::from_millis(2);
 
 async fn two() -> (ScriptedEngine, ScriptedEngine, Front) {
     let (a, b) = (ScriptedEngine::start("m", QUICK).await, ScriptedEngine::start("m", QUICK).await);
-    let front = Front::start(&[spec("a", &a.url(), Role::Both), spec("b", &b.url(), Role::Both)], PlaceOptions::default()).await;
+    let front =
+        Front::start(&[spec("a", &a.url(), Role::Both), spec("b", &b.url(), Role::Both)], PlaceOptions::default())
+            .await;
     (a, b, front)
 }
 
@@ -238,8 +240,11 @@ async fn long_prompts_are_computed_by_the_prefill_pool_and_short_ones_are_not() 
 async fn pictures_go_to_the_encoders_first() {
     let encode = ScriptedEngine::start("m", QUICK).await;
     let both = ScriptedEngine::start("m", QUICK).await;
-    let front =
-        Front::start(&[spec("e", &encode.url(), Role::Encode), spec("b", &both.url(), Role::Both)], PlaceOptions::default()).await;
+    let front = Front::start(
+        &[spec("e", &encode.url(), Role::Encode), spec("b", &both.url(), Role::Both)],
+        PlaceOptions::default(),
+    )
+    .await;
     let picture = |at: u32| json!({"type": "image_url", "image_url": {"url": format!("http://x/{at}.png")}});
     let body = json!({"model": "m", "max_tokens": 2, "messages": [{"role": "user", "content": [{"type": "text", "text": "what?"}, picture(1), picture(2)]}]});
     assert_eq!(front.post("/v1/chat/completions", body).await.worker, "b");
