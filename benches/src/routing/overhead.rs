@@ -86,6 +86,31 @@ fn quantile(sorted: &[f64], quantile: f64) -> f64 {
     sorted.get((sorted.len() as f64 * quantile) as usize).copied().unwrap_or(f64::NAN)
 }
 
+/// These engines: each has other blocks, and some of the prompt's.
+fn fleet_of(engines: &[ScriptedEngine], tokens: &Tokens, prompt: &str) -> anyhow::Result<Arc<Fleet>> {
+    let spec = |(at, engine): (usize, &ScriptedEngine)| WorkerSpec {
+        block_tokens: 16,
+        ..WorkerSpec::new(&format!("w{at}"), &engine.url(), "m")
+    };
+    let fleet = Fleet::new(Hashing::Sha256Cbor(Sha256Cbor::default()), FleetOptions::default());
+    fleet.set_workers(&engines.iter().enumerate().map(spec).collect::<Vec<_>>());
+    let known = fleet.hashing().chain(&tokens.encode(prompt, true)?, 16, None, None)?.names;
+    for (at, worker) in fleet.workers().iter().enumerate() {
+        let others = (0..BLOCKS / 100).map(|run| {
+            let hashes = (0..100).map(|block| (at as u64 + 1) << 40 | run << 10 | block).collect();
+            Event::Stored(Stored { hashes, block_tokens: 16, ..Stored::default() })
+        });
+        let prefix = Stored {
+            hashes: known.iter().copied().take(known.len() * at / WORKERS).collect(),
+            block_tokens: 16,
+            ..Stored::default()
+        };
+        let events = others.chain([Event::Stored(prefix)]).collect();
+        worker.view.apply(&Batch { events, ..Batch::default() }, 0);
+    }
+    Ok(fleet)
+}
+
 async fn measure_in_runtime(rounds: usize) -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     tokenizer(folder.path())?;
@@ -100,26 +125,7 @@ async fn measure_in_runtime(rounds: usize) -> anyhow::Result<()> {
     for _ in 0..WORKERS {
         engines.push(ScriptedEngine::start("m", Duration::ZERO).await);
     }
-    let spec = |(at, engine): (usize, &ScriptedEngine)| WorkerSpec {
-        block_tokens: 16,
-        ..WorkerSpec::new(&format!("w{at}"), &engine.url(), "m")
-    };
-    let fleet = Fleet::new(Hashing::Sha256Cbor(Sha256Cbor::default()), FleetOptions::default());
-    fleet.set_workers(&engines.iter().enumerate().map(spec).collect::<Vec<_>>());
-    let known = fleet.hashing().chain(&tokens.encode(&prompt, true)?, 16, None, None)?.names;
-    for (at, worker) in fleet.workers().iter().enumerate() {
-        let others = (0..BLOCKS / 100).map(|run| {
-            let hashes = (0..100).map(|block| (at as u64 + 1) << 40 | run << 10 | block).collect();
-            Event::Stored(Stored { hashes, block_tokens: 16, ..Stored::default() })
-        });
-        let prefix = Stored {
-            hashes: known.iter().copied().take(known.len() * at / WORKERS).collect(),
-            block_tokens: 16,
-            ..Stored::default()
-        };
-        let events = others.chain([Event::Stored(prefix)]).collect();
-        worker.view.apply(&Batch { events, ..Batch::default() }, 0);
-    }
+    let fleet = fleet_of(&engines, &tokens, &prompt)?;
     let router = Router::new(fleet, PlaceOptions::default());
     let model = Model { tokens: Some(tokens), ..Model::default() };
     let app = App::new(Arc::clone(&router), HashMap::from([("m".to_owned(), model)]), ServeOptions::default());

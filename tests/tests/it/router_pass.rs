@@ -367,7 +367,7 @@ async fn a_continued_stream_is_the_one_answer_at_every_byte() {
     let piece = move |token: u32| {
         let reason = if token + 1 == TOKENS { json!("stop") } else { Value::Null };
         // The text of an odd token comes with the next one's: half a character.
-        let text = if token % 2 == 0 { String::new() } else { format!("<{}><{token}>", token - 1) };
+        let text = if token.is_multiple_of(2) { String::new() } else { format!("<{}><{token}>", token - 1) };
         json!({"id": "c", "choices": [{"index": 0, "text": text, "prompt_token_ids": [1], "token_ids": [100 + token], "finish_reason": reason}]})
     };
     let answer_from = move |token: u32| -> Vec<u8> {
@@ -720,10 +720,9 @@ async fn long_answers_come_as_they_are_made() {
     assert_eq!(worker.requests().len(), 2);
 }
 
-/// Every route of an engine's server, and every way to ask.
-#[tokio::test(flavor = "multi_thread")]
-async fn every_route_is_passed() {
-    let worker = RawWorker::start(|request| {
+/// A worker that says what it was asked.
+async fn mirror() -> RawWorker {
+    RawWorker::start(|request| {
         let said = json!({"line": request.line(), "length": request.body.len(), "kind": request.header("content-type"), "odd": request.header("x-odd"), "encoding": request.header("accept-encoding")});
         match request.line().split(' ').next() {
             Some("HEAD") => vec![Step::Send(Bytes::from_static(b"HTTP/1.1 200 OK\r\ncontent-length: 77\r\nx-said: yes\r\n\r\n"))],
@@ -734,7 +733,13 @@ async fn every_route_is_passed() {
             _ => whole("200 OK", "application/json", said.to_string().as_bytes()),
         }
     })
-    .await;
+    .await
+}
+
+/// Every route of an engine's server, and every way to ask.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_route_is_passed() {
+    let worker = mirror().await;
     let front = front(&[&worker]).await;
     for path in [
         "/v1/embeddings",
@@ -772,6 +777,13 @@ async fn every_route_is_passed() {
             && head.ends_with("\r\n\r\n"),
         "{head}"
     );
+    until("all is over", || front.idle()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_way_to_ask_is_passed() {
+    let worker = mirror().await;
+    let front = front(&[&worker]).await;
     // HTTP/1.0, whole and in pieces; and a body in chunks.
     let old = format!("POST {COMPLETIONS} HTTP/1.0\r\ncontent-length: 15\r\n\r\n{{\"prompt\": \"x\"}}");
     let old = String::from_utf8(exchange(&front, old.as_bytes()).await).unwrap();
