@@ -151,6 +151,8 @@ mod tests {
         let path = folder.path().join("workers.toml");
         for (text, says) in [
             (WORKER.replace("http://127.0.0.1:8000", "ftp://x"), "use http://host:port"),
+            (WORKER.replace(":8000", ":99999"), "no valid port"),
+            (WORKER.replace(":8000", ":8000/v1"), "leave that out"),
             (WORKER.replace("model = \"m\"", "model = \"\""), "must not be empty"),
             (format!("{WORKER}events = \"tcp://nowhere\""), "use tcp://host:port"),
             (format!("{WORKER}ranks = 0"), "1 to 1024"),

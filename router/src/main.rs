@@ -53,7 +53,10 @@ enum Command {
     #[command(after_help = "Example:\n  kvstore-router workers --address http://10.0.0.9:8088")]
     Workers(Address),
     /// Print a completion script for a shell.
-    #[command(after_help = "Example:\n  kvstore-router completions bash > /etc/bash_completion.d/kvstore-router")]
+    #[command(
+        visible_alias = "completion",
+        after_help = "Example:\n  kvstore-router completions bash > /etc/bash_completion.d/kvstore-router"
+    )]
     Completions {
         /// The shell to write the script for.
         shell: clap_complete::Shell,
@@ -173,8 +176,7 @@ impl Serve {
         let listener = listener
             .with_context(|| format!("cannot listen on {} (choose another address with --listen)", config.listen))?;
         tracing::info!(address = %listener.local_addr()?, "serving");
-        println!("kvstore-router serves OpenAI's API on http://{}", listener.local_addr()?);
-        std::io::stdout().flush()?;
+        say(&format!("kvstore-router serves OpenAI's API on http://{}", listener.local_addr()?))?;
         let (stop, stopping) = watch::channel(false);
         let following = tokio::spawn(follow(fleet, config));
         tokio::spawn(async move {
@@ -187,8 +189,17 @@ impl Serve {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-            tracing::info!("the router is stopping; it finishes the answers under way first");
+            let within = kvstore_router::caps::CLOSE_WITHIN.as_secs();
+            tracing::info!(
+                "the router is stopping; it finishes the answers under way first, for {within} s at most (a second signal ends it at once)"
+            );
             let _ = stop.send(true);
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::warn!("a second signal: answers under way are cut off");
+            std::process::exit(130);
         });
         app.serve(listener, stopping).await;
         following.abort();
@@ -233,6 +244,8 @@ async fn follow(fleet: Arc<Fleet>, config: Config) {
 async fn ask(address: &str, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
     let client: Client<_, Full<bytes::Bytes>> = Client::builder(TokioExecutor::new()).build_http();
     let url = format!("{}{path}", address.trim_end_matches('/'));
+    let is_http = url.parse::<http::Uri>().is_ok_and(|url| url.scheme_str() == Some("http") && url.host().is_some());
+    anyhow::ensure!(is_http, "--address: {address:?} is not an HTTP URL; use http://host:port");
     let bytes = body.map(|body| bytes::Bytes::from(body.to_string())).unwrap_or_default();
     let request = http::Request::builder()
         .method(if body.is_some() { "POST" } else { "GET" })
@@ -267,11 +280,18 @@ async fn only_model(address: &str) -> anyhow::Result<String> {
     }
 }
 
-fn print_table(header: &[&str], rows: Vec<Vec<String>>) {
+/// Prints a line. Whoever reads it may have enough: that ends the command quietly.
+fn say(line: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout();
+    writeln!(out, "{line}")?;
+    out.flush()
+}
+
+fn print_table(header: &[&str], rows: Vec<Vec<String>>) -> std::io::Result<()> {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED).set_header(header.iter().copied());
     rows.into_iter().for_each(|row| _ = table.add_row(row));
-    println!("{table}");
+    say(&table.to_string())
 }
 
 fn seconds(value: &Value) -> String {
@@ -304,20 +324,19 @@ impl Explain {
         }
         let explained = ask(&self.to.address, "/explain", Some(&body)).await?;
         if self.to.json {
-            println!("{}", serde_json::to_string_pretty(&explained)?);
-            return Ok(());
+            return Ok(say(&serde_json::to_string_pretty(&explained)?)?);
         }
         let known = explained["tokens_known"].as_bool().unwrap_or(false);
         let about = if known {
             ""
         } else {
-            " (estimated, because the model has no tokenizer or the prompt has no whole block; the router goes by load)"
+            " (the router goes by load: the prompt has no whole block, or the router does not know the tokens of a block, for which see block_tokens, or the model's tokenizer)"
         };
-        println!(
+        say(&format!(
             "{} tokens{about}, model {}",
             explained["prompt_tokens"],
             explained["model"].as_str().unwrap_or_default()
-        );
+        ))?;
         let row = |worker: &Value| {
             vec![
                 if worker["chosen"] == true { "->".into() } else { String::new() },
@@ -345,17 +364,15 @@ impl Explain {
             "computed",
             "requests",
         ];
-        print_table(&header, rows);
-        println!("{}", explained["why"].as_str().unwrap_or_default());
-        Ok(())
+        print_table(&header, rows)?;
+        Ok(say(explained["why"].as_str().unwrap_or_default())?)
     }
 }
 
 async fn show_workers(to: Address) -> anyhow::Result<()> {
     let workers = ask(&to.address, "/workers", None).await?;
     if to.json {
-        println!("{}", serde_json::to_string_pretty(&workers)?);
-        return Ok(());
+        return Ok(say(&serde_json::to_string_pretty(&workers)?)?);
     }
     let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
     let row = |worker: &Value| {
@@ -377,10 +394,10 @@ async fn show_workers(to: Address) -> anyhow::Result<()> {
         ]
     };
     let rows = workers.as_array().into_iter().flatten().map(row).collect();
-    print_table(&["worker", "model", "role", "", "prefilling", "decoding", "prompt tokens", "events", "node"], rows);
+    print_table(&["worker", "model", "role", "", "prefilling", "decoding", "prompt tokens", "events", "node"], rows)?;
     for worker in workers.as_array().into_iter().flatten() {
         for problem in worker["problems"].as_array().into_iter().flatten().filter_map(Value::as_str) {
-            println!("{}: {problem}", text(&worker["id"]));
+            say(&format!("{}: {problem}", text(&worker["id"])))?;
         }
     }
     Ok(())

@@ -395,10 +395,15 @@ fn one_for_each_engine(model: &str, workers: Vec<Arc<Worker>>, cached: Vec<Cache
 }
 
 fn usual_of(speeds: &HashMap<usize, Speed>) -> Speed {
-    let mut rates: Vec<f64> =
-        speeds.values().filter(|speed| speed.learnt() > 0).map(Speed::tokens_per_second).collect();
-    rates.sort_by(f64::total_cmp);
-    rates.get(rates.len() / 2).map_or_else(Speed::default, |rate| Speed::usual(*rate))
+    let middle = |of: fn(&Speed) -> f64| {
+        let mut all: Vec<f64> = speeds.values().filter(|speed| speed.learnt() > 0).map(of).collect();
+        all.sort_by(f64::total_cmp);
+        all.get(all.len() / 2).copied()
+    };
+    match (middle(Speed::idle_seconds), middle(Speed::tokens_per_second)) {
+        (Some(idle), Some(rate)) => Speed::usual(idle, rate),
+        _ => Speed::default(),
+    }
 }
 
 /// A place in the queue.
@@ -560,11 +565,11 @@ mod tests {
         let unknown = Asked { model: "x".into(), ..asked.clone() };
         let error = router.place(&unknown, &[]).await.err().unwrap();
         assert_eq!(error.to_string(), "the model \"x\" is not served here; the router serves m");
-        router.fleet.worker("a").unwrap().failed(Evidence::Gone);
+        router.fleet.worker("a").unwrap().failed(Evidence::Gone, "refused");
         for _ in 0..5 {
             assert_eq!(router.place(&asked, &[]).await.unwrap().worker.spec.id, "b");
         }
-        router.fleet.worker("b").unwrap().failed(Evidence::Gone);
+        router.fleet.worker("b").unwrap().failed(Evidence::Gone, "refused");
         assert_eq!(router.place(&asked, &[]).await.err(), Some(Refused::AllAway("m".into())));
         let prefill = Asked { role: Role::Prefill, ..asked };
         assert_eq!(router.place(&prefill, &[]).await.unwrap().worker.spec.id, "p");
@@ -641,6 +646,23 @@ mod tests {
         // It was tried under its other name.
         let but = [busy.worker.number];
         assert_ne!(router.place(&adapter, &but).await.unwrap().worker.spec.id, twin);
+    }
+
+    /// One quick answer, and all requests went to that worker: of the others it was believed that they took ten times as long.
+    #[tokio::test]
+    async fn who_was_never_asked_is_thought_to_be_as_good_as_the_others() {
+        let router = router(PlaceOptions::default(), &["a", "b"]);
+        let asked = asked(&router, &[1, 2]);
+        let mut first = router.place(&asked, &[]).await.unwrap();
+        let known = first.worker.spec.id.clone();
+        first.tokens(1);
+        drop(first);
+        let mut busy = Vec::new();
+        for _ in 0..20 {
+            busy.push(router.place(&asked, &[]).await.unwrap());
+        }
+        let there = busy.iter().filter(|placed| placed.worker.spec.id == known).count();
+        assert_eq!(there, 10, "they spread");
     }
 
     /// Ranks that are registered for themselves are one engine; a prefix may be known of any of them.

@@ -70,6 +70,7 @@ pub enum Command {
     /// Refuse new calls and finish those in flight.
     Drain(admin::Drain),
     /// Print a shell's completion script.
+    #[command(visible_alias = "completions")]
     Completion(Completion),
 }
 

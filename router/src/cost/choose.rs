@@ -2,6 +2,10 @@
 
 use super::Terms;
 
+/// Workers are equals within this part of the best's time, or within so many seconds.
+const NEARLY: f64 = 1.05;
+const NEARLY_SECONDS: f64 = 0.002;
+
 /// How to choose.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Choose {
@@ -29,7 +33,7 @@ pub struct Choice {
     pub at: usize,
     /// What decided.
     pub why: Why,
-    /// How many are as good as the best, with it.
+    /// How many are nearly as good as the best, with it.
     pub equals: usize,
 }
 
@@ -67,17 +71,25 @@ pub fn choose(how: &Choose, candidates: &[(Terms, u64, bool)], chance: f64) -> O
     let open: Vec<usize> = (0..).zip(candidates).filter(|(_, candidate)| may(candidate)).map(|(at, _)| at).collect();
     let expected = |at: usize| candidates.get(at).map_or(f64::MAX, |(terms, _, _)| terms.expected());
     let requests = |at: usize| candidates.get(at).map_or(u64::MAX, |(_, requests, _)| *requests);
-    // Of equals, the one with fewer requests; of those, any.
-    let start = (chance * open.len() as f64) as usize;
-    let turned = open.iter().cycle().skip(start).take(open.len()).copied();
-    let best = turned.min_by(|a, b| expected(*a).total_cmp(&expected(*b)).then(requests(*a).cmp(&requests(*b))));
-    let Some(best) = best else {
-        let soonest =
+    let soonest = open.iter().copied().min_by(|a, b| expected(*a).total_cmp(&expected(*b)));
+    let Some(soonest) = soonest else {
+        let free =
             candidates.iter().map(|(terms, _, _)| terms.queue_seconds - how.seconds_max).fold(f64::MAX, f64::min);
-        return Some(Err(Overload { retry_seconds: soonest.clamp(1.0, 60.0) }));
+        return Some(Err(Overload { retry_seconds: free.clamp(1.0, 60.0) }));
     };
-    let is_equal = |at: &&usize| expected(**at) == expected(best) && requests(**at) == requests(best);
-    let equals = open.iter().filter(is_equal).count();
+    // Nobody can tell workers apart that have as much of the prompt, and a speed that was learnt from other requests: those nearly as
+    // good are equals. Of them, the one with fewer requests; of those, whose turn it is.
+    let cached = |at: usize| {
+        candidates.get(at).map_or(0, |(terms, _, _)| terms.cached.engine_tokens + terms.cached.fetched_tokens)
+    };
+    let limit = (expected(soonest) * NEARLY).max(expected(soonest) + NEARLY_SECONDS);
+    let near: Vec<usize> =
+        open.iter().copied().filter(|at| expected(*at) <= limit && cached(*at) == cached(soonest)).collect();
+    let fewest = near.iter().map(|at| requests(*at)).min().unwrap_or_default();
+    let equals: Vec<usize> = near.into_iter().filter(|at| requests(*at) == fewest).collect();
+    let turn = (chance * equals.len() as f64) as usize;
+    let best = equals.get(turn).copied().unwrap_or(soonest);
+    let equals = equals.len();
     let stays = |at: &&usize| {
         candidates.get(**at).is_some_and(|(_, _, session)| *session) && expected(**at) <= expected(best) * how.affinity
     };
@@ -130,6 +142,12 @@ mod tests {
         let equal = [candidate(0.1, 2, false), candidate(0.1, 2, false)];
         assert_eq!((chosen(&how, &equal, 0.0), chosen(&how, &equal, 0.99)), (0, 1));
         assert_eq!(chosen(&how, &[candidate(0.1, 2, false), candidate(0.1, 1, false)], 0.0), 1);
+        // A speed that was learnt is not so exact that one of them should have all requests.
+        assert_eq!(chosen(&how, &[candidate(0.1, 2, false), candidate(0.105, 1, false)], 0.0), 1);
+        assert_eq!(chosen(&how, &[candidate(0.1, 2, false), candidate(0.13, 1, false)], 0.0), 0);
+        let mut cached = candidate(0.1, 2, false);
+        cached.0.cached.engine_tokens = 64;
+        assert_eq!(chosen(&how, &[cached, candidate(0.101, 1, false)], 0.0), 0, "it has some of the prompt");
     }
 
     #[test]

@@ -28,13 +28,13 @@ pub struct Speed {
 
 impl Default for Speed {
     fn default() -> Self {
-        Self::usual(USUAL_TOKENS_PER_SECOND)
+        Self::usual(USUAL_IDLE_SECONDS, USUAL_TOKENS_PER_SECOND)
     }
 }
 
 impl Speed {
-    /// A worker that is thought to compute so many tokens a second, until it shows otherwise.
-    pub fn usual(tokens_per_second: f64) -> Self {
+    /// A worker that is thought to answer after so many seconds, and to compute so many tokens a second, until it shows otherwise.
+    pub fn usual(idle_seconds: f64, tokens_per_second: f64) -> Self {
         let mut speed = Self {
             count: 0.0,
             tokens: 0.0,
@@ -45,7 +45,7 @@ impl Speed {
             learnt: 0,
         };
         for tokens in [0.0, 4000.0] {
-            speed.add(tokens, USUAL_IDLE_SECONDS + tokens / tokens_per_second, PRIOR);
+            speed.add(tokens, idle_seconds + tokens / tokens_per_second, PRIOR);
         }
         speed
     }
@@ -95,6 +95,11 @@ impl Speed {
     pub fn seconds(&self, tokens: u64, _decoding: u64) -> f64 {
         let (idle, per_token) = self.fit();
         if tokens == 0 { 0.0 } else { idle + per_token * tokens as f64 }
+    }
+
+    /// Seconds that a prompt of no tokens would take.
+    pub fn idle_seconds(&self) -> f64 {
+        self.fit().0
     }
 
     /// Tokens of prompts a second.

@@ -96,6 +96,15 @@ impl WorkerSpec {
         if url.scheme_str() != Some("http") || url.host().is_none() {
             return Err(format!("worker {id:?}: url {text:?} is not an HTTP URL; use http://host:port"));
         }
+        let authority = url.authority().map_or("", http::uri::Authority::as_str);
+        if url.port_u16().is_none() && authority.rsplit(']').next().is_some_and(|rest| rest.contains(':')) {
+            return Err(format!(
+                "worker {id:?}: url {text:?} has no valid port; use http://host:port, with a port up to 65535"
+            ));
+        }
+        if url.path().trim_end_matches('/').ends_with("/v1") {
+            return Err(format!("worker {id:?}: url {text:?} ends with /v1; leave that out: requests bring it"));
+        }
         Ok(())
     }
 
@@ -176,6 +185,8 @@ pub enum Evidence {
 struct Health {
     away: bool,
     doubts: u32,
+    /// Why it did not answer last.
+    why: String,
 }
 
 impl Worker {
@@ -227,10 +238,11 @@ impl Worker {
         std::mem::take(&mut health.away)
     }
 
-    /// It did not. True where it counts as away from now on.
-    pub fn failed(&self, evidence: Evidence) -> bool {
+    /// It did not, and why. True where it counts as away from now on.
+    pub fn failed(&self, evidence: Evidence, why: &str) -> bool {
         let mut health = self.health.lock();
         health.doubts += 1;
+        why.clone_into(&mut health.why);
         let away = evidence == Evidence::Gone || health.doubts >= caps::DOUBTS_MAX;
         away && !std::mem::replace(&mut health.away, true)
     }
@@ -245,6 +257,11 @@ impl Worker {
         let events = self.spec.events.as_deref().unwrap_or_default();
         let following = self.following.iter().filter_map(|following| following.problem());
         let mut problems: Vec<String> = following.map(|why| format!("no events from {events}: {why}")).collect();
+        let health = self.health.lock();
+        if health.away {
+            problems.push(format!("it is away, and gets no requests: {}", health.why));
+        }
+        drop(health);
         if let (Some(address), None) = (&self.spec.node, &self.node) {
             problems.push(format!("the node {address} cannot be followed"));
         }
@@ -310,16 +327,18 @@ mod tests {
         let worker = fleet.worker("a").unwrap();
         for _ in 0..3 {
             for _ in 1..caps::DOUBTS_MAX {
-                assert!(!worker.failed(Evidence::Doubt) && worker.is_up(), "once may be chance");
+                assert!(!worker.failed(Evidence::Doubt, "silent") && worker.is_up(), "once may be chance");
             }
             assert!(!worker.succeeded(), "it was never away");
         }
         for _ in 1..caps::DOUBTS_MAX {
-            worker.failed(Evidence::Doubt);
+            worker.failed(Evidence::Doubt, "silent");
         }
-        assert!(worker.failed(Evidence::Doubt) && !worker.is_up() && !worker.failed(Evidence::Doubt));
+        assert!(
+            worker.failed(Evidence::Doubt, "silent") && !worker.is_up() && !worker.failed(Evidence::Doubt, "silent")
+        );
         assert!(worker.succeeded() && worker.is_up());
-        assert!(worker.failed(Evidence::Gone) && !worker.is_up(), "nobody listens there");
+        assert!(worker.failed(Evidence::Gone, "refused") && !worker.is_up(), "nobody listens there");
     }
 
     #[test]

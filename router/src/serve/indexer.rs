@@ -20,6 +20,33 @@ use crate::fleet::{Role, WorkerSpec};
 use crate::hashing::Chain;
 use crate::place::{Asked, Candidate};
 
+/// Paths that are the router's own, whatever the method.
+const OWN: [&str; 11] = [
+    "/register",
+    "/unregister",
+    "/workers",
+    "/query",
+    "/query_by_hash",
+    "/dump",
+    "/explain",
+    "/load",
+    "/health",
+    "/ready",
+    "/metrics",
+];
+
+/// Whether a path is one of them.
+pub(super) fn is_own(path: &str) -> bool {
+    OWN.contains(&path)
+}
+
+/// A path is asked for with a method that it does not have.
+pub(super) fn no_such_method(request: &axum::extract::Request) -> Response {
+    let (method, path) = (request.method(), request.uri().path());
+    let message = format!("{method} is not a method of the router's {path}; docs/router.md lists the router's paths");
+    (StatusCode::METHOD_NOT_ALLOWED, Json(json!({"error": message}))).into_response()
+}
+
 pub(super) fn routes() -> Routes<Arc<App>> {
     Routes::new()
         .route("/register", post(register))

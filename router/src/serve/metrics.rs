@@ -43,6 +43,7 @@ impl App {
         let without_node = fleet.nodes().iter().filter(|node| !node.status().whole).count();
         let gauges = [
             ("waiting", "Requests that wait for a worker", self.router.waiting() as u64),
+            ("workers", "Workers that the router knows", workers.len() as u64),
             ("workers_up", "Workers that answer", up),
             (
                 "workers_without_events",

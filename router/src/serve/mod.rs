@@ -53,7 +53,7 @@ impl App {
             .route("/v1/models", get(models::models))
             .route("/v1/models/{*id}", get(models::model))
             .merge(indexer::routes())
-            .method_not_allowed_fallback(pass::pass)
+            .method_not_allowed_fallback(other_method)
             .fallback(pass::pass)
             .with_state(Arc::clone(self))
     }
@@ -88,6 +88,14 @@ impl App {
             known.held_tokens += load.held_tokens;
         }
         self.router.set_others(sum);
+    }
+}
+
+/// A method that a path does not have: of the router's own paths, that is the answer; another is the worker's.
+async fn other_method(State(app): State<Arc<App>>, request: Request) -> Response {
+    match indexer::is_own(request.uri().path()) {
+        true => indexer::no_such_method(&request),
+        false => pass::pass(State(app), request).await,
     }
 }
 

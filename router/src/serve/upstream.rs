@@ -146,7 +146,7 @@ impl Workers {
 
 /// Takes down what a failure says of a worker.
 pub(super) fn judge(worker: &Worker, evidence: Evidence, why: &str) {
-    if worker.failed(evidence) {
+    if worker.failed(evidence, why) {
         tracing::warn!(worker = worker.spec.id, why, "the worker is away: it gets no requests until it answers");
     } else if worker.is_up() {
         tracing::warn!(worker = worker.spec.id, why, "the worker did not answer a request");

@@ -756,6 +756,9 @@ async fn every_route_is_passed() {
             (format!("POST {path} HTTP/1.1").as_str(), "a")
         );
     }
+    for own in ["/query", "/register", "/explain"] {
+        assert_eq!(front.get(own).await.status, 405, "{own} is the router's own");
+    }
     let said = front.get("/version").await.json();
     assert_eq!((&said["line"], &said["length"]), (&json!("GET /version HTTP/1.1"), &json!(0)));
     let line = |method: &str| {
