@@ -71,6 +71,8 @@ pub const HEALTH_WITHIN: Duration = Duration::from_secs(2);
 pub const PEERS_EVERY: Duration = Duration::from_millis(200);
 /// At its end the router waits this long for answers under way.
 pub const CLOSE_WITHIN: Duration = Duration::from_secs(30);
+/// At its end the router does not wait for connections on which nothing was under way for so long.
+pub const QUIET_WITHIN: Duration = Duration::from_secs(5);
 /// Workers at once: each has up to some holders in the index.
 pub const WORKERS_MAX: usize = 2048;
 /// Pictures and the like of one request that are encoded ahead.

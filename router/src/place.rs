@@ -219,6 +219,11 @@ impl Router {
         self.speeds.lock().get(&worker.number).copied().unwrap_or_default()
     }
 
+    /// Requests at workers.
+    pub fn under_way(&self) -> usize {
+        self.load.lock().requests()
+    }
+
     /// Requests that wait for a worker.
     pub fn waiting(&self) -> usize {
         self.waiting.load(Ordering::Relaxed)

@@ -158,6 +158,22 @@ fn a_start_holds_whatever_is_missing() {
     assert_eq!(router.terminate(), Some(0));
 }
 
+/// A client that never finished to ask kept the router from ending for half a minute.
+#[test]
+fn who_never_finished_to_ask_is_not_waited_for() {
+    let router = Router::start();
+    let mut stuck = Vec::new();
+    for half in
+        ["GET /version HTTP/1.1\r\nho", "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{"]
+    {
+        let mut stream = TcpStream::connect(("127.0.0.1", router.port)).unwrap();
+        stream.write_all(half.as_bytes()).unwrap();
+        stuck.push(stream);
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(router.terminate(), Some(0), "within 20 s");
+}
+
 /// `kvstore-router completions bash | head -1` ended with a panic.
 #[test]
 fn a_reader_that_has_enough_ends_a_command_quietly() {

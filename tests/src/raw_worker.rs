@@ -132,12 +132,14 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
     let mut on_connection = 0;
     while let Some((head, body)) = read(&mut stream).await {
         let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
+        // Connections that the router has used for these are not to be met again.
+        let alone = |body: &str| {
+            let head = "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length:";
+            vec![Step::Send(format!("{head} {}\r\n\r\n{body}", body.len()).into()), Step::HangUp]
+        };
         let steps = match path.as_str() {
-            "/health" => whole("200 OK", "text/plain", b""),
-            "/v1/models" => {
-                let models = shared.models.lock().unwrap().clone();
-                whole("200 OK", "application/json", models.as_bytes())
-            }
+            "/health" => alone("{}"),
+            "/v1/models" => alone(&shared.models.lock().unwrap().clone()),
             _ => {
                 let request = {
                     let mut requests = shared.requests.lock().unwrap();

@@ -164,6 +164,11 @@ impl Subscriber {
                 self.bad += 1;
                 continue;
             };
+            // The end of a replay has this number; no message has.
+            if number == u64::MAX {
+                self.view.passed_over(1);
+                continue;
+            }
             match self.last {
                 // It was replayed.
                 Some((last, _)) if number <= last && self.is_known_duplicate(number, payload) => {}

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, header};
 use http_body_util::BodyExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -39,11 +40,14 @@ impl Bodies {
         Some(Held { _permit: Some(permit) })
     }
 
-    /// Reads a body to its end.
-    pub(super) async fn read(&self, mut body: Body) -> Result<(Bytes, Held), ApiError> {
+    /// Reads a body to its end. `headers`: of its request.
+    pub(super) async fn read(&self, headers: &HeaderMap, mut body: Body) -> Result<(Bytes, Held), ApiError> {
         let announced = hyper::body::Body::size_hint(&body).lower();
         if announced > self.each_max {
-            drain(body, self.each_max).await;
+            // Who asks for leave has sent nothing yet.
+            if !headers.contains_key(header::EXPECT) && announced / 4 <= self.each_max {
+                drain(body, self.each_max).await;
+            }
             return Err(ApiError::too_large(self.each_max));
         }
         let mut held: Option<OwnedSemaphorePermit> = None;
@@ -113,26 +117,26 @@ mod tests {
 
     #[tokio::test]
     async fn bodies_are_bounded_each_and_together() {
-        let bodies = Bodies::new(10_000);
-        let (all, held) = bodies.read(Body::from("x".repeat(10_000))).await.unwrap();
+        let (bodies, none) = (Bodies::new(10_000), HeaderMap::new());
+        let (all, held) = bodies.read(&none, Body::from("x".repeat(10_000))).await.unwrap();
         assert_eq!((all.len(), held._permit.as_ref().map(OwnedSemaphorePermit::num_permits)), (10_000, Some(3)));
         let status = |error: ApiError| error.into_response().status().as_u16();
-        assert_eq!(status(bodies.read(Body::from("x".repeat(10_001))).await.err().unwrap()), 413);
+        assert_eq!(status(bodies.read(&none, Body::from("x".repeat(10_001))).await.err().unwrap()), 413);
         // Without a length ahead, in pieces.
         let pieces = |count: usize| {
             let piece = |_| Ok::<_, std::io::Error>(Bytes::from("x".repeat(1000)));
             Body::from_stream(futures::stream::iter((0..count).map(piece)))
         };
-        assert_eq!(bodies.read(pieces(10)).await.unwrap().0.len(), 10_000);
-        assert_eq!(status(bodies.read(pieces(11)).await.err().unwrap()), 413);
+        assert_eq!(bodies.read(&none, pieces(10)).await.unwrap().0.len(), 10_000);
+        assert_eq!(status(bodies.read(&none, pieces(11)).await.err().unwrap()), 413);
         let broken = futures::stream::iter([Ok(Bytes::from("x")), Err(std::io::Error::other("cut"))]);
-        assert_eq!(status(bodies.read(Body::from_stream(broken)).await.err().unwrap()), 400);
+        assert_eq!(status(bodies.read(&none, Body::from_stream(broken)).await.err().unwrap()), 400);
         let small = Bodies { steps: Arc::new(Semaphore::new(3)), each_max: 100_000 };
-        let (_, held) = small.read(Body::from("x".repeat(STEP * 2))).await.unwrap();
-        assert_eq!(status(small.read(Body::from("x".repeat(STEP * 2))).await.err().unwrap()), 503);
+        let (_, held) = small.read(&none, Body::from("x".repeat(STEP * 2))).await.unwrap();
+        assert_eq!(status(small.read(&none, Body::from("x".repeat(STEP * 2))).await.err().unwrap()), 503);
         assert!(small.hold(STEP).is_some() && small.hold(STEP + 1).is_none());
         drop(held);
-        assert!(small.read(pieces(12)).await.is_ok());
+        assert!(small.read(&none, pieces(12)).await.is_ok());
         assert_eq!(small.steps.available_permits(), 3);
     }
 }

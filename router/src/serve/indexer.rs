@@ -383,7 +383,7 @@ async fn explain_request(State(app): State<Arc<App>>, headers: HeaderMap, body: 
 }
 
 async fn explain_body(app: &Arc<App>, headers: &HeaderMap, body: axum::body::Body) -> Result<Response, ApiError> {
-    let (body, _held) = app.bodies.read(body).await?;
+    let (body, _held) = app.bodies.read(headers, body).await?;
     let mut request = Request::read(Kind::Completion, headers, body)?;
     if request.body.get("messages").is_some() {
         request.kind = Kind::Chat;

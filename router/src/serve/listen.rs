@@ -1,7 +1,7 @@
 //! The router's listener: connections within a bound, each with a limit on how long it may take to say what it wants.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router as Routes;
 use hyper::server::conn::http1;
@@ -21,7 +21,13 @@ fn connections_max() -> usize {
 }
 
 /// Serves until `stop` turns true; answers under way are finished, within [`caps::CLOSE_WITHIN`].
-pub(super) async fn serve(listener: TcpListener, routes: Routes, mut stop: watch::Receiver<bool>) {
+/// `is_idle`: nothing is under way: whoever did not finish to ask is not waited for.
+pub(super) async fn serve(
+    listener: TcpListener,
+    routes: Routes,
+    mut stop: watch::Receiver<bool>,
+    is_idle: impl Fn() -> bool,
+) {
     let places = Arc::new(Semaphore::new(connections_max()));
     let open = GracefulShutdown::new();
     let mut builder = http1::Builder::new();
@@ -57,7 +63,20 @@ pub(super) async fn serve(listener: TcpListener, routes: Routes, mut stop: watch
         });
     }
     drop(listener);
-    if tokio::time::timeout(caps::CLOSE_WITHIN, open.shutdown()).await.is_err() {
-        tracing::warn!("answers under way did not end in time, and are cut off");
+    let quiet = async {
+        let mut since = Instant::now();
+        while since.elapsed() < caps::QUIET_WITHIN {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            if !is_idle() {
+                since = Instant::now();
+            }
+        }
+    };
+    tokio::select! {
+        () = open.shutdown() => {}
+        () = quiet => tracing::info!("nothing is under way; connections that ask for nothing are closed"),
+        () = tokio::time::sleep(caps::CLOSE_WITHIN) => {
+            tracing::warn!("answers under way did not end in time, and are cut off");
+        }
     }
 }

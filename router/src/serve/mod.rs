@@ -4,6 +4,7 @@ mod ahead;
 mod app;
 mod body;
 mod call;
+mod connections;
 mod indexer;
 mod json;
 mod known;
@@ -26,7 +27,8 @@ use std::sync::atomic::Ordering;
 use axum::Router as Routes;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{any, get};
+use http::Method;
 use http::uri::PathAndQuery;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -42,14 +44,15 @@ impl App {
     /// Serves until `stop` turns true; answers under way are finished, for half a minute at most.
     pub async fn serve(self: Arc<Self>, listener: TcpListener, stop: watch::Receiver<bool>) {
         let background = tokio::spawn(Arc::clone(&self).work_forever());
-        listen::serve(listener, self.routes(), stop).await;
+        let is_idle = || self.router.waiting() == 0 && self.router.under_way() == 0;
+        listen::serve(listener, self.routes(), stop, is_idle).await;
         background.abort();
     }
 
     fn routes(self: &Arc<Self>) -> Routes {
         Routes::new()
-            .route("/v1/completions", post(completion))
-            .route("/v1/chat/completions", post(chat))
+            .route("/v1/completions", any(completion))
+            .route("/v1/chat/completions", any(chat))
             .route("/v1/models", get(models::models))
             .route("/v1/models/{*id}", get(models::model))
             .merge(indexer::routes())
@@ -108,10 +111,14 @@ async fn chat(State(app): State<Arc<App>>, request: Request) -> Response {
 }
 
 async fn answer(app: Arc<App>, kind: Kind, request: Request) -> Response {
+    // What it is the worker knows.
+    if request.method() != Method::POST {
+        return pass::pass(State(app), request).await;
+    }
     app.counts.requests.fetch_add(1, Ordering::Relaxed);
     let (parts, body) = request.into_parts();
     let path = parts.uri.path_and_query().map_or(kind.path(), PathAndQuery::as_str).to_owned();
-    let answered = match app.bodies.read(body).await {
+    let answered = match app.bodies.read(&parts.headers, body).await {
         Ok(read) => proxy::answer(app, kind, path, parts.headers, read).await,
         Err(error) => Err(error),
     };

@@ -16,7 +16,7 @@ use super::app::App;
 use super::body::Held;
 use super::json::Object;
 use super::openai::ApiError;
-use super::upstream::{Failure, Outgoing};
+use super::upstream::{Failure, Outgoing, is_of_type};
 use super::whole::as_it_comes;
 use crate::caps;
 use crate::place::Asked;
@@ -28,13 +28,26 @@ pub(super) async fn pass(State(app): State<Arc<App>>, request: Request) -> Respo
     answer(&app, parts, body).await.unwrap_or_else(IntoResponse::into_response)
 }
 
+/// Passes a request on by load alone, whatever its body is.
+pub(super) async fn unread(
+    app: &App,
+    path: &str,
+    headers: &HeaderMap,
+    body: (Bytes, Held),
+    model: String,
+) -> Result<Response, ApiError> {
+    let asked =
+        Asked { tokens: (body.0.len() as u64 / 4).max(1), role: app.answering_role(&model), model, ..Asked::default() };
+    send(app, &asked, Outgoing { method: &http::Method::POST, path, headers, body: &body.0, reads: false }).await
+}
+
 async fn answer(app: &App, parts: Parts, body: Body) -> Result<Response, ApiError> {
     // Others are offers that may be passed over.
     let upgrade = parts.headers.get(header::UPGRADE).map_or(&b""[..], |value| value.as_bytes());
     if upgrade.eq_ignore_ascii_case(b"websocket") {
         return Err(ApiError::no_upgrade());
     }
-    let (body, _held): (Bytes, Held) = app.bodies.read(body).await?;
+    let (body, _held): (Bytes, Held) = app.bodies.read(&parts.headers, body).await?;
     let (named, session) = what_it_names(&parts.headers, &body);
     // Where several models are served and none is named, anybody may know.
     let model = match named {
@@ -44,11 +57,15 @@ async fn answer(app: &App, parts: Parts, body: Body) -> Result<Response, ApiErro
     let role = app.answering_role(&model);
     let asked = Asked { model, tokens: (body.len() as u64 / 4).max(1), session, role, ..Asked::default() };
     let path = parts.uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
-    let outgoing = Outgoing { method: &parts.method, path, headers: &parts.headers, body: &body, reads: false };
+    send(app, &asked, Outgoing { method: &parts.method, path, headers: &parts.headers, body: &body, reads: false })
+        .await
+}
+
+async fn send(app: &App, asked: &Asked, outgoing: Outgoing<'_>) -> Result<Response, ApiError> {
     let silence = app.router.options().silence;
     let mut but = Vec::new();
     loop {
-        let placed = app.router.place(&asked, &but).await?;
+        let placed = app.router.place(asked, &but).await?;
         but.push(placed.worker.number);
         match app.workers.ask(&placed.worker, outgoing, silence).await {
             Ok(upstream) => return Ok(as_it_comes(placed, upstream, Bytes::new(), silence)),
@@ -65,8 +82,7 @@ async fn answer(app: &App, parts: Parts, body: Body) -> Result<Response, ApiErro
 /// The model and the session that a body names, as JSON or as a form.
 fn what_it_names(headers: &HeaderMap, body: &Bytes) -> (Option<String>, Option<u64>) {
     let session = headers.get("x-session-id").and_then(|value| value.to_str().ok()).map(str::to_owned);
-    let kind = headers.get(header::CONTENT_TYPE).map_or(&b""[..], |kind| kind.as_bytes());
-    if kind.starts_with(b"multipart/form-data") {
+    if is_of_type(headers, "multipart/form-data") {
         return (field_of_form(body, "model"), session.map(|session| xxh3_64(session.as_bytes())));
     }
     let Ok(object) = Object::read(body.clone()) else {

@@ -12,7 +12,7 @@ use super::body::Held;
 use super::call::Call;
 use super::openai::{ApiError, Kind, Request};
 use super::relay::{Relay, is_stream};
-use super::{resume, whole};
+use super::{pass, resume, whole};
 
 /// Answers a request for a text. `path`: with its query.
 pub(super) async fn answer(
@@ -22,7 +22,15 @@ pub(super) async fn answer(
     headers: HeaderMap,
     (bytes, held): (Bytes, Held),
 ) -> Result<Response, ApiError> {
-    let request = Arc::new(Request::read(kind, &headers, bytes)?);
+    let request = match Request::read(kind, &headers, bytes.clone()) {
+        Ok(request) => Arc::new(request),
+        // What cannot be read here an engine may: Python writes NaN, and reads it. Where only one model can be meant, it says what is wrong.
+        Err(error) => {
+            let model = app.model_of("").await.map_err(|_| error)?;
+            return pass::unread(&app, &path, &headers, (bytes, held), model).await;
+        }
+    };
+    drop(bytes);
     let model = app.model_of(&request.model).await?;
     let mut asked = app.asked(&request, model).await;
     app.encode_first(&request, &asked.model, &headers).await;

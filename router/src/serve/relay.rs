@@ -20,7 +20,7 @@ use super::call::Call;
 use super::openai::{ApiError, Kind};
 use super::resume::{Answer, Verdict};
 use super::sse::{self, Event, Events};
-use super::upstream::{Upstream, cause_of, copy_headers, judge, name_worker};
+use super::upstream::{Upstream, cause_of, copy_headers, is_of_type, judge, name_worker};
 use super::whole::body_of;
 use crate::caps;
 use crate::fleet::Evidence;
@@ -67,9 +67,9 @@ enum State {
 
 /// Whether an answer is a stream of events that can be read here.
 pub(super) fn is_stream(upstream: &Upstream) -> bool {
-    let header = |name| upstream.headers().get(name).map_or(&b""[..], |value| value.as_bytes());
-    let plain = matches!(header(header::CONTENT_ENCODING), b"" | b"identity");
-    upstream.status().is_success() && plain && header(header::CONTENT_TYPE).starts_with(b"text/event-stream")
+    let encoding = upstream.headers().get(header::CONTENT_ENCODING).map_or(&b""[..], |value| value.as_bytes());
+    let plain = encoding.is_empty() || encoding.eq_ignore_ascii_case(b"identity");
+    upstream.status().is_success() && plain && is_of_type(upstream.headers(), "text/event-stream")
 }
 
 impl Relay {

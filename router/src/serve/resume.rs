@@ -76,7 +76,8 @@ pub fn hindrance(request: &Request) -> Option<String> {
     let is_greedy = request.body.value("temperature").as_f64() == Some(0.0);
     let may = |name: &str, text: &str| {
         // A prompt is long, and is told by its tokens.
-        if CARRIED.contains(&name) && name != "seed" || PASSED_OVER.contains(&name) && name != "messages" {
+        let is_read = ["seed", "messages", "max_tokens", "max_completion_tokens", "min_tokens"].contains(&name);
+        if !is_read && (CARRIED.contains(&name) || PASSED_OVER.contains(&name)) {
             return true;
         }
         let Ok(value) = serde_json::from_str::<Value>(text) else { return false };
@@ -85,6 +86,8 @@ pub fn hindrance(request: &Request) -> Option<String> {
             "messages" => has_text_alone(&value),
             // The sampler's state is lost; without chance there is none.
             "seed" => is_greedy || value.is_null(),
+            // Engines take 10.0 and "10" for ten; here these are not known.
+            "max_tokens" | "max_completion_tokens" | "min_tokens" => value.is_null() || value.is_u64(),
             "n" | "best_of" => value.is_null() || value == 1,
             "response_format" => value.is_null() || value.get("type").is_some_and(|kind| kind == "text"),
             "tool_choice" => value.is_null() || value == "none" || value == "auto",
@@ -173,7 +176,7 @@ pub struct Answer {
     generated: Vec<u32>,
     /// Of these, those whose text was sent: engines hold back what may become a stop string, and half a character.
     told: usize,
-    /// The last text came with several tokens: its end may be within a character.
+    /// The last text came with several tokens, or ends as half a character is written: its end may be within one.
     several: bool,
     /// Tokens that came before the answer was gone on with last.
     before: usize,
@@ -287,11 +290,14 @@ impl Answer {
     }
 
     fn take_choice(&mut self, choice: &Choice<'_>) {
-        let is_text = |value: Option<&RawValue>| value.is_some_and(|value| value.get().len() > 2);
+        let text: Option<String> = choice.text.and_then(|text| serde_json::from_str(text.get()).ok());
         let delta: Option<Map<String, Value>> =
             choice.delta.map(|delta| serde_json::from_str(delta.get()).unwrap_or_default());
         let content = delta.as_ref().and_then(|delta| delta.get("content")).and_then(Value::as_str);
-        let with_text = is_text(choice.text) || content.is_some_and(|content| !content.is_empty());
+        let text = text.as_deref().filter(|text| !text.is_empty()).or(content).unwrap_or_default();
+        let (with_text, is_cut) = (!text.is_empty(), text.ends_with('\u{fffd}'));
+        // Nobody asked for more than one.
+        self.opaque |= choice.index.unwrap_or(0) > 0;
         // Calls of tools, thoughts, refusals: tokens alone do not tell them.
         let is_told =
             |(name, value): (&String, &Value)| matches!(name.as_str(), "role" | "content") || is_nothing(value);
@@ -301,7 +307,7 @@ impl Answer {
         let tokens = tokens.unwrap_or_default();
         self.generated.extend(&tokens);
         if with_text {
-            (self.told, self.several, self.has_text) = (self.generated.len(), tokens.len() > 1, true);
+            (self.told, self.several, self.has_text) = (self.generated.len(), tokens.len() > 1 || is_cut, true);
         }
         self.seen.insert(choice.index.unwrap_or(0));
         if choice.finish_reason.is_some() {
@@ -514,8 +520,9 @@ mod tests {
             (json!({"content": "x", "audio": {"id": 1}}), json!([1])),
             (json!({"content": "x"}), Value::Null),
             (json!({"content": "x"}), json!([])),
-            // The second may be half a character.
+            // The second may be half a character; so may the one.
             (json!({"content": "x"}), json!([1, 2])),
+            (json!({"content": "x\u{fffd}"}), json!([1])),
         ] {
             let mut answer = known();
             assert_eq!(answer.take(&piece(delta.clone(), tokens.clone()), &request, false), Verdict::AsItCame);
@@ -630,6 +637,10 @@ mod tests {
             assert_eq!(hindered(fine.clone()), None, "{fine}");
         }
         for (field, value) in [
+            ("max_tokens", json!(10.0)),
+            ("max_tokens", json!("10")),
+            ("max_completion_tokens", json!(true)),
+            ("min_tokens", json!(-1)),
             ("n", json!(2)),
             ("best_of", json!(2)),
             ("logprobs", json!(0)),

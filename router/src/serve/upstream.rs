@@ -9,15 +9,16 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::connect::{HttpConnector, capture_connection};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
+use super::connections::{self, Connector};
 use crate::caps;
 use crate::fleet::{Evidence, Worker};
 
 /// What a worker answers.
 pub(super) type Upstream = http::Response<Incoming>;
-type HttpClient = Client<HttpConnector, Full<Bytes>>;
+type HttpClient = Client<Connector, Full<Bytes>>;
 
 /// Who answered: for people, and for tests.
 const WORKER_HEADER: &str = "x-kvstore-worker";
@@ -77,6 +78,7 @@ impl Workers {
                 .pool_max_idle_per_host(idle);
             builder
         };
+        let connector = Connector::new(connector);
         Self {
             pooled: builder(caps::IDLE_CONNECTIONS_MAX).build(connector.clone()),
             fresh: builder(0).build(connector),
@@ -114,11 +116,17 @@ impl Workers {
         let build = || outgoing(url, request).map_err(Failure::Request);
         let fault = |error: &hyper_util::client::legacy::Error| Failure::Worker(evidence_of(error), cause_of(error));
         let begun = Instant::now();
-        let first = match self.pooled.request(build()?).await {
+        let mut request_here = build()?;
+        let connection = capture_connection(&mut request_here);
+        let answered = self.pooled.request(request_here).await;
+        let was_used = connection.connection_metadata().as_ref().is_some_and(connections::is_used_again);
+        let first = match answered {
             Ok(answer) => return Ok(answer),
             Err(error) => error,
         };
-        if first.is_connect() || begun.elapsed() > caps::STALE_WITHIN {
+        let spoke =
+            first.source().and_then(|error| error.downcast_ref::<hyper::Error>()).is_some_and(hyper::Error::is_parse);
+        if first.is_connect() || !was_used || spoke || begun.elapsed() > caps::STALE_WITHIN {
             return Err(fault(&first));
         }
         self.fresh.request(build()?).await.map_err(|error| fault(&error))
@@ -214,6 +222,12 @@ fn is_of_the_connection(name: &HeaderName) -> bool {
         header::UPGRADE,
     ];
     NAMES.contains(name) || name == "keep-alive" || name == "proxy-connection"
+}
+
+/// Whether a message is of this media type, whatever its parameters are.
+pub(super) fn is_of_type(headers: &HeaderMap, kind: &str) -> bool {
+    let said = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    said.split(';').next().is_some_and(|said| said.trim().eq_ignore_ascii_case(kind))
 }
 
 /// Says who answered.

@@ -9,7 +9,6 @@ use axum::body::Body;
 use axum::response::Response;
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
-use http::header;
 use http::response::Parts;
 use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
@@ -17,7 +16,7 @@ use hyper::body::{Body as _, Incoming};
 use super::body::{Bodies, Held};
 use super::call::Call;
 use super::openai::ApiError;
-use super::upstream::{Upstream, cause_of, copy_headers, name_worker};
+use super::upstream::{Upstream, cause_of, copy_headers, is_of_type, name_worker};
 use crate::caps;
 use crate::place::Placed;
 
@@ -56,11 +55,8 @@ async fn read(bodies: &Bodies, body: &mut Incoming, silence: Duration) -> Read {
 
 /// Whether an answer is worth waiting for: others may be streams of a kind that is not known here.
 fn is_kept(upstream: &Upstream) -> bool {
-    let is_json = upstream
-        .headers()
-        .get(header::CONTENT_TYPE)
-        .is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"));
-    is_json || upstream.body().size_hint().exact().is_some_and(|bytes| bytes <= caps::ANSWER_KEPT_MAX as u64)
+    is_of_type(upstream.headers(), "application/json")
+        || upstream.body().size_hint().exact().is_some_and(|bytes| bytes <= caps::ANSWER_KEPT_MAX as u64)
 }
 
 /// Answers with what a worker says, or another, if its answer breaks off. `but`: engines that had the request.

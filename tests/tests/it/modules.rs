@@ -52,7 +52,7 @@ const KVSTORE: Layers = Layers {
 const ROUTER_SERVE: Layers = Layers {
     folder: "router/src/serve",
     layers: &[
-        &["json", "listen"],
+        &["connections", "json", "listen"],
         &["openai", "sse"],
         &["body", "upstream"],
         &["app"],

@@ -258,12 +258,10 @@ async fn pictures_go_to_the_encoders_first() {
 async fn malformed_requests_get_errors_in_openais_shape() {
     let (a, b, front) = two().await;
     for (path, body, status, code) in [
-        ("/v1/chat/completions", "{", 400, Value::Null),
-        ("/v1/chat/completions", "[]", 400, Value::Null),
-        ("/v1/chat/completions", "{\"model\": 7}", 400, Value::Null),
         ("/v1/completions", "{\"model\": \"x\", \"prompt\": \"a\"}", 404, json!("model_not_found")),
         ("/v1/embeddings", "{\"model\": \"x\", \"input\": \"a\"}", 404, json!("model_not_found")),
-        ("/v1/completions", "\u{0}\u{1}", 400, Value::Null),
+        ("/explain", "[]", 400, Value::Null),
+        ("/explain", "{\"model\": 7}", 400, Value::Null),
     ] {
         let answer = front.post_bytes(path, body.to_owned()).await;
         assert_eq!(answer.status, status, "{path} {body}");
@@ -279,6 +277,13 @@ async fn malformed_requests_get_errors_in_openais_shape() {
     assert_eq!(a.requests() + b.requests(), 0);
     let models = front.get("/v1/models").await.json();
     assert_eq!(models["data"][0]["id"], "m");
+    // What is no JSON a worker may understand; where several models are served, nobody knows whose it is.
+    let mistakes = ["{", "[]", "{\"model\": 7}", "\u{0}\u{1}"];
+    front.router.fleet.add_worker(kvstore_router::fleet::WorkerSpec::new("c", "http://127.0.0.1:1", "other"));
+    for body in mistakes {
+        let error = front.post_bytes("/v1/chat/completions", body.to_owned()).await;
+        assert!(error.status == 400 && error.json()["error"]["type"] == "invalid_request_error", "{body}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
