@@ -49,12 +49,12 @@ for tool in "$@"; do
       compgen -G '/usr/lib/*/libnuma.so.1*' >/dev/null || compgen -G '/lib/*/libnuma.so.1*' >/dev/null || debian libnuma1
       ;;
     azurite)
-      # Microsoft's emulator of Azure Blob, for the tests of the object tier.
+      # Microsoft's emulator of Azure Blob, for the tests of the object tier; and gRPC's JavaScript library.
       at="${AZURITE_FOLDER:-target/azurite}"
-      [ -x "$at/node_modules/.bin/azurite-blob" ] || {
+      [ -x "$at/node_modules/.bin/azurite-blob" ] && [ -d "$at/node_modules/@grpc/grpc-js" ] || {
         have npm || debian npm
-        echo "Installing Azurite (once, 190 MB) ..."
-        npm install --silent --no-fund --no-audit --prefix "$at" azurite@3.37.0
+        echo "Installing Azurite and grpc-js (once, 200 MB) ..."
+        npm install --silent --no-fund --no-audit --prefix "$at" azurite@3.37.0 @grpc/grpc-js@1.14.7 @grpc/proto-loader@0.8.1
       }
       ;;
     redis) have redis-server || debian redis-server ;;

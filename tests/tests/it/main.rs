@@ -10,6 +10,7 @@ mod compat;
 mod concurrency;
 mod decoders;
 mod eviction_conformance;
+mod grpc_js;
 mod host_locks;
 mod host_ready;
 mod idle;
