@@ -12,7 +12,9 @@ async fn grpc_js_calls_every_method_and_moves_a_block() {
     // Beside Azurite: both come from npm.
     let modules = azure::program().and_then(|program| Some(program.parent()?.parent()?.to_owned()));
     let Some(modules) = modules.filter(|modules| modules.join("@grpc/grpc-js").is_dir()) else {
-        println!("skipped: grpc-js is not installed; `make test` installs it beside Azurite, which KVSTORE_AZURITE names");
+        println!(
+            "skipped: grpc-js is not installed; `make test` installs it beside Azurite, which KVSTORE_AZURITE names"
+        );
         return;
     };
     let daemon = TestDaemon::start(&[]).await;
