@@ -520,6 +520,11 @@ async fn what_was_sent_is_not_asked_for_again() {
         assert_eq!(got, pieces, "{what}");
         assert_eq!(a.requests().len() + b.requests().len(), 1, "{what}");
     }
+}
+
+/// The same of what the router does not read, and of a request that is wrong; of a comment alone, the whole is asked for again.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_sent_unread_is_not_asked_for_again() {
     // What is no text at all.
     let odd = |_: &RawRequest| vec![stream_head(), chunk(b"data: \xff\n\n"), Step::HangUp];
     let (a, b) = (RawWorker::start(odd).await, RawWorker::start(odd).await);
