@@ -79,9 +79,8 @@ pub fn choose(how: &Choose, candidates: &[(Terms, u64, bool)], chance: f64) -> O
     };
     // Nobody can tell workers apart that have as much of the prompt, and a speed that was learnt from other requests: those nearly as
     // good are equals. Of them, the one with fewer requests; of those, whose turn it is.
-    let cached = |at: usize| {
-        candidates.get(at).map_or(0, |(terms, _, _)| terms.cached.engine_tokens + terms.cached.fetched_tokens)
-    };
+    let cached =
+        |at: usize| candidates.get(at).map(|(terms, _, _)| (terms.cached.engine_tokens, terms.cached.fetched_tokens));
     let limit = (expected(soonest) * NEARLY).max(expected(soonest) + NEARLY_SECONDS);
     let near: Vec<usize> =
         open.iter().copied().filter(|at| expected(*at) <= limit && cached(*at) == cached(soonest)).collect();
@@ -148,6 +147,10 @@ mod tests {
         let mut cached = candidate(0.1, 2, false);
         cached.0.cached.engine_tokens = 64;
         assert_eq!(chosen(&how, &[cached, candidate(0.101, 1, false)], 0.0), 0, "it has some of the prompt");
+        // What is in an engine is better than what can be fetched, however soon that is.
+        let mut fetched = candidate(0.1001, 1, false);
+        fetched.0.cached.fetched_tokens = 64;
+        assert_eq!(chosen(&how, &[cached, fetched], 0.0), 0);
     }
 
     #[test]
