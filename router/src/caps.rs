@@ -20,7 +20,8 @@ pub const HEARD_EVERY: Duration = Duration::from_secs(1);
 pub const SESSIONS_MAX: usize = 100_000;
 /// Bytes of a request's body, unless the configuration says otherwise: a conversation with some pictures in it, or an hour of speech.
 pub const REQUEST_BYTES_MAX: u64 = 64 << 20;
-/// Bytes of the bodies of all requests under way: some thousand conversations of the longest kind.
+/// Bytes of the bodies of all requests under way, and of what is kept of their answers (long answers and events, and the tokens of prompts):
+/// some thousand conversations of the longest kind.
 pub const REQUESTS_BYTES_MAX: usize = 1 << 30;
 /// Members of a request's object: engines know some seventy.
 pub const REQUEST_MEMBERS_MAX: usize = 1024;

@@ -31,7 +31,7 @@ pub(super) async fn serve(
     let places = Arc::new(Semaphore::new(connections_max()));
     let open = GracefulShutdown::new();
     let mut builder = http1::Builder::new();
-    // A piece of a stream is short: one write of a copy costs less than one of three parts.
+    // Of a stream's short pieces, a copy that is written at once costs about what a write of three parts does (benches/RESULTS.md).
     builder.timer(TokioTimer::new()).header_read_timeout(caps::HEADER_WITHIN).writev(false);
     loop {
         // Who finds no place waits in the kernel's queue.
