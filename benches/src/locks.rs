@@ -59,7 +59,7 @@ impl Tier {
         let options = HostOptions {
             limits,
             huge_pages: HugePages::Off,
-            policy: PolicyKind::Hazard,
+            policy: PolicyKind::Sessions,
             seed: 1,
             epoch: 1,
             bytes_ceiling: SLABS as u64 * SLAB_BYTES,

@@ -5,6 +5,7 @@
 //! `benches/figures.py record` starts the process and keeps its lines.
 
 mod advise;
+mod bare;
 mod eviction;
 mod figure;
 mod first_pass;
@@ -19,6 +20,7 @@ mod object;
 mod outside;
 mod overcommit;
 mod process;
+mod prompts;
 mod relay;
 mod restart;
 mod routing;
@@ -31,7 +33,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Measure the figures of one group.
 #[derive(Parser)]
 struct Arguments {
-    /// The group: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, idle, first_pass or outside.
+    /// The group: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, prompts, idle, first_pass or outside.
     #[arg(long)]
     group: String,
     /// Rounds of each paired measurement.
@@ -40,6 +42,12 @@ struct Arguments {
     /// The trace for the eviction figures: the whole conversation trace of the Mooncake project.
     #[arg(long, default_value = "benches/traces/conversation_trace.jsonl")]
     trace: std::path::PathBuf,
+    /// The trace of coding agents.
+    #[arg(long, default_value = "benches/traces/agents.csv")]
+    agents: std::path::PathBuf,
+    /// A Python that has transformers, to measure beside it.
+    #[arg(long)]
+    python: Option<std::path::PathBuf>,
     /// A folder on the disk that is measured.
     #[arg(long, default_value = ".")]
     disk: std::path::PathBuf,
@@ -49,14 +57,14 @@ struct Arguments {
 }
 
 fn main() -> anyhow::Result<()> {
-    if local::is_helper()? || object::is_helper()? {
+    if local::is_helper()? || object::is_helper()? || bare::is_helper()? {
         return Ok(());
     }
     let arguments = Arguments::parse();
     match arguments.group.as_str() {
         "grpc" => grpc::measure(&arguments.daemon, arguments.rounds),
         "index" => index::measure(arguments.rounds),
-        "eviction" => eviction::measure(&arguments.trace),
+        "eviction" => eviction::measure(&arguments.trace, &arguments.agents, arguments.rounds),
         "nvme" => nvme::measure(&arguments.disk, arguments.rounds),
         "restart" => restart::measure(&arguments.daemon, &arguments.disk, &arguments.trace),
         "local" => local::measure(&arguments.daemon, arguments.rounds),
@@ -69,11 +77,12 @@ fn main() -> anyhow::Result<()> {
         "advise" => advise::measure(&arguments.daemon, &arguments.trace, arguments.rounds),
         "relay" => relay::measure(&arguments.daemon),
         "routing" => routing::measure(&arguments.trace, arguments.rounds),
+        "prompts" => prompts::measure(&arguments.agents, arguments.python.as_ref(), arguments.rounds),
         "idle" => idle::measure(&arguments.daemon, &arguments.disk),
         "first_pass" => first_pass::measure(&arguments.daemon, arguments.rounds),
         "outside" => outside::measure(&arguments.daemon, arguments.rounds),
         other => {
-            let valid = "grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, idle, first_pass, outside";
+            let valid = "grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, prompts, idle, first_pass, outside";
             anyhow::bail!("unknown group {other:?}: valid are {valid}")
         }
     }

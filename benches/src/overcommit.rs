@@ -7,7 +7,7 @@ use kvstore::serve::{StartOptions, start};
 use kvstore::trace;
 use kvstore_client::Client;
 use kvstore_tiers::eviction::PolicyKind;
-use kvstore_tiers::simulate::simulate;
+use kvstore_tiers::simulate::{SimulatedRequest, simulate};
 
 use crate::figure;
 
@@ -24,7 +24,8 @@ pub fn measure(folder: &Path, path: &Path) -> anyhow::Result<()> {
     let trace = trace::read(path)?;
     let blocks: std::collections::HashSet<u64> =
         trace.iter().flat_map(|request| request.blocks.iter().copied()).collect();
-    let requests = trace.iter().map(|request| request.blocks.as_slice());
+    let requests = trace.iter();
+    let requests = requests.map(|of| SimulatedRequest { at_ms: of.timestamp_ms, blocks: &of.blocks });
     let unbounded = simulate(PolicyKind::Lru.build(blocks.len()), requests, blocks.len()).ratio();
     // A quarter of all that is asked for, an eighth of that in memory.
     let whole = blocks.len() as u64 * BLOCK;

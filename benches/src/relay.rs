@@ -1,5 +1,5 @@
-//! Streams through the router, beside the same streams through nginx, and straight from their source: 2,000 at once, of 50 tokens a second
-//! each. The source says in each piece when it was sent; the sink, when it came.
+//! Streams through the router, beside the same streams through nginx, through what only reads and writes, and straight from their source:
+//! 2,000 at once, of 50 tokens a second each. The source says in each piece when it was sent; the sink, when it came.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use rustix::event::epoll;
 
+use crate::bare;
 use crate::figure::{self, median};
 use crate::process::{Process, resident_bytes};
 
@@ -38,6 +39,8 @@ impl Source {
     fn start() -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         listener.set_nonblocking(true)?;
+        // All streams begin within a second.
+        rustix::net::listen(&listener, 4096)?;
         let address = listener.local_addr()?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
@@ -226,6 +229,13 @@ fn router(program: &Path, source: &Source) -> anyhow::Result<Proxy> {
     Ok(Proxy { process: Process::start_listening(command, address)?, address, _folder: folder })
 }
 
+/// What only reads and writes ([`bare`]).
+fn bare(source: &Source) -> anyhow::Result<Proxy> {
+    let address = free_port()?;
+    let process = Process::start_listening(bare::command(address, source.address)?, address)?;
+    Ok(Proxy { process, address, _folder: tempfile::tempdir()? })
+}
+
 fn nginx(source: &Source) -> anyhow::Result<Proxy> {
     let address = free_port()?;
     let folder = tempfile::tempdir()?;
@@ -266,6 +276,10 @@ pub fn measure(daemon: &Path) -> anyhow::Result<()> {
         figure::print("relay", &format!("cpu_of_nginx{infix}"), of_nginx, target("<= 0.5"));
         figure::note("relay", &format!("cpu_us_per_token{infix}"), of(|row| row.router.cpu_us_per_token()));
         figure::note("relay", &format!("nginx_cpu_us_per_token{infix}"), of(|row| row.nginx.cpu_us_per_token()));
+        let of_bare = of(|row| row.router.cpu_us_per_token() / row.bare.cpu_us_per_token());
+        figure::note("relay", &format!("cpu_of_bare{infix}"), of_bare);
+        figure::note("relay", &format!("bare_cpu_us_per_token{infix}"), of(|row| row.bare.cpu_us_per_token()));
+        figure::note("relay", &format!("bare_added_p99_ms{infix}"), of(|row| row.bare.p99() - row.direct.p99()));
         let tokens = |row: &Round| row.router.delays.len() as f64 / MEASURED.as_secs_f64();
         figure::note("relay", &format!("tokens_per_second{infix}"), of(tokens));
         if infix.is_empty() {
@@ -278,24 +292,27 @@ pub fn measure(daemon: &Path) -> anyhow::Result<()> {
 
 struct Round {
     direct: Seen,
+    bare: Seen,
     router: Seen,
     nginx: Seen,
 }
 
 fn rounds(program: &Path, count: usize) -> anyhow::Result<Vec<Round>> {
+    let through = |start: &dyn Fn(&Source) -> anyhow::Result<Proxy>| {
+        let source = Source::start()?;
+        let proxy = start(&source)?;
+        sink(proxy.address, count, Some(&proxy.process))
+    };
     let round = |_| {
         let source = Source::start()?;
         let direct = sink(source.address, count, None).context("straight from the source")?;
         drop(source);
-        let source = Source::start()?;
-        let proxy = router(program, &source)?;
-        let router = sink(proxy.address, count, Some(&proxy.process)).context("through the router")?;
-        drop((proxy, source));
-        let source = Source::start()?;
-        let proxy = nginx(&source)?;
-        let nginx = sink(proxy.address, count, Some(&proxy.process)).context("through nginx")?;
-        drop((proxy, source));
-        Ok(Round { direct, router, nginx })
+        Ok(Round {
+            direct,
+            bare: through(&bare).context("through what only reads and writes")?,
+            router: through(&|source| router(program, source)).context("through the router")?,
+            nginx: through(&nginx).context("through nginx")?,
+        })
     };
     (0..ROUNDS).map(round).collect()
 }

@@ -22,3 +22,7 @@ pub(crate) const MISSES_MAX: usize = 16;
 pub(crate) const PUT_WINDOW_BYTES: usize = 64 << 20;
 /// Bytes of one description's message: half of what a daemon takes.
 pub(crate) const DESCRIBE_BYTES: usize = 2 << 20;
+/// A client that maps blocks once more keeps a descriptor of each slab: up to this part of those that the process may have ...
+pub(crate) const FILES_KEPT_PARTS: u64 = 4;
+/// ... and no more than this: slabs of 64 MiB for 256 GiB.
+pub(crate) const FILES_KEPT_MAX: u64 = 4096;

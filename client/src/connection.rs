@@ -19,6 +19,7 @@ use tokio::sync::Mutex;
 use tonic::body::Body;
 
 use crate::Error;
+use crate::caps::{FILES_KEPT_MAX, FILES_KEPT_PARTS};
 use crate::local::{Attachment, forks};
 
 /// What the daemon may send on one stream before it is read: hides the latency of a wake-up.
@@ -112,6 +113,8 @@ pub struct Client {
 pub(crate) struct Shared {
     target: Target,
     pub(crate) plane: Plane,
+    /// Files of the daemon's memory that the local plane keeps: see [`Client::connect_to_map`].
+    files_kept: usize,
     life: ArcSwap<Life>,
     /// What every read passes; a child finds its parent's here, which says that it is not its own.
     local: ArcSwapOption<Attachment>,
@@ -166,12 +169,21 @@ impl Client {
 
     /// A client that connects over gRPC with its first call, and again with any later one: for a daemon that may be away.
     pub fn lazy(address: &str) -> Result<Self, Error> {
-        Ok(Self::of(Target::parse(address)?, Plane::Grpc))
+        Ok(Self::of(Target::parse(address)?, Plane::Grpc, 0))
     }
 
-    fn of(target: Target, plane: Plane) -> Self {
+    /// As [`Self::connect`], for a client whose leased blocks are mapped once more ([`crate::JoinedBlocks`]): it keeps a descriptor of each
+    /// slab, up to a quarter of those that the process may have.
+    pub async fn connect_to_map(address: &str) -> Result<Self, Error> {
+        let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+        let files_kept = (most / FILES_KEPT_PARTS).min(FILES_KEPT_MAX);
+        Self::of(Target::parse(address)?, Plane::Auto, files_kept as usize).connected().await
+    }
+
+    fn of(target: Target, plane: Plane, files_kept: usize) -> Self {
         let life = ArcSwap::new(Life::new());
-        let shared = Shared { target, plane, life, local: ArcSwapOption::empty(), layouts: ArcSwap::default() };
+        let shared =
+            Shared { target, plane, files_kept, life, local: ArcSwapOption::empty(), layouts: ArcSwap::default() };
         Self { shared: Arc::new(shared), deadline: DEADLINE }
     }
 
@@ -181,12 +193,15 @@ impl Client {
         if plane == Plane::Local && matches!(target, Target::Tcp(_)) {
             return Err(Error::Unsupported(format!("{target} has no local plane; connect to a Unix socket")));
         }
-        let client = Self::of(target, plane);
+        Self::of(target, plane, 0).connected().await
+    }
+
+    async fn connected(self) -> Result<Self, Error> {
         // Attached, it dials for gRPC when a call needs that.
-        if client.attached_for_calls()?.is_none() {
-            client.within(client.connection()).await?;
+        if self.attached_for_calls()?.is_none() {
+            self.within(self.connection()).await?;
         }
-        Ok(client)
+        Ok(self)
     }
 
     /// The same client, whose calls end after `deadline`.
@@ -271,7 +286,7 @@ impl Client {
         }
         let mut plane = path.as_os_str().to_owned();
         plane.push(kvstore_plane::SOCKET_SUFFIX);
-        match Attachment::open(std::path::Path::new(&plane)) {
+        match Attachment::open(std::path::Path::new(&plane), self.shared.files_kept) {
             Ok(attachment) => {
                 *backoff = Backoff::default();
                 self.set_attachment(Some(Arc::clone(&attachment)));

@@ -23,14 +23,17 @@
 
 mod admin;
 mod caps;
+mod chunks;
 mod connection;
 mod error;
 mod get;
 mod local;
 mod put;
+mod snapshots;
 mod verbs;
 mod watch;
 
+pub use chunks::Chunks;
 pub use connection::{Client, Plane};
 pub use error::Error;
 pub use get::{GetOptions, GetOutcome};
@@ -41,7 +44,7 @@ pub use kvstore_plane::stream_copy;
 #[doc(inline)]
 pub use kvstore_plane::{GroupRun, event_name, usable_prefix, window_blocks};
 pub use kvstore_proto::v1;
-pub use local::{LeaseWindows, LeasedBlock, Leases};
+pub use local::{JoinedBlocks, LeaseWindows, LeasedBlock, Leases};
 pub use put::{PutBlock, PutOptions, PutSlice};
 pub use verbs::{GroupRef, RegisteredLayout};
 pub use watch::{Watch, WatchEvent};

@@ -23,3 +23,25 @@ pub const INDEX_BYTES_MIN: u64 = 1 << 20;
 /// Units that are swept of holders that left with each event: they are gone after a few thousand events, and a sweep of a unit costs
 /// some 20 us.
 pub const UNITS_SWEPT_PER_EVENT: usize = 1;
+/// Lines of a unit of a map: 64 KiB.
+pub const MAP_UNIT_LINES: usize = if cfg!(shuttle) { 8 } else { 1024 };
+/// Bits of a hash that a unit of a map may have more than all units need, as some have become two more often than others.
+pub const MAP_DEPTH_SPREAD: u32 = 4;
+/// Bits of the number of a chunk: its blocks have four more.
+pub const NUMBER_BITS: u32 = 28;
+/// An index with such a bound takes memory in huge pages; a smaller one would leave much of them empty ...
+pub const HUGE_SLABS_FROM_BYTES: u64 = 64 << 20;
+/// ... and takes it in slabs of this size.
+pub const SLAB_BYTES_MIN: u64 = 64 << 10;
+/// Names of an event that are on their way from memory side by side: as many as a core has under way at once.
+pub const AHEAD: usize = 16;
+/// Different hashes of the same blocks that are compared one after the other, before the map is asked.
+pub const HASHES_COMPARED: usize = 4;
+/// Runs that are swept of holders that left with each event.
+pub const RUNS_SWEPT: u32 = if cfg!(shuttle) { 4 } else { 64 };
+/// Blocks that a run gives up at once at the bound: some 10 us.
+pub const GIVEN_UP: u32 = 256;
+/// Runs that the hand passes in search of one that nobody looks up.
+pub const RUNS_PASSED: u32 = 4096;
+/// Lines that a word may lie behind its own: full ones come in clumps, some twenty of a thousand.
+pub const MAP_PROBES_MAX: usize = if cfg!(shuttle) { 7 } else { 64 };

@@ -3,7 +3,7 @@
 use smallvec::SmallVec;
 
 use crate::caps::UNITS_MAX;
-use crate::unit::{UNIT_SLOTS, mixed};
+use crate::mix::mixed;
 
 /// Bits of a name that tell the units of a group apart.
 pub const PART_BITS: u32 = 6;
@@ -67,9 +67,9 @@ impl Group {
     }
 }
 
-/// A group with so many units grows where one has so many blocks: with more than six in ten slots in use, too many names lie in buckets
-/// behind their own. Names are spread so evenly that all groups would grow at the same moment: they differ by a tenth.
-pub fn fullness(group: usize, count: usize) -> u32 {
-    let spread = mixed((group * (UNITS_MAX + 1) + count) as u64) as f64 / u64::MAX as f64;
-    (UNIT_SLOTS as f64 * (0.53 + 0.06 * spread)) as u32
+/// A group with so many units grows where one of so many slots has so many blocks. Names are spread so evenly that all groups would grow at
+/// the same moment: they differ by `spread`.
+pub fn fullness(group: usize, count: usize, slots: usize, least: f64, spread: f64) -> u32 {
+    let part = mixed((group * (UNITS_MAX + 1) + count) as u64) as f64 / u64::MAX as f64;
+    (slots as f64 * (least + spread * part)) as u32
 }

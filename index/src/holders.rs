@@ -5,8 +5,8 @@
 
 use std::collections::VecDeque;
 
-use crate::sets::{Tags, WINDOWS};
-use crate::sync::{AtomicU64, Ordering, fence};
+use crate::apart::Apart;
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 use crate::{READ, WRITE, caps};
 
 /// A place that blocks lie in, as the index numbers them; no number is given twice.
@@ -34,15 +34,17 @@ struct Owner {
 pub struct Owners {
     of: Box<[Owner]>,
     generation: AtomicU64,
+    /// No tag that was given out is as large.
+    tags: AtomicU32,
     /// How often blocks were lost.
-    losses: AtomicU64,
+    losses: Apart<AtomicU64>,
 }
 
 impl Owners {
     pub fn new() -> Self {
         let owner = |_| Owner { holder: AtomicU64::new(0), loss: AtomicU64::new(0) };
         let of = (0..caps::HOLDERS_MAX).map(owner).collect();
-        Self { of, generation: AtomicU64::new(0), losses: AtomicU64::new(0) }
+        Self { of, generation: AtomicU64::new(0), tags: AtomicU32::new(0), losses: Apart(AtomicU64::new(0)) }
     }
 
     pub fn bytes(&self) -> u64 {
@@ -78,6 +80,11 @@ impl Owners {
         self.generation.load(READ)
     }
 
+    /// Of a reader that noted the generation before: no tag that means anything to it is as large.
+    pub fn tags(&self) -> u32 {
+        self.tags.load(Ordering::Relaxed)
+    }
+
     /// Whose tag it is, for a reader that began in generation `seen`.
     pub fn holder(&self, tag: u16, seen: u64) -> Option<HolderId> {
         let owner = self.of.get(usize::from(tag))?.holder.load(READ);
@@ -92,6 +99,7 @@ impl Owners {
         if let Some(owner) = self.of.get(usize::from(tag)) {
             owner.holder.store(u64::from(holder.0 + 1) << 32 | u64::from(generation as u32), WRITE);
         }
+        self.tags.store(self.tags().max(u32::from(tag) + 1), Ordering::Relaxed);
         self.generation.store(generation, WRITE);
     }
 
@@ -192,15 +200,9 @@ impl Holders {
         !self.dead.is_empty()
     }
 
-    /// By window, the tags that are dead.
-    pub fn dead(&self) -> [Tags; WINDOWS] {
-        let mut dead = std::array::from_fn(|window| Tags::of_window(window, 0));
-        for tags in self.dead.iter().map(|dead| Tags::one(dead.tag)) {
-            if let Some(known) = dead.get_mut(tags.window()) {
-                *known = known.or(tags);
-            }
-        }
-        dead
+    /// The tags that are dead.
+    pub fn dead(&self) -> impl Iterator<Item = u16> {
+        self.dead.iter().map(|dead| dead.tag)
     }
 
     /// There are more units to sweep; no dead tag is in them, but a sweep passes them.

@@ -6,6 +6,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+const FORMS: [fn(u64) -> PrefixIndex; 2] = [PrefixIndex::new, PrefixIndex::of_single_blocks];
+
 /// What each holder has, by name.
 #[derive(Default)]
 struct Model(HashMap<HolderId, HashSet<u64>>);
@@ -63,13 +65,14 @@ proptest! {
     /// Random stores, removals (in the middle, too), losses, and holders that come and go.
     #[test]
     fn it_says_what_a_map_says(steps in prop::collection::vec(step(), 1..200)) {
-        let index = PrefixIndex::new(64 << 20);
+        for form in FORMS {
+        let index = form(64 << 20);
         let mut model = Model::default();
         // Some of many, so that what all have is said of more tags than a word has room for, and than a small cell.
         let many: Vec<HolderId> = (0..600).map(|_| index.add_holder().unwrap()).collect();
         let mut holders: Vec<HolderId> = many.into_iter().step_by(15).collect();
         holders.iter().for_each(|holder| _ = model.0.insert(*holder, HashSet::new()));
-        for step in steps {
+        for step in steps.clone() {
             let names = |number, from, blocks| chain(number, 8, 60)[from as usize..][..blocks as usize].to_vec();
             match step {
                 Step::Store(at, number, from, blocks) => {
@@ -106,6 +109,7 @@ proptest! {
             index.store(holders[0], &[]);
         }
         prop_assert_eq!(index.status().pairs, model.pairs());
+        }
     }
 }
 
@@ -277,9 +281,57 @@ fn engines_hashes_are_understood_and_forgotten() {
         index.store(holders[0], &[]);
     }
     assert_eq!((index.status().pairs, index.status().blocks), (0, 0));
-    let mut left = 0;
-    (0..index.opaque.units()).for_each(|unit| index.opaque.each_of(index.opaque.nth(unit), |_| left += 1));
-    assert_eq!(left, 0, "hashes that mean nothing are forgotten");
+    let Form::Runs(runs) = &index.0 else { panic!("engines' hashes are understood in runs") };
+    assert_eq!(runs.hashes_len(), 0, "hashes that mean nothing are forgotten");
+}
+
+/// What a look-up works out of long chains' tokens, group by group, and a later one goes by: each is as long as its own tokens say, whatever
+/// was said of others, and of the memory that its blocks lie in.
+#[test]
+fn what_was_said_of_tokens_is_so_of_no_others() {
+    let index = PrefixIndex::with_opaque_names(64 << 20);
+    let holder = index.add_holder().unwrap();
+    let chain = |first: u64, parted: usize| -> Vec<u64> {
+        let token = |at: usize| if at == 0 { first } else { at as u64 + if at == parted { 5000 } else { 0 } };
+        (0..500).map(token).collect()
+    };
+    let named = |tokens: &[u64]| -> Vec<u64> {
+        let mut names = Vec::new();
+        crate::names::chain_names(tokens, &mut names);
+        names
+    };
+    let blocks_of = |tokens: &[u64]| {
+        let mut matches = Vec::new();
+        index.find_tokens(tokens, &mut matches);
+        matches.first().map_or(0, |found| found.blocks)
+    };
+    for first in 1001..1008 {
+        let run: Vec<(u64, u64)> =
+            named(&chain(first, 0)).iter().map(|name| !name).zip(chain(first, 0).iter().copied()).collect();
+        // In pieces, so that groups end anywhere in what was stored at once.
+        for (at, part) in run.chunks(90).enumerate() {
+            let parent = (at * 90).checked_sub(1).map(|before| run[before].0);
+            index.store_opaque(holder, 1, parent, part).unwrap();
+        }
+        for _ in 0..3 {
+            assert_eq!(blocks_of(&chain(first, 0)), 500);
+            for parted in (1..500).step_by(7) {
+                assert_eq!(blocks_of(&chain(first, parted)), parted as u32);
+            }
+            assert_eq!(blocks_of(&chain(first + 1, 0)), 0);
+        }
+        // A hole in the middle, and then the whole chain leaves: the next one gets its places.
+        let hashes: Vec<u64> = run.iter().map(|(hash, _)| *hash).collect();
+        index.remove_opaque(holder, 1, &hashes[250..260]);
+        assert_eq!(blocks_of(&chain(first, 0)), 250);
+        index.store_opaque(holder, 1, Some(hashes[249]), &run[250..260]).unwrap();
+        assert_eq!(blocks_of(&chain(first, 0)), 500);
+        assert_eq!(blocks_of(&chain(first, 300)), 300);
+        let back: Vec<u64> = hashes.into_iter().rev().collect();
+        index.remove_opaque(holder, 1, &back);
+        assert_eq!(blocks_of(&chain(first, 0)), 0);
+    }
+    assert_eq!(index.status().blocks, 0);
 }
 
 /// A block leaves in the middle of a chain, and comes back: the chain is as long as it is.
@@ -326,4 +378,134 @@ fn what_is_said_again_takes_no_memory() {
     assert_eq!((index.status().pairs, index.status().blocks), (0, 0));
     index.store_opaque(holder, 1, None, &(0..3000).map(|at| (at, at + 1)).collect::<Vec<_>>()).unwrap();
     assert_eq!(index.status().blocks, 3000, "units know how full they are");
+}
+
+#[derive(Clone, Debug)]
+enum OpaqueStep {
+    Store(usize, u64, usize, usize),
+    Remove(usize, u64, usize, usize, bool),
+    /// By names, in the same index.
+    StoreNamed(usize, u64, usize, usize),
+    RemoveNamed(usize, u64, usize, usize),
+    Clear(usize),
+    Replace(usize),
+}
+
+fn opaque_step() -> impl Strategy<Value = OpaqueStep> {
+    let part = || (0..12usize, 0..5u64, 0..40usize, 1..40usize);
+    prop_oneof![
+        30 => part().prop_map(|(holder, number, from, blocks)| OpaqueStep::Store(holder, number, from, blocks)),
+        10 => part().prop_map(|(holder, number, _, blocks)| OpaqueStep::Store(holder, number, 0, 20 + blocks)),
+        30 => (part(), any::<bool>())
+            .prop_map(|((holder, number, from, blocks), back)| OpaqueStep::Remove(holder, number, from, blocks, back)),
+        1 => part().prop_map(|(holder, number, from, blocks)| OpaqueStep::StoreNamed(holder, number, from, blocks)),
+        1 => part().prop_map(|(holder, number, from, blocks)| OpaqueStep::RemoveNamed(holder, number, from, blocks)),
+        2 => (0..12usize).prop_map(OpaqueStep::Clear),
+        2 => (0..12usize).prop_map(OpaqueStep::Replace),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    /// The same by engines' hashes, of which there are up to three for each block: most names are in no map, and are found all the same.
+    #[test]
+    fn it_says_what_a_map_says_of_engines_hashes(
+        steps in prop::collection::vec(opaque_step(), 1..150),
+        domains in 1..4usize,
+    ) {
+        let index = PrefixIndex::with_opaque_names(64 << 20);
+        let mut model = Model::default();
+        let mut holders: Vec<HolderId> = (0..12).map(|_| index.add_holder().unwrap()).collect();
+        holders.iter().for_each(|holder| _ = model.0.insert(*holder, HashSet::new()));
+        // Chains part at different places.
+        let tokens: Vec<Vec<u64>> = (0..5u64)
+            .map(|number| (0..80).map(|at| if at < number * 9 { at + 1 } else { number * 1000 + at }).collect())
+            .collect();
+        let chains: Vec<Vec<u64>> = tokens
+            .iter()
+            .map(|tokens| {
+                let mut names = Vec::new();
+                crate::names::chain_names(tokens, &mut names);
+                names
+            })
+            .collect();
+        let hash = |holder: usize, name: u64| !name.rotate_left(5 + (holder % domains) as u32);
+        for step in steps {
+            match step {
+                OpaqueStep::Store(at, number, from, blocks) => {
+                    let number = number as usize;
+                    let names = &chains[number][from..][..blocks];
+                    let run: Vec<(u64, u64)> =
+                        names.iter().map(|name| hash(at, *name)).zip(tokens[number][from..].iter().copied()).collect();
+                    let parent = from.checked_sub(1).map(|before| hash(at, chains[number][before]));
+                    // What an event stands behind may be unknown: nobody has it, or its hash was never said.
+                    let is_known = parent.is_some_and(|parent| index.has_opaque(holders[at], (at % domains) as u64, &[parent])[0]);
+                    if index.store_opaque(holders[at], (at % domains) as u64, parent, &run).is_ok() {
+                        model.0.get_mut(&holders[at]).unwrap().extend(names);
+                    } else {
+                        prop_assert!(from > 0 && !is_known);
+                    }
+                }
+                OpaqueStep::Remove(at, number, from, blocks, back) => {
+                    let names = &chains[number as usize][from..][..blocks];
+                    let mut hashes: Vec<u64> = names.iter().map(|name| hash(at, *name)).collect();
+                    if back {
+                        hashes.reverse();
+                    }
+                    // Holders of one domain say which blocks they lose; what they stored by names they do not know by hashes.
+                    let known = index.has_opaque(holders[at], (at % domains) as u64, &hashes);
+                    index.remove_opaque(holders[at], (at % domains) as u64, &hashes);
+                    let blocks_of = model.0.get_mut(&holders[at]).unwrap();
+                    let names = names.iter().copied();
+                    let names: Vec<u64> = if back { names.rev().collect() } else { names.collect() };
+                    names.iter().zip(known).filter(|(_, known)| *known).for_each(|(name, _)| _ = blocks_of.remove(name));
+                }
+                OpaqueStep::StoreNamed(at, number, from, blocks) => {
+                    let names = &chains[number as usize][from..][..blocks];
+                    index.store(holders[at], names);
+                    model.0.get_mut(&holders[at]).unwrap().extend(names);
+                }
+                OpaqueStep::RemoveNamed(at, number, from, blocks) => {
+                    let names = &chains[number as usize][from..][..blocks];
+                    index.remove(holders[at], names);
+                    let blocks_of = model.0.get_mut(&holders[at]).unwrap();
+                    names.iter().for_each(|name| _ = blocks_of.remove(name));
+                }
+                OpaqueStep::Clear(at) => {
+                    index.clear(holders[at]);
+                    model.0.get_mut(&holders[at]).unwrap().clear();
+                }
+                OpaqueStep::Replace(at) => {
+                    index.remove_holder(holders[at]);
+                    model.0.remove(&holders[at]);
+                    holders[at] = index.add_holder().unwrap();
+                    model.0.insert(holders[at], HashSet::new());
+                }
+            }
+            for (chain, tokens) in chains.iter().zip(&tokens) {
+                let found = find(&index, chain);
+                prop_assert_eq!(&found, &model.find(chain));
+                let mut by_tokens = Vec::new();
+                index.find_tokens(tokens, &mut by_tokens);
+                by_tokens.sort_unstable_by(|a, b| b.blocks.cmp(&a.blocks).then(a.holder.cmp(&b.holder)));
+                prop_assert_eq!(&by_tokens, &found);
+                let holder = holders[chain.len() % 12];
+                let has: Vec<bool> = chain.iter().map(|name| model.0[&holder].contains(name)).collect();
+                prop_assert_eq!(index.has(holder, chain), has);
+            }
+        }
+        for _ in 0..1000 {
+            index.store(holders[0], &[]);
+        }
+        prop_assert_eq!(index.status().pairs, model.pairs());
+        holders.iter().for_each(|holder| index.remove_holder(*holder));
+        let last = index.add_holder().unwrap();
+        for _ in 0..1000 {
+            index.store(last, &[]);
+        }
+        prop_assert_eq!((index.status().pairs, index.status().blocks), (0, 0));
+        let Form::Runs(runs) = &index.0 else { panic!("engines' hashes are understood in runs") };
+        prop_assert_eq!((runs.hashes_len(), runs.names_len()), (0, 0), "what means nothing is forgotten");
+    }
 }

@@ -57,7 +57,7 @@ impl Accesses {
         fade(&mut state.blocks, blocks);
         fade(&mut state.bytes, blocks * each as f64 * f64::from(layout.layout.shard.count));
         fade(&mut state.tokens, blocks * f64::from(layout.layout.block_tokens));
-        state.sample.request(hashes.iter().map(|hash| name(layout, hash)));
+        state.sample.request(now.0, hashes.iter().map(|hash| name(layout, hash)));
         true
     }
 
@@ -70,11 +70,12 @@ impl Accesses {
             block_bytes: average(state.bytes),
             block_tokens: average(state.tokens),
             chains: Vec::new(),
+            part: state.sample.part(),
         };
         let (mut chunks, mut chunk, mut names) = (Vec::new(), empty(), 0);
-        for (chain, asked) in state.sample.chains() {
+        for (at_ms, chain, asked) in state.sample.chains() {
             names += chain.len();
-            chunk.chains.push(AccessedChain { names: chain.to_vec(), asked });
+            chunk.chains.push(AccessedChain { names: chain.to_vec(), asked, at_ms });
             if names >= NAMES_PER_CHUNK {
                 chunks.push(std::mem::replace(&mut chunk, empty()));
                 names = 0;

@@ -185,3 +185,17 @@ pub const LOCAL_SPIN_MAX: Duration = Duration::from_millis(10);
 pub const COLLECT_EVERY: Duration = Duration::from_secs(3600);
 /// Accesses that a sample keeps: 16 bytes each, and what holds them; the last hours of a busy node.
 pub const ACCESSES_KEPT_MAX: usize = 1 << 20;
+/// Snapshots that are prewarmed at once: one of them takes all that the disk and the network give.
+pub const PREWARMS_MAX: usize = 4;
+/// Chunks of one of them under way: what a restore has.
+pub const PREWARM_CHUNKS_AT_ONCE: usize = kvstore_checkpoint::caps::CHUNKS_AT_ONCE;
+/// The longest that a prewarm may take: a terabyte from a slow bucket.
+pub const PREWARM_MS_MAX: u64 = 3600 * 1000;
+/// A prewarm of the configuration that failed is tried again after this long ...
+pub const PREWARM_RETRY: Duration = Duration::from_secs(1);
+/// ... and twice as long each time, up to this.
+pub const PREWARM_RETRY_MAX: Duration = Duration::from_secs(60);
+/// Verifications of snapshots at once: each reads a whole snapshot from the store.
+pub const SNAPSHOT_VERIFICATIONS_MAX: usize = 1;
+/// A chunk that the disk refuses is offered again so many times, some seconds in all: writes that begin or end are in the way of others.
+pub const PREWARM_REFUSALS_MAX: u32 = 100;

@@ -3,6 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use kvstore_checkpoint::store::Store;
 use kvstore_tiers::Tier;
 use kvstore_tiers::below::Below;
 use kvstore_tiers::host::{HostTier, NamespaceId};
@@ -19,6 +20,7 @@ use crate::describing::Describing;
 use crate::log::LogControl;
 use crate::open::{self, OpenTiers, StartError};
 use crate::prefetches::Prefetches;
+use crate::prewarms::Prewarms;
 use crate::sources::{InForce, Sources};
 use crate::telemetry::Traffic;
 use crate::{caps, clock, copy_rate, descriptors};
@@ -38,6 +40,10 @@ pub struct Daemon {
     pub traffic: Traffic,
     /// Prefetches under way.
     pub prefetches: Prefetches,
+    /// Snapshots, where the daemon knows any.
+    pub snapshots: Option<Store>,
+    /// Snapshots on their way into memory or onto the disk.
+    pub prewarms: Arc<Prewarms>,
     /// What was asked for lately, in part.
     pub accesses: Accesses,
     /// Memory and the tiers below it: what moves between them.
@@ -50,6 +56,8 @@ pub struct Daemon {
     pub leasable: Arc<Semaphore>,
     /// Verifications that may still start.
     pub verifications: Arc<Semaphore>,
+    /// Verifications of snapshots that may still start.
+    pub snapshot_verifications: Arc<Semaphore>,
     /// Collections of the bucket's garbage that may still start.
     pub collections: Arc<Semaphore>,
     /// Routers that may still follow.
@@ -76,6 +84,7 @@ impl Daemon {
         if let Err(error) = host.keep_ready(memory_to_spare) {
             tracing::warn!(%error, "there is no thread that makes memory ready ahead of need");
         }
+        let snapshots = config.snapshots.as_ref().map(|snapshots| Store::open(&snapshots.url)).transpose()?;
         let disk = nvme.clone().map(|nvme| (Tier::Nvme, nvme as Arc<dyn Below>));
         let bucket = object.clone().map(|object| (Tier::Object, object as Arc<dyn Below>));
         let stack = Stack::new(&host, disk.into_iter().chain(bucket), clock::now);
@@ -86,12 +95,15 @@ impl Daemon {
             object,
             traffic: Traffic::default(),
             prefetches: Prefetches::default(),
+            snapshots,
+            prewarms: Arc::default(),
             accesses: Accesses::default(),
             stack,
             calls: Arc::default(),
             data_calls: DataCalls::new(namespaces.len()),
             leasable: Arc::new(Semaphore::new(caps::LEASED_BLOCKS_MAX)),
             verifications: Arc::new(Semaphore::new(caps::VERIFICATIONS_MAX)),
+            snapshot_verifications: Arc::new(Semaphore::new(caps::SNAPSHOT_VERIFICATIONS_MAX)),
             collections: Arc::new(Semaphore::new(caps::COLLECTIONS_MAX)),
             watches: Arc::new(Semaphore::new(caps::WATCHES_MAX)),
             started: Instant::now(),

@@ -22,6 +22,7 @@ pub mod local;
 mod log;
 mod open;
 mod prefetches;
+mod prewarms;
 pub mod publisher;
 mod random;
 pub mod replay;

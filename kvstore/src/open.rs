@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kvstore_checkpoint::store::StoreError;
 use kvstore_tiers::host::{HostOptions, HostTier, NamespaceLimits, namespace_digest};
 use kvstore_tiers::nvme::{NvmeNamespace, NvmeOptions, NvmeTier, OpenError};
 use kvstore_tiers::object::{ObjectOptions, ObjectTier, OpenObjectError};
@@ -18,6 +19,9 @@ pub enum StartError {
     /// The object store.
     #[error("cannot open the object store of object.url")]
     Object(#[from] OpenObjectError),
+    /// The store of snapshots.
+    #[error("cannot open the object store of snapshots.url")]
+    Snapshots(#[from] StoreError),
 }
 
 /// The tiers of a daemon.

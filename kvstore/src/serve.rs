@@ -91,6 +91,7 @@ pub async fn start(options: StartOptions) -> anyhow::Result<Running> {
     if daemon.object.is_some() {
         tokio::spawn(crate::verbs::collect::collect_forever(Arc::clone(&daemon)));
     }
+    crate::verbs::prewarm::prewarm_configured(&daemon);
     Ok(Running { daemon, addresses, http, stop, tasks, plane: Some(plane), publisher, _claims: claims })
 }
 

@@ -73,6 +73,7 @@ fn layer_group(wire: &v1::LayerGroup) -> Result<LayerGroup, Status> {
         v1::BlockKind::SlidingWindow => BlockKind::SlidingWindow { tokens: wire.window_tokens },
         v1::BlockKind::RecurrentState => BlockKind::RecurrentState,
         v1::BlockKind::EncoderOutput => BlockKind::EncoderOutput,
+        v1::BlockKind::Chunk => BlockKind::Chunk,
         v1::BlockKind::Unspecified => return Err(invalid("layout.groups.kind", "the kind is missing or unknown")),
     };
     let order = match wire.order() {
@@ -107,6 +108,7 @@ fn layer_group_message(group: &LayerGroup) -> v1::LayerGroup {
         BlockKind::SlidingWindow { tokens } => (v1::BlockKind::SlidingWindow, tokens),
         BlockKind::RecurrentState => (v1::BlockKind::RecurrentState, 0),
         BlockKind::EncoderOutput => (v1::BlockKind::EncoderOutput, 0),
+        BlockKind::Chunk => (v1::BlockKind::Chunk, 0),
     };
     let order = match group.order {
         DimensionOrder::Opaque => v1::DimensionOrder::Opaque,

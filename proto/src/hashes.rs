@@ -17,15 +17,18 @@ pub struct Sha256Cbor {
     none_hash: [u8; 32],
 }
 
-/// A block's extra keys beyond its tokens; their order is part of the hash.
-#[derive(Clone, Debug)]
+/// A block's extra keys beyond its tokens, in the order in which they stand in the hash. Each is hashed with a tag that says where it comes
+/// from; events bring them without. (Source: vLLM 0.32, `generate_block_hash_extra_keys`.)
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ExtraKey {
-    /// A LoRA adapter's name, or the cache salt (first block only).
-    Text(String),
-    /// A multimodal item that reaches into the block, and where it starts relative to the block.
+    /// A LoRA adapter's name, and the path that it was loaded from: one name at two paths is two chains.
+    Adapter(String, String),
+    /// A multimodal item that reaches into the block (its content's hash, or a user's own id), and where it starts relative to the block.
     Multimodal(String, i64),
+    /// The cache salt: in a prompt's first block alone.
+    Salt(String),
     /// The hash of prompt embeddings.
-    Bytes(Vec<u8>),
+    Embeddings(Vec<u8>),
 }
 
 impl Default for Sha256Cbor {
@@ -72,11 +75,13 @@ impl Sha256Cbor {
 
 impl ExtraKey {
     fn value(&self) -> Value {
-        match self {
-            Self::Text(text) => Value::Text(text.clone()),
-            Self::Multimodal(item, at) => Value::Array(vec![Value::Text(item.clone()), Value::Integer((*at).into())]),
-            Self::Bytes(bytes) => Value::Bytes(bytes.clone()),
-        }
+        let text = |text: &str| Value::Text(text.to_owned());
+        Value::Array(match self {
+            Self::Adapter(name, path) => vec![text("lora"), text(name), text(path)],
+            Self::Multimodal(item, at) => vec![text("mm"), text(item), Value::Integer((*at).into())],
+            Self::Salt(salt) => vec![text("cache_salt"), text(salt)],
+            Self::Embeddings(digest) => vec![text("prompt_embeds"), Value::Bytes(digest.clone())],
+        })
     }
 }
 
@@ -196,11 +201,36 @@ mod tests {
         );
     }
 
+    /// What a running vLLM 0.32.0 published (the low 64 bits) for one prompt without a salt and with one. It hashes the salt under its tag, so
+    /// that a bare one found nothing in any engine.
+    #[test]
+    fn salts_are_hashed_with_their_tag() {
+        let tokens: Vec<u32> = (0..100).map(|i| (i * 37 + 11) % 1000 + 3).collect();
+        let names = |salt: Option<&str>| {
+            let (sha, mut parent, mut names) = (Sha256Cbor::default(), None::<[u8; 32]>, Vec::new());
+            for (at, block) in tokens.chunks_exact(32).enumerate() {
+                let extra: Vec<ExtraKey> =
+                    salt.filter(|_| at == 0).map(|salt| ExtraKey::Salt(salt.into())).into_iter().collect();
+                let hash = sha.block(parent.as_ref().map(|hash| hash.as_slice()), block, &extra).unwrap();
+                names.push(u64::from_be_bytes(*hash.last_chunk().unwrap()));
+                parent = Some(hash);
+            }
+            names
+        };
+        assert_eq!(names(None), [12_458_082_235_789_562_673, 4_514_214_409_402_068_110, 8_403_898_119_733_450_955]);
+        let salted = [17_992_076_852_726_306_961, 12_039_619_209_171_420_587, 11_863_109_884_795_748_516];
+        assert_eq!(names(Some("tenant-a")), salted);
+    }
+
     /// What is encoded here by hand is what the library writes, for numbers of every length.
     #[test]
     fn the_encoding_is_canonical_cbor() {
         let tokens = [0, 23, 24, 255, 256, 65_535, 65_536, u32::MAX];
-        let extra = [ExtraKey::Text("salt".into()), ExtraKey::Multimodal("image".into(), -3)];
+        let extra = [
+            ExtraKey::Adapter("a".into(), "/a".into()),
+            ExtraKey::Multimodal("image".into(), -3),
+            ExtraKey::Salt("s".into()),
+        ];
         let parent = [7u8; 32];
         let by_library = digest(&Value::Array(vec![
             Value::Bytes(parent.to_vec()),

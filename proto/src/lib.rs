@@ -3,6 +3,7 @@
 //!
 //! Opens no connection. Both sides of the wire use it; nothing below the wire does.
 
+pub mod chunks;
 pub mod data_stream;
 pub mod hashes;
 pub mod zmtp;

@@ -2,14 +2,26 @@
 
 use std::time::Duration;
 
-/// Bytes of one message of events: a prompt of a million tokens in it, five bytes each at most.
-pub const EVENT_BYTES_MAX: usize = 6 << 20;
+/// Bytes of one message of events. Engines set no bound: a step has one message, and ten prompts of 140,000 tokens that a connector brings in
+/// one step make 7 MB. This is for forty of them; a longer message costs itself alone.
+pub const EVENT_BYTES_MAX: usize = 32 << 20;
+/// Blocks of one layer group that an engine says it stored more than once: 24 bytes each. Of others, the first removal counts.
+pub const COPIES_MAX: usize = 1 << 18;
+/// Blocks of one layer group whose names are learnt from the engine's events: some 60 bytes each. Others are not known.
+pub const LEARNT_MAX: usize = 1 << 18;
+/// Seconds after which the kernel asks whether an engine that says nothing is still there, and between two tries; and tries: 40 s in all.
+pub const EVENTS_KEEPALIVE: Duration = Duration::from_secs(10);
+/// ...
+pub const EVENTS_KEEPALIVE_TRIES: u32 = 3;
 /// Events of one message: each takes some 150 bytes here, and two there.
 pub const EVENTS_PER_MESSAGE_MAX: usize = 1 << 16;
 /// A prefetch that the router asks for ends after this long: by then the engine has asked itself.
 pub const PREFETCH_DEADLINE_MS: u32 = 10_000;
-/// Pieces of prompts whose tokens are kept, for each model: some 1.3 KiB each.
-pub const PIECES_KEPT_MAX: usize = 1 << 14;
+/// Text of an answer that is kept while it is not known to end with a whole character. An engine that always sends several tokens at once
+/// never says, and long answers are not to be computed a second time.
+pub const AGAIN_BYTES_MAX: usize = 16 << 10;
+/// A character has at most four bytes, and hardly a token less than one: so many tokens may be part of one.
+pub const CHARACTER_TOKENS_MAX: usize = 8;
 /// Tokens of a stream are counted at this pace: what they weigh changes slowly.
 pub const TOKENS_COUNTED_EVERY: Duration = Duration::from_millis(100);
 /// A request of so few bytes is read where it came in: handing it to another thread takes longer.
@@ -78,3 +90,26 @@ pub const QUIET_WITHIN: Duration = Duration::from_secs(5);
 pub const WORKERS_MAX: usize = 2048;
 /// Pictures and the like of one request that are encoded ahead.
 pub const ENCODED_PARTS_MAX: usize = 64;
+/// Bytes of an answer's beginning that are looked through for its id: it stands among the first hundred, or behind an event's name.
+pub const ANSWER_ID_WITHIN: usize = 4 << 10;
+/// Messages of conversations of which it is remembered who had them, each once for each worker: 16 bytes, so 32 MiB. Twenty thousand
+/// conversations of a hundred messages.
+pub const CONVERSATIONS_SLOTS: usize = 1 << 21;
+/// Shapes of requests, of all models, whose prompts are compared with an engine's. Others are believed.
+pub const SHAPES_MAX: usize = 1024;
+/// A shape that was right is compared again after this long: engines are updated, and the day changes.
+pub const SHAPE_AGREES_FOR: Duration = Duration::from_secs(3600);
+/// One that was not is compared again after this long: it may have been one odd request that was compared, and the shape is others', too.
+pub const SHAPE_DIFFERS_FOR: Duration = Duration::from_secs(600);
+/// Bytes of a request whose prompt an engine is asked for: some 60,000 tokens, a tenth of a second of its time.
+pub const COMPARED_BYTES_MAX: usize = 256 << 10;
+/// Engines that are asked for prompts at once: answering requests comes first.
+pub const ENGINE_PROMPTS_AT_ONCE: usize = 4;
+/// An engine says what it makes of a prompt within this, or is not asked for a while.
+pub const ENGINE_PROMPT_WITHIN: Duration = Duration::from_secs(5);
+/// ...
+pub const ENGINE_PROMPT_AGAIN: Duration = Duration::from_secs(60);
+/// Bytes of an engine's answer that says a prompt's tokens: eight for each of half a million.
+pub const ENGINE_PROMPT_BYTES_MAX: usize = 4 << 20;
+/// Bytes of the blocks' names of conversations that engines told: 40 for each block, so some thousand conversations of 30,000 tokens.
+pub const ENGINE_PROMPTS_BYTES: usize = 64 << 20;

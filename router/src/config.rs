@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use kvstore_chat::json;
+use kvstore_chat::prompts::{Options, PromptError, Prompts};
 use kvstore_proto::hashes::Sha256Cbor;
 use serde::Deserialize;
 
@@ -16,7 +18,6 @@ use crate::fleet::{FleetOptions, WorkerSpec};
 use crate::hashing::Hashing;
 use crate::place::PlaceOptions;
 use crate::serve::{Model, ServeOptions};
-use crate::tokens::Tokens;
 
 /// As it stands in the file. `docs/router.md` describes each key.
 #[derive(Clone, Debug, Deserialize)]
@@ -82,12 +83,73 @@ pub struct ModelConfig {
     /// Another chat template than its own.
     #[serde(default)]
     pub chat_template: Option<PathBuf>,
+    /// Arguments for the template that its engines were started with: `--default-chat-template-kwargs`.
+    #[serde(default)]
+    pub template_kwargs: toml::Table,
+    /// Its engines were started with `--exclude-tools-when-tool-choice-none`.
+    #[serde(default)]
+    pub exclude_tools_when_tool_choice_none: bool,
     /// It is an adapter (LoRA) under a name of its own.
     #[serde(default)]
     pub adapter: bool,
     /// Its base model, where it is an adapter and its engines do not say which.
     #[serde(default)]
     pub base: Option<String>,
+}
+
+impl ModelConfig {
+    /// A model of this name, with its folder.
+    pub fn new(name: &str, tokenizer: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            tokenizer: Some(tokenizer.into()),
+            chat_template: None,
+            template_kwargs: toml::Table::new(),
+            exclude_tools_when_tool_choice_none: false,
+            adapter: false,
+            base: None,
+        }
+    }
+
+    /// What its engines were started with.
+    fn options(&self) -> Result<Options, String> {
+        let kwargs = toml::Value::Table(self.template_kwargs.clone());
+        if let Some(odd) = no_json(&kwargs) {
+            return Err(format!("{odd} is no value of JSON; use texts, numbers, true, false, lists and tables"));
+        }
+        let kwargs = serde_json::to_string(&kwargs).map_err(|error| error.to_string())?;
+        let kwargs = json::parse(kwargs.as_bytes()).map_err(|error| error.to_string())?;
+        let template_kwargs = kwargs.as_dict().cloned().unwrap_or_default();
+        Ok(Options { template_kwargs, excludes_tools: self.exclude_tools_when_tool_choice_none })
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let name = &self.name;
+        let options = self.options().map_err(|why| format!("model {name:?}: template_kwargs: {why}"))?;
+        if let Some(wrong) = options.wrong_argument() {
+            return Err(format!(
+                "model {name:?}: template_kwargs: {wrong:?} is an argument of the engine, not of the template"
+            ));
+        }
+        let has_options = !self.template_kwargs.is_empty() || self.exclude_tools_when_tool_choice_none;
+        if has_options && self.tokenizer.is_none() {
+            return Err(format!(
+                "model {name:?}: template_kwargs and exclude_tools_when_tool_choice_none need its tokenizer"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// A value that JSON has not, if there is one.
+fn no_json(value: &toml::Value) -> Option<String> {
+    match value {
+        toml::Value::Datetime(time) => Some(time.to_string()),
+        toml::Value::Float(float) if !float.is_finite() => Some(float.to_string()),
+        toml::Value::Array(items) => items.iter().find_map(no_json),
+        toml::Value::Table(table) => table.values().find_map(no_json),
+        _ => None,
+    }
 }
 
 /// How requests are placed.
@@ -175,6 +237,11 @@ impl Config {
     /// What is wrong with it, if anything.
     pub fn check(&self) -> anyhow::Result<()> {
         discovery::check(&self.workers).map_err(anyhow::Error::msg)?;
+        for (at, model) in self.models.iter().enumerate() {
+            model.check().map_err(anyhow::Error::msg)?;
+            let is_twice = self.models.iter().take(at).any(|other| other.name == model.name);
+            anyhow::ensure!(!is_twice, "model {:?} is listed twice; say all of it in one place", model.name);
+        }
         let place = &self.place;
         for (key, value, least, most) in [
             ("place.temperature", place.temperature, 0.0, 100.0),
@@ -245,17 +312,15 @@ impl Config {
     /// Loads the models' tokenizers. One that cannot be used costs that model its prefix routing, and nothing else.
     pub fn load_models(&self) -> HashMap<String, Model> {
         let load = |model: &ModelConfig| {
-            let tokens =
-                model.tokenizer.as_deref().map(|path| Tokens::load(path, model.chat_template.as_deref())).transpose();
+            let options = model.options().unwrap_or_default();
+            let load = |path| Ok(Prompts::load(path, model.chat_template.as_deref())?.with_options(options));
+            let tokens = model.tokenizer.as_deref().map(load).transpose();
             let (tokens, problem) = match tokens {
                 Ok(tokens) => {
-                    let problem = tokens.as_ref().and_then(Tokens::template_problem);
-                    let problem = problem.map(|why| {
-                        format!("its chat template cannot be used, so its conversations are placed by load: {why}")
-                    });
+                    let problem = tokens.as_ref().and_then(Prompts::problem).map(str::to_owned);
                     (tokens, problem)
                 }
-                Err(error) => {
+                Err::<_, PromptError>(error) => {
                     (None, Some(format!("its tokenizer cannot be used, so its prompts are placed by load: {error}")))
                 }
             };
@@ -298,6 +363,17 @@ mod tests {
             ("[place]\nrequests_max = 0", "requests_max"),
             ("[place]\naffinity = 0.5", "place.affinity is 0.5; it must be from 1 to 100"),
             ("lisen = 1", "unknown field"),
+            ("[[models]]\nname = \"m\"\n[[models]]\nname = \"m\"", "model \"m\" is listed twice"),
+            (
+                "[[models]]\nname = \"m\"\ntokenizer = \"x\"\ntemplate_kwargs = {messages = 1}",
+                "\"messages\" is an argument of the engine",
+            ),
+            ("[[models]]\nname = \"m\"\ntokenizer = \"x\"\ntemplate_kwargs = {a = [nan]}", "NaN is no value of JSON"),
+            (
+                "[[models]]\nname = \"m\"\ntokenizer = \"x\"\ntemplate_kwargs = {a = 2026-01-01}",
+                "2026-01-01 is no value of JSON",
+            ),
+            ("[[models]]\nname = \"m\"\ntemplate_kwargs = {a = 1}", "need its tokenizer"),
             ("request_bytes = \"10B\"", "request_bytes is 10 B; it must be from 1 KiB to 4 GiB"),
             ("[index]\nengine_bytes = \"much\"", "engine_bytes"),
         ] {

@@ -33,7 +33,8 @@ fn name_of(hash: &[u8; 32]) -> u64 {
 }
 
 impl Hashing {
-    /// The chain of a prompt. An adapter, and a tenant's salt, make other blocks of the same tokens.
+    /// The chain of a prompt. An adapter, and a tenant's salt, make other blocks of the same tokens. An adapter's path is part of its hashes,
+    /// and known to its engine alone: its blocks are named by their tokens, as the engine's events bring them (`events/learnt.rs`).
     pub fn chain(
         &self,
         tokens: &[u32],
@@ -43,24 +44,20 @@ impl Hashing {
     ) -> Result<Chain, EncodeError> {
         let mut chain = Chain { block_tokens, ..Chain::default() };
         let blocks = tokens.chunks_exact(block_tokens.max(1) as usize);
-        match self {
-            Self::Sha256Cbor(sha) => {
+        match (self, adapter) {
+            (Self::Sha256Cbor(sha), None) => {
                 for (at, tokens) in blocks.enumerate() {
-                    let keys: Vec<ExtraKey> = adapter
-                        .into_iter()
-                        .chain(salt.filter(|_| at == 0))
-                        .map(|key| ExtraKey::Text(key.into()))
-                        .collect();
+                    let keys: Vec<ExtraKey> =
+                        salt.filter(|_| at == 0).map(|salt| ExtraKey::Salt(salt.into())).into_iter().collect();
                     let parent = chain.hashes.last().map(<[u8; 32]>::as_slice);
                     let hash = sha.block(parent, tokens, &keys)?;
                     chain.names.push(name_of(&hash));
                     chain.hashes.push(hash);
                 }
             }
-            Self::Engine => {
+            _ => {
                 let seed = names::adapter_seed(adapter);
-                // What an engine says of a block's extra keys holds the adapter's name, too.
-                let extra = |at: usize| salt.filter(|_| at == 0 && adapter.is_none()).map_or(0, salt_extra);
+                let extra = |at: usize| salt.filter(|_| at == 0).map_or(0, salt_extra);
                 let hashes: Vec<u64> =
                     blocks.enumerate().map(|(at, tokens)| names::tokens_hash(tokens, seed) ^ extra(at)).collect();
                 names::chain_names(&hashes, &mut chain.names);

@@ -14,7 +14,6 @@ pub mod fleet;
 pub mod hashing;
 pub mod place;
 pub mod serve;
-pub mod tokens;
 
 /// Which holders have how much of a chain of blocks.
 #[doc(inline)]

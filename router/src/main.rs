@@ -71,7 +71,7 @@ struct Serve {
     /// Listen on this address [default: 127.0.0.1:8088].
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<SocketAddr>,
-    /// Add a worker: id=..,url=..,model=..[,events=..][,replay=..][,node=..][,role=both|prefill|decode|encode][,ranks=..][,block_tokens=..]. Repeat the option for more workers.
+    /// Add a worker: id=..,url=..,model=..[,events=..][,replay=..][,node=..][,role=both|prefill|decode|encode][,ranks=..][,block_tokens=..][,engine=vllm|sglang]. Repeat the option for more workers.
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = worker_of)]
     worker: Vec<WorkerSpec>,
     /// Read more workers from this TOML file, and read it again whenever it changes.
@@ -132,7 +132,9 @@ fn worker_of(text: &str) -> Result<WorkerSpec, String> {
             }
             _ => json!(value),
         };
-        fields.insert(key.to_owned(), value);
+        if fields.insert(key.to_owned(), value).is_some() {
+            return Err(format!("{key} is given twice"));
+        }
     }
     let spec: WorkerSpec = serde_json::from_value(Value::Object(fields)).map_err(|error| error.to_string())?;
     spec.check()?;
@@ -141,7 +143,7 @@ fn worker_of(text: &str) -> Result<WorkerSpec, String> {
 
 fn tokenizer_of(text: &str) -> Result<ModelConfig, String> {
     let (name, path) = text.split_once('=').ok_or("the value is not MODEL=FOLDER")?;
-    Ok(ModelConfig { name: name.into(), tokenizer: Some(path.into()), chat_template: None, adapter: false, base: None })
+    Ok(ModelConfig::new(name, path))
 }
 
 impl Serve {
@@ -394,7 +396,10 @@ async fn show_workers(to: Address) -> anyhow::Result<()> {
         ]
     };
     let rows = workers.as_array().into_iter().flatten().map(row).collect();
-    print_table(&["worker", "model", "role", "", "prefilling", "decoding", "prompt tokens", "events", "node"], rows)?;
+    print_table(
+        &["worker", "model", "role", "state", "prefilling", "decoding", "prompt tokens", "events", "node"],
+        rows,
+    )?;
     for worker in workers.as_array().into_iter().flatten() {
         for problem in worker["problems"].as_array().into_iter().flatten().filter_map(Value::as_str) {
             say(&format!("{}: {problem}", text(&worker["id"])))?;

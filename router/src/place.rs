@@ -4,11 +4,13 @@
 //! requests, in which those of the other replicas show as slowness; with [`Router::set_others`] it also counts what they have under way.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use kvstore_chat::conversation::Beginning;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -53,12 +55,60 @@ pub struct Asked {
     pub model: String,
     /// Tokens of the prompt; a guess where they are not known.
     pub tokens: u64,
-    /// Its blocks, where its tokens are known.
+    /// How far its tokens are known.
+    pub known: Known,
+    /// Its blocks, as far as its tokens are known.
     pub chain: Chain,
+    /// Why they are not, where they are not.
+    pub not_known: Option<Arc<str>>,
+    /// The beginnings of its conversation, the shortest first.
+    pub messages: Arc<[Beginning]>,
     /// Names a session: a conversation, a user.
     pub session: Option<u64>,
+    /// The answer that it goes on with, which one worker keeps.
+    pub after: Option<u64>,
     /// Which workers may have it.
     pub role: Role,
+}
+
+/// How far the tokens of a prompt are known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Known {
+    /// To the last one, or as far as any cache may have them.
+    Tokens,
+    /// Those of the conversation's beginning, of which an engine told them.
+    Beginning,
+    /// Not at all.
+    #[default]
+    Nothing,
+}
+
+/// By what a request was placed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum By {
+    /// Its tokens, which the router knows.
+    Tokens,
+    /// The tokens of its beginning, which an engine told.
+    Beginning,
+    /// The chain of messages: who had the conversation before.
+    Messages,
+    /// The load of workers alone.
+    Load,
+}
+
+impl By {
+    /// All, in the order of [`PlaceCounts::by`].
+    pub const ALL: [Self; 4] = [Self::Tokens, Self::Beginning, Self::Messages, Self::Load];
+
+    /// For people and for metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Tokens => "tokens",
+            Self::Beginning => "beginning",
+            Self::Messages => "messages",
+            Self::Load => "load",
+        }
+    }
 }
 
 /// Why a request was not placed.
@@ -95,6 +145,8 @@ pub struct Candidate {
     pub load: WorkerLoad,
     /// It was chosen.
     pub chosen: bool,
+    /// Messages of the conversation, from the first on, that it had before, where that is what is known.
+    pub messages: usize,
 }
 
 /// A request at a worker. Dropped, it is over.
@@ -120,6 +172,7 @@ pub struct Router {
     load: Mutex<Load<usize>>,
     speeds: Mutex<HashMap<usize, Speed>>,
     sessions: Mutex<Sessions>,
+    answers: Mutex<Sessions>,
     others: ArcSwap<HashMap<String, WorkerLoad>>,
     waiting: AtomicUsize,
     freed: Notify,
@@ -145,9 +198,11 @@ pub struct PlaceCounts {
     pub cached_tokens: AtomicU64,
     /// Requests that nothing was heard of.
     pub expired: AtomicU64,
+    /// By what requests were placed, in the order of [`By::ALL`].
+    pub by: [AtomicU64; 4],
 }
 
-/// Where sessions were last; the oldest are forgotten.
+/// Where sessions were last, or answers are kept; the oldest are forgotten.
 #[derive(Default)]
 struct Sessions {
     at: HashMap<u64, (usize, u64)>,
@@ -182,11 +237,13 @@ impl Router {
             load: Mutex::default(),
             speeds: Mutex::default(),
             sessions: Mutex::default(),
+            answers: Mutex::default(),
             others: ArcSwap::default(),
             waiting: AtomicUsize::new(0),
             freed: Notify::new(),
             started: Instant::now(),
-            seed: 0x9E37_79B9_7F4A_7C15 ^ u64::from(std::process::id()),
+            // Not the process's number: in containers, all replicas have the same.
+            seed: RandomState::new().build_hasher().finish(),
             turns: Default::default(),
             counts: PlaceCounts::default(),
         })
@@ -219,6 +276,16 @@ impl Router {
         self.speeds.lock().get(&worker.number).copied().unwrap_or_default()
     }
 
+    /// A worker keeps an answer of this name, for requests that go on with it.
+    pub fn keeps_answer(&self, name: u64, worker: &Worker) {
+        self.answers.lock().set(name, worker.number);
+    }
+
+    /// Whether a worker keeps an answer of this name, as far as is known.
+    pub fn is_kept(&self, name: u64) -> bool {
+        self.answers.lock().get(name).is_some()
+    }
+
     /// Requests at workers.
     pub fn under_way(&self) -> usize {
         self.load.lock().requests()
@@ -233,11 +300,12 @@ impl Router {
         self.started.elapsed()
     }
 
-    /// A number from 0 to 1 for each turn; replicas have others.
+    /// A number from 0 to 1 for each turn; replicas have others. Each turn goes on by the golden ratio: any few turns in a row, or every
+    /// second of them, lie evenly, so that equals do take turns. Independent numbers would give six new conversations in a row to one of
+    /// two idle workers in 3% of cases.
     fn chance(&self, turn: u64) -> f64 {
-        let step = self.seed.wrapping_add(turn.wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        let mixed = (step ^ step >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        ((mixed ^ mixed >> 27).wrapping_mul(0x94D0_49BB_1331_11EB) >> 11) as f64 / (1u64 << 53) as f64
+        const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+        (self.seed.wrapping_add(turn.wrapping_mul(GOLDEN)) >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// Workers that may have a request, and what it would cost at each.
@@ -257,13 +325,20 @@ impl Router {
                 && !but.contains(&worker.number)
                 && worker.spec.role == asked.role
         };
-        let workers: Vec<Arc<Worker>> = of_model.into_iter().filter(may).collect();
-        let cached = self.fleet.locate(&asked.chain, &workers);
-        let (workers, cached) = one_for_each_engine(&asked.model, workers, cached);
+        let mut workers: Vec<Arc<Worker>> = of_model.into_iter().filter(may).collect();
+        // Nobody else can go on with an answer that one keeps. Where that one is away, another says that it has no such answer.
+        let keeps = asked.after.and_then(|name| self.answers.lock().get(name));
+        if workers.iter().any(|worker| Some(worker.number) == keeps) {
+            workers.retain(|worker| Some(worker.number) == keeps);
+        }
+        let mut cached = self.fleet.locate(&asked.chain, &workers);
+        let messages = self.add_conversations(asked, &workers, &mut cached);
+        let found = cached.into_iter().zip(messages).collect();
+        let found = one_for_each_engine(&asked.model, workers, found);
         let (load, speeds, others) = (self.load.lock(), self.speeds.lock(), self.others.load());
         // A worker of which nothing is known is thought to be as fast as those of which something is.
         let usual = usual_of(&speeds);
-        let candidate = |(worker, cached): (Arc<Worker>, Cached)| {
+        let candidate = |(worker, (cached, messages)): (Arc<Worker>, (Cached, usize))| {
             let mut busy = load.of(worker.number);
             if let Some(more) = others.get(&worker.spec.id) {
                 busy.prefill_tokens += more.prefill_tokens;
@@ -274,9 +349,32 @@ impl Router {
             let speed = speeds.get(&worker.number).copied().unwrap_or(usual);
             let rates = worker.node.as_ref().map_or([TierRate::default(); TIERS.len()], |node| node.status().rates);
             let terms = Terms::of(asked.tokens, cached, &busy, &speed, &rates);
-            Candidate { worker, terms, load: busy, chosen: false }
+            Candidate { worker, terms, load: busy, chosen: false, messages }
         };
-        Ok(workers.into_iter().zip(cached).map(candidate).collect())
+        Ok(found.into_iter().map(candidate).collect())
+    }
+
+    /// Of workers of which no events tell what they have of the prompt: what they had of the conversation counts. How many messages that
+    /// is for each.
+    fn add_conversations(&self, asked: &Asked, workers: &[Arc<Worker>], cached: &mut [Cached]) -> Vec<usize> {
+        let mut messages = vec![0; workers.len()];
+        let is_told = |worker: &Worker| !asked.chain.names.is_empty() && worker.tells_of_blocks();
+        if asked.messages.is_empty() || workers.iter().all(|worker| is_told(worker)) {
+            return messages;
+        }
+        let names: Vec<u64> = asked.messages.iter().map(|beginning| beginning.name).collect();
+        let numbers: Vec<usize> = workers.iter().map(|worker| worker.number).collect();
+        let had = self.fleet.conversations().find(&names, &numbers);
+        for (((worker, cached), messages), had) in workers.iter().zip(cached).zip(&mut messages).zip(had) {
+            let beginning = had.checked_sub(1).and_then(|at| asked.messages.get(at)).filter(|_| !is_told(worker));
+            if let (Some(beginning), Some(whole)) = (beginning, asked.messages.last()) {
+                // As many tokens of the prompt's as it has bytes of the conversation's.
+                let part = u128::from(asked.tokens) * u128::from(beginning.bytes) / u128::from(whole.bytes.max(1));
+                cached.engine_tokens = cached.engine_tokens.max(part as u64);
+                *messages = had;
+            }
+        }
+        messages
     }
 
     /// Chooses among candidates as the next request will be placed, without placing anything.
@@ -352,11 +450,16 @@ impl Router {
         if let Some(session) = asked.session {
             self.sessions.lock().set(session, number);
         }
+        let by = by_what(asked, std::slice::from_ref(&chosen));
+        if let Some(count) = By::ALL.iter().position(|known| *known == by).and_then(|at| self.counts.by.get(at)) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        self.fleet.conversations().store(asked.messages.iter().map(|beginning| beginning.name), number);
         self.counts.placed.fetch_add(1, Ordering::Relaxed);
         let stayed = choice.why == Why::Session { costlier: true };
         self.counts.by_affinity.fetch_add(u64::from(stayed), Ordering::Relaxed);
         self.counts.tokens.fetch_add(asked.tokens, Ordering::Relaxed);
-        let cached = terms.cached.engine_tokens + terms.cached.fetched_tokens;
+        let cached = terms.cached.tokens();
         self.counts.cached_tokens.fetch_add(cached, Ordering::Relaxed);
         Ok(Placed {
             worker: chosen.worker,
@@ -376,27 +479,44 @@ impl Router {
             tracing::warn!(expired, "the router no longer counts requests that it has heard nothing of");
             self.counts.expired.fetch_add(expired as u64, Ordering::Relaxed);
         }
-        let known: Vec<usize> = self.fleet.workers().iter().map(|worker| worker.number).collect();
+        let workers = self.fleet.workers();
+        // Another process may come back in its place.
+        workers.iter().filter(|worker| !worker.is_up()).for_each(|away| self.fleet.conversations().forget(away.number));
+        let known: Vec<usize> = workers.iter().map(|worker| worker.number).collect();
         self.speeds.lock().retain(|number, _| known.contains(number));
         self.freed.notify_waiters();
     }
 }
 
-/// Of the workers at one URL, the one that knows of the longest prefix: they are one engine's names, or its ranks.
-fn one_for_each_engine(model: &str, workers: Vec<Arc<Worker>>, cached: Vec<Cached>) -> (Vec<Arc<Worker>>, Vec<Cached>) {
-    let mut best: BTreeMap<usize, (Arc<Worker>, Cached)> = BTreeMap::new();
-    let rank = |worker: &Worker, cached: &Cached| {
-        (cached.engine_tokens + cached.fetched_tokens, cached.engine_tokens, worker.spec.model == model)
+/// By what a request with these candidates is placed.
+pub fn by_what(asked: &Asked, candidates: &[Candidate]) -> By {
+    match asked.known {
+        Known::Tokens => By::Tokens,
+        Known::Beginning => By::Beginning,
+        Known::Nothing if candidates.iter().any(|candidate| candidate.messages > 0) => By::Messages,
+        Known::Nothing => By::Load,
+    }
+}
+
+/// Of the workers at one URL, the one that knows of the longest prefix: they are one engine's names, or its ranks. In the order of names.
+fn one_for_each_engine(
+    model: &str,
+    workers: Vec<Arc<Worker>>,
+    found: Vec<(Cached, usize)>,
+) -> Vec<(Arc<Worker>, (Cached, usize))> {
+    let mut best: BTreeMap<usize, (Arc<Worker>, (Cached, usize))> = BTreeMap::new();
+    let rank = |worker: &Worker, (cached, _): &(Cached, usize)| {
+        (cached.tokens(), cached.engine_tokens, worker.spec.model == model)
     };
-    for (worker, cached) in workers.into_iter().zip(cached) {
+    for (worker, found) in workers.into_iter().zip(found) {
         match best.get(&worker.number) {
-            Some((known, of)) if rank(known, of) >= rank(&worker, &cached) => {}
-            _ => _ = best.insert(worker.number, (worker, cached)),
+            Some((known, of)) if rank(known, of) >= rank(&worker, &found) => {}
+            _ => _ = best.insert(worker.number, (worker, found)),
         }
     }
-    let mut all: Vec<(Arc<Worker>, Cached)> = best.into_values().collect();
+    let mut all: Vec<_> = best.into_values().collect();
     all.sort_by(|(a, _), (b, _)| a.spec.id.cmp(&b.spec.id));
-    all.into_iter().unzip()
+    all
 }
 
 fn usual_of(speeds: &HashMap<usize, Speed>) -> Speed {
@@ -508,13 +628,26 @@ mod tests {
 
     fn asked(router: &Router, tokens: &[u32]) -> Asked {
         let chain = router.fleet.hashing().chain(tokens, 16, None, None).unwrap();
-        Asked { model: "m".into(), tokens: tokens.len() as u64, chain, ..Asked::default() }
+        Asked { model: "m".into(), tokens: tokens.len() as u64, known: Known::Tokens, chain, ..Asked::default() }
     }
 
     fn holds(router: &Router, id: &str, chain: &Chain) {
         let stored = Stored { hashes: chain.names.clone(), block_tokens: 16, ..Stored::default() };
         let batch = Batch { events: vec![Event::Stored(stored)], ..Batch::default() };
         router.fleet.worker(id).unwrap().view.apply(&batch, 0);
+    }
+
+    /// Two idle workers, and conversations one after the other that nobody had: by independent draws, one worker gets six in a row in 3%
+    /// of cases.
+    #[test]
+    fn equals_take_turns() {
+        for _ in 0..50 {
+            let router = router(PlaceOptions::default(), &["a", "b"]);
+            for every in [1, 2, 3] {
+                let turns: Vec<u64> = (0..120).map(|turn| (router.chance(turn * every) * 2.0) as u64).collect();
+                assert!(turns.windows(6).all(|six| six.contains(&0) && six.contains(&1)), "every {every}: {turns:?}");
+            }
+        }
     }
 
     #[tokio::test]
@@ -540,7 +673,7 @@ mod tests {
         assert!(router.loads().values().all(|load| *load == WorkerLoad::default()));
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn what_is_full_queues_then_sheds() {
         let choose = Choose { requests_max: 1, ..Choose::default() };
         let options =
@@ -578,6 +711,46 @@ mod tests {
         assert_eq!(router.place(&asked, &[]).await.err(), Some(Refused::AllAway("m".into())));
         let prefill = Asked { role: Role::Prefill, ..asked };
         assert_eq!(router.place(&prefill, &[]).await.unwrap().worker.spec.id, "p");
+    }
+
+    /// Nobody can render its prompts: pictures, say. A conversation that goes on is placed where its beginning was.
+    #[tokio::test]
+    async fn a_conversation_goes_on_where_it_was() {
+        let router = router(PlaceOptions::default(), &["a", "b", "c", "d"]);
+        let said = |count: u64, of: u64| -> Asked {
+            let messages: Vec<Beginning> = (1..=count)
+                .map(|at| Beginning { name: (of << 32 | at).wrapping_mul(0x9E37_79B9), bytes: at * 4000 })
+                .collect();
+            Asked { model: "m".into(), tokens: count * 1000, messages: messages.into(), ..Asked::default() }
+        };
+        let mut at = HashMap::new();
+        for of in 1..=40 {
+            let placed = router.place(&said(1, of), &[]).await.unwrap();
+            assert_eq!(placed.terms.cached.engine_tokens, 0);
+            at.insert(of, placed.worker.spec.id.clone());
+        }
+        for turn in 2..6 {
+            for of in 1..=40 {
+                let placed = router.place(&said(2 * turn, of), &[]).await.unwrap();
+                assert_eq!(placed.worker.spec.id, at[&of], "turn {turn} of {of}");
+                assert_eq!(placed.terms.cached.engine_tokens, if turn == 2 { 1000 } else { 2000 * (turn - 1) });
+            }
+        }
+        let by = router.counts.by.each_ref().map(|count| count.load(Ordering::Relaxed));
+        assert_eq!(by, [0, 0, 160, 40], "tokens, beginning, messages, load");
+        // What its events say of a worker is more than what it had once.
+        let holder = router.fleet.worker(&at[&1]).unwrap();
+        holds(&router, &at[&1], &asked(&router, &[1; 64]).chain);
+        let known = Asked { known: Known::Tokens, chain: asked(&router, &[9; 64]).chain, ..said(20, 1) };
+        let candidates = router.candidates(&known, &[]).unwrap();
+        assert!(candidates.iter().all(|candidate| candidate.messages == 0));
+        let unknown = router.candidates(&said(20, 1), &[]).unwrap();
+        assert_eq!(unknown.iter().map(|candidate| candidate.messages).max(), Some(10));
+        // Another process comes back in its place.
+        holder.failed(Evidence::Gone, "refused");
+        router.tick();
+        holder.succeeded();
+        assert!(router.candidates(&said(20, 1), &[]).unwrap().iter().all(|candidate| candidate.messages == 0));
     }
 
     #[tokio::test]

@@ -2,9 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a failure here is a failed test")]
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 fn binary() -> Command {
@@ -24,6 +24,8 @@ fn text(bytes: &[u8]) -> String {
 /// A router in front of one worker that does not exist.
 struct Router {
     child: Child,
+    /// Open as long as it runs: it may say more.
+    _output: BufReader<ChildStdout>,
     port: u16,
 }
 
@@ -33,16 +35,20 @@ impl Router {
     }
 
     fn start_with(arguments: &[&str]) -> Self {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let child = binary()
-            .args(["serve", "--listen", &format!("127.0.0.1:{port}")])
+        // It says which port it got: one that is asked for beforehand could be somebody else's by then.
+        let mut child = binary()
+            .args(["serve", "--listen", "127.0.0.1:0"])
             .args(arguments)
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let router = Self { child, port };
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut said = String::new();
+        output.read_line(&mut said).unwrap();
+        let port = said.trim().rsplit(':').next().and_then(|port| port.parse().ok()).expect(&said);
+        let router = Self { child, _output: output, port };
+        let deadline = Instant::now() + Duration::from_secs(60);
         while TcpStream::connect(("127.0.0.1", port)).is_err() {
             assert!(Instant::now() < deadline, "the router does not listen");
             std::thread::sleep(Duration::from_millis(10));
@@ -51,8 +57,13 @@ impl Router {
     }
 
     fn get(&self, path: &str) -> String {
+        self.ask("GET", path, "")
+    }
+
+    fn ask(&self, method: &str, path: &str, body: &str) -> String {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+        let head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close");
+        write!(stream, "{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len()).unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
         answer
@@ -106,6 +117,34 @@ fn it_answers_for_its_health_and_stops_in_order() {
     assert_eq!(router.terminate(), Some(0));
 }
 
+/// A prompt has the special tokens that its request asks for: texts have them unless it says otherwise, conversations do not.
+#[test]
+fn special_tokens_are_there_as_the_request_asks() {
+    let folder = tempfile::tempdir().unwrap();
+    let start = r#"{"SpecialToken": {"id": "<s>", "type_id": 0}}"#;
+    let tokenizer = r#"{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "<s>": 1, "hello": 2}, "unk_token": "[UNK]"}, "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": {"type": "TemplateProcessing", "single": [START, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [START, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}}"#;
+    std::fs::write(folder.path().join("tokenizer.json"), tokenizer.replace("START", start)).unwrap();
+    std::fs::write(folder.path().join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
+    let config = folder.path().join("router.toml");
+    let model = format!("[[models]]\nname = \"m\"\ntokenizer = {:?}\n", folder.path());
+    let worker = "[[workers]]\nid = \"a\"\nurl = \"http://127.0.0.1:1\"\nmodel = \"m\"\nblock_tokens = 1\n";
+    std::fs::write(&config, format!("{model}{worker}")).unwrap();
+    let router = Router::start_with(&["--config", config.to_str().unwrap()]);
+    let count = |prompt: &str, more: &str| {
+        let answer = router.ask("POST", "/explain", &format!("{{\"model\": \"m\", {prompt}{more}}}"));
+        let explained: serde_json::Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+        assert_eq!(explained["tokens_known"], true, "{explained}");
+        explained["prompt_tokens"].as_u64().unwrap()
+    };
+    let (text, chat) =
+        ("\"prompt\": \"hello hello\"", "\"messages\": [{\"role\": \"user\", \"content\": \"hello hello\"}]");
+    let (with, without) = (", \"add_special_tokens\": true", ", \"add_special_tokens\": false");
+    assert_eq!([count(text, ""), count(text, with), count(text, without)], [3, 3, 2]);
+    assert_eq!([count(chat, ""), count(chat, with), count(chat, without)], [2, 3, 2]);
+}
+
 /// What cannot be read or reached at the start costs that thing alone, and is said by name.
 #[test]
 fn a_start_holds_whatever_is_missing() {
@@ -129,7 +168,7 @@ fn a_start_holds_whatever_is_missing() {
     let router = Router::start_with(&["--config", folder.path().join("router.toml").to_str().unwrap()]);
     let address = format!("http://127.0.0.1:{}", router.port);
     let shown = |needed: &str| {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             let shown = text(&run(&["workers", "--address", &address]).stdout);
             if shown.contains(needed) {
@@ -145,9 +184,17 @@ fn a_start_holds_whatever_is_missing() {
     shown("no events from tcp://127.0.0.1:1: ");
     shown("the node http://127.0.0.1:1 does not answer");
     shown("away");
-    let metrics = router.get("/metrics");
+    let deadline = Instant::now() + Duration::from_secs(60);
     for figure in ["models_without_tokens 3", "workers_without_events 3", "nodes_away 1", "workers_up 0"] {
-        assert!(metrics.contains(&format!("kvstore_router_{figure}\n")), "{figure} is missing in {metrics}");
+        // Each worker is tried by itself.
+        loop {
+            let metrics = router.get("/metrics");
+            if metrics.contains(&format!("kvstore_router_{figure}\n")) {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{figure} is missing in {metrics}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
     // Texts of a model whose template is broken are read all the same.
     let explained = text(&run(&["explain", "hello hello", "--model", "template", "--address", &address]).stdout);

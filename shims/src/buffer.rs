@@ -44,7 +44,7 @@ unsafe extern "C" {
 /// `PyBUF_SIMPLE`: contiguous bytes.
 const SIMPLE: c_int = 0;
 /// `PyBUF_WRITABLE`.
-pub const WRITABLE: c_int = 1;
+const WRITABLE: c_int = 1;
 
 /// A contiguous buffer that stays where it is while this lives.
 pub struct Buffer {

@@ -67,6 +67,82 @@ pub fn raise(error: Error) -> PyErr {
     })
 }
 
+/// Errors of snapshots, as those of the client: one for each thing that a caller may want to do about it.
+pub mod snapshots {
+    use kvstore_checkpoint::cache::CacheError;
+    use kvstore_checkpoint::collect::CollectError;
+    use kvstore_checkpoint::remove::RemoveError;
+    use kvstore_checkpoint::restore::RestoreError;
+    use kvstore_checkpoint::save::SaveError;
+    use kvstore_checkpoint::store::StoreError;
+    use kvstore_client::Error;
+
+    pub fn store(error: StoreError) -> Error {
+        let message = error.to_string();
+        match error {
+            StoreError::Open(_) | StoreError::Name(_) | StoreError::Ambiguous(_) => Error::Invalid(message),
+            StoreError::NoSuch(_) => Error::NotFound(message),
+            StoreError::Request { .. } => Error::Unavailable(message),
+            StoreError::Chunk { .. }
+            | StoreError::Digest(_)
+            | StoreError::Manifest { .. }
+            | StoreError::Lost { .. } => Error::DataLoss(message),
+            StoreError::Collecting(_) => Error::Busy(message),
+            StoreError::Unable(_) | StoreError::TooMany { .. } | StoreError::NoTime => Error::Unsupported(message),
+        }
+    }
+
+    pub fn restore(error: RestoreError) -> Error {
+        let message = error.to_string();
+        match error {
+            RestoreError::Store(error) => store(error),
+            RestoreError::Fact { name, found, asked } => {
+                let found = found.map_or("not known".to_owned(), |found| format!("{found:?}"));
+                Error::Invalid(format!(
+                    "the snapshot's {name} is {found}, and {asked:?} is asked for; allow=[{name:?}] takes it nevertheless"
+                ))
+            }
+            RestoreError::Exists(_) | RestoreError::TooManyFiles(_) => Error::Invalid(message),
+            RestoreError::Write { .. } => Error::Other(message),
+        }
+    }
+
+    pub fn save(error: SaveError) -> Error {
+        let message = error.to_string();
+        match error {
+            SaveError::Store(error) => store(error),
+            SaveError::Odd { .. } | SaveError::Read { .. } => Error::Invalid(message),
+            SaveError::Changed(_) | SaveError::TooLong => Error::Busy(message),
+        }
+    }
+
+    pub fn remove(error: RemoveError) -> Error {
+        match error {
+            RemoveError::Store(error) => store(error),
+            named @ RemoveError::Named { .. } => Error::Invalid(named.to_string()),
+        }
+    }
+
+    pub fn collect(error: CollectError) -> Error {
+        let message = error.to_string();
+        match error {
+            CollectError::Store(error) => store(error),
+            CollectError::Held(_) | CollectError::Saving(_) | CollectError::LeaseLost => Error::Busy(message),
+            CollectError::TooManyChunks(_) => Error::Unsupported(message),
+        }
+    }
+
+    pub fn cache(error: CacheError) -> Error {
+        let message = error.to_string();
+        match error {
+            CacheError::Restore(error) => restore(error),
+            CacheError::Full { .. } => Error::Busy(message),
+            CacheError::Folder { .. } | CacheError::TooLarge { .. } => Error::Invalid(message),
+            CacheError::Damaged(_) => Error::DataLoss(message),
+        }
+    }
+}
+
 /// Adds the exceptions to the module.
 pub fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();

@@ -8,6 +8,22 @@ import time
 
 import kvstore
 
+# What is bound to happen is waited for so long: on a busy machine it takes its time, and who does not wait in vain loses nothing.
+PATIENCE_SECONDS = 60.0
+
+
+def until(what: str, reached, seconds: float = PATIENCE_SECONDS):
+    """Waits until `reached()` says something, and returns that. A daemon that is not there yet is asked again."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if found := reached():
+                return found
+        except kvstore.Unavailable:
+            pass
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
 
 def program(name: str, variable: str) -> str:
     """The path of a program of this environment, unless the environment variable names another one."""
@@ -27,14 +43,20 @@ class Daemon:
         for setting in self.settings:
             command += ["--set", setting]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        for _ in range(3000):
+        end = time.monotonic() + PATIENCE_SECONDS
+        while True:
             try:
                 kvstore.Client(self.address)
                 return
             except kvstore.Unavailable:
                 assert self.process.poll() is None, "the daemon ended at once"
+                assert time.monotonic() < end, f"the daemon did not answer within {PATIENCE_SECONDS} s"
                 time.sleep(0.01)
-        raise AssertionError("the daemon did not answer within 30 s")
+
+    def stop(self) -> None:
+        """Ends it in order: what waits to be uploaded is."""
+        self.process.terminate()
+        assert self.process.wait(PATIENCE_SECONDS) == 0
 
     def kill(self) -> None:
         self.process.kill()

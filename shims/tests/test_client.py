@@ -1,9 +1,9 @@
 import asyncio
+import functools
 import gc
 import hashlib
 import os
 import threading
-import time
 
 import numpy
 import pytest
@@ -11,7 +11,7 @@ from conftest import register
 
 import kvstore
 
-from daemon import Daemon
+from daemon import Daemon, until
 
 
 def hashes(ids):
@@ -183,16 +183,16 @@ def test_blocks_on_disk(disk_daemon):
     assert all(out[at].tobytes() == block(at, size) for at in ids)
     disk_daemon.kill()
     disk_daemon.start()
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            assert group.lookup(hashes(ids)) == len(ids), "what was local is found again by the same client"
-            break
-        except kvstore.Unavailable:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    assert reconnected(group, ids) == len(ids), "what was local is found again by the same client"
     with group.leases(hashes(range(20))) as views:
         assert len(views) == 20 and bytes(views[19]) == block(19, size)
+
+
+def reconnected(group, ids) -> int:
+    """What the first look-up finds that reaches the daemon again."""
+    found = []
+    until("the client finds the daemon again", lambda: found.append(group.lookup(hashes(ids))) or True)
+    return found[0]
 
 
 def test_the_daemon_goes_and_comes_back(daemon):
@@ -205,14 +205,7 @@ def test_the_daemon_goes_and_comes_back(daemon):
         group.put_from(hashes([5]), blocks([5], group.block_bytes))
     assert bytes(view) == block(1, group.block_bytes), "what is leased outlives the daemon"
     daemon.start()
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            assert group.lookup(hashes(range(2))) == 0, "what is lost is a miss"
-            break
-        except kvstore.Unavailable:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    assert reconnected(group, range(2)) == 0, "what is lost is a miss"
     group.put_from(hashes(range(2)), blocks(range(2), group.block_bytes))
     assert group.get(hashes(range(2))) == blocks(range(2), group.block_bytes)
 
@@ -229,16 +222,21 @@ def test_async_calls(group):
         for turn, buffer in zip(ids, out):
             assert buffer.tobytes() == b"".join(blocks(turn, size))
         assert await group.lookup_async(hashes(range(6))) == 4
-        pin = await group.pin_async(hashes(range(4)), ttl=5)
+        pin = await group.pin_async(hashes(range(4)), ttl=60)
         assert pin.blocks == 4 and await pin.unpin_async()
         assert (await (await group.prefetch_async(hashes(range(4)))).wait_async()).ready == 4
         with pytest.raises(kvstore.Invalid):
             await group.lookup_async([bytes(33)])
-        waiting = asyncio.ensure_future(group.put_from_async(hashes(range(100, 300)), blocks(range(100, 300), size)))
-        await asyncio.sleep(0.001)
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
+        # Where this thread stands still until all is stored, the second is cancelled before anybody can hear of its end.
+        for seconds in (0.001, 0.0):
+            waiting = asyncio.ensure_future(group.put_from_async(hashes(range(100, 300)), blocks(range(100, 300), size)))
+            await asyncio.sleep(seconds)
+            if waiting.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+                break
+        else:
+            raise AssertionError("a call cannot be cancelled")
         assert (await group.delete_async(hashes(range(4)))).deleted == 4
 
     asyncio.run(run())
@@ -283,6 +281,12 @@ def test_a_child_of_a_fork_attaches_anew(daemon):
     assert group.get(hashes([7])) == [block(7, group.block_bytes)], "what the child put is there"
 
 
+def searched(layout: kvstore.Layout, names) -> kvstore.Lookup | None:
+    """What the bucket has, once that is known."""
+    found = layout.lookup(names, search_wait=5)
+    return None if found.searching else found
+
+
 def test_durable_blocks_are_found_by_another_daemon(tmp_path):
     """Two daemons that share nothing but a bucket. A look-up says that it is searched, or waits for it."""
     bucket = ("nvme.paths=off", f"object.url=file://{tmp_path}/bucket")
@@ -295,25 +299,33 @@ def test_durable_blocks_are_found_by_another_daemon(tmp_path):
             kind = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=4096)
             layout = client.register_layout("durable", dtype="uint8", block_tokens=16, groups=[kind])
             group, size = layout.group(), layout.group().block_bytes
-            until = time.monotonic() + 20
-            while node == "a":
-                try:
-                    stored = group.put_from(names, blocks(range(6), size), level="durable")
-                    assert stored[0].level == "durable"
-                    break
-                except kvstore.Unavailable:
-                    # The store is still being probed.
-                    assert time.monotonic() < until
-                    time.sleep(0.02)
-            if node == "b":
+            if node == "a":
+                # Unavailable while the store is being probed.
+                put = functools.partial(group.put_from, names, blocks(range(6), size), level="durable")
+                assert until("the store answers", put)[0].level == "durable"
+            else:
                 first = layout.lookup(names)
                 assert first.blocks == 6 or first.searching
-                found = layout.lookup(names, search_wait=5)
+                found = until("the bucket has been searched", functools.partial(searched, layout, names))
                 assert (found.blocks, found.in_memory, found.searching) == (6, 0, False)
                 assert group.get(names) == blocks(range(6), size)
                 assert layout.lookup(names).in_memory == 6
         finally:
             daemon.kill()
+
+
+def uploaded_bytes(bucket) -> int:
+    """Bytes of all objects of at least a block. What is being written has a name with "#" in it, beside the object's own name for a
+    moment, and goes while it is looked at."""
+    sizes = []
+    for path in bucket.rglob("*"):
+        if "#" in path.name:
+            continue
+        try:
+            sizes.append(path.stat().st_size if path.is_file() else 0)
+        except FileNotFoundError:
+            continue
+    return sum(size for size in sizes if size > 65536)
 
 
 def test_a_session_is_uploaded_where_it_says_so(tmp_path):
@@ -326,11 +338,10 @@ def test_a_session_is_uploaded_where_it_says_so(tmp_path):
         group.put_from(hashes(range(6)), blocks(range(6), group.block_bytes))
         stored = group.put_from(hashes(range(10, 13)), blocks(range(10, 13), group.block_bytes), upload=True)
         assert [result.level for result in stored] == ["memory"] * 3
-        until = time.monotonic() + 20
-        while not (packs := [path for path in (tmp_path / "bucket").rglob("*") if path.stat().st_size > 3 * 65536]):
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        assert len(packs) == 1
+        until("the session is in the bucket", lambda: uploaded_bytes(tmp_path / "bucket") > 3 * 65536)
+        # Whatever else waited to be uploaded is there by then.
+        daemon.stop()
+        assert uploaded_bytes(tmp_path / "bucket") < 4 * 65536
     finally:
         daemon.kill()
     (tmp_path / "without").mkdir()

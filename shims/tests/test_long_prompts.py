@@ -103,7 +103,7 @@ def test_pages_of_a_long_prompt(roomy, names, content, plane):
     into = numpy.zeros_like(content)
     target = kvstore.Pages([(into, 0, SIZE, half), (into, half, SIZE, half)], BLOCKS)
     load = group.start_get_pages(names, target, list(range(BLOCKS))[::-1])
-    assert load.wait_region(1, 30.0) and load.result(30.0) == BLOCKS
+    assert load.wait_region(1, 60.0) and load.result(60.0) == BLOCKS
     assert numpy.array_equal(into, content[::-1])
     into[:] = 0
     assert group.get_pages([*names[:10_000], b"nowhere", *names], target, list(range(10_001)) + list(range(BLOCKS))) == 10_000
@@ -147,7 +147,7 @@ class Engine:
 
     def __init__(self, connector, address: str, blocks: int, share: float):
         engine, cache = fakes.config(blocks, BLOCK_TOKENS)
-        options = connector.options.Options(address=address, lookup_deadline=5.0, deadline=60.0, pending_share=share)
+        options = connector.options.Options(address=address, lookup_deadline=60.0, deadline=60.0, pending_share=share)
         self.memory = numpy.zeros((blocks, SIZE), dtype=numpy.uint8)
         self.pool = fakes.Pool(blocks)
         kind = kvstore.LayerGroup(layers=1, planes=1, heads=1, head_bytes=SIZE // BLOCK_TOKENS, order="opaque")
@@ -244,3 +244,25 @@ def test_a_session_of_a_million_tokens_is_saved(roomy, faked):
     with pytest.raises(kvstore.Invalid, match="too many tokens"):
         sequences = fakes.Sequences(list(range(3_000_000)))
         attached.save_state("session", SimpleNamespace(sequences=sequences, past_key_values=fakes.DynamicCache()))
+
+
+def test_an_engine_that_wakes_up_has_its_cache_again(faked, connector, monkeypatch):
+    """vLLM 0.33 names its caches when it starts, and not when it wakes up from sleep mode: what it named is kept."""
+    engine, cache = fakes.config(8, BLOCK_TOKENS)
+    worker = connector.worker.WorkerSide(engine, cache, connector.options.Options(), 0)
+    made = []
+    monkeypatch.setattr(connector.worker, "groups_of", lambda config: ([SimpleNamespace(layers=["layer"])], None))
+    monkeypatch.setattr(connector.worker, "shards_of", lambda *_: (0, 1))
+    monkeypatch.setattr(connector.worker, "split", lambda tensor, parts: [SimpleNamespace(device="cpu")])
+    monkeypatch.setattr(connector.worker, "regions_of", lambda part, blocks: [part])
+    monkeypatch.setattr(connector.worker, "describe", lambda *_: SimpleNamespace(refused="a test", parts=1))
+    monkeypatch.setattr(worker, "_make_pages", lambda *_: made.append(1) or [[SimpleNamespace(block_bytes=SIZE)]])
+    worker.restore_kv_caches()
+    assert not made, "nothing was registered yet"
+    worker.register_kv_caches({"layer": [object()]})
+    worker.unregister_kv_caches()
+    worker.unregister_kv_caches()
+    assert not worker._pages
+    worker.restore_kv_caches()
+    worker.restore_kv_caches()
+    assert worker._pages and len(made) == 2, "once for each time"

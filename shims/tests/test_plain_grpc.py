@@ -60,7 +60,7 @@ def code(channel, service, method):
     call = getattr(channel, kind)(f"/{service}/{method.name}", request_serializer=bytes, response_deserializer=bytes)
     request = iter([b""]) if method.client_streaming else b""
     try:
-        answer = call(request, timeout=20)
+        answer = call(request, timeout=60)
         if method.server_streaming:
             next(answer, None)
             answer.cancel()
@@ -71,5 +71,5 @@ def code(channel, service, method):
 
 def test_the_example_stores_a_block_and_reads_it(daemon):
     command = [sys.executable, EXAMPLES / "plain_grpc.py", daemon.address]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    said = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True).stdout
     assert "put: STORED" in said and "get: HIT" in said and "the same bytes: True" in said, said

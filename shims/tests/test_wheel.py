@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ import urllib.request
 import venv
 
 import pytest
+
+from ports import free_port
 
 WHEEL = os.environ.get("KVSTORE_WHEEL")
 pytestmark = pytest.mark.skipif(not WHEEL, reason="KVSTORE_WHEEL names no wheel: `make test-python` builds one")
@@ -29,27 +30,22 @@ def installed(tmp_path_factory) -> pathlib.Path:
     return folder / "bin"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def answer(url: str, process: subprocess.Popen) -> str:
-    """What `url` answers, once the process listens: 20 s at most."""
-    for _ in range(2000):
+    """What `url` answers, once the process listens: a minute at most."""
+    end = time.monotonic() + 60
+    while True:
         try:
-            with urllib.request.urlopen(url, timeout=5) as response:
+            with urllib.request.urlopen(url, timeout=20) as response:
                 return response.read().decode()
         except OSError:
             assert process.poll() is None, f"the process ended with {process.returncode}"
+            assert time.monotonic() < end, f"{url} does not answer"
             time.sleep(0.01)
-    raise AssertionError(f"{url} does not answer")
 
 
 def stop(process: subprocess.Popen) -> int:
     process.terminate()
-    return process.wait(20)
+    return process.wait(60)
 
 
 def test_it_says_which_glibc_it_needs():

@@ -142,11 +142,11 @@ impl Front {
     }
 }
 
-/// Waits, for ten seconds at most.
+/// Waits, for a minute at most.
 pub async fn until(what: &str, reached: impl Fn() -> bool) {
     let begun = Instant::now();
     while !reached() {
-        assert!(begun.elapsed() < Duration::from_secs(10), "{what}");
+        assert!(begun.elapsed() < Duration::from_secs(60), "{what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

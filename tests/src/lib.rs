@@ -10,6 +10,7 @@ pub mod front;
 pub mod loop_mount;
 pub mod memory;
 pub mod object;
+pub mod random;
 pub mod raw_worker;
 pub mod s3;
 pub mod tier;
@@ -90,7 +91,7 @@ impl TestDaemon {
     }
 }
 
-/// Waits for the daemon to come to a state, 20 s at most.
+/// Waits for the daemon to come to a state, a minute at most.
 pub async fn until(client: &Client, reached: impl Fn(&StatusResponse) -> bool) -> StatusResponse {
     let begun = Instant::now();
     loop {
@@ -98,7 +99,7 @@ pub async fn until(client: &Client, reached: impl Fn(&StatusResponse) -> bool) -
         if reached(&status) {
             return status;
         }
-        assert!(begun.elapsed() < Duration::from_secs(20), "{status:?}");
+        assert!(begun.elapsed() < Duration::from_secs(60), "{status:?}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

@@ -248,7 +248,7 @@ impl ObjectTiers {
         let tiers = Self { host, object, layout, block_bytes: options.block_bytes };
         let begun = Instant::now();
         while tiers.object.status().state != "SERVING" {
-            assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", tiers.object.status());
+            assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", tiers.object.status());
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         tiers

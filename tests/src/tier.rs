@@ -224,15 +224,15 @@ impl Tiers {
         match self.bring(id, Priority::Demand) {
             Leasing::Leased(block) => Got::Disk(check(&block)),
             Leasing::Miss => Got::Miss,
-            Leasing::InFlight => panic!("block {id} neither came nor missed within 10 s"),
+            Leasing::InFlight => panic!("block {id} neither came nor missed within a minute"),
         }
     }
 
-    /// Brings block `id` into memory, for 10 s at most.
+    /// Brings block `id` into memory, for a minute at most.
     pub fn bring(&self, id: u64, priority: Priority) -> Leasing {
         let (stack, layout) = (Arc::clone(&self.stack), Arc::clone(&self.layout));
         self.runtime.block_on(async {
-            let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+            let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
             Promotion { stack, layout, group: 0, priority, deadline }.bring(hash(id)).await
         })
     }
@@ -256,7 +256,7 @@ impl Tiers {
 
     /// Waits until nothing is dirty.
     pub fn settle(&self) {
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(60);
         while self.nvme.dirty_bytes() > 0 {
             assert!(Instant::now() < until, "dirty blocks are never written: {:?}", self.nvme.status());
             std::thread::sleep(Duration::from_millis(2));
@@ -265,7 +265,7 @@ impl Tiers {
 
     /// Waits until the (only) volume is in this state.
     pub fn until_state(&self, state: &str) {
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(60);
         while self.nvme.status().volumes[0].state != state {
             assert!(Instant::now() < until, "never {state}: {:?}", self.nvme.status());
             std::thread::sleep(Duration::from_millis(5));
@@ -282,7 +282,7 @@ impl Tiers {
 
     /// Tries to sync until that works.
     pub fn until_synced(&self) {
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(60);
         while !self.sync() {
             assert!(Instant::now() < until, "never synced: {:?}", self.nvme.status());
             std::thread::sleep(Duration::from_millis(5));
@@ -303,7 +303,7 @@ impl Tiers {
 
     /// Puts block `id` until it is LOCAL.
     pub fn put_until_local(&self, id: u64) {
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(60);
         while !self.put(id, true) {
             assert!(Instant::now() < until, "block {id} is never LOCAL: {:?}", self.nvme.status());
             std::thread::sleep(Duration::from_millis(5));

@@ -52,6 +52,11 @@ impl BlockRef<'_> {
         group.map_or(1, |group| section_bytes(&group.group, group.block_bytes))
     }
 
+    /// True for a piece of a snapshot.
+    pub fn is_chunk(&self) -> bool {
+        self.layout.is_of_chunks(self.group)
+    }
+
     /// The same block, to keep.
     pub fn owned(&self) -> Block {
         Block { layout: Arc::clone(self.layout), group: self.group, hash: self.hash }

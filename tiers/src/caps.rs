@@ -1,5 +1,7 @@
 //! The bounds of this crate, each with its reason.
 
+pub use kvstore_bucket::caps::OBJECT_TRIES_MAX;
+
 use std::time::Duration;
 
 /// Bytes of one block at most: the directory holds lengths in 32 bits, and a block is copied in one piece.
@@ -34,6 +36,9 @@ pub const SLABS_PER_TIER: u64 = 32;
 pub const HOST_BYTES_MIN: u64 = SLAB_BYTES_MIN;
 /// Blocks being filled at once, of one namespace.
 pub const FILLS_MAX: usize = 4096;
+/// Blocks behind one that is being filled which are told to the policy once that one is there: a conversation has few branches. Others
+/// count as children of what is before both.
+pub const EARLY_FOLLOWERS_MAX: usize = 8;
 /// Blocks being filled, or parked while leased, for which room is set aside at the start.
 pub const FILLS_USUAL: usize = 256;
 /// A writer that brought nothing for this long may be replaced by one that waits.
@@ -151,25 +156,8 @@ pub const OBJECT_LISTINGS_PER_SEARCH_MAX: usize = 1024;
 pub const OBJECT_BRANCHES_MAX: usize = 64;
 /// Bytes of one ranged read: a pack's worth. Several streams are faster than one.
 pub const OBJECT_READ_BYTES_MAX: u64 = 8 << 20;
-/// Bytes of a file that are read at once, where the store is a local path: few enough to stay in a core's cache until they are
-/// copied, and many for one call to another thread.
-pub const OBJECT_FILE_STEP_BYTES: u64 = 512 << 10;
 /// A request that brings nothing for this long is made anew.
 pub const OBJECT_STALL_MS: u64 = 5_000;
-/// A failed request is made again after this long, with jitter, then after twice as long each time ...
-pub const OBJECT_BACKOFF_MS: u64 = 50;
-/// ... up to this.
-pub const OBJECT_BACKOFF_MS_MAX: u64 = 2_000;
-/// Times that one request is made at most.
-pub const OBJECT_TRIES_MAX: u32 = 6;
-/// Retries, in all, for each request that succeeds, in percent: a store in trouble is not given more work than usual.
-pub const OBJECT_RETRY_PERCENT: u64 = 20;
-/// ... and this many saved up.
-pub const OBJECT_RETRIES_SAVED: u64 = 100;
-/// Requests that fail in a row before the store counts as away ...
-pub const OBJECT_FAILURES_IN_A_ROW_MAX: u32 = 8;
-/// ... and is left alone, but for one request each time this is over.
-pub const OBJECT_AWAY_MS: u64 = 1_000;
 /// Packs that are being put together at once: chains that are being stored.
 pub const OBJECT_OPEN_PACKS_MAX: usize = 1024;
 /// A pack is written when it is full, or this old.

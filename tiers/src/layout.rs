@@ -24,6 +24,8 @@ pub enum BlockKind {
     RecurrentState,
     /// The output of an encoder for one item (image, clip); names no prefix.
     EncoderOutput,
+    /// A piece of a snapshot's files, named by the BLAKE3 of its bytes; names no prefix, and is in the object store already.
+    Chunk,
 }
 
 impl BlockKind {
@@ -34,6 +36,7 @@ impl BlockKind {
             Self::SlidingWindow { .. } => 2,
             Self::RecurrentState => 3,
             Self::EncoderOutput => 4,
+            Self::Chunk => 5,
         }
     }
 
@@ -43,13 +46,13 @@ impl BlockKind {
             Self::Attention => EvictionKind::Attention,
             Self::SlidingWindow { .. } => EvictionKind::SlidingWindow,
             Self::RecurrentState => EvictionKind::RecurrentState,
-            Self::EncoderOutput => EvictionKind::EncoderOutput,
+            Self::EncoderOutput | Self::Chunk => EvictionKind::EncoderOutput,
         }
     }
 
     /// True where a block may be shorter than the layout says.
     pub fn varies_in_length(self) -> bool {
-        matches!(self, Self::RecurrentState | Self::EncoderOutput)
+        matches!(self, Self::RecurrentState | Self::EncoderOutput | Self::Chunk)
     }
 }
 

@@ -1,16 +1,16 @@
 //! Placement: which blocks are where, which stay and which go.
 //!
-//! Owns layouts, slots, eviction, the Host, Nvme and Object tiers, and the bucket that the last stands on. Knows nothing of the network, of configuration
+//! Owns layouts, slots, eviction, the Host, Nvme and Object tiers. Knows nothing of the network, of configuration
 //! files, or of who asks.
 
 pub mod admission;
 pub mod below;
 mod block;
-pub mod bucket;
 pub mod caps;
 pub mod changes;
 pub mod claim;
 mod clock;
+mod distinct;
 pub mod eviction;
 pub mod host;
 mod layout;
@@ -27,6 +27,8 @@ pub mod tier;
 
 pub use block::{Block, BlockRef, Digest, OwnedRun, Run, Wanted, block_name};
 pub use clock::BootTime;
+/// The bucket that the Object tier stands on.
+pub use kvstore_bucket as bucket;
 pub use kvstore_plane::{InvalidHash, SEQUENCE_HASH_BYTES_MAX, SequenceHash, SlotKey};
 pub use kvstore_transfer::{HugePages, Slab, crc32};
 pub use layout::{BlockKind, DimensionOrder, InvalidLayout, LayerGroup, Layout, PartRange, Shard};

@@ -16,12 +16,12 @@ pub struct GroupPresence<'a> {
 /// what it needs to go on after `n` blocks.
 ///
 /// Full attention needs all of 0..n; a sliding window the blocks that its last `tokens - 1` tokens touch;
-/// recurrent state the state after block n - 1. Encoder outputs name no prefix: each is its own, so a
+/// recurrent state the state after block n - 1. Encoder outputs and chunks name no prefix: each is its own, so a
 /// leading run is all that can be said.
 pub fn readable_prefix<'a>(groups: &[GroupPresence<'a>], block_tokens: u32) -> usize {
     let run = |group: &GroupPresence<'a>| {
         let needed = match group.kind {
-            BlockKind::Attention | BlockKind::EncoderOutput => usize::MAX,
+            BlockKind::Attention | BlockKind::EncoderOutput | BlockKind::Chunk => usize::MAX,
             BlockKind::SlidingWindow { tokens } => window_blocks(tokens, block_tokens),
             BlockKind::RecurrentState => 1,
         };

@@ -8,6 +8,8 @@
 mod engine;
 mod overhead;
 
+pub use overhead::{CORPUS, write_tokenizer};
+
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::path::Path;

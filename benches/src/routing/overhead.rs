@@ -10,13 +10,13 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use kvstore_chat::prompts::Prompts;
 use kvstore_proto::hashes::Sha256Cbor;
 use kvstore_router::events::vllm::{Batch, Event, Stored};
 use kvstore_router::fleet::{Fleet, FleetOptions, WorkerSpec};
 use kvstore_router::hashing::Hashing;
 use kvstore_router::place::{PlaceOptions, Router};
 use kvstore_router::serve::{App, Model, ServeOptions};
-use kvstore_router::tokens::Tokens;
 use kvstore_tests::engine::ScriptedEngine;
 use serde_json::json;
 use tokenizers::decoders::byte_level::ByteLevel;
@@ -35,10 +35,10 @@ const WORKERS: usize = 8;
 /// Blocks that each worker has, beside those of the prompts.
 const BLOCKS: u64 = 50_000;
 /// Text of this project's documents as they were when this figure was first measured: it must not change with them.
-const CORPUS: &str = include_str!("corpus.txt");
+pub const CORPUS: &str = include_str!("corpus.txt");
 
 /// A byte-level tokenizer, as most models have, learnt from this project's own words.
-fn tokenizer(folder: &std::path::Path) -> anyhow::Result<()> {
+pub fn write_tokenizer(folder: &std::path::Path) -> anyhow::Result<()> {
     let wrong = |error: tokenizers::Error| anyhow::anyhow!("{error}");
     let mut trainer = BpeTrainerBuilder::new()
         .show_progress(false)
@@ -87,7 +87,7 @@ fn quantile(sorted: &[f64], quantile: f64) -> f64 {
 }
 
 /// These engines: each has other blocks, and some of the prompt's.
-fn fleet_of(engines: &[ScriptedEngine], tokens: &Tokens, prompt: &str) -> anyhow::Result<Arc<Fleet>> {
+fn fleet_of(engines: &[ScriptedEngine], tokens: &Prompts, prompt: &str) -> anyhow::Result<Arc<Fleet>> {
     let spec = |(at, engine): (usize, &ScriptedEngine)| WorkerSpec {
         block_tokens: 16,
         ..WorkerSpec::new(&format!("w{at}"), &engine.url(), "m")
@@ -113,8 +113,8 @@ fn fleet_of(engines: &[ScriptedEngine], tokens: &Tokens, prompt: &str) -> anyhow
 
 async fn measure_in_runtime(rounds: usize) -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
-    tokenizer(folder.path())?;
-    let tokens = Tokens::load(folder.path(), None)?;
+    write_tokenizer(folder.path())?;
+    let tokens = Prompts::load(folder.path(), None)?;
     let prompt: String = CORPUS.chars().take(8000).collect();
     let count = tokens.encode(&prompt, true)?.len();
     let body =

@@ -55,6 +55,8 @@ pub(crate) struct Attachment {
     lost: AtomicBool,
     draining: AtomicBool,
     forks: u64,
+    /// Files of slabs that may still be kept.
+    files_left: Arc<Semaphore>,
 }
 
 /// Looked at by every call, changed by few.
@@ -76,8 +78,8 @@ pub(super) struct WordPool {
 }
 
 impl Attachment {
-    /// Attaches to the daemon that listens at `path`. Waits for its answer, briefly.
-    pub(crate) fn open(path: &Path) -> Result<Arc<Self>, Error> {
+    /// Attaches to the daemon that listens at `path`. Waits for its answer, briefly. Keeps the files of so many slabs.
+    pub(crate) fn open(path: &Path, files_kept: usize) -> Result<Arc<Self>, Error> {
         let failed = |error: std::io::Error| {
             Error::Unavailable(format!("no local plane answers at {}: {error}", path.display()))
         };
@@ -106,6 +108,7 @@ impl Attachment {
             lost: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             forks: forks(),
+            files_left: Arc::new(Semaphore::new(files_kept)),
         });
         let weak = Arc::downgrade(&attachment);
         let listening = rustix::io::fcntl_dupfd_cloexec(&attachment.socket, 0).map_err(|error| failed(error.into()))?;
@@ -198,7 +201,10 @@ impl Attachment {
                 let Some(descriptor) = descriptor else { return };
                 let mapped = MappedSlab::new(&descriptor, serial, self.welcome.epoch, &self.welcome.namespace_digest);
                 // Without it its blocks are read through the daemon.
-                if let Ok(mapped) = mapped {
+                if let Ok(mut mapped) = mapped {
+                    if let Ok(permit) = Arc::clone(&self.files_left).try_acquire_owned() {
+                        mapped.keep(descriptor, permit);
+                    }
                     self.set_slab(slab, Some(Arc::new(mapped)));
                 }
             }

@@ -1,12 +1,13 @@
 //! Mappings of what the daemon passed: never inherited by a child, unmapped once.
 
 use std::ffi::c_void;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
 use kvstore_plane::{SlabHeader, SlotEntry};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::fork::forks;
 use crate::Error;
@@ -117,6 +118,8 @@ pub(crate) struct MappedSlab {
     entries: NonNull<SlotEntry>,
     /// Told apart by this where a number is used again.
     pub(crate) serial: u64,
+    /// Its file, where the client maps blocks once more.
+    file: Option<(OwnedFd, OwnedSemaphorePermit)>,
 }
 
 impl MappedSlab {
@@ -138,7 +141,19 @@ impl MappedSlab {
         let entries =
             mapping.at(range.start, range.end - range.start).ok_or_else(|| wrong("it is too short".into()))?;
         let entries = entries.cast();
-        Ok(Self { mapping, header, entries, serial })
+        Ok(Self { mapping, header, entries, serial, file: None })
+    }
+
+    /// Keeps the file, of so many as may be kept.
+    pub(crate) fn keep(&mut self, file: OwnedFd, permit: OwnedSemaphorePermit) {
+        self.file = Some((file, permit));
+    }
+
+    /// Where a byte of it lies in its file, which is kept.
+    pub(crate) fn place(&self, byte: NonNull<u8>) -> Option<(BorrowedFd<'_>, u64)> {
+        let offset = (byte.as_ptr() as usize).checked_sub(self.mapping.base.as_ptr() as usize)?;
+        let (file, _) = self.file.as_ref().filter(|_| offset < self.mapping.bytes)?;
+        Some((file.as_fd(), offset as u64))
     }
 
     /// The slot directory.

@@ -4,6 +4,7 @@ mod attachment;
 mod calls;
 mod copy;
 mod fork;
+mod joined;
 mod mapping;
 mod put;
 mod read;
@@ -22,6 +23,7 @@ use prost::Message;
 
 pub(crate) use attachment::{Attachment, LocalLayout};
 pub(crate) use fork::forks;
+pub use joined::JoinedBlocks;
 pub use read::{LeasedBlock, Leases};
 pub use windows::LeaseWindows;
 

@@ -2,6 +2,7 @@
 //! still holds the block. `docs/design/local-plane.md` has the proof.
 
 use std::ops::Deref;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -98,6 +99,13 @@ pub struct LeasedBlock {
 unsafe impl Send for LeasedBlock {}
 // SAFETY: see Leases.
 unsafe impl Sync for LeasedBlock {}
+
+impl LeasedBlock {
+    /// The file that it is in, and where. `None` where the client does not keep files.
+    pub(super) fn place(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        self.batch.slabs.iter().find_map(|slab| slab.place(self.held.start))
+    }
+}
 
 impl Deref for LeasedBlock {
     type Target = [u8];

@@ -45,8 +45,8 @@ pub struct Advise {
     /// Judge a bucket that may hold this much.
     #[arg(long, value_parser = ByteSize::from_str, value_name = "SIZE")]
     object_bytes: Option<ByteSize>,
-    /// The eviction policy to simulate with a trace: hazard or lru.
-    #[arg(long, requires = "trace", default_value = "hazard", value_parser = PolicyKind::from_str)]
+    /// The eviction policy to simulate with a trace: sessions or lru.
+    #[arg(long, requires = "trace", default_value = "sessions", value_parser = PolicyKind::from_str)]
     policy: PolicyKind,
     /// Write the suggested sizes to this file, as part of a configuration. The file must not exist yet.
     #[arg(long, value_name = "FILE")]
@@ -81,7 +81,7 @@ impl Advise {
 
     fn sample_trace(&self, path: &std::path::Path) -> anyhow::Result<(SampledAccesses, Setting)> {
         let mut sample = SampledAccesses::new(ONE_IN, caps::ACCESSES_KEPT_MAX);
-        trace::for_each(path, |request| sample.request(request.blocks.into_iter()))?;
+        trace::for_each(path, |request| sample.request(request.timestamp_ms, request.blocks.into_iter()))?;
         let size = |size: Option<ByteSize>| size.map(|size| size.as_u64());
         let host = size(self.host_bytes).unwrap_or(8 << 30);
         let setting = Setting {
@@ -102,8 +102,9 @@ impl Advise {
             .accesses(|chunk| {
                 let sample = sample.get_or_insert_with(|| SampledAccesses::new(chunk.one_in, caps::ACCESSES_KEPT_MAX));
                 (block_bytes, block_tokens) = (chunk.block_bytes.max(1), chunk.block_tokens);
+                sample.set_part(chunk.part);
                 for chain in chunk.chains {
-                    sample.request_of(chain.names, chain.asked);
+                    sample.request_of(chain.at_ms, chain.names, chain.asked);
                 }
             })
             .await?;

@@ -6,9 +6,11 @@ mod bench;
 mod blocks;
 mod config;
 mod gc;
+mod near;
 mod output;
 mod replay;
 mod serve;
+mod snapshot;
 mod status;
 mod watch;
 
@@ -67,6 +69,8 @@ pub enum Command {
     Advise(advise::Advise),
     /// Delete old packs from the object store.
     Gc(gc::Gc),
+    /// Save folders into an object store, and restore them.
+    Snapshot(snapshot::Snapshot),
     /// Refuse new calls and finish those in flight.
     Drain(admin::Drain),
     /// Print a shell's completion script.
@@ -136,7 +140,11 @@ pub fn default_address() -> String {
 pub fn main(cli: Cli) -> ExitCode {
     end_quietly_without_a_reader();
     let threads =
-        if matches!(cli.command, Command::Serve(_) | Command::Replay(_) | Command::Bench(_)) { None } else { Some(1) };
+        if matches!(cli.command, Command::Serve(_) | Command::Replay(_) | Command::Bench(_) | Command::Snapshot(_)) {
+            None
+        } else {
+            Some(1)
+        };
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     if let Some(threads) = threads {
         builder.worker_threads(threads);
@@ -185,6 +193,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Verify(verify) => verify.run().await,
         Command::Advise(advise) => advise.run().await,
         Command::Gc(gc) => gc.run().await,
+        Command::Snapshot(snapshot) => snapshot.run().await,
         Command::Drain(drain) => drain.run().await,
         Command::Completion(completion) => {
             let mut script = Vec::new();

@@ -68,7 +68,7 @@ pub struct Replay {
     /// Simulate room for this many blocks.
     #[arg(long, requires = "simulate", value_parser = parse_capacity, value_name = "N")]
     capacity_blocks: Option<usize>,
-    /// The eviction policy: hazard or lru.
+    /// The eviction policy: sessions or lru.
     #[arg(long, conflicts_with = "address", value_name = "NAME")]
     policy: Option<PolicyKind>,
 }
@@ -263,6 +263,14 @@ fn print_simulation(simulation: &Simulation) {
         ("lru", format!("{:.2}% hits", 100.0 * simulation.lru_hit_ratio)),
         ("optimum", format!("{:.2}% hits", 100.0 * simulation.optimum_hit_ratio)),
         ("closed", format!("{:.1}% of the distance from LRU to the optimum", 100.0 * closed)),
+        (
+            "prefill",
+            format!(
+                "{:.1}% of the time saved, as estimated; with LRU {:.1}%",
+                100.0 * simulation.prefill_saved,
+                100.0 * simulation.lru_prefill_saved
+            ),
+        ),
     ]);
 }
 

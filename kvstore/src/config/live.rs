@@ -31,6 +31,7 @@ pub fn changes(old: &Config, new: &Config) -> Result<Vec<Change>, ConfigError> {
         ("object.options", object(old, |object| object.url.clone()) == object(new, |object| object.url.clone())),
         ("object.verify", object(old, |object| object.verify) == object(new, |object| object.verify)),
         ("object.stall", object(old, |object| object.stall) == object(new, |object| object.stall)),
+        ("snapshots", old.snapshots == new.snapshots),
         ("local.plane", old.local_plane == new.local_plane),
         ("listen", old.listeners == new.listeners),
         ("http.address", old.http == new.http),

@@ -8,6 +8,7 @@ mod machine;
 mod namespaces;
 mod object;
 mod raw;
+mod snapshots;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -15,7 +16,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kvstore_proto::zmtp::Endpoint;
-use kvstore_tiers::HugePages;
 use kvstore_tiers::admission::Admission;
 use kvstore_tiers::caps::HELD_PERCENT_MAX;
 use kvstore_tiers::eviction::PolicyKind;
@@ -23,6 +23,7 @@ use kvstore_tiers::host::{HostLimits, NamespaceLimits};
 use kvstore_tiers::nvme::NvmeEngine;
 use kvstore_tiers::object::{ObjectLimits, ObjectUrl, Verify};
 use kvstore_tiers::stack::{AdmissionRules, NamespaceRules};
+use kvstore_tiers::{HugePages, Tier};
 
 pub use live::{Change, changes};
 pub use machine::{boot_id, default_socket, memory_bytes, memory_to_spare};
@@ -160,6 +161,26 @@ pub struct PublisherConfig {
     pub hash_bytes: bool,
 }
 
+/// Snapshots that this daemon knows.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SnapshotsConfig {
+    /// Where they are.
+    pub url: ObjectUrl,
+    /// Whose blocks the chunks are that are prewarmed at the start ...
+    pub namespace: String,
+    /// ... of these snapshots.
+    pub prewarm: Vec<PrewarmConfig>,
+}
+
+/// A snapshot to prewarm.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PrewarmConfig {
+    /// Its name or id.
+    pub snapshot: String,
+    /// Where to.
+    pub tier: Tier,
+}
+
 /// A checked configuration.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Config {
@@ -175,6 +196,8 @@ pub struct Config {
     pub nvme: Option<NvmeConfig>,
     /// The Object tier, where there is one.
     pub object: Option<ObjectConfig>,
+    /// The store of snapshots, where there is one.
+    pub snapshots: Option<SnapshotsConfig>,
     /// What holds for single namespaces.
     pub policies: BTreeMap<String, NamespacePolicy>,
     /// The ways in.
@@ -367,7 +390,7 @@ mod tests {
             ("[host]\nbytes = \"9999TiB\"", &[], "host.bytes"),
             ("[host]\nhigh_watermark_percent = 50\nlow_watermark_percent = 60", &[], "low_watermark_percent"),
             ("[host]\nhigh_watermark_percent = 101", &[], "high_watermark_percent"),
-            ("[host]\neviction = \"random\"", &[], "hazard"),
+            ("[host]\neviction = \"random\"", &[], "sessions"),
             ("[host]\nready_bytes = \"plenty\"", &[], "host.ready_bytes"),
             ("[host]\nbytes = \"64MiB\"\nready_bytes = \"65MiB\"", &[], "host.bytes is 64.0 MiB"),
             ("[[listen]]\naddress = \"0.0.0.0:7540\"", &[], "loopback"),

@@ -10,6 +10,15 @@ use kvstore_tiers::object::{ObjectLimits, ObjectUrl, Verify};
 use super::raw::{RawObject, duration, size_or_auto};
 use super::{ConfigError, NvmeConfig, ObjectConfig, invalid};
 
+/// Options of a store, each as KEY=VALUE.
+pub(super) fn options(key: &str, options: &[String]) -> Result<Vec<(String, String)>, ConfigError> {
+    let pair = |option: &String| {
+        let pair = option.split_once('=').map(|(key, value)| (key.to_owned(), value.to_owned()));
+        pair.ok_or_else(|| invalid(key, format!("{option:?} is not of the form KEY=VALUE")))
+    };
+    options.iter().filter(|option| !option.is_empty()).map(pair).collect()
+}
+
 impl RawObject {
     pub(super) fn check(
         &self,
@@ -30,11 +39,7 @@ impl RawObject {
         if self.url == "off" {
             return Ok(None);
         }
-        let options = self.options.iter().filter(|option| !option.is_empty()).map(|option| {
-            let pair = option.split_once('=').map(|(key, value)| (key.to_owned(), value.to_owned()));
-            pair.ok_or_else(|| invalid("object.options", format!("{option:?} is not of the form KEY=VALUE")))
-        });
-        let url = ObjectUrl { url: self.url.clone(), options: options.collect::<Result<_, _>>()? };
+        let url = ObjectUrl { url: self.url.clone(), options: options("object.options", &self.options)? };
         let upload_bytes = size_or_auto("object.upload_bytes", &self.upload_bytes)?.unwrap_or(host.bytes / 8);
         if upload_bytes == 0 || upload_bytes > host.bytes / 2 {
             let most = ByteSize(host.bytes / 2);

@@ -29,6 +29,7 @@ pub struct RawConfig {
     host: RawHost,
     nvme: RawNvme,
     object: RawObject,
+    snapshots: RawSnapshots,
     local: RawLocal,
     calls: RawCalls,
     http: RawHttp,
@@ -59,7 +60,7 @@ impl Default for RawHost {
             low_watermark_percent: 98,
             ready_bytes: "auto".into(),
             huge_pages: "auto".into(),
-            eviction: "hazard".into(),
+            eviction: "sessions".into(),
         }
     }
 }
@@ -121,6 +122,21 @@ impl Default for RawObject {
             keep_age: "off".into(),
             keep_bytes: "off".into(),
         }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct RawSnapshots {
+    pub(super) url: String,
+    pub(super) options: Vec<String>,
+    pub(super) namespace: String,
+    pub(super) prewarm: Vec<String>,
+}
+
+impl Default for RawSnapshots {
+    fn default() -> Self {
+        Self { url: "off".into(), options: Vec::new(), namespace: default_namespace(), prewarm: Vec::new() }
     }
 }
 
@@ -301,7 +317,7 @@ impl RawConfig {
     /// The same, with what may be a secret blotted out: to be shown.
     pub fn without_secrets(&self) -> Self {
         let mut shown = self.clone();
-        for option in &mut shown.object.options {
+        for option in shown.object.options.iter_mut().chain(&mut shown.snapshots.options) {
             if let Some((key, _)) = option.split_once('=') {
                 let name = key.to_ascii_lowercase();
                 if ["secret", "key", "token", "password", "credential"].iter().any(|word| name.contains(word)) {
@@ -323,6 +339,7 @@ impl RawConfig {
         let nvme = self.nvme.check(&host)?;
         let object = self.object.check(&host, nvme.as_ref())?;
         let listeners = self.check_listeners()?;
+        let snapshots = self.snapshots.check(&listeners, nvme.is_some())?;
         let policies = namespaces::check(
             &self.namespace,
             &Tiers { host: &host, nvme: nvme.as_ref(), object: object.as_ref() },
@@ -360,6 +377,7 @@ impl RawConfig {
             publisher,
             nvme,
             object,
+            snapshots,
             policies,
             host_ready_bytes: self.host.check_ready(&host)?,
             huge_pages,

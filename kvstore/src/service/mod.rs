@@ -6,6 +6,7 @@ mod data;
 mod events;
 mod get_body;
 mod put_stream;
+mod snapshots;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use kvstore_proto::v1::admin_server::AdminServer;
 use kvstore_proto::v1::blocks_server::BlocksServer;
 use kvstore_proto::v1::events_server::EventsServer;
+use kvstore_proto::v1::snapshots_server::SnapshotsServer;
 use tonic::body::Body;
 use tonic::service::interceptor::InterceptedService;
 use tonic::service::{Routes, RoutesBuilder};
@@ -86,6 +88,7 @@ pub(crate) fn routes<H: Health>(context: &Context, health: HealthServer<H>) -> a
         EventsServer::new(context.clone()).max_decoding_message_size(caps::CONTROL_MESSAGE_BYTES_MAX),
         move |request| caller.check_blocks().map(|()| request),
     ));
+    routes.add_service(SnapshotsServer::new(context.clone()));
     routes.add_service(data::BlockDataService::new(context.clone()));
     routes.add_service(reflection);
     routes.add_service(health);

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use kvstore_proto::v1::{LookupRequest, LookupResponse, ReleaseTicketRequest, ReleaseTicketResponse};
 use kvstore_tiers::below::{Ask, Searching};
 use kvstore_tiers::caps::TICKET_TTL_MS_MAX;
@@ -18,6 +17,8 @@ use crate::{caps, clock, telemetry, wire};
 
 /// Times that blocks are looked for to be held, where some leave between the look and the hold.
 const TICKET_ATTEMPTS: usize = 3;
+/// Looks of one look-up, where searches of the bucket end between the look and the question whether they go on.
+const LOOKS_MAX: usize = 3;
 
 /// One layer group of one shard that a look-up asks about.
 struct Part {
@@ -91,27 +92,11 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
     if is_new {
         daemon.stack.count(&layout, &hashes);
     }
-    let mut ticket = Bytes::new();
-    let mut attempts = if request.ticket_ttl_ms > 0 { TICKET_ATTEMPTS } else { 0 };
-    let (parts, readable) = loop {
-        let Some(parts) = parts_of(daemon, &layout, request, &hashes)? else {
-            // There is no room to register every shard of the group: nothing is known of it.
-            return Ok(LookupResponse { residency: vec![0; hashes.len()], ..LookupResponse::default() });
-        };
-        let readable = readable_blocks(&layout, &parts);
-        if readable == 0 || attempts == 0 {
-            break (parts, readable);
-        }
-        attempts -= 1;
-        match hold_for_ticket(daemon, namespace, &parts, hashes.get(..readable).unwrap_or_default(), request) {
-            Holding::Held(id) => {
-                ticket = wire::hold_bytes(id);
-                break (parts, readable);
-            }
-            Holding::Refused => attempts = 0,
-            Holding::Left => {}
-        }
+    let Some((looked, searching)) = look_and_search(daemon, namespace, request, &layout, &hashes)? else {
+        // There is no room to register every shard of the group: nothing is known of it.
+        return Ok(LookupResponse { residency: vec![0; hashes.len()], ..LookupResponse::default() });
     };
+    let Looked { parts, readable, ticket } = looked;
     let residency =
         (0..hashes.len()).map(|block| wire::residency(parts.iter().filter_map(|part| part.at(block)))).collect();
     for part in parts.iter().filter(|_| is_new) {
@@ -119,8 +104,68 @@ pub fn lookup(daemon: &Daemon, namespace: NamespaceId, request: &LookupRequest) 
         let run = hashes.get(..resident).unwrap_or_default();
         daemon.stack.asked_for(&part.run(run));
     }
-    let searching = readable < hashes.len() && !search(daemon, &parts, &hashes).is_empty();
+    let ticket = ticket.map(wire::hold_bytes).unwrap_or_default();
     Ok(LookupResponse { readable_blocks: readable as u32, residency, searching, ticket })
+}
+
+/// What a look found, and the ticket that holds it.
+struct Looked {
+    parts: Vec<Part>,
+    readable: usize,
+    ticket: Option<HoldId>,
+}
+
+/// Looks for blocks, and searches the bucket for the rest. Where nothing is being searched for, all that earlier searches found is in
+/// what was looked at. `None` where a shard cannot be registered.
+fn look_and_search(
+    daemon: &Daemon,
+    namespace: NamespaceId,
+    request: &LookupRequest,
+    layout: &Arc<RegisteredLayout>,
+    hashes: &[SequenceHash],
+) -> Result<Option<(Looked, bool)>, Status> {
+    let mut looks = LOOKS_MAX;
+    loop {
+        let Some(looked) = look(daemon, namespace, request, layout, hashes)? else { return Ok(None) };
+        let is_short = looked.readable < hashes.len();
+        let searching = is_short && !search(daemon, &looked.parts, hashes).is_empty();
+        looks -= 1;
+        if searching || !is_short || looks == 0 || !daemon.stack.has(Tier::Object) {
+            return Ok(Some((looked, searching)));
+        }
+        // A search may have ended since the look, and found what the look did not see.
+        let now = parts_of(daemon, layout, request, hashes)?.map_or(0, |parts| readable_blocks(layout, &parts));
+        if now <= looked.readable {
+            return Ok(Some((looked, false)));
+        }
+        if let Some(id) = looked.ticket {
+            daemon.stack.release(namespace, id, HoldKind::Ticket);
+        }
+    }
+}
+
+/// Looks for blocks once, and holds them where a ticket is asked for.
+fn look(
+    daemon: &Daemon,
+    namespace: NamespaceId,
+    request: &LookupRequest,
+    layout: &Arc<RegisteredLayout>,
+    hashes: &[SequenceHash],
+) -> Result<Option<Looked>, Status> {
+    let mut attempts = if request.ticket_ttl_ms > 0 { TICKET_ATTEMPTS } else { 0 };
+    loop {
+        let Some(parts) = parts_of(daemon, layout, request, hashes)? else { return Ok(None) };
+        let readable = readable_blocks(layout, &parts);
+        if readable == 0 || attempts == 0 {
+            return Ok(Some(Looked { parts, readable, ticket: None }));
+        }
+        attempts -= 1;
+        match hold_for_ticket(daemon, namespace, &parts, hashes.get(..readable).unwrap_or_default(), request) {
+            Holding::Held(id) => return Ok(Some(Looked { parts, readable, ticket: Some(id) })),
+            Holding::Refused => attempts = 0,
+            Holding::Left => {}
+        }
+    }
 }
 
 /// The asked groups of the asked shards; `None` where a shard cannot be registered.

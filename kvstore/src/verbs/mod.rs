@@ -7,8 +7,10 @@ pub mod get;
 pub mod lookup;
 pub mod pin;
 pub mod prefetch;
+pub mod prewarm;
 pub mod put;
 pub mod register_layout;
+pub mod snapshots;
 pub mod verify;
 pub mod watch;
 

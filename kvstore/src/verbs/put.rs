@@ -8,7 +8,7 @@ use kvstore_tiers::caps::SLABS_PER_FILL_MAX;
 use kvstore_tiers::host::{BeginFill, BlockFill, FillRequest, LeasedBlock, RegisteredLayout};
 use kvstore_tiers::slots::{FlightSource, Priority, Publish, Urgency};
 use kvstore_tiers::stack::{Copies, Copy, Level, Wish};
-use kvstore_tiers::{Block, SequenceHash, Tier};
+use kvstore_tiers::{Block, BlockKind, SequenceHash, Tier};
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -156,6 +156,10 @@ pub fn checked_length(target: &Target, length: u64) -> Result<u32, Status> {
         .layout
         .group(u32::from(target.group))
         .ok_or_else(|| wire::invalid("group", "the layout has no such group"))?;
+    if group.group.kind == BlockKind::Chunk {
+        let problem = "chunks of snapshots are stored by the daemon alone, which verifies them: call PrewarmSnapshot";
+        return Err(wire::invalid("block", problem));
+    }
     let right = if group.group.kind.varies_in_length() {
         (1..=group.block_bytes).contains(&length)
     } else {

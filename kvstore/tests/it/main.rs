@@ -5,3 +5,4 @@
 mod crash;
 mod pins;
 mod process;
+mod snapshots;

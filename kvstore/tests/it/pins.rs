@@ -30,7 +30,7 @@ impl Daemon {
     }
 
     async fn group(&self) -> (Client, GroupRef) {
-        let until = Instant::now() + Duration::from_secs(30);
+        let until = Instant::now() + Duration::from_secs(60);
         loop {
             if let Ok(client) = Client::connect(&self.address).await
                 && client.status().await.is_ok()

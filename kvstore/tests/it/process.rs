@@ -19,8 +19,16 @@ fn binary() -> Command {
     command
 }
 
+/// A port that nobody has, and that other tests do not ask for meanwhile: below those that the system gives to whoever wants any, and
+/// another one for each process.
+fn free_port() -> u16 {
+    let first = std::process::id() % 20_000;
+    let mut ports = (0..20_000).map(|at| 10_000 + ((first + at) % 20_000) as u16);
+    ports.find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok()).unwrap()
+}
+
 fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !done() {
         assert!(Instant::now() < deadline, "{what} never came true");
         std::thread::sleep(Duration::from_millis(10));
@@ -228,7 +236,7 @@ fn a_folder_that_others_may_write_to_is_refused() {
 fn health_and_metrics_tell_the_truth() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("s/kvstore.sock");
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port();
     let child = binary()
         .args([
             "serve",
@@ -259,7 +267,8 @@ fn health_and_metrics_tell_the_truth() {
     assert!(command(&["put", "--key", "a", file.to_str().unwrap(), "--plane", "grpc"]).status.success());
     assert!(command(&["get", "--key", "a", "--plane", "grpc"]).status.success());
     assert!(command(&["get", "--key", "a", "--plane", "local"]).status.success());
-    let metrics = http("/metrics");
+    // What a client had ends a moment after it.
+    let mut metrics = String::new();
     for line in [
         "kvstore_put_bytes_total 5",
         "kvstore_get_hits_total 1",
@@ -267,7 +276,10 @@ fn health_and_metrics_tell_the_truth() {
         "kvstore_put_seconds_count 1",
         "kvstore_local_clients 0",
     ] {
-        assert!(metrics.lines().any(|found| found == line), "{line} is not in:\n{metrics}");
+        wait_for(line, || {
+            metrics = http("/metrics");
+            metrics.lines().any(|found| found == line)
+        });
     }
     // One command names the layout. A read that comes before the slab's announcement asks the daemon for the block, and
     // gives it back: two more, which once failed this test on a busy machine.
@@ -330,6 +342,33 @@ fn running_out_of_file_descriptors_is_survived() {
     std::thread::sleep(Duration::from_millis(200));
     drop(crowd);
     wait_for("an answer", || daemon.run(&["status", "--timeout", "2s"]).status.success());
+}
+
+/// Memory that was made ready ahead of need took the descriptors that connections and disks were to have: each piece has one. While
+/// few are left, what is ready is used, and no more is made.
+#[test]
+fn no_memory_is_made_ready_while_descriptors_are_scarce() {
+    use rustix::process::{Pid, Resource, Rlimit, prlimit};
+    const PIECE: u64 = 4 << 20;
+    let daemon = Daemon::start("[host]\nbytes = \"64MiB\"\nready_bytes = \"16MiB\"\n");
+    let ready = || daemon.json(&["status"])["host"]["bytes_ready"].as_u64().unwrap();
+    // Two blocks do not fit a piece.
+    let put = |key: &str| {
+        let put = daemon.run_with(&["put", "--block-bytes", "3MiB", "--key", key, "-"], &vec![1; 3 << 20]);
+        assert!(put.status.success(), "{put:?}");
+    };
+    wait_for("memory that is ready", || ready() == 4 * PIECE);
+    put("a block");
+    wait_for("as much as before", || ready() == 4 * PIECE);
+    let pid = Pid::from_child(&daemon.child);
+    let open = std::fs::read_dir(format!("/proc/{}/fd", pid.as_raw_nonzero())).unwrap().count() as u64;
+    // Enough for some connections, and none for more memory.
+    let few = Some(open + 100);
+    prlimit(Some(pid), Resource::Nofile, Rlimit { current: few, maximum: few }).unwrap();
+    for (key, left) in [("a second", 3), ("a third", 2), ("a fourth", 1)] {
+        put(key);
+        assert_eq!(ready(), left * PIECE, "after {key}");
+    }
 }
 
 /// A client outlives its daemon: once another one serves, calls get through again; the layouts that the

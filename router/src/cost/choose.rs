@@ -80,7 +80,7 @@ pub fn choose(how: &Choose, candidates: &[(Terms, u64, bool)], chance: f64) -> O
     // Nobody can tell workers apart that have as much of the prompt, and a speed that was learnt from other requests: those nearly as
     // good are equals. Of them, the one with fewer requests; of those, whose turn it is.
     let cached =
-        |at: usize| candidates.get(at).map(|(terms, _, _)| (terms.cached.engine_tokens, terms.cached.fetched_tokens));
+        |at: usize| candidates.get(at).map(|(terms, _, _)| (terms.cached.engine_tokens, terms.cached.tokens()));
     let limit = (expected(soonest) * NEARLY).max(expected(soonest) + NEARLY_SECONDS);
     let near: Vec<usize> =
         open.iter().copied().filter(|at| expected(*at) <= limit && cached(*at) == cached(soonest)).collect();

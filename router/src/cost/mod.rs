@@ -20,6 +20,10 @@ pub use speed::Speed;
 
 use std::time::Duration;
 
+/// What an engine brings from a second tier of its own takes this part of the time to compute it. It says nothing of how fast that is: copies
+/// over a bus of 25 GB/s take a tenth to a twentieth of computing on current GPUs.
+const HOST_SHARE: f64 = 0.1;
+
 /// A tier that is not the engine's own memory.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Tier {
@@ -73,14 +77,23 @@ impl TierRate {
 /// How much of a prompt is where, as one worker would find it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Cached {
-    /// Tokens in the engine's own memory.
+    /// Tokens in the memory that the engine computes in.
     pub engine_tokens: u64,
+    /// Tokens beyond those in a second tier of the engine's own, in the host's memory.
+    pub engine_host_tokens: u64,
     /// Tokens that its node, or the bucket, has beyond those; and their bytes by tier, in the order of [`TIERS`].
     pub fetched_tokens: u64,
     /// ...
     pub fetched_bytes: [u64; 3],
     /// Of the tokens that are fetched, how many come from which tier.
     pub tier_tokens: [u64; 3],
+}
+
+impl Cached {
+    /// All tokens that need not be computed.
+    pub fn tokens(&self) -> u64 {
+        self.engine_tokens + self.engine_host_tokens + self.fetched_tokens
+    }
 }
 
 /// What one request would cost at one worker.
@@ -112,9 +125,13 @@ impl Terms {
         };
         let (ahead, decoding) = (load.prefill_tokens, load.decoding);
         let queue_seconds = speed.seconds(ahead, decoding);
+        let fetch = |cached: &Cached| {
+            let computed = speed.seconds(ahead + cached.engine_host_tokens, decoding) - queue_seconds;
+            fetch(cached) + computed * HOST_SHARE
+        };
         let own = |cached: &Cached| {
             // The last token is computed in any case: its logits are the answer's first.
-            let computed = tokens.saturating_sub(cached.engine_tokens + cached.fetched_tokens).max(1);
+            let computed = tokens.saturating_sub(cached.tokens()).max(1);
             (computed, speed.seconds(ahead + computed, decoding) - queue_seconds)
         };
         let (computed, prefill_seconds) = own(&cached);
@@ -130,10 +147,16 @@ impl Terms {
         if cached.fetched_tokens == 0 {
             return terms;
         }
-        let without = Cached { engine_tokens: cached.engine_tokens, ..Cached::default() };
+        let Cached { engine_tokens, engine_host_tokens, .. } = cached;
+        let without = Cached { engine_tokens, engine_host_tokens, ..Cached::default() };
         let (computed, prefill_seconds) = own(&without);
-        let recomputed =
-            Self { cached: without, tokens_to_compute: computed, prefill_seconds, fetch_seconds: 0.0, ..terms };
+        let recomputed = Self {
+            cached: without,
+            tokens_to_compute: computed,
+            prefill_seconds,
+            fetch_seconds: fetch(&without),
+            ..terms
+        };
         if recomputed.expected() < terms.expected() { recomputed } else { terms }
     }
 
@@ -179,6 +202,16 @@ mod tests {
         let slow = of(Cached { fetched_tokens: 5000, fetched_bytes: [2_000_000_000, 0, 0], ..Cached::default() });
         assert_eq!(slow.fetch_seconds, 0.0, "two seconds to fetch, half a second to compute");
         assert_eq!(slow.expected(), cold.expected());
+    }
+
+    #[test]
+    fn an_engines_second_tier_is_dearer_than_its_first_and_cheaper_than_nothing() {
+        let (speed, load) = (speed(), WorkerLoad::default());
+        let of = |cached| Terms::of(10_000, cached, &load, &speed, &[TierRate::default(); 3]).expected();
+        let (nothing, device) = (of(Cached::default()), of(Cached { engine_tokens: 8000, ..Cached::default() }));
+        let host = of(Cached { engine_host_tokens: 8000, ..Cached::default() });
+        assert!(device < host && host < nothing, "{device} {host} {nothing}");
+        assert!((host - device - 0.08).abs() < 0.01, "a tenth of 0.8 s");
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! What engines say of the blocks in their own memory, and what nodes say of theirs.
 
 mod engine;
+mod learnt;
 pub mod subscriber;
 pub mod vllm;
 
-pub use engine::{EngineCounts, EngineGroup, EngineView, Naming};
+pub use engine::{EngineCounts, EngineGroup, EngineView, Memory, Naming};

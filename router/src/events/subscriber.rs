@@ -12,6 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvstore_proto::zmtp::{Connection, Endpoint, ZmtpError};
 use parking_lot::Mutex;
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{sleep, timeout};
@@ -24,6 +25,8 @@ use crate::caps;
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// An engine that does not greet, or replays nothing for so long, is not there.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// One that began to replay and pauses for so long was cut off: what its socket has no room for is dropped without a word.
+const PATIENCE_IN_REPLAY: Duration = Duration::from_secs(2);
 
 /// Where one rank's events are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +51,8 @@ async fn connect(endpoint: &Endpoint, socket_type: &str) -> Result<Socket, ZmtpE
             Endpoint::Tcp(host, port) => {
                 let stream = TcpStream::connect((host.as_str(), *port)).await?;
                 stream.set_nodelay(true)?;
-                // An engine that hangs for hours looks like one with nothing to say: the kernel asks.
+                // An engine whose host vanished looks like one with nothing to say: the kernel asks.
+                keep_alive(&stream);
                 Box::new(stream)
             }
             Endpoint::Ipc(path) => Box::new(UnixStream::connect(path).await?),
@@ -60,6 +64,14 @@ async fn connect(endpoint: &Endpoint, socket_type: &str) -> Result<Socket, ZmtpE
         Ok(connected) => connected,
         Err(_) => Err(ZmtpError::Protocol("it sent no greeting within 10 s".into())),
     }
+}
+
+/// A peer that vanished without a goodbye is noticed within 40 s. What the system does not know is not asked of it.
+fn keep_alive(stream: &TcpStream) {
+    let _ = sockopt::set_tcp_keepidle(stream, caps::EVENTS_KEEPALIVE);
+    let _ = sockopt::set_tcp_keepintvl(stream, caps::EVENTS_KEEPALIVE);
+    let _ = sockopt::set_tcp_keepcnt(stream, caps::EVENTS_KEEPALIVE_TRIES);
+    let _ = sockopt::set_socket_keepalive(stream, true);
 }
 
 /// A message: its number and its payload.
@@ -212,18 +224,8 @@ impl Subscriber {
 
     /// Asks for what is missing; where that is not to be had, everything is forgotten.
     async fn catch_up(&mut self) {
-        let replayed = match &self.source.replay {
-            Some(endpoint) => {
-                let endpoint = endpoint.clone();
-                match timeout(PATIENCE * 6, self.replay(&endpoint)).await {
-                    Ok(Ok(replayed)) => replayed,
-                    Ok(Err(error)) => {
-                        tracing::warn!(%endpoint, %error, "the engine did not replay its events");
-                        Replayed::Another
-                    }
-                    Err(_) => Replayed::Another,
-                }
-            }
+        let replayed = match self.source.replay.clone() {
+            Some(endpoint) => self.replay_all(&endpoint).await,
             None => Replayed::Another,
         };
         if replayed == Replayed::Another && self.last.take().is_some() {
@@ -231,8 +233,29 @@ impl Subscriber {
             self.view.fence();
             // Another life's events, as far back as it has them.
             if let Some(endpoint) = self.source.replay.clone() {
-                let _ = timeout(PATIENCE * 6, self.replay(&endpoint)).await;
+                self.replay_all(&endpoint).await;
             }
+        }
+    }
+
+    /// Asks again for what a replay that was cut off did not bring, for as long as something comes: engines send all that they have at once
+    /// through a socket that drops what a slow reader does not take, the end marker too.
+    async fn replay_all(&mut self, endpoint: &Endpoint) -> Replayed {
+        let mut tried_in_vain = false;
+        loop {
+            let before = self.last;
+            let error = match timeout(PATIENCE * 6, self.replay(endpoint)).await {
+                Ok(Ok(replayed)) => return replayed,
+                Ok(Err(error)) => error,
+                Err(_) => ZmtpError::Protocol("its replay took more than 60 s".into()),
+            };
+            let in_vain = self.last == before;
+            if in_vain && (tried_in_vain || before.is_none()) {
+                tracing::warn!(%endpoint, %error, "the engine did not replay its events");
+                return Replayed::Another;
+            }
+            tracing::info!(%endpoint, %error, "the engine's replay was cut off, so the router asks for the rest");
+            tried_in_vain = in_vain;
         }
     }
 
@@ -242,12 +265,18 @@ impl Subscriber {
         socket.send(&[b"", &from.to_be_bytes()]).await?;
         let mut seen_last = self.last.is_none();
         loop {
-            let received = timeout(PATIENCE, socket.receive()).await;
+            let patience = if self.last.map_or(0, |(last, _)| last) > from { PATIENCE_IN_REPLAY } else { PATIENCE };
+            let received = timeout(patience, socket.receive()).await;
             let frames = match received {
                 Ok(frames) => {
                     frames?.ok_or_else(|| ZmtpError::Protocol("it closed the connection during a replay".into()))?
                 }
-                Err(_) => return Err(ZmtpError::Protocol("it sent nothing for 10 s during a replay".into())),
+                Err(_) => {
+                    return Err(ZmtpError::Protocol(format!(
+                        "it sent nothing for {} s during a replay",
+                        patience.as_secs()
+                    )));
+                }
             };
             let Some((number, payload)) = numbered(&frames) else {
                 return Err(ZmtpError::Protocol("it replayed a message without a number".into()));
@@ -264,10 +293,79 @@ impl Subscriber {
                 }
                 Some((last, _)) if number == last + 1 => self.take(number, payload),
                 Some((last, _)) if number <= last => {}
-                // The first of all that the engine still has; or a hole in its memory.
+                // The first of all that the engine still has.
                 None => self.take(number, payload),
-                Some(_) => return Ok(Replayed::Another),
+                Some((last, _)) => {
+                    return Err(ZmtpError::Protocol(format!("it replayed message {number} behind message {last}")));
+                }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::events::Naming;
+    use crate::index::PrefixIndex;
+
+    fn payload(number: u64) -> Vec<u8> {
+        rmp_serde::to_vec(&serde_json::json!([1.0, [["BlockStored", [number], null, [1, 2], 2, null]]])).unwrap()
+    }
+
+    /// An engine whose socket drops what its reader does not take at once: `at_once` messages of `all`, and no end marker behind them; then it
+    /// leaves a hole. Where each replay began.
+    async fn replays(listener: TcpListener, all: u64, at_once: u64, asked: Arc<Mutex<Vec<u64>>>) {
+        let mut open = Vec::new();
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut socket = Connection::handshake(stream, "ROUTER", 1000).await.unwrap();
+            let frames = socket.receive().await.unwrap().unwrap();
+            let from = u64::from_be_bytes(frames.last().unwrap().as_ref().try_into().unwrap());
+            asked.lock().push(from);
+            let holed = asked.lock().len() == 2;
+            for number in (from..all).take(at_once as usize).filter(|number| !holed || *number != from + 3) {
+                socket.send(&[b"", &number.to_be_bytes(), &payload(number)]).await.unwrap();
+            }
+            if from + at_once > all {
+                socket.send(&[b"", &u64::MAX.to_be_bytes(), b""]).await.unwrap();
+            }
+            open.push(socket);
+        }
+    }
+
+    /// Engines send a replay in one go, and their sockets drop what is beyond a mark, the end marker too: the router waited for the rest, and
+    /// then forgot all that it knew.
+    #[tokio::test]
+    async fn a_replay_that_was_cut_off_is_gone_on_with() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let replay = Endpoint::Tcp("127.0.0.1".into(), listener.local_addr().unwrap().port());
+        let asked = Arc::<Mutex<Vec<u64>>>::default();
+        let engine = tokio::spawn(replays(listener, 20, 8, Arc::clone(&asked)));
+        let view = Arc::new(EngineView::new(Arc::new(PrefixIndex::new(1 << 20)), Naming::Computed));
+        let source = Source { events: replay.clone(), replay: Some(replay), topic: String::new(), rank: 0 };
+        let mut subscriber = Subscriber::new(source, Arc::clone(&view));
+        subscriber.catch_up().await;
+        assert_eq!(subscriber.last.map(|(last, _)| last), Some(19));
+        assert_eq!((view.counts().batches, view.counts().stored, view.counts().fences), (20, 20, 0));
+        assert_eq!(asked.lock().clone(), [0, 7, 9, 16]);
+        // Another life has other messages under these numbers.
+        subscriber.last = Some((19, 1));
+        subscriber.catch_up().await;
+        assert_eq!(view.counts().fences, 1);
+        engine.abort();
+    }
+
+    /// A host that vanishes says no goodbye.
+    #[tokio::test]
+    async fn the_kernel_asks_whether_a_silent_engine_lives() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        keep_alive(&stream);
+        assert!(sockopt::socket_keepalive(&stream).unwrap());
+        let each = sockopt::tcp_keepidle(&stream).unwrap() + sockopt::tcp_keepintvl(&stream).unwrap() * 3;
+        assert!(each <= Duration::from_secs(45));
     }
 }

@@ -33,6 +33,27 @@ pub enum GroupKind {
     Window(u32),
     /// The state at its end.
     State,
+    /// Nothing of a prompt's prefix: encoders, crossed attention, and kinds of a later day.
+    Other,
+}
+
+/// A kind by vLLM's name for it. (Source: `vllm/v1/kv_cache_interface.py` of 0.32.) Engines that name none have attention alone.
+fn kind_of(name: Option<&str>, window: Option<u32>) -> GroupKind {
+    match (name, window) {
+        (
+            Some("sliding_window" | "sliding_window_mla" | "chunked_local_attention" | "SlidingWindow"),
+            Some(window @ 1..),
+        ) => GroupKind::Window(window),
+        // Of a window that does not say how long it is, all is needed.
+        (Some("sliding_window" | "sliding_window_mla" | "chunked_local_attention" | "SlidingWindow"), _) => {
+            GroupKind::Attention
+        }
+        (Some("mamba" | "Mamba" | "linear_attention"), _) => GroupKind::State,
+        (None | Some("full_attention" | "mla_attention" | "sink_full_attention" | "FullAttention"), _) => {
+            GroupKind::Attention
+        }
+        _ => GroupKind::Other,
+    }
 }
 
 /// Blocks that were stored.
@@ -42,7 +63,8 @@ pub struct Stored {
     pub hashes: Vec<u64>,
     /// The hash of the block before the first.
     pub parent: Option<u64>,
-    /// Tokens of all of them, one block after another; none, where it was not said.
+    /// Tokens of all of them, one block after another; none, where it was not said. Groups that keep the end of a prompt alone name the tokens
+    /// of a whole span, of which the blocks are the last.
     pub tokens: Vec<u32>,
     /// Tokens of a block.
     pub block_tokens: u32,
@@ -50,7 +72,8 @@ pub struct Stored {
     pub adapter: Option<String>,
     /// Where: none or `GPU` for the engine's own memory.
     pub medium: Option<String>,
-    /// What else than its tokens tells a block apart (images, a tenant's salt), hashed: one a block, 0 for nothing; empty for nothing at all.
+    /// What else than its tokens and the adapter tells a block apart (images, a tenant's salt), hashed: one a block of the span, 0 for nothing;
+    /// empty for nothing at all.
     pub extras: Vec<u64>,
     /// The layer group.
     pub group: u32,
@@ -210,6 +233,126 @@ impl Extra {
     }
 }
 
+/// What tells one block apart, as its event lists it.
+#[derive(Clone, Copy, Default)]
+struct BlockKeys {
+    all: u64,
+    /// Its first key, and all the others: engines that publish extra keys begin an adapter's with its name.
+    first: u64,
+    others: u64,
+}
+
+impl<'de> Deserialize<'de> for BlockKeys {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Form;
+        impl<'de> Visitor<'de> for Form {
+            type Value = BlockKeys;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a list of a block's extra keys")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<BlockKeys, A::Error> {
+                let Some(first) = seq.next_element::<Extra>()? else { return Ok(BlockKeys::default()) };
+                let (mut all, mut others) = (Extra(0).and(&first), Extra(0));
+                while let Some(next) = seq.next_element::<Extra>()? {
+                    (all, others) = (all.and(&next), others.and(&next));
+                }
+                Ok(BlockKeys { all: all.0, first: first.0, others: others.0 })
+            }
+        }
+        deserializer.deserialize_seq(Form)
+    }
+}
+
+/// The extra keys of blocks, by their place: those that have none cost nothing.
+#[derive(Default)]
+struct Keys {
+    blocks: usize,
+    some: Vec<(usize, BlockKeys)>,
+}
+
+impl Keys {
+    /// Of each block what its tokens and the adapter do not say.
+    fn beyond(&self, adapter: Option<&str>) -> Vec<u64> {
+        let name = adapter.map(|name| extra_of(name.as_bytes()).0);
+        let beyond = |keys: &BlockKeys| if name == Some(keys.first) { keys.others } else { keys.all };
+        let found = self.some.iter().map(|(at, keys)| (*at, beyond(keys))).filter(|(_, extra)| *extra != 0);
+        let mut extras = Vec::new();
+        for (at, extra) in found {
+            extras.resize(at, 0);
+            extras.push(extra);
+        }
+        if !extras.is_empty() {
+            extras.resize(self.blocks, 0);
+        }
+        extras
+    }
+}
+
+impl<'de> Deserialize<'de> for Keys {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Form;
+        impl<'de> Visitor<'de> for Form {
+            type Value = Keys;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a list of each block's extra keys")
+            }
+
+            fn visit_unit<E: de::Error>(self) -> Result<Keys, E> {
+                Ok(Keys::default())
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Keys, A::Error> {
+                let mut keys = Keys::default();
+                while let Some(of_block) = seq.next_element::<Option<BlockKeys>>()? {
+                    if let Some(of_block) = of_block {
+                        keys.some.push((keys.blocks, of_block));
+                    }
+                    keys.blocks += 1;
+                }
+                Ok(keys)
+            }
+        }
+        deserializer.deserialize_any(Form)
+    }
+}
+
+/// A token; of a pair, as speculative decoding with EAGLE names them, the first.
+#[derive(Clone, Copy)]
+struct Token(u32);
+
+impl<'de> Deserialize<'de> for Token {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Form;
+        impl<'de> Visitor<'de> for Form {
+            type Value = Token;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a token, or a pair of them")
+            }
+
+            #[inline]
+            fn visit_u64<E: de::Error>(self, value: u64) -> Result<Token, E> {
+                u32::try_from(value).map(Token).map_err(|_| E::invalid_value(de::Unexpected::Unsigned(value), &self))
+            }
+
+            #[inline]
+            fn visit_i64<E: de::Error>(self, value: i64) -> Result<Token, E> {
+                u32::try_from(value).map(Token).map_err(|_| E::invalid_value(de::Unexpected::Signed(value), &self))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Token, A::Error> {
+                let first = seq.next_element::<u32>()?.ok_or_else(|| de::Error::invalid_length(0, &self))?;
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Token(first))
+            }
+        }
+        deserializer.deserialize_any(Form)
+    }
+}
+
 /// What the first block of a request with this cache salt has as its extra.
 pub fn salt_extra(salt: &str) -> u64 {
     Extra(0).and(&extra_of(salt.as_bytes())).0
@@ -220,12 +363,13 @@ pub fn salt_extra(salt: &str) -> u64 {
 struct Fields {
     hashes: Vec<Hash>,
     parent: Option<Hash>,
-    tokens: Vec<u32>,
+    tokens: Vec<Token>,
     block_tokens: u32,
     adapter_number: Option<i64>,
     adapter: Option<String>,
     medium: Option<String>,
-    extras: Vec<Extra>,
+    keys: Keys,
+    salt: Option<String>,
     group: Option<u32>,
     kind: Option<String>,
     window: Option<u32>,
@@ -235,42 +379,42 @@ impl Fields {
     fn event(self, tag: &str) -> Event {
         let hashes: Vec<u64> = self.hashes.iter().map(|hash| hash.0).collect();
         match tag {
-            "BlockStored" => {
-                if !self.tokens.is_empty() && self.tokens.len() != hashes.len() * self.block_tokens as usize {
-                    let (tokens, blocks) = (self.tokens.len(), hashes.len());
-                    // A group that names a span, say: the events beside it can be read.
-                    return Event::Unread(format!(
-                        "{tokens} tokens do not fill {blocks} blocks of {}",
-                        self.block_tokens
-                    ));
-                }
-                let kind = match (self.kind.as_deref(), self.window) {
-                    (Some("sliding_window" | "chunked_local_attention" | "SlidingWindow"), Some(window)) => {
-                        GroupKind::Window(window)
-                    }
-                    (Some("mamba" | "Mamba" | "linear_attention"), _) => GroupKind::State,
-                    _ => GroupKind::Attention,
-                };
-                let adapter = self.adapter.or_else(|| self.adapter_number.map(|number| number.to_string()));
-                Event::Stored(Stored {
-                    hashes,
-                    parent: self.parent.map(|hash| hash.0),
-                    tokens: self.tokens,
-                    block_tokens: self.block_tokens,
-                    adapter,
-                    medium: self.medium,
-                    extras: match self.extras.iter().any(|extra| extra.0 != 0) {
-                        true => self.extras.iter().map(|extra| extra.0).collect(),
-                        false => Vec::new(),
-                    },
-                    group: self.group.unwrap_or(0),
-                    kind,
-                })
-            }
+            "BlockStored" => self.stored(hashes),
             "BlockRemoved" => Event::Removed { hashes, medium: self.medium, group: self.group },
             "AllBlocksCleared" => Event::Cleared,
             other => Event::Unknown(other.chars().take(64).collect()),
         }
+    }
+
+    fn stored(self, hashes: Vec<u64>) -> Event {
+        let kind = kind_of(self.kind.as_deref(), self.window);
+        let (tokens, blocks) = (self.tokens.len(), hashes.len());
+        let filled = blocks.saturating_mul(self.block_tokens as usize);
+        // Windows and states name a span, and list the last blocks of it that they keep.
+        let fits = tokens == filled || matches!(kind, GroupKind::Window(_) | GroupKind::State) && tokens > filled;
+        if tokens > 0 && !fits && kind != GroupKind::Other {
+            // The events beside it can be read.
+            return Event::Unread(format!("{tokens} tokens do not fill {blocks} blocks of {}", self.block_tokens));
+        }
+        let adapter = self.adapter.or_else(|| self.adapter_number.map(|number| number.to_string()));
+        let mut extras = self.keys.beyond(adapter.as_deref());
+        // SGLang names the salt, and no extra keys.
+        if let (Some(salt), true, None) = (&self.salt, extras.is_empty(), self.parent)
+            && !salt.is_empty()
+        {
+            extras.push(salt_extra(salt));
+        }
+        Event::Stored(Stored {
+            hashes,
+            parent: self.parent.map(|hash| hash.0),
+            tokens: self.tokens.into_iter().map(|token| token.0).collect(),
+            block_tokens: self.block_tokens,
+            adapter,
+            medium: self.medium,
+            extras,
+            group: self.group.unwrap_or(0),
+            kind,
+        })
     }
 
     /// Field `at` behind the tag of an event that is an array.
@@ -307,15 +451,12 @@ impl Fields {
         match names.get(at).copied() {
             Some("block_hashes") => next!(self.hashes, Vec<Hash>),
             Some("parent_block_hash") => next!(self.parent, Option<Hash>),
-            Some("token_ids") => next!(self.tokens, Vec<u32>),
+            Some("token_ids") => next!(self.tokens, Vec<Token>),
             Some("block_size") => next!(self.block_tokens, u32),
             Some("lora_id") => next!(self.adapter_number, Option<i64>),
             Some("medium") => next!(self.medium, Option<String>),
             Some("lora_name") => next!(self.adapter, Option<String>),
-            Some("extra_keys") => match seq.next_element::<Option<Vec<Extra>>>()? {
-                Some(extras) => self.extras = extras.unwrap_or_default(),
-                None => return Ok(false),
-            },
+            Some("extra_keys") => next!(self.keys, Keys),
             Some("group_idx") => next!(self.group, Option<u32>),
             Some("kv_cache_spec_kind") => next!(self.kind, Option<String>),
             Some("kv_cache_spec_sliding_window") => next!(self.window, Option<u32>),
@@ -333,7 +474,8 @@ impl Fields {
             "lora_id" => self.adapter_number = map.next_value()?,
             "lora_name" => self.adapter = map.next_value()?,
             "medium" => self.medium = map.next_value()?,
-            "extra_keys" => self.extras = map.next_value::<Option<Vec<Extra>>>()?.unwrap_or_default(),
+            "extra_keys" => self.keys = map.next_value()?,
+            "cache_salt" => self.salt = map.next_value()?,
             "group_idx" => self.group = map.next_value()?,
             "kv_cache_spec_kind" => self.kind = map.next_value()?,
             "kv_cache_spec_sliding_window" => self.window = map.next_value()?,
@@ -431,7 +573,7 @@ impl<'de> Deserialize<'de> for Batch {
                     match name.as_str() {
                         "ts" => batch.time = map.next_value()?,
                         "events" => (batch.events, has_events) = (map.next_value::<Events>()?.0, true),
-                        "data_parallel_rank" | "dp_rank" => batch.rank = map.next_value()?,
+                        "data_parallel_rank" | "dp_rank" | "attn_dp_rank" => batch.rank = map.next_value()?,
                         _ => _ = map.next_value::<IgnoredAny>()?,
                     }
                 }
@@ -508,6 +650,49 @@ mod tests {
         let Event::Stored(stored) = &old.events[0] else { panic!() };
         assert_eq!((stored.adapter.as_deref(), old.rank), (Some("5"), None));
         assert_eq!(old.events[1], Event::Unknown("Moved".into()));
+    }
+
+    #[test]
+    fn kinds_of_groups_are_known_by_name() {
+        let kind = |name: serde_json::Value, window: Option<u32>| {
+            let event = json!({"type": "BlockStored", "block_hashes": [3], "parent_block_hash": null, "token_ids": [1, 2, 3, 4], "block_size": 4, "kv_cache_spec_kind": name, "kv_cache_spec_sliding_window": window});
+            let Event::Stored(stored) = decoded(&json!([1.5, [event]])).events.remove(0) else { panic!() };
+            stored.kind
+        };
+        for name in [json!(null), json!("full_attention"), json!("mla_attention"), json!("sink_full_attention")] {
+            assert_eq!(kind(name, None), GroupKind::Attention);
+        }
+        for name in ["sliding_window", "sliding_window_mla", "chunked_local_attention"] {
+            assert_eq!(kind(json!(name), Some(8)), GroupKind::Window(8));
+        }
+        assert_eq!(kind(json!("mamba"), None), GroupKind::State);
+        for name in ["encoder_only_attention", "cross_attention", "of a later day"] {
+            assert_eq!(kind(json!(name), Some(8)), GroupKind::Other);
+        }
+        // A state lists the last block of its span.
+        let span = json!([1.5, [{"type": "BlockStored", "block_hashes": [3], "token_ids": [1, 2, 3, 4], "block_size": 2, "kv_cache_spec_kind": "mamba"}]]);
+        assert!(matches!(&decoded(&span).events[0], Event::Stored(stored) if stored.tokens.len() == 4));
+    }
+
+    /// What vLLM 0.32 says of an adapter's blocks begins with the adapter's name, which is no key of its own.
+    #[test]
+    fn an_adapters_name_is_no_extra_key() {
+        let extras = |more: serde_json::Value| {
+            let mut event = json!({"type": "BlockStored", "block_hashes": [3, 4], "token_ids": [[1, 2], [2, 3], [3, 4], [4, 5]], "block_size": 2});
+            event.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            let Event::Stored(stored) = decoded(&json!([1.5, [event]])).events.remove(0) else { panic!() };
+            assert_eq!(stored.tokens, [1, 2, 3, 4], "of pairs the first");
+            stored.extras
+        };
+        assert_eq!(extras(json!({"extra_keys": [["a"], ["a"]], "lora_name": "a"})), Vec::<u64>::new());
+        assert_eq!(extras(json!({"extra_keys": [["a", "s"], ["a"]], "lora_name": "a"})), [salt_extra("s"), 0]);
+        assert_eq!(extras(json!({"extra_keys": [["s"], null]})), [salt_extra("s"), 0]);
+        let picture = extras(json!({"extra_keys": [null, ["a", ["picture", -3]]], "lora_name": "a"}));
+        assert_eq!(picture, extras(json!({"extra_keys": [null, [["picture", -3]]]})));
+        assert!(picture[0] == 0 && picture[1] != 0);
+        // SGLang names the salt beside the hashes.
+        assert_eq!(extras(json!({"cache_salt": "s"})), [salt_extra("s")]);
+        assert_eq!(extras(json!({"cache_salt": "s", "parent_block_hash": 2})), Vec::<u64>::new());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The workers and the nodes, and how much of a prompt each would find where.
 
+mod conversations;
 mod node;
 mod worker;
 
@@ -10,12 +11,13 @@ use arc_swap::ArcSwap;
 use kvstore_client::{GroupRun, usable_prefix, window_blocks};
 use parking_lot::RwLock;
 
+pub use conversations::Conversations;
 pub use node::{Node, NodeStatus};
 pub use worker::{Evidence, Role, Served, Worker, WorkerSpec, read_served};
 
 use crate::cost::Cached;
 use crate::events::vllm::GroupKind;
-use crate::events::{EngineGroup, Naming};
+use crate::events::{EngineGroup, Memory, Naming};
 use crate::hashing::{Chain, Hashing};
 use crate::index::{HolderId, Match, PrefixIndex};
 
@@ -70,6 +72,7 @@ pub struct Fleet {
     tiers: Arc<PrefixIndex>,
     hashing: Hashing,
     state: RwLock<State>,
+    conversations: Conversations,
     /// Adapters by name, and the base model of each where that was said.
     adapters: ArcSwap<BTreeMap<String, Option<String>>>,
 }
@@ -83,9 +86,10 @@ impl Fleet {
         };
         Arc::new(Self {
             engines: Arc::new(engines),
-            tiers: Arc::new(PrefixIndex::new(options.node_index_bytes)),
+            tiers: Arc::new(PrefixIndex::of_single_blocks(options.node_index_bytes)),
             hashing,
             state: RwLock::default(),
+            conversations: Conversations::default(),
             adapters: ArcSwap::default(),
         })
     }
@@ -103,6 +107,11 @@ impl Fleet {
     /// The index of nodes' tiers.
     pub fn tier_index(&self) -> &PrefixIndex {
         &self.tiers
+    }
+
+    /// Which workers had which conversations.
+    pub fn conversations(&self) -> &Conversations {
+        &self.conversations
     }
 
     /// All workers, in the order of their names.
@@ -218,14 +227,18 @@ impl Fleet {
     pub fn locate(&self, chain: &Chain, workers: &[Arc<Worker>]) -> Vec<Cached> {
         let mut matches = Vec::new();
         self.engines.find(&chain.names, &mut matches);
-        let engines: Vec<usize> = workers.iter().map(|worker| self.in_engine(chain, worker, &matches)).collect();
+        let engines: Vec<InRank> = workers.iter().map(|worker| self.in_engine(chain, worker, &matches)).collect();
         if !self.hashing.reaches_the_store() || chain.hashes.is_empty() {
-            let of = |blocks: &usize| Cached { engine_tokens: tokens(*blocks, chain), ..Cached::default() };
-            return engines.iter().map(of).collect();
+            return engines.iter().map(|of| of.cached(chain)).collect();
         }
         // Several workers share a node, and all nodes a bucket.
         let tiers = node::Tiers::of(&self.tiers, chain, workers);
-        workers.iter().zip(engines).map(|(worker, blocks)| tiers.beyond(chain, worker, blocks)).collect()
+        let of = |(worker, in_rank): (&Arc<Worker>, InRank)| {
+            let beyond = tiers.beyond(chain, worker, in_rank.device);
+            let own = in_rank.cached(chain);
+            if own.engine_host_tokens > 0 && own.tokens() >= beyond.tokens() { own } else { beyond }
+        };
+        workers.iter().zip(engines).map(of).collect()
     }
 
     /// Whether a worker may find a longer prefix than this one, which is some prompt's beginning. `false` where nobody has all of this.
@@ -238,8 +251,7 @@ impl Fleet {
         let larger = workers.iter().filter_map(|worker| worker.node.as_ref()?.block_tokens(&worker.spec.model)).max();
         let whole = tokens(chain.names.len(), chain)
             .saturating_sub(u64::from(larger.unwrap_or(0)).saturating_sub(u64::from(chain.block_tokens)));
-        whole == 0
-            || self.locate(chain, &workers).iter().any(|cached| cached.engine_tokens + cached.fetched_tokens >= whole)
+        whole == 0 || self.locate(chain, &workers).iter().any(|cached| cached.tokens() >= whole)
     }
 
     /// Tokens of a model's blocks, as its workers' engines have them, or its nodes; `None` until somebody says.
@@ -254,24 +266,68 @@ impl Fleet {
         let mut matches = Vec::new();
         self.engines.find(&chain.names, &mut matches);
         let ranks = self.blocks_by_rank(chain, worker, &matches);
-        ranks.into_iter().map(|(rank, blocks)| (rank, tokens(blocks, chain))).collect()
+        ranks.into_iter().map(|(rank, blocks)| (rank, tokens(blocks.device, chain))).collect()
+    }
+
+    /// The rank of a worker's engine that has more of a prompt than its others have; none where that is no single one, or not known.
+    pub fn rank_of(&self, chain: &Chain, worker: &Worker) -> Option<u32> {
+        if chain.names.is_empty() || !worker.view.has_ranks() {
+            return None;
+        }
+        let ranks = self.engine_tokens_by_rank(chain, worker);
+        let most = ranks.iter().map(|(_, tokens)| *tokens).max().filter(|most| *most > 0)?;
+        let mut best = ranks.iter().filter(|(_, tokens)| *tokens == most);
+        let (rank, _) = best.next()?;
+        best.next().is_none().then_some(*rank)
     }
 
     /// Blocks that a worker's engine has, on the rank that has most.
-    fn in_engine(&self, chain: &Chain, worker: &Worker, matches: &[Match]) -> usize {
-        self.blocks_by_rank(chain, worker, matches).into_iter().map(|(_, blocks)| blocks).max().unwrap_or(0)
+    fn in_engine(&self, chain: &Chain, worker: &Worker, matches: &[Match]) -> InRank {
+        let ranks = self.blocks_by_rank(chain, worker, matches).into_iter();
+        ranks
+            .map(|(_, blocks)| blocks)
+            .max_by_key(|blocks| (blocks.device + blocks.host, blocks.device))
+            .unwrap_or_default()
     }
 
-    fn blocks_by_rank(&self, chain: &Chain, worker: &Worker, matches: &[Match]) -> Vec<(u32, usize)> {
+    fn blocks_by_rank(&self, chain: &Chain, worker: &Worker, matches: &[Match]) -> Vec<(u32, InRank)> {
         let groups = worker.view.groups();
         let mut ranks: Vec<u32> = groups.iter().map(|group| group.rank).collect();
         ranks.sort_unstable();
         ranks.dedup();
         let of_rank = |rank: u32| {
-            let groups: Vec<&EngineGroup> = groups.iter().filter(|group| group.rank == rank).collect();
-            (rank, self.in_rank(chain, &groups, matches))
+            let of = |memory: Memory| -> Vec<&EngineGroup> {
+                groups.iter().filter(|group| group.rank == rank && group.memory == memory).collect()
+            };
+            let (of_device, of_host) = (of(Memory::Device), of(Memory::Host));
+            let device = if of_device.is_empty() { 0 } else { self.in_rank(chain, &of_device, matches) };
+            let host = if of_host.is_empty() { 0 } else { self.with_host(chain, &of_device, &of_host) };
+            (rank, InRank { device, host: host.saturating_sub(device) })
         };
         ranks.into_iter().map(of_rank).collect()
+    }
+
+    /// Blocks of a prompt's beginning that a rank has in one of its memories.
+    fn with_host(&self, chain: &Chain, device: &[&EngineGroup], host: &[&EngineGroup]) -> usize {
+        let mut numbers: Vec<(u32, GroupKind)> =
+            device.iter().chain(host).map(|group| (group.group, group.kind)).collect();
+        numbers.sort_unstable_by_key(|(number, _)| *number);
+        numbers.dedup_by_key(|(number, _)| *number);
+        let present = |number: u32| -> Vec<bool> {
+            let mut present = vec![false; chain.names.len()];
+            for group in device.iter().chain(host).filter(|group| group.group == number) {
+                let has = self.engines.has(group.holder, &chain.names);
+                present.iter_mut().zip(has).for_each(|(present, has)| *present |= has);
+            }
+            present
+        };
+        let present: Vec<Vec<bool>> = numbers.iter().map(|(number, _)| present(*number)).collect();
+        let runs: Vec<GroupRun<'_>> = numbers
+            .iter()
+            .zip(&present)
+            .map(|((_, kind), present)| GroupRun { needed: needed(*kind, chain.block_tokens), present })
+            .collect();
+        usable_prefix(&runs)
     }
 
     fn in_rank(&self, chain: &Chain, groups: &[&EngineGroup], matches: &[Match]) -> usize {
@@ -300,6 +356,21 @@ impl Fleet {
     }
 }
 
+/// Blocks of a prompt that a rank of an engine has.
+#[derive(Clone, Copy, Default)]
+struct InRank {
+    device: usize,
+    /// Beyond those.
+    host: usize,
+}
+
+impl InRank {
+    fn cached(self, chain: &Chain) -> Cached {
+        let (engine_tokens, engine_host_tokens) = (tokens(self.device, chain), tokens(self.host, chain));
+        Cached { engine_tokens, engine_host_tokens, ..Cached::default() }
+    }
+}
+
 fn tokens(blocks: usize, chain: &Chain) -> u64 {
     blocks as u64 * u64::from(chain.block_tokens)
 }
@@ -310,5 +381,72 @@ fn needed(kind: GroupKind, block_tokens: u32) -> usize {
         GroupKind::Attention => usize::MAX,
         GroupKind::Window(tokens) => window_blocks(tokens, block_tokens),
         GroupKind::State => 1,
+        GroupKind::Other => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvstore_proto::hashes::Sha256Cbor;
+
+    use super::*;
+    use crate::events::vllm::{Batch, Event, Stored};
+
+    fn fleet() -> (Arc<Fleet>, Arc<Worker>, Chain) {
+        let fleet = Fleet::new(Hashing::Sha256Cbor(Sha256Cbor::default()), FleetOptions::default());
+        fleet.set_workers(&[WorkerSpec { block_tokens: 16, ..WorkerSpec::new("a", "http://a:1", "m") }]);
+        let worker = fleet.worker("a").unwrap();
+        let chain = fleet.hashing().chain(&(0..160).collect::<Vec<u32>>(), 16, None, None).unwrap();
+        (fleet, worker, chain)
+    }
+
+    fn stored(worker: &Worker, rank: u32, medium: &str, hashes: &[u64]) {
+        let medium = Some(medium.to_owned());
+        let stored = Stored { hashes: hashes.to_vec(), block_tokens: 16, medium, ..Stored::default() };
+        worker.view.apply(&Batch { events: vec![Event::Stored(stored)], rank: Some(rank), ..Batch::default() }, 0);
+    }
+
+    fn removed(worker: &Worker, rank: u32, medium: &str, hashes: &[u64]) {
+        let event = Event::Removed { hashes: hashes.to_vec(), medium: Some(medium.into()), group: None };
+        worker.view.apply(&Batch { events: vec![event], rank: Some(rank), ..Batch::default() }, 0);
+    }
+
+    /// A block that an engine moves to the host's memory was gone for the router.
+    #[tokio::test]
+    async fn what_an_engine_has_in_the_hosts_memory_is_not_gone() {
+        let (fleet, worker, chain) = fleet();
+        let located = || {
+            let cached = fleet.locate(&chain, std::slice::from_ref(&worker))[0];
+            (cached.engine_tokens, cached.engine_host_tokens)
+        };
+        stored(&worker, 0, "GPU", &chain.names);
+        assert_eq!(located(), (160, 0));
+        stored(&worker, 0, "CPU", &chain.names[2..8]);
+        assert_eq!(located(), (160, 0));
+        removed(&worker, 0, "GPU", &chain.names[3..6]);
+        assert_eq!(located(), (48, 112), "the rest is in either");
+        removed(&worker, 0, "CPU", &chain.names[5..6]);
+        assert_eq!(located(), (48, 32));
+        // SGLang's name for it.
+        stored(&worker, 0, "CPU_PINNED", &chain.names[5..6]);
+        stored(&worker, 0, "DISK", &chain.names[3..4]);
+        removed(&worker, 0, "GPU", &chain.names[..1]);
+        assert_eq!(located(), (0, 0), "nobody has the first");
+        stored(&worker, 0, "CPU", &chain.names[..1]);
+        assert_eq!(located(), (0, 160));
+    }
+
+    #[tokio::test]
+    async fn the_rank_that_has_most_is_known() {
+        let (fleet, worker, chain) = fleet();
+        stored(&worker, 0, "GPU", &chain.names[..4]);
+        assert_eq!(fleet.rank_of(&chain, &worker), None, "it has one");
+        stored(&worker, 1, "GPU", &chain.names[..4]);
+        assert_eq!(fleet.rank_of(&chain, &worker), None, "they have the same");
+        stored(&worker, 1, "GPU", &chain.names[4..6]);
+        assert_eq!(fleet.rank_of(&chain, &worker), Some(1));
+        assert_eq!(fleet.rank_of(&Chain::default(), &worker), None);
+        removed(&worker, 1, "GPU", &chain.names[..6]);
+        assert_eq!(fleet.rank_of(&chain, &worker), Some(0));
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
+use kvstore_chat::engine::Engine;
 use kvstore_proto::zmtp::Endpoint;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -65,6 +66,9 @@ pub struct WorkerSpec {
     /// Tokens of its blocks; 0: as its events say.
     #[serde(default)]
     pub block_tokens: u32,
+    /// Whose prompts it makes; none: as it says itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<Engine>,
 }
 
 fn one() -> u16 {
@@ -86,6 +90,7 @@ impl WorkerSpec {
             ranks: 1,
             first_rank: 0,
             block_tokens: 0,
+            engine: None,
         }
     }
 
@@ -287,6 +292,18 @@ impl Worker {
         }
     }
 
+    /// Whose prompts it makes, by its configuration or by whose models it says that they are; `None`: it has not said yet.
+    pub fn engine(&self) -> Option<Engine> {
+        let said = || {
+            let served = self.served.load();
+            let owner = served.iter().find_map(|served| served.entry.get("owned_by")?.as_str());
+            // Other servers are taken for the one whose API most of them follow.
+            let of_owner = owner.map(|owner| Engine::of_owner(owner).unwrap_or_default());
+            of_owner.or_else(|| (!served.is_empty()).then(Engine::default))
+        };
+        self.spec.engine.or_else(said)
+    }
+
     /// Whether it serves this model, by its configuration or by its own word.
     pub fn serves(&self, model: &str) -> bool {
         self.spec.model == model || self.served.load().iter().any(|served| served.id == model)
@@ -297,6 +314,11 @@ impl Worker {
         let groups = self.view.groups();
         let of_engine = groups.is_empty() || groups.iter().any(|group| group.kind == GroupKind::Attention);
         of_engine && self.node.as_ref().is_none_or(|node| node.needs_all_blocks(&self.spec.model))
+    }
+
+    /// Whether its engine's events have told of blocks. One of which nothing is heard is not an empty one.
+    pub fn tells_of_blocks(&self) -> bool {
+        !self.view.groups().is_empty()
     }
 
     /// Tokens of its blocks; `None` until that is known.

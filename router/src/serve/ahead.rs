@@ -32,7 +32,7 @@ impl App {
         body: &Bytes,
         what: &str,
     ) -> Option<Upstream> {
-        let request = Outgoing { method: &Method::POST, path: kind.path(), headers, body, reads: true };
+        let request = Outgoing { method: &Method::POST, path: kind.path(), headers, body, reads: true, rank: None };
         match self.workers.ask(worker, request, self.router.options().silence).await {
             Ok(answer) if answer.status().is_success() => Some(answer),
             Ok(answer) => {

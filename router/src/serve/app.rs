@@ -1,21 +1,24 @@
 //! What all requests share: the router, the models, connections to the workers, and bounds.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
+use kvstore_chat::prompts::Prompts;
+
 use super::body::Bodies;
+use super::shapes::Shapes;
 use super::upstream::Workers;
 use crate::caps;
 use crate::place::Router;
-use crate::tokens::Tokens;
 
 /// A model, as the router is told of it.
 #[derive(Default)]
 pub struct Model {
     /// Its tokenizer; none: texts are routed by load alone.
-    pub tokens: Option<Tokens>,
+    pub tokens: Option<Prompts>,
     /// It is an adapter (LoRA) that engines serve under this name.
     pub adapter: bool,
     /// Its base model, where it is an adapter and that was said.
@@ -57,6 +60,8 @@ pub struct ServeCounts {
     pub resumed: AtomicU64,
     /// Answers that broke off for good.
     pub broken: AtomicU64,
+    /// Shapes of requests whose prompts turned out not to be the engine's.
+    pub differing_shapes: AtomicU64,
 }
 
 /// What all requests share.
@@ -69,6 +74,9 @@ pub struct App {
     pub(super) bodies: Bodies,
     pub(super) counts: ServeCounts,
     pub(super) started: Instant,
+    pub(super) shapes: Shapes,
+    /// Of the names of conversations, so that no client can choose one.
+    pub(super) seed: u64,
     /// When workers may be asked again what they serve, in milliseconds from the start; 0 before the first time.
     pub(super) models_asked_ms: AtomicU64,
 }
@@ -88,6 +96,8 @@ impl App {
             options,
             counts: ServeCounts::default(),
             started: Instant::now(),
+            shapes: Shapes::default(),
+            seed: RandomState::new().hash_one("conversations"),
             models_asked_ms: AtomicU64::new(0),
         })
     }

@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router as Routes};
 use http::{HeaderMap, StatusCode};
+use kvstore_chat::engine::Engine;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -18,7 +19,7 @@ use super::openai::{ApiError, Kind, Request};
 use crate::cost::{Choice, Why, WorkerLoad};
 use crate::fleet::{Role, WorkerSpec};
 use crate::hashing::Chain;
-use crate::place::{Asked, Candidate};
+use crate::place::{Asked, Candidate, Known, by_what};
 
 /// Paths that are the router's own, whatever the method.
 const OWN: [&str; 11] = [
@@ -112,6 +113,8 @@ struct Register {
     node: Option<String>,
     #[serde(default)]
     role: Role,
+    #[serde(default)]
+    engine: Option<Engine>,
 }
 
 async fn register(State(app): State<Arc<App>>, body: Result<Json<Register>, JsonRejection>) -> Response {
@@ -120,6 +123,7 @@ async fn register(State(app): State<Arc<App>>, body: Result<Json<Register>, Json
         Err(rejection) => return wrong(rejection.body_text()),
     };
     let spec = WorkerSpec {
+        engine: asked.engine,
         id: asked.instance_id.worker(asked.dp_rank),
         url: asked.url,
         model: asked.model_name,
@@ -183,6 +187,8 @@ struct WorkerRow {
     node: Option<String>,
     events: Option<String>,
     block_tokens: Option<u32>,
+    /// Whose prompts it makes.
+    engine: Option<Engine>,
     load: WorkerLoad,
     prefill_tokens_per_second: f64,
     requests_learnt_from: u64,
@@ -211,6 +217,7 @@ fn worker_rows(app: &App) -> Vec<WorkerRow> {
             node: worker.spec.node.clone(),
             events: worker.spec.events.clone(),
             block_tokens: worker.block_tokens(),
+            engine: worker.engine(),
             load: loads.get(&worker.spec.id).copied().unwrap_or_default(),
             prefill_tokens_per_second: speed.tokens_per_second(),
             requests_learnt_from: speed.learnt(),
@@ -321,7 +328,7 @@ fn scores(app: &App, model: &str, chain: &Chain) -> Response {
         overlap.cpu = overlap.cpu.max(cpu);
         overlap.disk = overlap.disk.max(disk);
         overlap.external = overlap.external.max(external);
-        overlap.longest_matched = overlap.longest_matched.max(cached.engine_tokens + cached.fetched_tokens);
+        overlap.longest_matched = overlap.longest_matched.max(cached.tokens());
     }
     let scores: BTreeMap<&String, &BTreeMap<String, u64>> =
         instances.iter().map(|(id, overlap)| (id, &overlap.dp)).collect();
@@ -409,6 +416,8 @@ pub fn explain(app: &App, asked: &Asked) -> Result<Value, crate::place::Refused>
             "prefill_seconds": terms.prefill_seconds,
             "fetch_seconds": terms.fetch_seconds,
             "engine_tokens": terms.cached.engine_tokens,
+            "engine_host_tokens": terms.cached.engine_host_tokens,
+            "messages": candidate.messages,
             "fetched_tokens": terms.cached.fetched_tokens,
             "fetched_bytes": {"host": host, "nvme": nvme, "object": object},
             "tokens_to_compute": terms.tokens_to_compute,
@@ -425,7 +434,9 @@ pub fn explain(app: &App, asked: &Asked) -> Result<Value, crate::place::Refused>
     Ok(json!({
         "model": asked.model,
         "prompt_tokens": asked.tokens,
-        "tokens_known": !asked.chain.names.is_empty(),
+        "tokens_known": asked.known == Known::Tokens,
+        "not_known": asked.not_known.as_deref(),
+        "placed_by": by_what(asked, &candidates).label(),
         "block_tokens": asked.chain.block_tokens,
         "why": why,
         "equals": equals,

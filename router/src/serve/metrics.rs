@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::app::App;
+use crate::place::By;
 
 impl App {
     pub(super) fn metrics(&self) -> String {
@@ -21,6 +22,11 @@ impl App {
             ("resumed_total", "Answers that broke off and continued at another worker", get(&self.counts.resumed)),
             ("broken_total", "Answers that broke off and could not be continued", get(&self.counts.broken)),
             (
+                "differing_shapes_total",
+                "Shapes of requests whose prompts turned out not to be the engine's, and are not read for a while",
+                get(&self.counts.differing_shapes),
+            ),
+            (
                 "expired_total",
                 "Requests that expired because the router heard nothing more of them",
                 get(&place.expired),
@@ -36,6 +42,8 @@ impl App {
         for (name, help, value) in counters {
             write(&mut text, name, help, "counter", value);
         }
+        let by = By::ALL.iter().zip(&place.by).map(|(by, count)| (by.label(), get(count)));
+        write_by(&mut text, "placed_by_total", "Requests that were placed, by what was known of their prompts", by);
         let (engines, tiers) = (fleet.engine_index().status(), fleet.tier_index().status());
         let up = workers.iter().filter(|worker| worker.is_up()).count() as u64;
         let without_events =
@@ -73,6 +81,14 @@ impl App {
 
     fn models_with_problems(&self) -> usize {
         self.models.values().filter(|model| model.problem.is_some()).count()
+    }
+}
+
+fn write_by<'a>(text: &mut String, name: &str, help: &str, values: impl Iterator<Item = (&'a str, u64)>) {
+    let name = format!("kvstore_router_{name}");
+    let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} counter");
+    for (by, value) in values {
+        let _ = writeln!(text, "{name}{{by=\"{by}\"}} {value}");
     }
 }
 

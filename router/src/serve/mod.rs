@@ -1,6 +1,7 @@
 //! The router's faces: OpenAI's API in front of the workers, every other route of theirs, and what standalone indexers answer.
 
 mod ahead;
+mod answers;
 mod app;
 mod body;
 mod call;
@@ -16,8 +17,10 @@ mod pass;
 mod proxy;
 mod relay;
 mod resume;
+mod shapes;
 mod sse;
 mod upstream;
+mod verify;
 mod whole;
 
 use std::collections::HashMap;
@@ -67,7 +70,10 @@ impl App {
         let mut peers = tokio::time::interval(caps::PEERS_EVERY);
         loop {
             tokio::select! {
-                _ = models.tick() => self.ask_models().await,
+                _ = models.tick() => {
+                    self.ask_models().await;
+                    self.compare_usual();
+                }
                 _ = health.tick() => {
                     self.router.tick();
                     self.look_after_workers().await;

@@ -271,6 +271,8 @@ fn token_ids(list: &[Value]) -> Option<Vec<u32>> {
 
 fn bytes_of_texts(value: &Value) -> u64 {
     match value {
+        // A picture inside of the request: engines make some hundred tokens of it, whatever its size.
+        Value::String(text) if text.starts_with("data:") => text.len().min(2048) as u64,
         Value::String(text) => text.len() as u64,
         Value::Array(list) => list.iter().map(bytes_of_texts).sum(),
         Value::Object(fields) => fields.values().map(bytes_of_texts).sum(),

@@ -12,12 +12,13 @@ use http::{HeaderMap, header};
 use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::answers::{self, Finder};
 use super::app::App;
 use super::body::Held;
 use super::json::Object;
 use super::openai::ApiError;
 use super::upstream::{Failure, Outgoing, is_of_type};
-use super::whole::as_it_comes;
+use super::whole::passed;
 use crate::caps;
 use crate::place::Asked;
 
@@ -38,7 +39,8 @@ pub(super) async fn unread(
 ) -> Result<Response, ApiError> {
     let asked =
         Asked { tokens: (body.0.len() as u64 / 4).max(1), role: app.answering_role(&model), model, ..Asked::default() };
-    send(app, &asked, Outgoing { method: &http::Method::POST, path, headers, body: &body.0, reads: false }).await
+    send(app, &asked, Outgoing { method: &http::Method::POST, path, headers, body: &body.0, reads: false, rank: None })
+        .await
 }
 
 async fn answer(app: &App, parts: Parts, body: Body) -> Result<Response, ApiError> {
@@ -48,17 +50,22 @@ async fn answer(app: &App, parts: Parts, body: Body) -> Result<Response, ApiErro
         return Err(ApiError::no_upgrade());
     }
     let (body, _held): (Bytes, Held) = app.bodies.read(&parts.headers, body).await?;
-    let (named, session) = what_it_names(&parts.headers, &body);
+    let object = Object::read(body.clone()).ok();
+    let (named, session) = what_it_names(&parts.headers, &body, object.as_ref());
     // Where several models are served and none is named, anybody may know.
     let model = match named {
         Some(named) => app.model_of(&named).await?,
         None => String::new(),
     };
     let role = app.answering_role(&model);
-    let asked = Asked { model, tokens: (body.len() as u64 / 4).max(1), session, role, ..Asked::default() };
     let path = parts.uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
-    send(app, &asked, Outgoing { method: &parts.method, path, headers: &parts.headers, body: &body, reads: false })
-        .await
+    let after = answers::gone_on_with(path, object.as_ref(), app.seed, |name| app.router.is_kept(name));
+    let messages = object.map(|object| app.beginnings(&object, &model)).unwrap_or_default();
+    let tokens = messages.last().map_or(body.len() as u64, |whole| whole.bytes) / 4;
+    let asked = Asked { model, tokens: tokens.max(1), messages, session, after, role, ..Asked::default() };
+    let reads = answers::makes_one(path, &parts.method);
+    let outgoing = Outgoing { method: &parts.method, path, headers: &parts.headers, body: &body, reads, rank: None };
+    send(app, &asked, outgoing).await
 }
 
 async fn send(app: &App, asked: &Asked, outgoing: Outgoing<'_>) -> Result<Response, ApiError> {
@@ -68,7 +75,11 @@ async fn send(app: &App, asked: &Asked, outgoing: Outgoing<'_>) -> Result<Respon
         let placed = app.router.place(asked, &but).await?;
         but.push(placed.worker.number);
         match app.workers.ask(&placed.worker, outgoing, silence).await {
-            Ok(upstream) => return Ok(as_it_comes(placed, upstream, Bytes::new(), silence)),
+            Ok(upstream) => {
+                let finder = answers::makes_one(outgoing.path, outgoing.method)
+                    .then(|| Finder::new(&app.router, &placed.worker, app.seed));
+                return Ok(passed(placed, upstream, Bytes::new(), silence, finder));
+            }
             Err(Failure::TimedOut(within)) => return Err(ApiError::timed_out(within)),
             Err(Failure::Request(why)) => return Err(ApiError::invalid(None, why)),
             Err(Failure::Worker(..)) if but.len() < caps::TRIES_MAX => {}
@@ -80,12 +91,12 @@ async fn send(app: &App, asked: &Asked, outgoing: Outgoing<'_>) -> Result<Respon
 }
 
 /// The model and the session that a body names, as JSON or as a form.
-fn what_it_names(headers: &HeaderMap, body: &Bytes) -> (Option<String>, Option<u64>) {
+fn what_it_names(headers: &HeaderMap, body: &Bytes, object: Option<&Object>) -> (Option<String>, Option<u64>) {
     let session = headers.get("x-session-id").and_then(|value| value.to_str().ok()).map(str::to_owned);
     if is_of_type(headers, "multipart/form-data") {
         return (field_of_form(body, "model"), session.map(|session| xxh3_64(session.as_bytes())));
     }
-    let Ok(object) = Object::read(body.clone()) else {
+    let Some(object) = object else {
         return (None, session.map(|session| xxh3_64(session.as_bytes())));
     };
     let text = |name: &str| match object.value(name) {
@@ -118,7 +129,8 @@ mod tests {
         let named = |kind: &str, body: &str| {
             let mut headers = HeaderMap::new();
             headers.insert(header::CONTENT_TYPE, kind.parse().unwrap());
-            what_it_names(&headers, &Bytes::copy_from_slice(body.as_bytes()))
+            let body = Bytes::copy_from_slice(body.as_bytes());
+            what_it_names(&headers, &body, Object::read(body.clone()).ok().as_ref())
         };
         let form = "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\nRIFF\0\r\n--b\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\nwhisper\r\n--b--\r\n";
         assert_eq!(named("multipart/form-data; boundary=b", form), (Some("whisper".into()), None));

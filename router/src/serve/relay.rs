@@ -234,6 +234,7 @@ impl Relay {
                 self.out.push_back(event.into_bytes());
                 return Ok(());
             }
+            Verdict::Differs => return Err("the worker computed another answer than what came before".to_owned()),
             Verdict::Failed(why) => {
                 drop(data);
                 self.failure = Some(event.into_bytes());

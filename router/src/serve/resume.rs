@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
+use kvstore_chat::prompts::Prompts;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
@@ -13,7 +14,6 @@ use serde_json::{Map, Value, json};
 use super::json::{Changes, range_of};
 use super::openai::{Kind, Prompt, Request};
 use crate::caps;
-use crate::tokens::Tokens;
 
 /// Fields that are sent along with the tokens.
 const CARRIED: [&str; 15] = [
@@ -158,6 +158,25 @@ struct Choice<'a> {
     finish_reason: Option<&'a RawValue>,
 }
 
+impl Choice<'_> {
+    fn text(&self) -> Option<String> {
+        self.text.and_then(|text| serde_json::from_str(text.get()).ok())
+    }
+
+    fn ids(&self) -> Option<Vec<u32>> {
+        self.token_ids.and_then(|ids| serde_json::from_str(ids.get()).ok())
+    }
+}
+
+/// What the client has of a piece that comes again.
+#[derive(Default)]
+struct Known {
+    bytes: usize,
+    tokens: usize,
+    /// It has all of it.
+    is_whole: bool,
+}
+
 /// An error with a status of 400 to 499 is the request's.
 fn is_refusal(error: &RawValue) -> bool {
     let error: Value = serde_json::from_str(error.get()).unwrap_or_default();
@@ -176,8 +195,16 @@ pub struct Answer {
     generated: Vec<u32>,
     /// Of these, those whose text was sent: engines hold back what may become a stop string, and half a character.
     told: usize,
-    /// The last text came with several tokens, or ends as half a character is written: its end may be within one.
-    several: bool,
+    /// Of these, those behind which a character ends for certain: the last one brought text, and came alone.
+    sure: usize,
+    /// The text that was sent since.
+    since: String,
+    /// That is more than is kept.
+    is_long: bool,
+    /// The last text ends as half a character is written.
+    is_cut: bool,
+    /// What another worker has still to compute again.
+    again: Again,
     /// Tokens that came before the answer was gone on with last.
     before: usize,
     /// Pieces of another worker are to look like the first one's.
@@ -196,6 +223,35 @@ pub struct Answer {
     has_usage: bool,
 }
 
+/// What the client has of what another worker computes again. It is not sent twice.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Again {
+    text: String,
+    /// Empty for a client that did not ask for tokens.
+    ids: Vec<u32>,
+}
+
+impl Again {
+    /// Takes off what a piece brings: how many bytes of its text, and how many of its tokens, the client has. `None`: it says something else,
+    /// or is the last one and leaves something out.
+    fn take(&mut self, text: &str, ids: &[u32], is_last: bool) -> Option<(usize, usize)> {
+        let (bytes, count) = (text.len().min(self.text.len()), ids.len().min(self.ids.len()));
+        let is_same = text.as_bytes().get(..bytes) == self.text.as_bytes().get(..bytes)
+            && ids.get(..count) == self.ids.get(..count);
+        let is_all = bytes == self.text.len() && count == self.ids.len();
+        if !is_same || is_last && !is_all {
+            return None;
+        }
+        self.text.drain(..bytes);
+        self.ids.drain(..count);
+        Some((bytes, count))
+    }
+
+    fn is_over(&self) -> bool {
+        self.text.is_empty() && self.ids.is_empty()
+    }
+}
+
 /// What to do with a piece.
 #[derive(Debug, PartialEq)]
 pub enum Verdict {
@@ -207,6 +263,8 @@ pub enum Verdict {
     Dropped,
     /// The worker says that it failed.
     Failed(String),
+    /// It is not sent: another worker computed something else than what the client has.
+    Differs,
     /// The worker says that the request is wrong: nobody else would take it.
     Refused,
 }
@@ -250,6 +308,7 @@ impl Answer {
         {
             return if is_refusal(error) { Verdict::Refused } else { Verdict::Failed(error.get().to_owned()) };
         }
+        let Some(known) = self.known_of(&choices, hides) else { return Verdict::Differs };
         self.sent = true;
         let value = |text: Option<&RawValue>| text.and_then(|text| serde_json::from_str::<Value>(text.get()).ok());
         if !self.resumed {
@@ -269,7 +328,10 @@ impl Answer {
             self.prompt = prompt.and_then(|prompt| serde_json::from_str(prompt.get()).ok());
         }
         if self.resumed {
-            return self.dressed(data, request, hides).map_or(Verdict::AsItCame, Verdict::As);
+            if known.is_whole && piece.usage.is_none() {
+                return Verdict::Dropped;
+            }
+            return self.dressed(data, request, hides, &known).map_or(Verdict::AsItCame, Verdict::As);
         }
         if !hides || hidden.is_empty() {
             return Verdict::AsItCame;
@@ -289,8 +351,18 @@ impl Answer {
         Verdict::As(changes.apply(data.as_bytes()))
     }
 
+    /// What the client has of a piece already. `None`: the piece is not what was to come again.
+    fn known_of(&mut self, choices: &[Choice<'_>], hides: bool) -> Option<Known> {
+        let Some(choice) = choices.first().filter(|_| !self.again.is_over()) else { return Some(Known::default()) };
+        let (text, ids) = (choice.text().unwrap_or_default(), choice.ids().unwrap_or_default());
+        let is_last = choice.finish_reason.is_some();
+        let (bytes, tokens) = self.again.take(&text, &ids, is_last)?;
+        let is_whole = !is_last && bytes == text.len() && (hides || tokens == ids.len());
+        Some(Known { bytes, tokens, is_whole })
+    }
+
     fn take_choice(&mut self, choice: &Choice<'_>) {
-        let text: Option<String> = choice.text.and_then(|text| serde_json::from_str(text.get()).ok());
+        let text = choice.text();
         let delta: Option<Map<String, Value>> =
             choice.delta.map(|delta| serde_json::from_str(delta.get()).unwrap_or_default());
         let content = delta.as_ref().and_then(|delta| delta.get("content")).and_then(Value::as_str);
@@ -301,13 +373,21 @@ impl Answer {
         // Calls of tools, thoughts, refusals: tokens alone do not tell them.
         let is_told =
             |(name, value): (&String, &Value)| matches!(name.as_str(), "role" | "content") || is_nothing(value);
-        self.opaque |= delta.is_some_and(|delta| !delta.iter().all(is_told));
-        let tokens: Option<Vec<u32>> = choice.token_ids.and_then(|ids| serde_json::from_str(ids.get()).ok());
+        self.opaque |= delta.as_ref().is_some_and(|delta| !delta.iter().all(is_told));
+        let tokens = choice.ids();
         self.opaque |= with_text && tokens.as_ref().is_none_or(Vec::is_empty);
         let tokens = tokens.unwrap_or_default();
         self.generated.extend(&tokens);
         if with_text {
-            (self.told, self.several, self.has_text) = (self.generated.len(), tokens.len() > 1 || is_cut, true);
+            (self.told, self.is_cut, self.has_text) = (self.generated.len(), is_cut, true);
+            if tokens.len() == 1 && !is_cut {
+                (self.sure, self.is_long) = (self.told, false);
+                self.since.clear();
+            } else if self.since.len() + text.len() <= caps::AGAIN_BYTES_MAX {
+                self.since.push_str(text);
+            } else {
+                self.is_long = true;
+            }
         }
         self.seen.insert(choice.index.unwrap_or(0));
         if choice.finish_reason.is_some() {
@@ -329,7 +409,7 @@ impl Answer {
     }
 
     /// Makes a piece of a continuation look like one of the answer that it continues.
-    fn dressed(&self, data: &str, request: &Request, hides: bool) -> Option<Vec<u8>> {
+    fn dressed(&self, data: &str, request: &Request, hides: bool, known: &Known) -> Option<Vec<u8>> {
         let mut fields: Map<String, Value> = serde_json::from_str(data).ok()?;
         for (name, value) in [("id", &self.id), ("created", &self.created), ("model", &self.model)] {
             if let Some(value) = value {
@@ -342,6 +422,13 @@ impl Answer {
             usage.insert("prompt_tokens".into(), json!(prompt));
             usage.insert("completion_tokens".into(), json!(completion));
             usage.insert("total_tokens".into(), json!(prompt + completion));
+            // Of the other worker's prompt, of which this one's is a part.
+            let cached = usage.get_mut("prompt_tokens_details").and_then(|details| details.get_mut("cached_tokens"));
+            if let Some(cached) = cached
+                && cached.as_u64().is_some_and(|cached| cached > prompt)
+            {
+                *cached = json!(prompt);
+            }
         }
         // The client has its prompt's tokens, if it wants them.
         fields.remove("prompt_token_ids");
@@ -351,6 +438,12 @@ impl Answer {
         for choice in fields.get_mut("choices").and_then(Value::as_array_mut).into_iter().flatten() {
             let Some(choice) = choice.as_object_mut() else { continue };
             choice.remove("prompt_token_ids");
+            if let Some(Value::String(text)) = choice.get_mut("text") {
+                text.drain(..known.bytes.min(text.len()));
+            }
+            if let Some(Value::Array(ids)) = choice.get_mut("token_ids") {
+                ids.drain(..known.tokens.min(ids.len()));
+            }
             if hides && choice.contains_key("token_ids") {
                 choice.insert("token_ids".into(), Value::Null);
             }
@@ -366,20 +459,47 @@ impl Answer {
     /// From here on come pieces of another worker, which got [`Self::rest`].
     pub fn goes_on(&mut self, rest: &Rest) {
         self.generated.truncate(rest.came);
-        (self.resumed, self.before, self.told) = (true, rest.came, rest.came);
+        (self.resumed, self.before, self.told, self.sure) = (true, rest.came, rest.came, rest.came);
+        (self.is_long, self.is_cut, self.again) = (false, false, rest.again.clone());
+        self.since.clear();
     }
 
-    /// How many of the tokens that came the client has: those whose text it has.
-    fn came(&self, request: &Request) -> Result<usize, &'static str> {
+    /// From how many of the tokens that came the answer goes on, and what the client has behind them.
+    /// An engine's text of a prompt that ends within a character is that of the whole prompt. So what brought no text is computed again.
+    fn came(&self, request: &Request, tokenizer: Option<&Prompts>) -> Result<(usize, Again), &'static str> {
         let all = self.generated.len();
-        if !request.wants_token_ids || self.told == all {
-            return Ok(self.told);
+        // The client has the tokens, whatever their text is. An engine without a tokenizer writes none.
+        if request.wants_token_ids && !self.has_text && all >= caps::HELD_BACK_MAX {
+            return Ok((all, Again::default()));
         }
-        // It has the tokens, whatever their text is. An engine without a tokenizer writes none.
-        if !self.has_text && all >= caps::HELD_BACK_MAX {
-            return Ok(all);
+        // Without chance, what is computed again is the same.
+        let is_greedy = request.body.value("temperature").as_f64() == Some(0.0);
+        let (count, mut text) = match self.last_character(tokenizer) {
+            Some(count) => (count, String::new()),
+            None if is_greedy && !self.is_long && !self.is_cut => (self.sure, self.since.clone()),
+            None => return Err("it may have broken off within a character"),
+        };
+        text.push_str(&self.again.text);
+        let mut again = Again { text, ids: Vec::new() };
+        if request.wants_token_ids {
+            let held = self.generated.get(count..).unwrap_or_default();
+            if !held.is_empty() && !is_greedy {
+                return Err("the client has tokens whose text was held back");
+            }
+            again.ids = [held, &self.again.ids].concat();
         }
-        Err("the client has tokens whose text was held back")
+        Ok((count, again))
+    }
+
+    /// How many tokens the text that was sent has, if that is known.
+    fn last_character(&self, tokenizer: Option<&Prompts>) -> Option<usize> {
+        if self.sure == self.told {
+            return Some(self.told);
+        }
+        let tokenizer = tokenizer.filter(|_| !self.is_cut)?;
+        let least = self.told.saturating_sub(caps::CHARACTER_TOKENS_MAX).max(self.sure + 1);
+        let is_whole = |count: &usize| tokenizer.ends_with_character(self.generated.get(..*count).unwrap_or_default());
+        (least..=self.told).rev().find(is_whole)
     }
 
     /// The request for the rest of the answer: what was asked for, and what came, as tokens. `tokens_max`: what the model's context has,
@@ -387,7 +507,7 @@ impl Answer {
     pub fn rest(
         &self,
         request: &Request,
-        tokenizer: Option<&Tokens>,
+        tokenizer: Option<&Prompts>,
         tokens_max: Option<u64>,
     ) -> Result<Rest, &'static str> {
         if self.opaque {
@@ -403,11 +523,8 @@ impl Answer {
         if request.kind == Kind::Chat && !self.has_text {
             return Err("nothing shows yet whether the model thinks or answers");
         }
-        let count = self.came(request)?;
+        let (count, again) = self.came(request, tokenizer)?;
         let came = self.generated.get(..count).unwrap_or_default();
-        if self.several && !tokenizer.is_some_and(|tokenizer| tokenizer.ends_with_character(came)) {
-            return Err("it may have broken off within a character");
-        }
         let room = request.max_tokens().or(tokens_max.map(|max| max.saturating_sub(prompt.len() as u64)));
         let room = room.ok_or("nobody says how many tokens it may have")?;
         let left =
@@ -426,7 +543,7 @@ impl Answer {
         if let Some(least) = request.body.value("min_tokens").as_u64() {
             rest.insert("min_tokens".into(), json!(least.saturating_sub(count as u64)));
         }
-        Ok(Rest { body: Bytes::from(Value::Object(rest).to_string()), prompt: all, came: count })
+        Ok(Rest { body: Bytes::from(Value::Object(rest).to_string()), prompt: all, came: count, again })
     }
 }
 
@@ -439,6 +556,8 @@ pub struct Rest {
     pub prompt: Vec<u32>,
     /// Tokens of it that are the answer's.
     came: usize,
+    /// What the client has of the rest.
+    again: Again,
 }
 
 #[cfg(test)]
@@ -520,8 +639,7 @@ mod tests {
             (json!({"content": "x", "audio": {"id": 1}}), json!([1])),
             (json!({"content": "x"}), Value::Null),
             (json!({"content": "x"}), json!([])),
-            // The second may be half a character; so may the one.
-            (json!({"content": "x"}), json!([1, 2])),
+            // Half a character.
             (json!({"content": "x\u{fffd}"}), json!([1])),
         ] {
             let mut answer = known();
@@ -541,8 +659,14 @@ mod tests {
         );
         assert_eq!(answer.rest(&request, None, None).unwrap_err(), "its end came");
         // All that was asked for came.
-        let whole =
-            Answer { prompt: Some(vec![1]), generated: vec![1; 10], told: 10, has_text: true, ..Answer::default() };
+        let whole = Answer {
+            prompt: Some(vec![1]),
+            generated: vec![1; 10],
+            told: 10,
+            sure: 10,
+            has_text: true,
+            ..Answer::default()
+        };
         assert_eq!(whole.rest(&request, None, None).unwrap_err(), "all tokens that were asked for came");
     }
 
@@ -567,6 +691,117 @@ mod tests {
             "half a character, perhaps"
         );
         assert_eq!((told(true, &[""; 40]), told(false, &[""; 40])), (Ok(40), Ok(0)), "an engine without a tokenizer");
+    }
+
+    fn completion(more: &Value) -> Request {
+        let mut body = json!({"model": "m", "prompt": [1, 2], "stream": true, "max_tokens": 99, "temperature": 0});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        request(Kind::Completion, body)
+    }
+
+    fn piece(text: &str, tokens: &[u32]) -> String {
+        json!({"choices": [{"index": 0, "text": text, "token_ids": tokens, "prompt_token_ids": [1, 2]}]}).to_string()
+    }
+
+    /// What a client gets of an answer: the first pieces of one worker, and all that another one sends.
+    fn client_gets(answer: &mut Answer, request: &Request, pieces: &[String]) -> Result<(String, Vec<u64>), Verdict> {
+        let (mut text, mut ids) = (String::new(), Vec::new());
+        for piece in pieces {
+            let piece: Value = match answer.take(piece, request, !request.wants_token_ids) {
+                Verdict::AsItCame => serde_json::from_str(piece).unwrap(),
+                Verdict::As(data) => serde_json::from_slice(&data).unwrap(),
+                Verdict::Dropped => continue,
+                other => return Err(other),
+            };
+            let choice = &piece["choices"][0];
+            text.push_str(choice["text"].as_str().unwrap());
+            ids.extend(choice["token_ids"].as_array().into_iter().flatten().filter_map(Value::as_u64));
+        }
+        Ok((text, ids))
+    }
+
+    /// An answer broke off behind a piece of several tokens, of which the last may be part of a character: without a tokenizer nobody knows. The
+    /// router gave up. What is not known to be whole is now computed again, from the last token that brought its text alone, and
+    /// is not sent twice.
+    #[test]
+    fn what_may_end_within_a_character_is_computed_again_and_told_once() {
+        let request = completion(&json!({}));
+        let mut answer = Answer::default();
+        // Tokens 6 and 7 are two of the three of one character.
+        let before = [piece("a", &[3]), piece("bc", &[4, 5, 6]), piece("", &[7])];
+        let (mut text, _) = client_gets(&mut answer, &request, &before).unwrap();
+        let rest = answer.rest(&request, None, None).unwrap();
+        assert_eq!(rest.prompt, [1, 2, 3], "behind the last character that is known to be whole");
+        let body: Value = serde_json::from_slice(&rest.body).unwrap();
+        assert_eq!(body["max_tokens"], 98);
+        answer.goes_on(&rest);
+        // Another worker cuts its pieces otherwise. It breaks off, too.
+        text += &client_gets(&mut answer, &request, &[piece("b", &[4])]).unwrap().0;
+        let rest = answer.rest(&request, None, None).unwrap();
+        assert_eq!((&rest.prompt[..], rest.again.text.as_str()), (&[1, 2, 3, 4][..], "c"));
+        answer.goes_on(&rest);
+        let end = r#"{"choices":[{"index":0,"text":"d","token_ids":[9],"finish_reason":"stop"}],"usage":{"prompt_tokens":4,"completion_tokens":5,"prompt_tokens_details":{"cached_tokens":3}}}"#;
+        text += &client_gets(&mut answer, &request, &[piece("c\u{4f60}", &[5, 6, 7, 8])]).unwrap().0;
+        let seen = seen(answer.take(end, &request, true));
+        assert_eq!((text.as_str(), &seen["choices"][0]["text"]), ("abc\u{4f60}", &json!("d")));
+        assert_eq!(answer.generated, [3, 4, 5, 6, 7, 8, 9], "each token once");
+        let usage = json!({"prompt_tokens": 2, "completion_tokens": 7, "total_tokens": 9, "prompt_tokens_details": {"cached_tokens": 2}});
+        assert_eq!(seen["usage"], usage);
+    }
+
+    /// With chance, the second worker may say something else.
+    #[test]
+    fn what_was_drawn_by_chance_is_not_computed_again() {
+        let pieces = [piece("a", &[3]), piece("bc", &[4, 5])];
+        for (more, may) in [
+            (json!({"temperature": 0}), true),
+            (json!({"temperature": 0.5}), false),
+            (json!({"temperature": null}), false),
+        ] {
+            let (request, mut answer) = (completion(&more), Answer::default());
+            client_gets(&mut answer, &request, &pieces).unwrap();
+            assert_eq!(answer.rest(&request, None, None).is_ok(), may, "{more}");
+        }
+        // Where the second differs all the same, or ends too early, nothing of it is sent.
+        let early = r#"{"choices":[{"index":0,"text":"b","token_ids":[4],"finish_reason":"stop"}]}"#;
+        for other in [piece("x", &[4]), piece("bx", &[4, 5]), early.to_owned()] {
+            let (request, mut answer) = (completion(&json!({})), Answer::default());
+            client_gets(&mut answer, &request, &pieces).unwrap();
+            let rest = answer.rest(&request, None, None).unwrap();
+            answer.goes_on(&rest);
+            assert_eq!(
+                client_gets(&mut answer, &request, std::slice::from_ref(&other)),
+                Err(Verdict::Differs),
+                "{other}"
+            );
+            assert_eq!(answer.rest(&request, None, None), Ok(rest), "as if it had not come");
+        }
+        // An answer all of whose pieces have several tokens is not computed a second time.
+        let (request, mut answer) = (completion(&json!({})), Answer::default());
+        client_gets(&mut answer, &request, &vec![piece(&"x".repeat(1000), &[4, 5]); 17]).unwrap();
+        assert_eq!(answer.rest(&request, None, None), Err("it may have broken off within a character"));
+    }
+
+    /// A client that asks for tokens has those whose text is held back. They are computed again, too, and are not sent twice.
+    #[test]
+    fn tokens_of_half_a_character_reach_the_client_once() {
+        let request = completion(&json!({"return_token_ids": true}));
+        let mut answer = Answer::default();
+        let (mut text, mut ids) =
+            client_gets(&mut answer, &request, &[piece("a", &[3]), piece("", &[4]), piece("", &[5])]).unwrap();
+        let rest = answer.rest(&request, None, None).unwrap();
+        assert_eq!(rest.prompt, [1, 2, 3], "not within the character");
+        answer.goes_on(&rest);
+        let more = [piece("", &[4]), piece("\u{4f60}", &[5, 6]), piece("!", &[7])];
+        let (more_text, more_ids) = client_gets(&mut answer, &request, &more).unwrap();
+        text += &more_text;
+        ids.extend(more_ids);
+        assert_eq!((text.as_str(), &ids[..]), ("a\u{4f60}!", &[3, 4, 5, 6, 7][..]));
+        let mut answer = Answer::default();
+        client_gets(&mut answer, &request, &[piece("a", &[3]), piece("", &[4])]).unwrap();
+        let rest = answer.rest(&request, None, None).unwrap();
+        answer.goes_on(&rest);
+        assert_eq!(client_gets(&mut answer, &request, &[piece("", &[8])]), Err(Verdict::Differs));
     }
 
     #[test]

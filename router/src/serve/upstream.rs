@@ -22,6 +22,8 @@ type HttpClient = Client<Connector, Full<Bytes>>;
 
 /// Who answered: for people, and for tests.
 const WORKER_HEADER: &str = "x-kvstore-worker";
+/// Names the data-parallel rank that is to answer. (Source: vLLM 0.32, `vllm/entrypoints/openai/engine/serving.py`.)
+const RANK_HEADER: &str = "x-data-parallel-rank";
 
 /// A request as it goes to a worker.
 #[derive(Clone, Copy)]
@@ -34,6 +36,8 @@ pub(super) struct Outgoing<'a> {
     pub(super) body: &'a Bytes,
     /// The router reads the answer, so it must not come compressed.
     pub(super) reads: bool,
+    /// The data-parallel rank that is to have it, where the engine has several.
+    pub(super) rank: Option<u32>,
 }
 
 /// Why there is no answer.
@@ -140,11 +144,35 @@ impl Workers {
         within: Duration,
     ) -> Result<(http::StatusCode, Bytes), Failure> {
         let (method, headers, body) = (Method::GET, HeaderMap::new(), Bytes::new());
-        let request = Outgoing { method: &method, path, headers: &headers, body: &body, reads: true };
+        let request = Outgoing { method: &method, path, headers: &headers, body: &body, reads: true, rank: None };
+        self.whole(url, request, within, 1 << 20).await
+    }
+
+    /// What it answers to JSON.
+    pub(super) async fn post(
+        &self,
+        url: &str,
+        path: &str,
+        body: Bytes,
+        within: Duration,
+    ) -> Result<(http::StatusCode, Bytes), Failure> {
+        let json = HeaderValue::from_static("application/json");
+        let (method, headers) = (Method::POST, HeaderMap::from_iter([(header::CONTENT_TYPE, json)]));
+        let request = Outgoing { method: &method, path, headers: &headers, body: &body, reads: true, rank: None };
+        self.whole(url, request, within, caps::ENGINE_PROMPT_BYTES_MAX).await
+    }
+
+    async fn whole(
+        &self,
+        url: &str,
+        request: Outgoing<'_>,
+        within: Duration,
+        most: usize,
+    ) -> Result<(http::StatusCode, Bytes), Failure> {
         let whole = async {
             let answer = self.ask_twice(url, request).await?;
             let status = answer.status();
-            let body = Limited::new(answer.into_body(), 1 << 20).collect().await;
+            let body = Limited::new(answer.into_body(), most).collect().await;
             let body = body.map_err(|error| Failure::Worker(Evidence::Doubt, error.to_string()))?;
             Ok((status, body.to_bytes()))
         };
@@ -172,6 +200,10 @@ fn outgoing(url: &str, request: Outgoing<'_>) -> Result<http::Request<Full<Bytes
     copy_headers(request.headers, built.headers_mut());
     for ours in [header::HOST, header::CONTENT_LENGTH, header::EXPECT] {
         built.headers_mut().remove(ours);
+    }
+    // A client that names a rank knows why.
+    if let Some(rank) = request.rank.filter(|_| !request.headers.contains_key(RANK_HEADER)) {
+        built.headers_mut().insert(RANK_HEADER, HeaderValue::from(rank));
     }
     if request.reads {
         built.headers_mut().remove(header::ACCEPT_ENCODING);

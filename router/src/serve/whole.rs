@@ -13,6 +13,7 @@ use http::response::Parts;
 use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
 
+use super::answers::Finder;
 use super::body::{Bodies, Held};
 use super::call::Call;
 use super::openai::ApiError;
@@ -115,6 +116,7 @@ struct Passing {
     body: Incoming,
     silence: Duration,
     told: bool,
+    finder: Option<Finder>,
 }
 
 impl Passing {
@@ -134,6 +136,9 @@ impl Passing {
                     self.placed.assume_prefilled();
                 }
                 self.placed.heard(Instant::now());
+                if let Some(finder) = &mut self.finder {
+                    finder.see(&data);
+                }
                 return Some(Ok(data));
             }
         }
@@ -142,13 +147,24 @@ impl Passing {
 
 /// Passes an answer on as it comes. Where it breaks off, so does the connection to the client: it shows that it has not all of it.
 pub(super) fn as_it_comes(placed: Placed, upstream: Upstream, first: Bytes, silence: Duration) -> Response {
+    passed(placed, upstream, first, silence, None)
+}
+
+/// The same; `finder` looks for the id of an answer that the worker keeps.
+pub(super) fn passed(
+    placed: Placed,
+    upstream: Upstream,
+    first: Bytes,
+    silence: Duration,
+    finder: Option<Finder>,
+) -> Response {
     let (parts, body) = upstream.into_parts();
     // Nothing more comes, as of answers to HEAD: their length is that of what they leave out.
     if first.is_empty() && body.is_end_stream() {
         return respond(&placed, &parts, Body::empty());
     }
     let mut response = respond(&placed, &parts, Body::empty());
-    let passing = Passing { placed, first, body, silence, told: false };
+    let passing = Passing { placed, first, body, silence, told: false, finder };
     let frames = futures::stream::unfold(Some(passing), |passing| async move {
         let mut passing = passing?;
         match passing.next().await? {

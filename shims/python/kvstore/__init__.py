@@ -222,6 +222,10 @@ class Client:
         """Ends a look-up's ticket early. Returns False if it had already ended."""
         return self._native.release_ticket(ticket)
 
+    def unpin(self, pin: bytes) -> bool:
+        """Ends a pin early by its id: that of a prewarm, or of another process. Returns False if it had already ended."""
+        return self._native.unpin(pin)
+
 
 class Layout:
     """A registered layout.

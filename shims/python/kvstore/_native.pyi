@@ -54,6 +54,37 @@ class PagesLoad:
         """Waits until the load has ended, and returns how many leading blocks were read. Raises the error that made it fail,
         or DeadlineExceeded if it still runs after ``timeout`` seconds."""
 
+class Progress:
+    def read(self) -> tuple[int, int, int, int]:
+        """Returns bytes: in all, done, found to be there, and moved."""
+
+class Restored:
+    """A snapshot that this process holds."""
+
+    def describe(self) -> str: ...
+    def folder(self) -> str | None: ...
+    def memory(self) -> list[tuple[str, int, bool, int]]:
+        """Returns the files in memory: path, bytes, whether it may be run, and the descriptor, which is open while this lives."""
+
+    def leased(self) -> list[tuple[str, int]]:
+        """Returns the files whose tensors are in the daemon's memory: path and bytes."""
+
+    def read(self, path: str, start: int, end: int) -> bytes:
+        """Returns a copy of a part of such a file."""
+
+    def region(self, path: str, start: int, end: int) -> memoryview:
+        """Returns a part of such a file, as memory of this process's own. It may be written to."""
+
+class Snapshots:
+    def __init__(self, url: str, options: Sequence[tuple[str, str]], daemon: str | None) -> None: ...
+    def call(self, asked: str, made: Sequence[Any], progress: Progress, tell: Any | None) -> str: ...
+    def call_async(self, asked: str, made: Sequence[Any], progress: Progress) -> Awaitable[str]: ...
+    def hold(self, asked: str, progress: Progress, tell: Any | None) -> Restored: ...
+    def hold_async(self, asked: str, progress: Progress) -> Awaitable[Restored]: ...
+
+def cache_ls(folder: str) -> str: ...
+def cache_rm(folder: str, id: str) -> bool: ...
+
 class Client:
     def __init__(self, address: str, plane: str, deadline: float) -> None: ...
     @property

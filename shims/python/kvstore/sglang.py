@@ -28,6 +28,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 import kvstore
 from kvstore import weights
 from kvstore.options import Options
+from kvstore.sglang_loader import snapshot_of
 from kvstore.store import BlockLayout, Store
 
 __all__ = ["KvStoreHiCache"]
@@ -171,8 +172,9 @@ class KvStoreHiCache(HiCacheStorage):
         self._config = storage_config
         self._zero_copy = bool((storage_config.extra_config or {}).get("interface_v1", 0))
         self._store = Store(self._options.address, self._options.plane, self._options.deadline, logger)
-        served, revision, changes = _served_model(storage_config)
-        digest = weights.name(model or served, self._options.weights_version, logger, revision=revision)
+        served, revision, load_format, changes = _served_model(storage_config)
+        told = dict(revision=revision, engine="sglang", load_format=load_format, says=not storage_config.tp_rank)
+        digest = weights.name(model or served, self._options.weights_version, logger, **told)
         self._weights = hashlib.sha256(digest + changes).digest()
         # After clear(): what was stored before is not found any more.
         self._cleared = b""
@@ -418,15 +420,22 @@ class KvStoreHiCache(HiCacheStorage):
             return otherwise
 
 
-def _served_model(config: HiCacheStorageConfig) -> tuple[str, str | None, bytes]:
-    """Returns the path and revision of the model that SGLang loaded, and the arguments that change it."""
+def _served_model(config: HiCacheStorageConfig) -> tuple[str, str | None, str, bytes]:
+    """Returns the path, revision and format of the model that SGLang loaded, and the arguments that change it."""
+    args = None
     with contextlib.suppress(Exception):
         from sglang.srt.runtime_context import get_server_args
 
         args = get_server_args()
-        changes = [(name, getattr(args, name, None)) for name in ("json_model_override_args", "quantization", "load_format")]
-        return args.model_path, getattr(args, "revision", None), repr(changes).encode()
-    return config.model_name or "model", None, b""
+    if not hasattr(args, "model_path"):
+        return config.model_name or "model", None, "auto", b""
+    changes = [(name, getattr(args, name, None)) for name in ("json_model_override_args", "quantization", "load_format")]
+    load_format = getattr(args, "load_format", None) or "auto"
+    load_format = str(getattr(load_format, "value", load_format))
+    # The folder's own weights are not loaded then. An id means one content for ever.
+    if (id := snapshot_of(load_format, getattr(args, "model_loader_extra_config", None))) is not None:
+        changes.append(("snapshot", id))
+    return args.model_path, getattr(args, "revision", None), load_format, repr(changes).encode()
 
 
 def _hashes(keys) -> list[bytes]:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerateDecoderOnlyOutput
 
 import kvstore
 from kvstore import weights
@@ -41,6 +42,11 @@ STATE_BYTES = 1 << 20
 # The same of a long session: two million tokens. Each takes a slot of this size in the daemon's memory, so short ones do not.
 LONG_STATE_BYTES = 16 << 20
 _STATE_VERSION = 1
+# What `generate` calls a cache, in its arguments and its output: "cache" since 5.24. Releases that know a newer name take the
+# older ones, too, so a cache of the caller's own can come under each of them.
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+_FIELDS = getattr(GenerateDecoderOnlyOutput, "__dataclass_fields__", {})
+_CACHE = next((name for name in _CACHE_NAMES if name in _FIELDS), "past_key_values")
 # Of a configuration, what does not change what is computed.
 _SAYS_NOTHING = {"_name_or_path", "name_or_path", "transformers_version", "architectures"}
 
@@ -90,7 +96,7 @@ class State:
                 elif torch.cuda.is_available():
                     torch.cuda.set_rng_state(saved, name)
         input_ids = torch.tensor([self.tokens], device=self.device)
-        return dict(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), past_key_values=self.cache)
+        return dict(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **{_CACHE: self.cache})
 
 
 class Attached:
@@ -144,8 +150,9 @@ class Attached:
         # The last token is computed, whatever is stored: its output is the next one.
         cache = self._load(tokens, (len(tokens) - 1) // self._tokens)
         self.reused_tokens += cache.get_seq_length()
-        output = self._original(*args, **{**kwargs, "past_key_values": cache, "return_dict_in_generate": True})
-        self._save(output.sequences[0].tolist(), output.past_key_values)
+        kwargs = {name: value for name, value in kwargs.items() if name not in _CACHE_NAMES}
+        output = self._original(*args, **{**kwargs, _CACHE: cache, "return_dict_in_generate": True})
+        self._save(output.sequences[0].tolist(), getattr(output, _CACHE))
         return output if asked else output.sequences
 
     def _eligible(self, args, kwargs) -> list[int] | None:
@@ -153,7 +160,7 @@ class Attached:
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         config = kwargs.get("generation_config") or self._model.generation_config
         mask = kwargs.get("attention_mask")
-        own = ("past_key_values", "inputs_embeds", "assistant_model", "prompt_lookup_num_tokens", "cache_implementation")
+        own = (*_CACHE_NAMES, "inputs_embeds", "assistant_model", "prompt_lookup_num_tokens", "cache_implementation")
         said = lambda name, default: kwargs.get(name, getattr(config, name, None)) or default
         if (
             not isinstance(inputs, torch.Tensor)
@@ -267,7 +274,7 @@ class Attached:
 
         Raises kvstore.Error if the state could not be stored, and Invalid if the output cannot be continued.
         """
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, _CACHE, None)
         if not isinstance(cache, DynamicCache) or output.sequences.shape[0] != 1:
             raise kvstore.Invalid("output: give the output of generate(..., return_dict_in_generate=True) for one sequence")
         tokens, length = output.sequences[0].tolist(), cache.get_seq_length()
@@ -400,11 +407,17 @@ def _name_weights(model, version: str) -> bytes:
     kernel = str(getattr(model.config, "_attn_implementation", ""))
     config = json.dumps([version, kernel, told], sort_keys=True, default=str).encode()
 
+    start, tensors = time.monotonic(), model.state_dict()
+
     def parts():
         yield b"config", config
         # The weights as they are in memory: a file says nothing of what was trained since.
-        for name, tensor in sorted(model.state_dict().items()):
+        for name, tensor in sorted(tensors.items()):
             named = repr((name, tuple(tensor.shape), str(tensor.dtype))).encode()
             yield named, memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
-    return weights.combine(parts())
+    name = weights.combine(parts())
+    size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
+    seconds = time.monotonic() - start
+    logger.info("kvstore: the weights are %s: %d tensors, %.3f GB, hashed in %.2f s", name.hex(), len(tensors), size, seconds)
+    return name

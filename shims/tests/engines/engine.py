@@ -70,7 +70,7 @@ class Engine:
         """The connector's counts since the engine began."""
         return self.call("counts")
 
-    def until_saved(self, blocks: int, seconds: float = 20.0) -> None:
+    def until_saved(self, blocks: int, seconds: float = 120.0) -> None:
         """Until so many blocks have been saved, or were there."""
         until = time.monotonic() + seconds
         while (counts := self.counts()).get("saved_blocks", 0) + counts.get("present_blocks", 0) < blocks:
@@ -136,8 +136,8 @@ class Zygote:
         log = self._folder / f"engine-{self._engines}.log"
         if address:
             ours = dict(kv_connector="KvStoreConnector", kv_connector_module_path="kvstore.vllm", kv_role=role)
-            # Its default is short, for steps are; on a busy machine a late answer would be a miss, which is not what is tested.
-            patient = dict(lookup_deadline=5.0)
+            # The defaults are short, for steps are; on a busy machine a late answer would be a miss, which is not what is tested.
+            patient = dict(lookup_deadline=30.0, deadline=60.0)
             connector = dict(ours, extra=dict(address=address, **(patient | (extra or {}))))
         spec = dict(model=str(model), connector=connector, encoder=encoder, arguments=arguments)
         spec |= dict(log=str(log), environment=environment or {})
@@ -210,6 +210,13 @@ def count_encoded(counts: dict) -> None:
         return outputs
 
     GPUModelRunner._execute_mm_encoder = counting
+
+
+def be_patient() -> None:
+    """What a prefill worker hands over is waited for as long as a busy machine needs to save it."""
+    from kvstore.vllm import scheduler
+
+    scheduler.HAND_OVER_SECONDS = 60.0
 
 
 def picture(seed: int):
@@ -300,6 +307,7 @@ def serve(spec: dict, path: str) -> None:
     counts: dict[str, float] = {}
     count_into(counts)
     count_encoded(counts)
+    be_patient()
     llm = None
     for line in connection.makefile("r"):
         request = json.loads(line)
@@ -340,7 +348,9 @@ def run(llm, request: dict, counts: dict):
         case "metric":
             return sum(metric.value for metric in llm.get_metrics() if metric.name == request["name"])
         case "reset":
-            for _ in range(200):
+            # Two ranks on two busy cores leave the daemon little time.
+            end = time.monotonic() + 120
+            while time.monotonic() < end:
                 # Blocks that are being saved are in use.
                 step_once(llm)
                 if llm.reset_prefix_cache(reset_connector=request["connector"]):

@@ -1,11 +1,14 @@
 """Tiny models with random weights, made where they are needed: no hub, no downloads."""
 
+import json
 import pathlib
 
 import safetensors.torch
 import tokenizers
+import tokenizers.decoders
 import tokenizers.models
 import tokenizers.pre_tokenizers
+import tokenizers.trainers
 import torch
 import transformers
 
@@ -72,10 +75,34 @@ def make_large(folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def write_tokenizer(
+    folder: pathlib.Path, template: str, settings: dict, special: list[str], added: list[str] | None = None
+) -> dict[str, int]:
+    """A byte-level tokenizer of the models' vocabulary, learnt from this project's documents, with a chat template. `special`: its first
+    tokens; `added`: its last, which are text too. The vocabulary."""
+    added = added or []
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(added),
+        special_tokens=special,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    documents = pathlib.Path(__file__).parents[3] / "docs"
+    tokenizer.train([str(path) for path in sorted(documents.glob("*.md"))], trainer)
+    tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in added])
+    assert tokenizer.get_vocab_size() == VOCABULARY
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = dict(settings, tokenizer_class="PreTrainedTokenizerFast")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(template)
+    return tokenizer.get_vocab()
+
+
 def make_adapter(folder: pathlib.Path, name: str, seed: int) -> pathlib.Path:
     """A LoRA adapter for the Llama model."""
-    import json
-
     from safetensors.torch import save_file
 
     path = folder / name

@@ -8,27 +8,21 @@ import asyncio
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 
 import agents
 import openai
 import pydantic
 import pytest
-import tokenizers
-import tokenizers.decoders
-import tokenizers.models
-import tokenizers.pre_tokenizers
-import tokenizers.trainers
 
 import models
 from daemon import program
 from engine import ENVIRONMENT
+from ports import free_port
+from servers import until_it_serves
 
-ROOT = pathlib.Path(__file__).parents[3]
 ROUTER = program("kvstore-router", "KVSTORE_ROUTER_BIN")
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -41,44 +35,11 @@ ITS_OWN = {"id", "created", "created_at", "completed_at", "item_id", "call_id", 
 NO_BLANKS: dict[str, int] = {}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def write_tokenizer(folder: pathlib.Path) -> None:
-    """A byte-level one of the model's vocabulary, learnt from this project's documents."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=models.VOCABULARY,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train([str(path) for path in sorted((ROOT / "docs").glob("*.md"))], trainer)
-    assert tokenizer.get_vocab_size() == models.VOCABULARY
-    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    vocabulary = models.write_tokenizer(folder, TEMPLATE, settings, ["<pad>", "<s>", "</s>"])
     # As byte-level tokenizers write a space, a line feed, a tab and a carriage return.
-    NO_BLANKS.update(
-        {str(token): -100 for text, token in tokenizer.get_vocab().items() if set(text) & set("\u0120\u010a\u0109\u010d")}
-    )
-    settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-
-
-def until_it_serves(url: str, process: subprocess.Popen, log: pathlib.Path) -> None:
-    until = time.monotonic() + 400
-    while True:
-        assert process.poll() is None and time.monotonic() < until, log.read_text()[-4000:]
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=10)
-            return
-        except OSError:
-            time.sleep(0.2)
+    NO_BLANKS.update({str(token): -100 for text, token in vocabulary.items() if set(text) & set("\u0120\u010a\u0109\u010d")})
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +203,7 @@ def test_a_prompt_has_the_tokens_that_the_engine_counts(urls):
 
 def post(url: str, path: str, body: dict) -> dict:
     request = urllib.request.Request(url + path, json.dumps(body).encode(), {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=200) as answer:
         return json.load(answer)
 
 

@@ -1,7 +1,6 @@
 """SGLang's storage backend, with SGLang's own factory and host pools (on the CPU its engine does not run)."""
 
 import hashlib
-import time
 
 import pytest
 import torch
@@ -18,6 +17,8 @@ from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 from sglang.srt.mem_cache.storage import StorageBackendFactory
+
+from daemon import until
 
 LAYERS, HEADS, DIM, PAGE, PAGES = 3, 4, 16, 8, 16
 MHA_LAYOUTS = ["layer_first", "page_first", "page_first_direct", "page_head"]
@@ -120,6 +121,7 @@ def make(daemon, pool, is_mla=False, rank=0, ranks=1, zero_copy=1, lcm=None, met
             "interface_v1": zero_copy,
             "address": daemon.address,
             "weights_version": "1",
+            "deadline": 60.0,
             **settings,
         },
     )
@@ -294,10 +296,7 @@ def test_a_daemon_that_is_away_is_a_miss(daemon):
     assert backend.batch_set_v1(names(2), slots([0, 1])) == [False, False]
     assert make(daemon, pool).batch_exists(names(2)) == 0
     daemon.start()
-    for _ in range(100):
-        if all(backend.batch_set_v1(names(2), slots([0, 1]))):
-            break
-        time.sleep(0.1)
+    until("the daemon is used again", lambda: all(backend.batch_set_v1(names(2), slots([0, 1]))))
     assert backend.batch_exists(names(2)) == 2
 
 

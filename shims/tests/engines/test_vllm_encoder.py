@@ -20,7 +20,8 @@ def encoded(engine) -> int:
 
 
 def encoder(role, daemon, **settings):
-    return dict(role=role, address=daemon.address, **settings)
+    # A late answer would be a miss, which is not what is tested.
+    return dict(role=role, address=daemon.address, deadline=60.0, **settings)
 
 
 @pytest.fixture(scope="session")

@@ -82,9 +82,16 @@ async fn sizes_change_under_load() {
     let daemon = TestDaemon::start(&["host.bytes=32MiB"]).await;
     let client = daemon.client().await;
     let (driver, trace) = (client.clone(), conversations(60, 5));
+    let changes = Arc::new(AtomicU64::new(0));
+    let changed = Arc::clone(&changes);
     let load = tokio::spawn(async move {
-        let options = Drive { block_bytes: 30_000, speed: None, verify: true };
-        replay::drive(&driver, &trace, options, |_| {}).await.unwrap()
+        let mut wrong_bytes = 0;
+        // Again, where it was over before the sizes changed.
+        while wrong_bytes == 0 && changed.load(Ordering::Acquire) <= 5 {
+            let options = Drive { block_bytes: 30_000, speed: None, verify: true };
+            wrong_bytes += replay::drive(&driver, &trace, options, |_| {}).await.unwrap().wrong_bytes;
+        }
+        wrong_bytes
     });
     let sizes = ["8MiB", "48MiB", "4MiB", "32MiB", "12MiB"];
     let mut at = 0;
@@ -97,13 +104,12 @@ async fn sizes_change_under_load() {
         let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
         client.set_config(settings).await.unwrap();
         at += 1;
+        changes.store(at as u64, Ordering::Release);
         tokio::time::sleep(Duration::from_millis(30)).await;
     }
-    let report = load.await.unwrap();
-    assert_eq!(report.wrong_bytes, 0);
-    assert!(at > 5, "the load was over before the sizes changed");
+    assert_eq!(load.await.unwrap(), 0);
     client.set_config([("host.bytes".to_owned(), "4MiB".to_owned())].into()).await.unwrap();
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while daemon.mapped() > 4 << 20 {
         assert!(Instant::now() < deadline, "{} bytes are still mapped", daemon.mapped());
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -124,7 +130,7 @@ async fn slabs_follow_demand_between_layouts() {
         assert!(status.bytes_mapped <= 32 << 20, "{status:?}");
         status.pools.iter().find(|pool| pool.slot_bytes == slot).map_or(0, |pool| pool.slabs)
     };
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(60);
     // Slabs are made in the background: the last may be a moment late.
     let come = async |slot: u64, count: u64| {
         while slabs(slot) < count {
@@ -144,7 +150,11 @@ async fn slabs_follow_demand_between_layouts() {
         from += 10;
     }
     come(200 << 10, 4).await;
-    assert_eq!(slabs(16 << 10) + moved(), 8, "a slab went that nobody asked for");
+    // One may be on its way from the one to the other still.
+    while slabs(16 << 10) + moved() != 8 {
+        assert!(Instant::now() < deadline, "a slab went that nobody asked for");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     assert!(slabs(16 << 10) > 0, "a layout keeps something while others are not in need of it");
 }
 
@@ -153,7 +163,7 @@ async fn slabs_follow_demand_between_layouts() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn background_work_evicts_nothing_while_a_slab_is_made() {
     for round in 0..10 {
-        let daemon = TestDaemon::start(&["host.bytes=32MiB"]).await;
+        let daemon = TestDaemon::start(&["host.bytes=32MiB", "host.ready_bytes=off"]).await;
         let host = Arc::clone(&daemon.running.daemon.host);
         let filled_up = Arc::new(AtomicU64::new(0));
         let stop = Arc::clone(&filled_up);
@@ -248,20 +258,29 @@ async fn a_slow_writer_is_not_taken_over() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_second_writer_joins_the_first() {
     let daemon = TestDaemon::start(&[]).await;
-    let mut first = filled(begin(&daemon, 1, kvstore_now()));
     let client = daemon.client().await;
     let layout = replay::layout("stall", BLOCK_BYTES, BlockKind::Attention);
     let group = client.register_layout(layout).await.unwrap().group(0);
-    let second = {
-        let (client, group) = (client.clone(), group.clone());
-        tokio::spawn(async move { client.put(&group, chain(1..2, BLOCK_BYTES)).await.unwrap() })
-    };
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_eq!(client.get(&group, &hashes([1])).await.unwrap(), [GetOutcome::InFlight]);
-    first.append(&replay::content(1, BLOCK_BYTES as usize), BootTime(kvstore_now())).unwrap();
-    first.commit(true);
-    assert_eq!(second.await.unwrap()[0].status(), PutStatus::Joined);
-    assert!(client.get(&group, &hashes([1])).await.unwrap()[0].bytes().is_some());
+    // On a busy machine the second may come when the first has ended, or when it counts as having stalled: another block, then.
+    for id in 1..=20 {
+        let mut first = filled(begin(&daemon, id, kvstore_now()));
+        let second = {
+            let (client, group) = (client.clone(), group.clone());
+            tokio::spawn(async move { client.put(&group, chain(id..id + 1, BLOCK_BYTES)).await.unwrap() })
+        };
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let meanwhile = client.get(&group, &hashes([id])).await.unwrap();
+        first.append(&replay::content(id, BLOCK_BYTES as usize), BootTime(kvstore_now())).unwrap();
+        first.commit(true);
+        let status = second.await.unwrap()[0].status();
+        assert!(client.get(&group, &hashes([id])).await.unwrap()[0].bytes().is_some());
+        if status == PutStatus::Joined {
+            assert_eq!(meanwhile, [GetOutcome::InFlight]);
+            return;
+        }
+        assert!(matches!(status, PutStatus::Present | PutStatus::Stored), "{status:?}");
+    }
+    panic!("no second writer ever joined the first");
 }
 
 fn kvstore_now() -> u64 {

@@ -11,7 +11,7 @@ use rustix::fs::inotify;
 
 /// Within this time, or the test fails: background work of the daemon comes ten times a second.
 async fn eventually(what: &str, mut done: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + Duration::from_secs(60);
     while !done() {
         assert!(Instant::now() < until, "{what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -243,7 +243,7 @@ async fn every_control_call_works_over_the_rings() {
     let request = kvstore_client::v1::LookupRequest {
         layout_digest: group.layout_digest.clone(),
         sequence_hashes: blocks.clone(),
-        ticket_ttl_ms: 5000,
+        ticket_ttl_ms: 30_000,
         ..Default::default()
     };
     let found = client.lookup(request).await.unwrap();
@@ -384,7 +384,7 @@ async fn slabs_that_leave_are_unmapped_and_their_memory_given_back() {
         .unwrap()
         .group(0);
     // Its first slab has three slots, and a second must come from the other layout: a put may be answered Busy meanwhile.
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(60);
     loop {
         client.put(&other, chain(5000..5004, 1 << 20)).await.unwrap();
         if client.leases(&other, &hashes(5000..5004)).await.unwrap().len() == 4 {

@@ -105,7 +105,7 @@ impl Raw {
 
     fn next(&mut self) -> (u64, Completion) {
         let mut payload = Vec::new();
-        let until = Instant::now() + Duration::from_secs(10);
+        let until = Instant::now() + Duration::from_secs(60);
         loop {
             if let Some(head) = self.reader.pop(&self.view().completions(), &mut payload).unwrap() {
                 return (head.tag, Completion::decode(head.kind, &payload).unwrap());
@@ -147,7 +147,7 @@ impl Witness {
 }
 
 async fn eventually(what: &str, mut done: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + Duration::from_secs(60);
     while !done() {
         assert!(Instant::now() < until, "{what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -157,7 +157,7 @@ async fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 fn stage(hash: u8, length: u32) -> Command {
     let hash = SequenceHash::new(&[hash; 20]).unwrap();
     let blocks = vec![StageBlock { hash, parent: None, length, tail: true }];
-    Command::Stage { layout: 0, group: 0, local: false, upload: false, deadline_ms: 2000, blocks }
+    Command::Stage { layout: 0, group: 0, local: false, upload: false, deadline_ms: 20_000, blocks }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -302,7 +302,7 @@ async fn garbage_in_the_rings_cuts_off_its_writer_alone() {
         raw.kick();
         witness.checks().await;
         // The daemon hung up.
-        let until = Instant::now() + Duration::from_secs(5);
+        let until = Instant::now() + Duration::from_secs(60);
         while send(&raw.socket, &FromClient::Unmapped { serial: 9 }.encode()) {
             assert!(Instant::now() < until, "{written} {word} went unnoticed");
             std::thread::sleep(Duration::from_millis(5));
@@ -494,7 +494,7 @@ async fn a_drain_waits_for_blocks_that_are_on_their_way_in() {
     raw.submit(1, &stage(1, BLOCK_BYTES));
     assert_eq!(raw.next(), (1, Completion::Staged));
     let serving = std::sync::Arc::clone(&daemon.running.daemon);
-    let drain = tokio::spawn(async move { serving.drain(Duration::from_secs(20)).await });
+    let drain = tokio::spawn(async move { serving.drain(Duration::from_secs(60)).await });
     eventually("the daemon drains", || daemon.running.daemon.is_draining()).await;
     raw.submit(2, &stage(2, BLOCK_BYTES));
     assert!(raw.failure().1.contains("draining"), "what comes later is refused");
@@ -527,7 +527,7 @@ async fn staging_memory_that_found_a_full_socket_comes_later() {
     }
     send(&raw.socket, &FromClient::WantsStaging.encode());
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let within = Some(Duration::from_secs(5));
+    let within = Some(Duration::from_secs(60));
     rustix::net::sockopt::set_socket_timeout(&raw.socket, rustix::net::sockopt::Timeout::Recv, within).unwrap();
     let mut said = std::iter::from_fn(|| receive(&raw.socket));
     let staging = said.find(|(datagram, _)| matches!(datagram, FromDaemon::Staging { .. }));

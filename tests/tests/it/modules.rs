@@ -15,7 +15,7 @@ struct Layers {
 const TIERS: Layers = Layers {
     folder: "tiers/src",
     layers: &[
-        &["caps", "clock", "claim", "meter", "tier"],
+        &["caps", "clock", "claim", "distinct", "meter", "tier"],
         &["admission", "changes", "eviction"],
         &["layout", "pool", "simulate"],
         &["readable", "sampled", "slots"],
@@ -23,8 +23,6 @@ const TIERS: Layers = Layers {
         &["block"],
         &["below"],
         &["stack"],
-        // Knows no blocks: requests, names and objects.
-        &["bucket"],
         &["nvme"],
         &["object"],
     ],
@@ -35,7 +33,7 @@ const KVSTORE: Layers = Layers {
     folder: "kvstore/src",
     layers: &[
         &["advise", "caps", "clock", "random", "telemetry"],
-        &["calls", "config", "copy_rate", "data_calls", "describing", "prefetches", "trace"],
+        &["calls", "config", "copy_rate", "data_calls", "describing", "prefetches", "prewarms", "trace"],
         &["accesses", "authority", "caller", "connections", "descriptors", "log", "open", "sources"],
         &["daemon"],
         &["status", "tick", "wire"],
@@ -52,12 +50,12 @@ const KVSTORE: Layers = Layers {
 const ROUTER_SERVE: Layers = Layers {
     folder: "router/src/serve",
     layers: &[
-        &["connections", "json", "listen"],
-        &["openai", "sse"],
+        &["connections", "json", "listen", "shapes"],
+        &["answers", "openai", "sse"],
         &["body", "upstream"],
         &["app"],
         &["metrics", "models", "resume"],
-        &["ahead", "known"],
+        &["ahead", "known", "verify"],
         &["call", "indexer"],
         &["whole"],
         &["pass", "relay"],

@@ -107,13 +107,13 @@ async fn who_floods_the_memory_gives_way_first() {
     put(&b, &group_b, 0..300, Level::Memory).await;
     for round in 1..=4 {
         put(&a, &group_a, round * 10_000..round * 10_000 + 1000, Level::Memory).await;
-        tokio::time::sleep(Duration::from_millis(60)).await;
+        tokio::time::sleep(Duration::from_millis(150)).await;
     }
     assert_eq!(b.readable_blocks(&group_b, &hashes(0..300)).await.unwrap(), 300);
     // One that has more than its share gives it up to one that has less.
     for at in (1000..1180).step_by(20) {
         put(&b, &group_b, at..at + 20, Level::Memory).await;
-        tokio::time::sleep(Duration::from_millis(60)).await;
+        tokio::time::sleep(Duration::from_millis(150)).await;
     }
     let there = [0..300, 1000..1180].map(hashes);
     let mut held = 0;
@@ -145,7 +145,7 @@ fn swept(nvme: &std::sync::Arc<NvmeTier>, at: kvstore_tiers::BootTime, gone: imp
     while !gone() {
         // An earlier sweep may be under way still.
         nvme.tick(at);
-        assert!(begun.elapsed() < Duration::from_secs(10), "unused blocks are not swept");
+        assert!(begun.elapsed() < Duration::from_secs(60), "unused blocks are not swept");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -4,13 +4,13 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvstore::replay;
 use kvstore_client::v1::{Level, LookupRequest, PrefetchState, PutStatus};
 use kvstore_client::{Client, Error, GetOptions, GetOutcome, GroupRef, PutOptions, RegisteredLayout};
 use kvstore_tests::tier::{self, Got, TierOptions, Tiers};
-use kvstore_tests::{TestDaemon, chain, disk_use, hashes, sharded_layout};
+use kvstore_tests::{TestDaemon, chain, disk_use, hashes, sharded_layout, until};
 use kvstore_tiers::host::Leasing;
 use kvstore_tiers::nvme::{NvmeEngine, OpenError, VolumeHeader};
 
@@ -208,12 +208,7 @@ async fn deleted_blocks_do_not_come_back() {
         }
         let next = daemon(disk.path(), &[]).await;
         let (client, group) = next.group(BLOCK).await;
-        for _ in 0..100 {
-            if client.status().await.unwrap().nvme.unwrap().volumes[0].state == "SERVING" {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        until(&client, |status| status.nvme.as_ref().unwrap().volumes[0].state == "SERVING").await;
         assert_eq!(lookup(&client, &group, 0..10).await.0, 10);
         assert_eq!(lookup(&client, &group, 10..20).await.0, 0, "index lost: {lose_index}");
         assert_eq!(lookup(&client, &group, 20..30).await.0, 10);
@@ -271,15 +266,15 @@ async fn the_bound_holds_at_every_moment() {
     assert!(most <= 96 << 20, "{most} bytes of disk were taken");
     assert!(most > 60 << 20, "and the bound is used: {most}");
     client.set_config([("nvme.bytes".into(), "64MiB".into())].into()).await.unwrap();
-    let mut now = u64::MAX;
-    for _ in 0..200 {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        now = disk_use(disk.path());
+    let begun = Instant::now();
+    loop {
+        let now = disk_use(disk.path());
         if now <= 64 << 20 {
             break;
         }
+        assert!(begun.elapsed() < Duration::from_secs(60), "{now} bytes are still taken");
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    assert!(now <= 64 << 20, "{now} bytes are still taken");
     put_local(&client, &group, 9000..9010).await;
     assert_eq!(lookup(&client, &group, 9000..9010).await.0, 10);
 }
@@ -394,7 +389,10 @@ fn blocks_deleted_on_their_way_do_not_arrive() {
     let tiers = Tiers::open(disk.path(), &options).unwrap();
     let all: Vec<_> = (0..120).map(tier::hash).collect();
     let mut caught = 0;
-    for round in 0..5 {
+    for round in 0..50 {
+        if round >= 5 && caught > 0 {
+            break;
+        }
         (0..120).for_each(|id| assert!(tiers.put(id, false)));
         caught += usize::from(tiers.nvme.dirty_bytes() > 0);
         tiers.nvme.delete(&tiers.layout, 0, &all);
@@ -439,15 +437,7 @@ async fn callers_that_leave_leave_nothing_behind() {
         tokio::time::sleep(Duration::from_millis(wait_ms)).await;
         leaving.iter().for_each(tokio::task::JoinHandle::abort);
     }
-    let mut flights = u64::MAX;
-    for _ in 0..200 {
-        flights = client.status().await.unwrap().host.unwrap().flights;
-        if flights == 0 {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    assert_eq!(flights, 0);
+    until(&client, |status| status.host.as_ref().unwrap().flights == 0).await;
     // All of the memory can still be turned over, and all blocks read.
     let outcomes = client.get(&group, &hashes(0..300)).await.unwrap();
     assert!(
@@ -557,13 +547,13 @@ fn memory_that_is_read_everywhere_does_not_stop_the_daemon() {
         }
         let _ = done.send(());
     });
-    ended.recv_timeout(Duration::from_secs(20)).expect("tick() goes on for ever");
+    ended.recv_timeout(Duration::from_secs(60)).expect("tick() goes on for ever");
     drop(leased);
     tiers.host.tick(tier::now());
     let status = tiers.host.status();
     let slots: u64 = status.pools.iter().map(|pool| pool.slots).sum();
     assert!(
-        status.blocks <= slots * 98 / 100,
+        status.blocks <= (slots * 98).div_ceil(100),
         "{} blocks in {slots} slots: evicted once nobody reads them",
         status.blocks
     );

@@ -1,5 +1,6 @@
 //! A volume and its bound: a smaller one is reached under any load, writing goes on, and what cannot be is said.
 
+use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -7,6 +8,7 @@ use kvstore_client::v1::Level;
 use kvstore_client::{Error, PutOptions};
 use kvstore_tests::tier::{TierOptions, Tiers, as_killed, now};
 use kvstore_tests::{TestDaemon, chain, disk_use};
+use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 
 fn tiers(disk: &Path, mib: u64) -> Tiers {
     Tiers::open(disk, &TierOptions { nvme_bytes: mib << 20, ..TierOptions::default() }).unwrap()
@@ -18,7 +20,7 @@ fn reason(tiers: &Tiers) -> String {
 
 /// While a block comes now and then, the disk gets within the bound; and then it takes more blocks than fit, and stays within.
 fn reaches_and_goes_on(tiers: &Tiers, disk: &Path, bytes: u64) {
-    let until = Instant::now() + Duration::from_secs(15);
+    let until = Instant::now() + Duration::from_secs(60);
     let mut id = 10_000;
     while disk_use(disk) > bytes {
         assert!(Instant::now() < until, "{} bytes are still taken", disk_use(disk));
@@ -67,6 +69,65 @@ fn a_smaller_bound_holds_after_a_restart() {
     for id in [1290, 1299, 20_899] {
         assert!(tiers.get(id).bytes().is_some(), "block {id}");
     }
+    tiers.close();
+}
+
+/// A file whose disk space the file system does not take back, while this value lives.
+struct Kept {
+    file: File,
+    before: IFlags,
+}
+
+impl Kept {
+    /// `None` where the machine does not allow that.
+    fn new(path: &Path) -> Option<Self> {
+        let file = File::open(path).unwrap();
+        let before = ioctl_getflags(&file).ok()?;
+        // No hole is punched into a file that only grows; who has it open writes wherever it likes.
+        ioctl_setflags(&file, before | IFlags::APPEND).ok()?;
+        Some(Self { file, before })
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let _ = ioctl_setflags(&self.file, self.before);
+    }
+}
+
+/// A file system that does not take disk space back is not asked without end: that is said, and writing goes on. The next bound is
+/// another try.
+#[test]
+fn disk_space_that_the_file_system_keeps_is_said_and_asked_for_again_with_the_next_bound() {
+    let disk = tempfile::tempdir().unwrap();
+    let tiers = tiers(disk.path(), 160);
+    (0..1300).for_each(|id| assert!(tiers.put(id, false)));
+    tiers.settle();
+    let Some(kept) = Kept::new(&disk.path().join("blocks")) else {
+        println!("skipped: a file that only grows needs root, and a file system that knows such files");
+        return tiers.close();
+    };
+    let within = |tiers: &Tiers| disk_use(disk.path()) <= 72 << 20 && reason(tiers).is_empty();
+    let until = |what: &str, is: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !is() {
+            assert!(Instant::now() < deadline, "{what}: {:?}", tiers.nvme.status());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    tiers.nvme.set_limits(72 << 20, 8 << 20);
+    until("it is said", &|| reason(&tiers).contains("does not take back disk space beyond nvme.bytes"));
+    assert_eq!(tiers.nvme.status().volumes[0].state, "SERVING");
+    drop(kept);
+    for id in 20_000..20_900 {
+        assert!(tiers.put(id, true), "block {id}: {:?}", tiers.nvme.status());
+    }
+    // Other chores are tried again after half of that.
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(disk_use(disk.path()) > 72 << 20, "it was asked again");
+    tiers.nvme.set_limits(72 << 20, 8 << 20);
+    until("it is given back", &|| within(&tiers));
+    assert!(tiers.get(20_899).bytes().is_some());
     tiers.close();
 }
 

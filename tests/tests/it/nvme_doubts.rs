@@ -74,7 +74,7 @@ fn a_smaller_bound_is_reached_on_an_idle_node_once_the_index_is_open_again() {
     std::thread::sleep(Duration::from_millis(100));
     faults.disarm();
     tiers.until_state("SERVING");
-    let until = Instant::now() + Duration::from_secs(15);
+    let until = Instant::now() + Duration::from_secs(60);
     while disk_use(disk.path()) > 48 << 20 {
         assert!(Instant::now() < until, "{} bytes are still taken", disk_use(disk.path()));
         std::thread::sleep(Duration::from_millis(20));

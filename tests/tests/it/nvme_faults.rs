@@ -57,7 +57,7 @@ fn the_nth_operation_fails_for_every_n() {
             faults.disarm();
             // A second life on the same folder; what was LOCAL is there.
             tiers.until_state("SERVING");
-            let retried = (0..200).any(|_| {
+            let retried = (0..6000).any(|_| {
                 tiers.put(1000, true) || {
                     std::thread::sleep(Duration::from_millis(10));
                     false
@@ -156,7 +156,7 @@ fn a_disk_that_keeps_failing_to_sync_becomes_read_only() {
     let faults = Faults::none();
     let tiers = Tiers::open(disk.path(), &faulty(&faults)).unwrap();
     (0..10).for_each(|id| assert!(tiers.put(id, true)));
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(60);
     let mut id = 100;
     while tiers.nvme.status().volumes[0].state != "READ_ONLY" {
         assert!(Instant::now() < until, "{:?}", tiers.nvme.status());
@@ -419,7 +419,7 @@ fn a_full_file_system_refuses_writes_and_ends_by_itself() {
     drop(more);
     std::fs::remove_file(&ballast).unwrap();
     tiers.until_state("SERVING");
-    let taken = (0..300).any(|_| {
+    let taken = (0..3000).any(|_| {
         tiers.put(1000, true) || {
             std::thread::sleep(Duration::from_millis(20));
             false

@@ -187,7 +187,7 @@ fn what_a_scan_found_reaches_an_index_that_failed_meanwhile() {
     faults.arm(Fault::IndexFails, 1);
     let tiers = Tiers::open(disk.path(), &faulty(&faults)).unwrap();
     for id in 0..60 {
-        for _ in 0..400 {
+        for _ in 0..12_000 {
             if tiers.is_on_disk(id) {
                 break;
             }

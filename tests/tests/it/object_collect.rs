@@ -56,7 +56,7 @@ fn at_first_delete(store: &FakeStore, once: impl Fn() + Send + Sync + 'static) {
         }
         async move {
             if is_first {
-                tokio::time::sleep(Duration::from_millis(300)).await;
+                tokio::time::sleep(Duration::from_secs(1)).await;
             }
         }
         .boxed()

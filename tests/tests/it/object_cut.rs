@@ -43,7 +43,8 @@ fn packs_in(folder: &Path) -> Vec<PathBuf> {
             if path.is_dir() { folders.push(path) } else { packs.push(path) }
         }
     }
-    packs.retain(|path| path.to_str().unwrap().contains("/ns="));
+    // What is being written is beside its name for a moment, with a "#" behind it.
+    packs.retain(|path| path.to_str().is_some_and(|path| path.contains("/ns=") && !path.contains('#')));
     packs.sort();
     packs
 }

@@ -59,7 +59,7 @@ async fn a_ten_minute_outage() {
     let mut serving = daemon(&bucket, Some(disk.path())).await;
     let (mut client, mut group) = serving.group(BLOCK).await;
     client = client.with_deadline(DEADLINE);
-    until(&client, Duration::from_secs(20), |object| object.state == "SERVING").await;
+    until(&client, Duration::from_secs(60), |object| object.state == "SERVING").await;
     let durable = PutOptions { level: Level::Durable, ..PutOptions::default() };
     client.put_with(&group, chain(0..10, BLOCK), durable).await.unwrap();
 
@@ -113,7 +113,7 @@ async fn a_ten_minute_outage() {
 
     let other = daemon(&s3::settings(server.address, "p"), None).await;
     let (client, group) = other.group(BLOCK).await;
-    until(&client, Duration::from_secs(20), |object| object.state == "SERVING").await;
+    until(&client, Duration::from_secs(60), |object| object.state == "SERVING").await;
     for at in runs {
         assert_bytes(&client, &group, at..at + 5).await;
     }

@@ -75,7 +75,7 @@ impl Verified {
         assert!(matches!(error, Error::Unavailable(_) | Error::Deadline(_)), "{error}");
         self.proxy.always(None);
         // A store that failed so often is left alone for a moment.
-        let mut tries = 0..100;
+        let mut tries = 0..600;
         while let Err(error) = self.put(300..301).await {
             assert!(tries.next().is_some(), "{error}");
             tokio::time::sleep(Duration::from_millis(100)).await;

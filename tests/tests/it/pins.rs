@@ -31,7 +31,7 @@ async fn ticket(client: &Client, group: &GroupRef, ids: std::ops::Range<u64>) ->
         layout_digest: group.layout_digest.clone(),
         groups: vec![group.group],
         sequence_hashes: hashes(ids),
-        ticket_ttl_ms: 20_000,
+        ticket_ttl_ms: 30_000,
         ..LookupRequest::default()
     };
     let answer = client.lookup(request).await.unwrap();
@@ -71,7 +71,7 @@ impl Stalling {
         let left = || std::fs::read_dir(&refs).map_or(0, |entries| entries.count());
         let begun = Instant::now();
         while left() > 0 {
-            assert!(begun.elapsed() < Duration::from_secs(20), "{} references are left in the bucket", left());
+            assert!(begun.elapsed() < Duration::from_secs(60), "{} references are left in the bucket", left());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -88,7 +88,7 @@ async fn a_pin_whose_deadline_passes_holds_nothing() {
         let (client, group) = stalling.daemon.group_over(plane, BLOCK).await;
         put(&client, &group, 0..20, Level::Local).await;
         put(&client, &group, 100..120, Level::Memory).await;
-        stalling.proxy.always(Some((Meant::Any, Fault::Delay(Duration::from_secs(5)))));
+        stalling.proxy.always(Some((Meant::Any, Fault::Delay(Duration::from_secs(20)))));
         let client = client.with_deadline(Duration::from_secs(1));
         let pins = (0..7).map(|at| {
             let (client, group) = (client.clone(), group.clone());
@@ -97,7 +97,7 @@ async fn a_pin_whose_deadline_passes_holds_nothing() {
                 let from = if at % 2 == 0 { 0 } else { 100 };
                 let answer = client.pin(&group, &hashes(from..from + 20), 24 * 3600 * 1000).await;
                 assert!(matches!(answer, Err(Error::Deadline(_))), "{answer:?}");
-                assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+                assert!(begun.elapsed() < Duration::from_secs(12), "{:?}", begun.elapsed());
             })
         });
         for pin in pins.collect::<Vec<_>>() {

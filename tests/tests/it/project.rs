@@ -4,23 +4,28 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// The arrows that ARCHITECTURE.md draws. A new one needs an ADR.
-const ARROWS: [(&str, &[&str]); 14] = [
+const ARROWS: [(&str, &[&str]); 17] = [
     ("kvstore-proto", &[]),
     ("kvstore-plane", &[]),
     ("kvstore-transfer", &["kvstore-plane"]),
     ("kvstore-plane-loom", &[]),
     ("kvstore-plane-shuttle", &[]),
-    ("kvstore-tiers", &["kvstore-plane", "kvstore-rocksdb", "kvstore-transfer"]),
+    ("kvstore-bucket", &[]),
+    ("kvstore-tiers", &["kvstore-bucket", "kvstore-plane", "kvstore-rocksdb", "kvstore-transfer"]),
+    ("kvstore-checkpoint", &["kvstore-bucket"]),
     ("kvstore-client", &["kvstore-plane", "kvstore-proto"]),
-    ("kvstore-python", &["kvstore-client"]),
+    ("kvstore-python", &["kvstore-bucket", "kvstore-checkpoint", "kvstore-client"]),
+    ("kvstore-chat", &[]),
     ("kvstore-index", &[]),
     ("kvstore-index-shuttle", &[]),
-    ("kvstore-router", &["kvstore-client", "kvstore-index", "kvstore-proto"]),
-    ("kvstore", &["kvstore-client", "kvstore-plane", "kvstore-proto", "kvstore-tiers"]),
+    ("kvstore-router", &["kvstore-chat", "kvstore-client", "kvstore-index", "kvstore-proto"]),
+    ("kvstore", &["kvstore-checkpoint", "kvstore-client", "kvstore-plane", "kvstore-proto", "kvstore-tiers"]),
     (
         "kvstore-tests",
         &[
             "kvstore",
+            "kvstore-chat",
+            "kvstore-checkpoint",
             "kvstore-client",
             "kvstore-plane",
             "kvstore-proto",
@@ -34,6 +39,7 @@ const ARROWS: [(&str, &[&str]); 14] = [
         "kvstore-benches",
         &[
             "kvstore",
+            "kvstore-chat",
             "kvstore-client",
             "kvstore-plane",
             "kvstore-proto",

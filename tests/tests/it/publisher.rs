@@ -1,10 +1,12 @@
 //! What blocks do, over ZeroMQ, as other routers read it: their events are understood by this project's router, and by another implementation of ZeroMQ.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kvstore::replay;
+use kvstore::{caps, replay};
 use kvstore_client::v1::{BlockKind, Level};
 use kvstore_client::{Client, GroupRef, PutBlock, PutOptions};
 use kvstore_proto::zmtp::{Connection, Endpoint};
@@ -28,8 +30,8 @@ impl Published {
         let mut socket = zeromq::SubSocket::new();
         socket.connect(endpoint).await.unwrap();
         socket.subscribe("kv@").await.unwrap();
-        // A subscription is on its way for a while.
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        // A subscription is on its way for a while, and nobody says when it has come.
+        tokio::time::sleep(Duration::from_secs(1)).await;
         Self { socket, next: 0, places: BTreeMap::new(), tokens: BTreeMap::new() }
     }
 
@@ -63,7 +65,7 @@ impl Published {
     async fn until(&mut self, what: &str, reached: impl Fn(&Self) -> bool) {
         let begun = Instant::now();
         while !reached(self) {
-            let left = Duration::from_secs(10).saturating_sub(begun.elapsed());
+            let left = Duration::from_secs(60).saturating_sub(begun.elapsed());
             let message = tokio::time::timeout(left, self.socket.recv()).await;
             let message = message.unwrap_or_else(|_| panic!("{what}: {:?}", self.places)).unwrap();
             self.take(&message.into_vec());
@@ -207,13 +209,25 @@ async fn slow_and_hostile_followers_are_cut_off() {
     other_topic.send(&[b"\x01other"]).await.unwrap();
     let mut quick = connect().await;
     quick.send(&[b"\x01"]).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let all_is_put = Arc::new(AtomicBool::new(false));
+    let is_last = Arc::clone(&all_is_put);
     let reading = tokio::spawn(async move {
         let mut numbers = Vec::new();
-        while let Ok(Ok(Some(frames))) = tokio::time::timeout(Duration::from_secs(2), quick.receive()).await {
+        loop {
+            let next = quick.receive();
+            tokio::pin!(next);
+            // Two seconds without any are its end once all is put, and say nothing before.
+            let frames = loop {
+                match tokio::time::timeout(Duration::from_secs(2), &mut next).await {
+                    Ok(frames) => break frames.ok().flatten(),
+                    Err(_) if is_last.load(Ordering::Acquire) => break None,
+                    Err(_) => {}
+                }
+            };
+            let Some(frames) = frames else { return numbers };
             numbers.push(u64::from_be_bytes(frames[1].as_ref().try_into().unwrap()));
         }
-        numbers
     });
     for round in 0..6u64 {
         let ids = round * 4000..(round + 1) * 4000;
@@ -221,6 +235,7 @@ async fn slow_and_hostile_followers_are_cut_off() {
         put(&client, &group, ids.clone(), Level::Memory).await;
         client.delete(&group, &ids.map(hash).collect::<Vec<_>>()).await.unwrap();
     }
+    all_is_put.store(true, Ordering::Release);
     let numbers = reading.await.unwrap();
     assert!(numbers.len() > 300 && numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "{}", numbers.len());
     // What it did not read is kept for nobody: it gets what the socket held, and then the end, or all of it where that was enough.
@@ -241,6 +256,41 @@ async fn slow_and_hostile_followers_are_cut_off() {
         assert!(!matches!(peer.receive().await, Ok(Some(_))), "hung up on");
     }
     assert!(client.status().await.is_ok());
+}
+
+/// When the system asks the peer of a connection between these ports whether it lives; `None` where it does not, or has something else
+/// to do first.
+fn asked_within(port: u16, peers_port: u16) -> Option<Duration> {
+    let port_of = |address: &str| u16::from_str_radix(address.split_once(':')?.1, 16).ok();
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let mut rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let row = rows.find(|row| port_of(row[1]) == Some(port) && port_of(row[2]) == Some(peers_port))?;
+    // A timer, and the ticks until it rings. Number 2 is the keepalive.
+    let ticks = u64::from_str_radix(row[5].strip_prefix("02:")?, 16).unwrap();
+    Some(Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()))
+}
+
+/// Followers whose machines vanished without a word would hold all places of a socket, where nothing is published that finds them out.
+/// The system asks each of them whether it lives, and not after two hours, as by default.
+#[tokio::test(flavor = "multi_thread")]
+async fn followers_are_asked_whether_they_live() {
+    let (disk, bucket) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (_daemon, _, _, endpoints) = start(&settings(disk.path(), bucket.path())).await;
+    for (endpoint, kind) in endpoints.iter().zip(["SUB", "DEALER"]) {
+        let Endpoint::Tcp(host, port) = endpoint.parse().unwrap() else { panic!() };
+        let stream = TcpStream::connect((host.as_str(), port)).await.unwrap();
+        let peers_port = stream.local_addr().unwrap().port();
+        let _peer = Connection::handshake(stream, kind, 1 << 20).await.unwrap();
+        let begun = Instant::now();
+        let within = loop {
+            match asked_within(port, peers_port) {
+                Some(within) => break within,
+                None => assert!(begun.elapsed() < Duration::from_secs(60), "{kind}: nobody asks"),
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
+        assert!(within <= caps::PUBLISHER_KEEPALIVE_IDLE, "{kind}: {within:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -38,7 +38,7 @@ async fn exchange(front: &Front, request: &[u8]) -> Vec<u8> {
     stream.write_all(request).await.unwrap();
     let mut all = Vec::new();
     // A connection that is reset has said all that it will.
-    let _ = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut all)).await.expect("it never closed");
+    let _ = tokio::time::timeout(Duration::from_secs(60), stream.read_to_end(&mut all)).await.expect("it never closed");
     all
 }
 
@@ -452,7 +452,7 @@ async fn keep_alives_come_at_once() {
     let worker = RawWorker::start(|_| {
         let mut steps = vec![stream_head()];
         for _ in 0..4 {
-            steps.extend([chunk(b": keep-alive\n\n"), Step::Wait(Duration::from_millis(300))]);
+            steps.extend([chunk(b": keep-alive\n\n"), Step::Wait(Duration::from_secs(1))]);
         }
         steps.extend([
             chunk(b"data: {\"choices\":[{\"index\":0,\"text\":\"x\",\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n"),
@@ -469,9 +469,10 @@ async fn keep_alives_come_at_once() {
     while stream.read_buf(&mut all).await.unwrap() > 0 {
         came.push((begun.elapsed(), all.windows(10).filter(|window| window == b"keep-alive").count()));
     }
-    let first = came.iter().find(|(_, count)| *count == 1).map(|(at, _)| *at).unwrap();
-    let last = came.iter().find(|(_, count)| *count == 4).map(|(at, _)| *at).unwrap();
-    assert!(last - first > Duration::from_millis(600), "one after the other: {came:?}");
+    // Four seconds lie between the first and the end. Whoever reads late on a busy machine may find two of them at once.
+    let first = came.iter().find(|(_, count)| *count > 0).unwrap();
+    let (end, all) = came.last().unwrap();
+    assert!(first.1 < 4 && *all == 4 && *end - first.0 > Duration::from_millis(900), "one after the other: {came:?}");
 }
 
 /// Pieces of an answer, one after the other, then a break.

@@ -15,7 +15,12 @@ use serde_json::{Value, json};
 const QUICK: Duration = Duration::from_millis(2);
 
 async fn two() -> (ScriptedEngine, ScriptedEngine, Front) {
-    let (a, b) = (ScriptedEngine::start("m", QUICK).await, ScriptedEngine::start("m", QUICK).await);
+    two_of(QUICK).await
+}
+
+/// Two that take so long for a token, and a router before them.
+async fn two_of(delay: Duration) -> (ScriptedEngine, ScriptedEngine, Front) {
+    let (a, b) = (ScriptedEngine::start("m", delay).await, ScriptedEngine::start("m", delay).await);
     let front =
         Front::start(&[spec("a", &a.url(), Role::Both), spec("b", &b.url(), Role::Both)], PlaceOptions::default())
             .await;
@@ -25,7 +30,8 @@ async fn two() -> (ScriptedEngine, ScriptedEngine, Front) {
 #[tokio::test(flavor = "multi_thread")]
 async fn answers_come_whole_and_in_pieces_from_where_the_prefix_is() {
     let (_a, _b, front) = two().await;
-    let prompt: Vec<u32> = (0..320).collect();
+    // So long that to compute it takes longer than a worker that stood still for a moment is thought to take.
+    let prompt: Vec<u32> = (0..4000).collect();
     front.holds("b", &prompt);
     let tokens: Vec<u64> = prompt.iter().map(|token| u64::from(*token)).collect();
     for _ in 0..3 {
@@ -100,7 +106,8 @@ async fn an_answer_that_breaks_off_goes_on_elsewhere_with_the_same_tokens() {
         (Mood::FailsAfter(7), "/v1/completions"),
         (Mood::DiesAfter(7), "/v1/chat/completions"),
     ] {
-        let (a, b, front) = two().await;
+        // Before a conversation breaks off, there is time to see where it is.
+        let (a, b, front) = two_of(if path == "/v1/completions" { QUICK } else { Duration::from_millis(200) }).await;
         let mut body = json!({"model": "m", "max_tokens": 20, "stream": true, "temperature": 0, "user": "u", "stream_options": {"include_usage": true}});
         let prompt: Vec<u64> = match path {
             "/v1/completions" => {
@@ -121,9 +128,9 @@ async fn an_answer_that_breaks_off_goes_on_elsewhere_with_the_same_tokens() {
         let streaming = front.post(path, body);
         let (stream, ()) = tokio::join!(streaming, async {
             // Whichever has the conversation dies; the other lives.
-            until("it is at a worker", || a.streaming() + b.streaming() > 0).await;
-            a.set_mood(if a.streaming() > 0 { mood } else { Mood::Well });
-            b.set_mood(if b.streaming() > 0 { mood } else { Mood::Well });
+            until("it is at a worker", || a.requests() + b.requests() > 0).await;
+            let other = if a.requests() > 0 { &b } else { &a };
+            other.set_mood(Mood::Well);
         });
         assert_eq!(stream.text(), text(&answer(&prompt, 20)), "{mood:?} {path}");
         let pieces = stream.pieces();
@@ -189,10 +196,10 @@ async fn a_client_that_leaves_ends_its_request_at_the_worker() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn overload_waits_then_sheds_with_retry_after() {
-    let engine = ScriptedEngine::start("m", Duration::from_millis(20)).await;
+    // An answer takes some two seconds: the third and the fourth wait so long, a fifth would wait for twice as long.
+    let engine = ScriptedEngine::start("m", Duration::from_millis(300)).await;
     let choose = Choose { requests_max: 2, ..Choose::default() };
-    let options =
-        PlaceOptions { choose, queue_time: Duration::from_millis(300), queue_max: 3, ..PlaceOptions::default() };
+    let options = PlaceOptions { choose, queue_time: Duration::from_secs(4), queue_max: 3, ..PlaceOptions::default() };
     let front = Front::start(&[spec("a", &engine.url(), Role::Both)], options).await;
     let body = json!({"model": "m", "prompt": [1, 2, 3], "max_tokens": 8});
     let all = futures::future::join_all((0..12).map(|_| front.post("/v1/completions", body.clone()))).await;
@@ -334,8 +341,9 @@ async fn replicas_count_each_others_requests() {
     let first = Front::start(&workers[..1], PlaceOptions::default()).await;
     let serve = ServeOptions { peers: vec![first.url.clone()], ..ServeOptions::default() };
     let second = Front::start_with(&workers, PlaceOptions::default(), serve).await;
-    let long: Vec<u32> = (0..4000).collect();
-    let busy = json!({"model": "m", "prompt": long, "max_tokens": 50, "stream": true});
+    let long: Vec<u32> = (0..3000).collect();
+    // Longer than the rest of this test takes.
+    let busy = json!({"model": "m", "prompt": long, "max_tokens": 900, "stream": true});
     let mut streams = Vec::new();
     for _ in 0..3 {
         let request = http::Request::post(format!("{}/v1/completions", first.url))

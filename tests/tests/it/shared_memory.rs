@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use kvstore_plane::{HeapTable, KeyTable, SequenceHash, SlotEntry, SlotKey, SlotRef, SlotState};
 use proptest::prelude::*;
@@ -16,20 +17,18 @@ fn key(stamp: u64) -> SlotKey {
 #[test]
 fn no_reader_sees_a_torn_entry() {
     let entry = Arc::new(SlotEntry::free());
-    let stop = Arc::new(AtomicBool::new(false));
+    let (stop, reads) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let reader = {
-        let (entry, stop) = (Arc::clone(&entry), Arc::clone(&stop));
+        let (entry, stop, reads) = (Arc::clone(&entry), Arc::clone(&stop), Arc::clone(&reads));
         std::thread::spawn(move || {
-            let mut seen = 0u64;
             while !stop.load(Ordering::Relaxed) {
                 if let Some(record) = entry.read() {
                     let stamp = u64::from(record.length);
                     assert_eq!(record.key, key(stamp));
                     assert_eq!(record.crc32, record.length ^ 0x5555_5555);
-                    seen += 1;
+                    reads.fetch_add(1, Ordering::Relaxed);
                 }
             }
-            seen
         })
     };
     for stamp in 1..400_000u64 {
@@ -42,9 +41,15 @@ fn no_reader_sees_a_torn_entry() {
     }
     entry.reserve(&key(7), 1);
     entry.publish(7, 7 ^ 0x5555_5555);
-    std::thread::sleep(std::time::Duration::from_millis(20));
+    // It reads on for a moment, and until it has seen something.
+    let until = Instant::now() + Duration::from_secs(60);
+    std::thread::sleep(Duration::from_millis(20));
+    while reads.load(Ordering::Relaxed) == 0 && !reader.is_finished() {
+        assert!(Instant::now() < until, "the reader saw nothing");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     stop.store(true, Ordering::Relaxed);
-    assert!(reader.join().unwrap() > 0, "the reader saw nothing");
+    reader.join().unwrap();
     entry.withdraw(SlotState::Doomed);
     assert_eq!(entry.read(), None);
     assert_eq!(entry.state(), SlotState::Doomed);

@@ -10,7 +10,7 @@ use kvstore_tests::memory::Memory;
 use kvstore_tests::tier::{hash, now};
 use kvstore_tests::{TestDaemon, chain, hashes, until};
 use kvstore_tiers::below::{Below, WhyNotRead};
-use kvstore_tiers::host::Leasing;
+use kvstore_tiers::host::{LeasedBlock, Leasing};
 use kvstore_tiers::slots::Priority;
 use kvstore_tiers::stack::{
     Admission, AdmissionRules, Asked, Copy, Level as StackLevel, NamespaceRules, Policy, Promotion, Stack, Window, Wish,
@@ -48,6 +48,17 @@ impl Two {
         self.memory.forget(ids);
     }
 
+    /// Blocks from `first` on, in memory and below, until memory takes no more: all of it is leased.
+    fn fill(&self, first: u64) -> Vec<LeasedBlock> {
+        let put = |id| {
+            let (leased, sums) = self.memory.put(id, None)?;
+            let copy = Copy { block: self.memory.block(id), parent: None, sums, leased: None };
+            self.stack.stored(copy, &self.wish(StackLevel::Durable));
+            Some(leased)
+        };
+        (first..).map_while(put).collect()
+    }
+
     fn wish(&self, level: StackLevel) -> Wish {
         Wish { namespace: self.memory.layout.namespace, level, upload: false }
     }
@@ -58,7 +69,7 @@ impl Two {
     }
 
     async fn bring(&self, id: u64) -> bool {
-        match self.promotion(Duration::from_secs(5)).bring(hash(id)).await {
+        match self.promotion(Duration::from_secs(60)).bring(hash(id)).await {
             Leasing::Leased(block) => {
                 self.memory.check(id, &block);
                 true
@@ -104,7 +115,7 @@ async fn a_caller_that_leaves_costs_no_slot() {
         if id % 2 == 0 {
             two.disk.fail([ReadFault::Told(WhyNotRead::Damaged)]);
         }
-        let promotion = two.promotion(Duration::from_secs(5));
+        let promotion = two.promotion(Duration::from_secs(60));
         let bringing = promotion.bring(hash(id));
         let left = tokio::time::timeout(Duration::from_millis(1), bringing).await;
         assert!(left.is_err(), "block {id} came though the disk holds it");
@@ -169,7 +180,7 @@ async fn a_full_tier_is_waited_for_and_costs_no_block() {
 async fn a_window_asks_for_many_blocks_at_once_and_yields_them_in_order() {
     let two = Two::new();
     two.below(0..100);
-    let promotion = two.promotion(Duration::from_secs(5));
+    let promotion = two.promotion(Duration::from_secs(60));
     let asked = (0..100).map(|id| Asked { index: id as usize, hash: hash(id), known: None });
     let policy = Policy { ahead: 32, ends_outranked: true, ends_full: false };
     let mut window = Window::new(&promotion, policy, asked);
@@ -183,6 +194,55 @@ async fn a_window_asks_for_many_blocks_at_once_and_yields_them_in_order() {
     assert_eq!(order, (0..100).map(hash).collect::<Vec<_>>());
     let batches = two.disk.batches();
     assert!(batches.len() <= 8 && batches[0] == 32, "{batches:?}");
+}
+
+/// A call that has leases on all of the memory, and whose next block is on disk alone, would wait for itself until its deadline. The
+/// leases are of blocks in the window, or of those that come after it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_window_gives_back_the_leases_that_leave_no_room_for_the_block_that_is_next() {
+    for ahead in [1, 1000] {
+        let two = Two::new();
+        two.below(0..1);
+        let leased = two.fill(1).into_iter().map(|leased| Some(Leasing::Leased(leased)));
+        let asked = (0..).zip(std::iter::once(None).chain(leased));
+        let asked = asked.map(|(id, known)| Asked { index: id as usize, hash: hash(id), known });
+        let promotion = two.promotion(Duration::from_secs(60));
+        let policy = Policy { ahead, ends_outranked: false, ends_full: false };
+        let mut window = Window::new(&promotion, policy, asked);
+        let mut came = 0;
+        while let Some((index, _, leasing)) = window.next().await {
+            let Leasing::Leased(block) = leasing else { panic!("block {index} of a window of {ahead} did not come") };
+            assert_eq!(index, came, "in their order");
+            two.memory.check(index as u64, &block);
+            came += 1;
+        }
+        assert!(came > 200, "the memory was full of them: {came}");
+        two.is_at_rest();
+    }
+}
+
+/// The same with leases that came and that nobody has looked at yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_window_gives_back_what_has_landed_behind_the_block_that_is_next() {
+    let two = Two::new();
+    two.below(1..20);
+    // Block 1 is to be asked for again; those behind it are there.
+    two.disk.fail([ReadFault::Told(WhyNotRead::Busy)]);
+    let known = std::iter::once(Some(Leasing::Miss)).chain(std::iter::repeat_with(|| None));
+    let asked = (0..20).zip(known).map(|(id, known)| Asked { index: id as usize, hash: hash(id), known });
+    let promotion = two.promotion(Duration::from_secs(60));
+    let policy = Policy { ahead: 32, ends_outranked: false, ends_full: false };
+    let mut window = Window::new(&promotion, policy, asked);
+    assert!(matches!(window.next().await, Some((0, _, Leasing::Miss))));
+    assert_eq!(two.disk.batches(), [19], "all are under way");
+    let others = two.fill(100);
+    assert!(!others.is_empty() && two.memory.put(99, None).is_none(), "no room is left");
+    for id in 1..20 {
+        let Some((_, _, Leasing::Leased(block))) = window.next().await else { panic!("block {id} did not come") };
+        two.memory.check(id, &block);
+    }
+    drop(others);
+    two.is_at_rest();
 }
 
 /// Forty puts of one block that is on disk already spent the day's budget, and kept a new block out. What counted was the

@@ -20,7 +20,7 @@ use kvstore_tiers::{OwnedRun, Run, SequenceHash, Tier};
 use tokio::time::Instant;
 
 const BLOCK: u32 = 100_000;
-const WITHIN: Duration = Duration::from_secs(20);
+const WITHIN: Duration = Duration::from_secs(60);
 
 /// One tier over an empty memory.
 struct Setup {

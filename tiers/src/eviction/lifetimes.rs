@@ -1,14 +1,13 @@
-//! Lifetimes: how long blocks of each class wait until they are read again, learnt while running.
+//! Lifetimes: how long sessions of each class wait until they go on, learnt while running.
 //!
-//! A lifetime starts when a block is touched and ends when it is touched again (a hit), or when it is
-//! forgotten (censored: it might have been read later). Counts of ends by class and age, and of
-//! lifetimes still open by class and start, give the Kaplan-Meier hazard of each class at each age.
-//! From the hazards follows the Gittins index of a block of class c and age a,
-//!   max over t of P(hit within t | age a) / E[room-time spent until then],
-//! which is the hits per block-time that keeping it can earn: the block with the least leaves first.
+//! A lifetime starts when a session is used and ends when it is used again (a hit), or when it is forgotten (censored: it might
+//! have been used later). Counts of ends by class and age, and of lifetimes still open by class and start, give the Kaplan-Meier
+//! hazard of each class at each age. From the hazards follows the Gittins index of a session of class c and age a,
+//!   max over t of P(hit within t | age a) / E[time spent until then],
+//! which is the hits per block and time that keeping one of its blocks can earn: the session with the least shrinks first.
 //! (Gittins 1979 for the index; Beckmann, Chen, Cidon, "LHD", NSDI 2018 for hit density in caches.)
 //!
-//! Time is counted in accesses to the pool, so that nothing depends on how fast a trace is played.
+//! Time is the caller's, in milliseconds: what a session waits for is a person or a tool, not other sessions' traffic.
 
 #![expect(
     clippy::indexing_slicing,
@@ -17,52 +16,47 @@
 
 use std::sync::LazyLock;
 
-use super::EvictionKind;
+use super::classes::CLASSES;
 
-/// Classes of one kind: the tail of a request, then 1, 2, ... 7 or more touches.
-pub(super) const CLASSES_PER_KIND: usize = 8;
-pub(super) const CLASSES: usize = CLASSES_PER_KIND * EvictionKind::COUNT;
-/// Epochs that are told apart: enough for ages from a 64th of the capacity to a thousand capacities.
-pub(super) const EPOCHS: usize = 128;
-/// The newest epochs are this fraction of the pool's capacity long.
-const EPOCHS_PER_CAPACITY: u64 = 64;
+/// Epochs that are told apart: enough for ages from an eighth of a second to a year.
+pub(super) const EPOCHS: usize = 250;
+/// The newest epochs are so long.
+const EPOCH_MS: u64 = 128;
 /// Two neighbouring epochs become one when together they are no longer than their age by this, so that
 /// an age is known to an eighth of itself.
 const AGE_PER_EPOCH: u64 = 8;
-/// Accesses in a tick, the unit in which a block remembers its last touch: 32 bits of ticks last
-/// for 2.7e11 accesses, and a block that sleeps through a wrap merely looks young once.
-pub(super) const TICK_ACCESSES: u64 = 64;
-/// Age bins, two an octave, from 64 accesses.
-const BINS: usize = 56;
+/// The unit in which a lifetime's start is remembered: 32 bits of it last for eight years.
+const TICK_MS: u64 = 64;
+/// Age bins, two an octave, from 64 ms to three days.
+const BINS: usize = 46;
+const BINS_FROM_MS: u64 = 64;
 /// A class's hazard starts from the hazard of all classes with the weight of this many lifetimes.
-const PRIOR_LIFETIMES: f32 = 20.0;
-/// What was learnt fades by this much each half capacity of accesses: half of it is gone after
-/// about seventeen capacities.
-const FADE: f32 = 0.98;
-
-/// Where only a sample of the accesses is seen, an epoch has this many of them at least, ...
-const SAMPLED_PER_EPOCH: u64 = 64;
-/// ... it is learnt after this many, ...
-const SAMPLED_PER_LEARNING: u64 = 1024;
-/// ... and the prior weighs so many times as much, for each lifetime stands for several that were not seen.
-const SAMPLED_PRIOR: f32 = 8.0;
+const PRIOR_LIFETIMES: f32 = 8.0;
+/// And that of all classes from this hazard, for each half octave of age, which is LRU's order, with this weight.
+const PRIOR_HAZARD: f32 = 0.1;
+const PRIOR_OF_ALL: f32 = 10.0;
+/// Shorter horizons than so many stays under LRU do not count: what left cannot come back for nothing.
+const STAYS: f32 = 0.7;
+/// The index is learnt anew after as many lifetimes began, more once many are known, ...
+const LEARNING_STARTS: u32 = 64;
+const LEARNING_STARTS_MAX: u32 = 512;
+const KNOWN_PER_LEARNING: u32 = 64;
+/// ... and what was learnt fades by this much each 64 of them: half of it is gone after some 4,000.
+const FADE: f32 = 0.99;
 
 /// An open lifetime.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Lifetime {
     pub(super) class: u8,
-    /// Touches so far, saturating.
-    pub(super) touches: u8,
-    pub(super) last_tick: u32,
+    pub(super) began_tick: u32,
 }
 
 type ByBin = [f32; BINS];
 
 #[derive(Clone, Copy)]
 struct Epoch {
-    /// In accesses.
-    start: u64,
-    /// Where its counts and its blocks are kept: stays, while its rank among the epochs changes.
+    began_ms: u64,
+    /// Where its counts and its sessions are kept: stays, while its rank among the epochs changes.
     place: u8,
 }
 
@@ -75,75 +69,90 @@ pub(super) struct Merge {
 
 /// The statistics and the index table of one pool.
 pub(super) struct Lifetimes {
-    accesses: u64,
-    capacity: u64,
-    /// For how many accesses, and lifetimes, one counts: more than one where only a sample is seen.
-    one_in: u64,
+    now_ms: u64,
+    /// How long LRU would keep a block that is not used again.
+    stay_ms: f32,
     /// The epochs, oldest first.
     epochs: Vec<Epoch>,
     free_places: Vec<u8>,
-    relearnt_at: u64,
+    /// Lifetimes that began since the index was learnt, and before.
+    starts: u32,
+    known: u32,
     hits: Box<[ByBin; CLASSES]>,
     censored: Box<[ByBin; CLASSES]>,
     open: Box<[[u32; EPOCHS]; CLASSES]>,
     index: Box<[ByBin; CLASSES]>,
+    /// A lifetime stands for so many: in a sample of a pool's sessions.
+    each: u32,
 }
 
-fn bin_of(age: u64) -> usize {
-    let age = age.max(64);
+fn bin_of(age_ms: u64) -> usize {
+    let age = age_ms.max(BINS_FROM_MS);
     let octave = age.ilog2();
+    let first = BINS_FROM_MS.ilog2();
     // The upper half of an octave starts at sqrt(2): 181/128.
-    let upper = u64::from((age >> (octave - 6)) * 128 / 64 >= 181);
-    ((u64::from(octave - 6) * 2 + upper) as usize).min(BINS - 1)
+    let upper = u64::from((age >> (octave - first)) * 128 / BINS_FROM_MS >= 181);
+    ((u64::from(octave - first) * 2 + upper) as usize).min(BINS - 1)
 }
 
 fn bin_start(bin: usize) -> f32 {
-    64.0 * 2f32.powf(bin as f32 / 2.0)
+    BINS_FROM_MS as f32 * 2f32.powf(bin as f32 / 2.0)
 }
 
 impl Lifetimes {
-    /// For a pool of about `capacity_blocks`, of whose accesses one in `one_in` is seen.
-    pub(super) fn new(capacity_blocks: usize, one_in: u64) -> Self {
+    pub(super) fn new(each: u32) -> Self {
+        let mut epochs = Vec::with_capacity(EPOCHS);
+        epochs.push(Epoch { began_ms: 0, place: 0 });
         Self {
-            accesses: 0,
-            capacity: capacity_blocks.max(1) as u64,
-            one_in: one_in.max(1),
-            epochs: vec![Epoch { start: 0, place: 0 }],
+            now_ms: 0,
+            stay_ms: 0.0,
+            epochs,
             free_places: (1..EPOCHS as u8).rev().collect(),
-            relearnt_at: 0,
+            starts: 0,
+            known: 0,
             hits: Box::new([[0.0; BINS]; CLASSES]),
             censored: Box::new([[0.0; BINS]; CLASSES]),
             open: Box::new([[0; EPOCHS]; CLASSES]),
             index: Box::new([[0.0; BINS]; CLASSES]),
+            each: each.max(1),
         }
     }
 
-    pub(super) fn set_capacity(&mut self, blocks: usize) {
-        self.capacity = blocks.max(1) as u64;
+    pub(super) fn now_ms(&self) -> u64 {
+        self.now_ms
+    }
+
+    pub(super) fn set_stay(&mut self, stay_ms: f32) {
+        self.stay_ms = stay_ms;
+    }
+
+    /// Takes over what another learnt.
+    pub(super) fn copy_index(&mut self, other: &Self) {
+        self.index.copy_from_slice(&*other.index);
+        self.starts = 0;
     }
 
     pub(super) fn now_tick(&self) -> u32 {
-        (self.accesses / TICK_ACCESSES) as u32
+        (self.now_ms / TICK_MS) as u32
     }
 
-    /// One access. True when a new epoch began: then call [`Self::merge_one`] until it has nothing to do.
-    pub(super) fn advance(&mut self) -> bool {
-        self.accesses += self.one_in;
-        let seen = if self.one_in == 1 { 1 } else { SAMPLED_PER_EPOCH * self.one_in };
-        let length = (self.capacity / EPOCHS_PER_CAPACITY).max(seen);
-        if self.accesses - self.newest().start < length {
+    /// Time passes. True when a new epoch began: then call [`Self::merge_one`] until it has nothing to do.
+    pub(super) fn advance(&mut self, now_ms: u64) -> bool {
+        self.now_ms = self.now_ms.max(now_ms);
+        if self.now_ms - self.newest().began_ms < EPOCH_MS {
             return false;
         }
         // merge_one leaves a place free, always.
         let Some(place) = self.free_places.pop() else { return false };
-        self.epochs.push(Epoch { start: self.accesses, place });
+        self.epochs.push(Epoch { began_ms: self.now_ms, place });
         true
     }
 
     /// Merges the oldest two neighbours that need no longer be told apart.
     pub(super) fn merge_one(&mut self) -> Option<Merge> {
-        let accesses = self.accesses;
-        let small = |three: &[Epoch]| (three[2].start - three[0].start) * AGE_PER_EPOCH <= accesses - three[2].start;
+        let now_ms = self.now_ms;
+        let small =
+            |three: &[Epoch]| (three[2].began_ms - three[0].began_ms) * AGE_PER_EPOCH <= now_ms - three[2].began_ms;
         let at = match self.epochs.windows(3).position(small) {
             Some(at) => at,
             None if self.free_places.is_empty() => 0,
@@ -158,71 +167,82 @@ impl Lifetimes {
         Some(merge)
     }
 
-    /// True once every half capacity of accesses, when the index table was learnt anew.
+    /// True when the index table was learnt anew.
     pub(super) fn relearn_if_due(&mut self) -> bool {
-        let seen = if self.one_in == 1 { 512 } else { SAMPLED_PER_LEARNING * self.one_in };
-        let due = self.accesses - self.relearnt_at >= (self.capacity / 2).max(seen);
+        let due = self.starts >= (self.known / KNOWN_PER_LEARNING).clamp(LEARNING_STARTS, LEARNING_STARTS_MAX);
         if due {
-            self.relearnt_at = self.accesses;
             self.relearn();
+            self.fade();
+            self.known = self.known.saturating_add(self.starts);
+            self.starts = 0;
         }
         due
     }
 
-    pub(super) fn start(&mut self, class: u8, touches: u8) -> Lifetime {
+    pub(super) fn start(&mut self, class: u8) -> Lifetime {
+        self.starts += self.each;
         let place = usize::from(self.newest().place);
-        self.open[usize::from(class)][place] += 1;
-        Lifetime { class, touches, last_tick: self.now_tick() }
+        self.open[usize::from(class)][place] += self.each;
+        Lifetime { class, began_tick: self.now_tick() }
     }
 
-    /// A lifetime goes on under a rounded time.
-    pub(super) fn reopen(&mut self, life: Lifetime) {
+    /// One more with this class and start.
+    pub(super) fn open(&mut self, life: Lifetime) {
         let place = self.place_of(life);
-        self.open[usize::from(life.class)][place] += 1;
+        self.open[usize::from(life.class)][place] += self.each;
     }
 
-    /// The block was read again.
+    /// The session was used again.
     pub(super) fn end_by_hit(&mut self, life: Lifetime) {
         let bin = bin_of(self.age(life));
-        self.hits[usize::from(life.class)][bin] += self.one_in as f32;
+        self.hits[usize::from(life.class)][bin] += self.each as f32;
         self.close(life);
     }
 
-    /// The block is forgotten; whether it would have been read is not known.
+    /// The session is forgotten; whether it would have been used is not known.
     pub(super) fn end_unknown(&mut self, life: Lifetime) {
         let bin = bin_of(self.age(life));
-        self.censored[usize::from(life.class)][bin] += self.one_in as f32;
+        self.censored[usize::from(life.class)][bin] += self.each as f32;
         self.close(life);
     }
 
-    /// It never was a lifetime worth learning from: refreshed, deleted, or given another class.
+    /// It will not be used: known, not guessed.
+    pub(super) fn end_never(&mut self, life: Lifetime) {
+        self.censored[usize::from(life.class)][BINS - 1] += self.each as f32;
+        self.close(life);
+    }
+
+    /// It never was a lifetime worth learning from.
     pub(super) fn close(&mut self, life: Lifetime) {
         let place = self.place_of(life);
         let open = &mut self.open[usize::from(life.class)][place];
-        *open = open.saturating_sub(1);
+        *open = open.saturating_sub(self.each);
     }
 
     /// The place of the epoch in which `life` began.
     pub(super) fn place_of(&self, life: Lifetime) -> usize {
-        let began_tick = self.accesses.saturating_sub(self.age(life)) / TICK_ACCESSES;
-        let after = self.epochs.partition_point(|epoch| epoch.start / TICK_ACCESSES <= began_tick);
+        let began_tick = self.now_ms.saturating_sub(self.age(life)) / TICK_MS;
+        let after = self.epochs.partition_point(|epoch| epoch.began_ms / TICK_MS <= began_tick);
         usize::from(self.epochs[after.saturating_sub(1)].place)
     }
 
-    /// The places in use, each with the age of its epoch in accesses.
+    /// The places in use, each with the age of the middle of its epoch in milliseconds.
     pub(super) fn places(&self) -> impl Iterator<Item = (usize, u64)> + '_ {
-        self.epochs.iter().map(|epoch| (usize::from(epoch.place), self.accesses - epoch.start))
+        let ends = self.epochs.iter().skip(1).map(|epoch| epoch.began_ms).chain([self.now_ms]);
+        let middle =
+            |(epoch, end_ms): (&Epoch, u64)| (usize::from(epoch.place), self.now_ms - (epoch.began_ms + end_ms) / 2);
+        self.epochs.iter().zip(ends).map(middle)
     }
 
-    /// The age of the epoch at `place` in accesses.
+    /// The age of the epoch at `place` in milliseconds.
     pub(super) fn age_of_place(&self, place: usize) -> u64 {
         self.places().find(|(at, _)| *at == place).map_or(0, |(_, age)| age)
     }
 
-    /// Hits per block and access that keeping a block of `class` and `age` can earn. Before anything is
+    /// Hits per block and millisecond that keeping a block of `class` and `age` can earn. Before anything is
     /// learnt, and between equals, the older goes first.
-    pub(super) fn worth(&self, class: usize, age: u64) -> f32 {
-        self.index[class][bin_of(age)] + 1e-9 / (age as f32 + 1.0)
+    pub(super) fn worth(&self, class: usize, age_ms: u64) -> f32 {
+        self.index[class][bin_of(age_ms)] + 1e-12 / (age_ms as f32 + 1.0)
     }
 
     pub(super) fn is_newest(&self, place: usize) -> bool {
@@ -233,33 +253,36 @@ impl Lifetimes {
         self.epochs[self.epochs.len() - 1]
     }
 
-    fn age(&self, life: Lifetime) -> u64 {
-        u64::from(self.now_tick().wrapping_sub(life.last_tick)) * TICK_ACCESSES
+    /// In milliseconds.
+    pub(super) fn age(&self, life: Lifetime) -> u64 {
+        u64::from(self.now_tick().wrapping_sub(life.began_tick)) * TICK_MS
     }
 
     fn relearn(&mut self) {
         let at_risk = self.at_risk();
-        let pooled: Vec<f32> = (0..BINS)
-            .map(|bin| {
-                let hits: f32 = self.hits.iter().map(|class| class[bin]).sum();
-                hits / (at_risk.iter().map(|class| class[bin]).sum::<f32>() + 1.0)
-            })
-            .collect();
-        let prior = if self.one_in == 1 { PRIOR_LIFETIMES } else { PRIOR_LIFETIMES * SAMPLED_PRIOR };
+        let pooled: ByBin = std::array::from_fn(|bin| {
+            let hits: f32 = self.hits.iter().map(|class| class[bin]).sum();
+            (hits + PRIOR_OF_ALL * PRIOR_HAZARD) / (at_risk.iter().map(|class| class[bin]).sum::<f32>() + PRIOR_OF_ALL)
+        });
+        let least_ms = self.stay_ms * STAYS;
         let mut unseen = None;
         for class in 0..CLASSES {
             let hazard = std::array::from_fn(|bin| {
-                let hits = self.hits[class][bin] + prior * pooled[bin];
-                (hits / (at_risk[class][bin] + prior)).min(1.0)
+                let hits = self.hits[class][bin] + PRIOR_LIFETIMES * pooled[bin];
+                (hits / (at_risk[class][bin] + PRIOR_LIFETIMES)).min(1.0)
             });
             // Classes of which nothing is known are all worth the same.
             self.index[class] = match at_risk[class].first() {
-                Some(0.0) => *unseen.get_or_insert_with(|| gittins(&hazard)),
-                _ => gittins(&hazard),
+                Some(0.0) => *unseen.get_or_insert_with(|| gittins(&hazard, least_ms)),
+                _ => gittins(&hazard, least_ms),
             };
         }
+    }
+
+    fn fade(&mut self) {
+        let fade = FADE.powf(self.starts as f32 / LEARNING_STARTS as f32);
         for bins in self.hits.iter_mut().chain(self.censored.iter_mut()) {
-            bins.iter_mut().for_each(|count| *count *= FADE);
+            bins.iter_mut().for_each(|count| *count *= fade);
         }
     }
 
@@ -269,9 +292,8 @@ impl Lifetimes {
         let mut at_risk = Box::new([[0.0; BINS]; CLASSES]);
         for class in 0..CLASSES {
             let mut leaving = self.censored[class];
-            for epoch in &self.epochs {
-                let count = self.open[class][usize::from(epoch.place)];
-                leaving[bin_of(self.accesses - epoch.start)] += count as f32 * self.one_in as f32;
+            for (place, age_ms) in self.places() {
+                leaving[bin_of(age_ms)] += self.open[class][place] as f32;
             }
             let mut longer = 0.0;
             for bin in (0..BINS).rev() {
@@ -284,8 +306,8 @@ impl Lifetimes {
     }
 }
 
-/// The Gittins index at the start of each bin, from the hazard of each bin.
-fn gittins(hazard: &ByBin) -> ByBin {
+/// The Gittins index at the start of each bin, from the hazard of each bin, over horizons of `least_ms` and more.
+fn gittins(hazard: &ByBin, least_ms: f32) -> ByBin {
     static WIDTHS: LazyLock<ByBin> = LazyLock::new(|| std::array::from_fn(|bin| bin_start(bin + 1) - bin_start(bin)));
     let widths = &*WIDTHS;
     std::array::from_fn(|from| {
@@ -295,7 +317,9 @@ fn gittins(hazard: &ByBin) -> ByBin {
             time += widths[bin] * (alive - 0.5 * ends);
             hit += ends;
             alive -= ends;
-            best = best.max(hit / time);
+            if time >= least_ms || bin == BINS - 2 {
+                best = best.max(hit / time);
+            }
         }
         best
     })

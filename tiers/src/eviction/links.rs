@@ -72,6 +72,20 @@ impl Lists {
         self.links[head as usize].prev.checked_sub(self.heads)
     }
 
+    /// The member before `member`, which is in a list; `None` at its front.
+    pub(super) fn before(&self, member: u32) -> Option<u32> {
+        self.links[(self.heads + member) as usize].prev.checked_sub(self.heads)
+    }
+
+    /// Puts `member`, which is in no list, behind `after`, which is in one.
+    pub(super) fn insert_after(&mut self, after: u32, member: u32) {
+        let (prev, at) = (self.heads + after, self.heads + member);
+        let next = self.links[prev as usize].next;
+        self.links[at as usize] = Link { prev, next };
+        self.links[prev as usize].next = at;
+        self.links[next as usize].prev = at;
+    }
+
     /// Moves all of `from` before the first member of `to`.
     pub(super) fn prepend(&mut self, to: u32, from: u32) {
         let Link { prev: last, next: first } = self.links[from as usize];

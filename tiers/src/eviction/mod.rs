@@ -5,17 +5,23 @@
 //! size). The slots' state machine tells it what arrives, what is read and what left, and asks for a victim.
 //! What is pinned, leased or in flight is held: a held block is never named as a victim.
 
+mod cells;
+mod chains;
+mod classes;
 mod ghosts;
-mod hazard;
+mod guard;
 mod lifetimes;
 mod links;
 mod lru;
+mod session;
+mod sessions;
+mod windows;
 
-pub use hazard::Hazard;
 pub use lru::Lru;
+pub use sessions::Sessions;
 
 /// A block's place in its pool: dense, reused after removal.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord, Default)]
 pub struct BlockIndex(pub u32);
 
 /// What kind of state a block holds, as far as eviction cares.
@@ -54,24 +60,78 @@ impl EvictionKind {
 /// A block that becomes resident.
 #[derive(Clone, Copy, Debug)]
 pub struct NewBlock {
-    /// Its parent, where that is resident in the same pool.
-    pub parent: Option<BlockIndex>,
+    /// Where its chain begins.
+    pub origin: Origin,
     /// A well-mixed hash of its key: how a policy recognises a block that it evicted before.
     pub key_hash: u64,
     /// The kind of state it holds.
     pub kind: EvictionKind,
     /// True for the last block of its request. Engines that store partial blocks rarely read it again.
     pub tail: bool,
+    /// What it may take room from.
+    pub claim: Claim,
+}
+
+/// What a block that comes may take room from. Never from its own request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Claim {
+    /// From what is worth less than its own session.
+    #[default]
+    Stored,
+    /// Also from what is worth the same: somebody said that it will be read soon.
+    Wanted,
+    /// From anything: there is no other place for it.
+    Insists,
+}
+
+/// What precedes a block.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Origin {
+    /// Nothing: it begins a chain, or belongs to none.
+    Root,
+    /// This block, which is in the same pool.
+    After(BlockIndex),
+    /// A block that is not in the pool.
+    Absent,
+}
+
+/// Where a block belongs that does not come in the order of its chain.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Place<'a> {
+    /// Blocks between its origin and it, which are on their way.
+    pub missing: u32,
+    /// Blocks behind it that came ahead of it.
+    pub followers: &'a [BlockIndex],
 }
 
 /// How a block was used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Touch {
-    /// A request read it.
+    /// A request read the chain that ends with it: where it needs its prefix, all of that was used.
     Hit,
+    /// A request read it, and behind it this block, which was named just before.
+    HitBefore(BlockIndex),
+    /// A request read the blocks from `first` up to it: all of what it reads, or a part. `after` was named just before.
+    HitFrom {
+        /// The least deep of the part.
+        first: BlockIndex,
+        /// See [`Self::HitBefore`].
+        after: Option<BlockIndex>,
+    },
     /// A request stored it, or found it stored, as the last block of its chain: it and its ancestors are
     /// as recent as that, the root most of all, but were not read once more.
     Refresh,
+}
+
+impl Touch {
+    /// What the same request read behind the block.
+    fn after(self) -> Option<BlockIndex> {
+        match self {
+            Self::HitBefore(after) => Some(after),
+            Self::HitFrom { after, .. } => after,
+            Self::Hit | Self::Refresh => None,
+        }
+    }
 }
 
 /// Why a block leaves.
@@ -92,24 +152,31 @@ const ANCESTORS_MAX: usize = 4096;
 
 /// An eviction policy over one pool.
 ///
-/// Callers touch the blocks of one request from its last to its first, so that the root is the most
-/// recent. Every method is O(1) amortised, but for a refresh, which walks up its chain, and allocates only
-/// when the pool grows.
+/// Callers touch the blocks of one request from its last to its first. Every method is O(1) amortised, but for a touch, which walks
+/// up its chain as far as others used it last, and allocates only when the pool grows.
 pub trait EvictionPolicy: Send {
+    /// It is `now_ms` now: a time that never goes back.
+    fn at(&mut self, now_ms: u64);
     /// `block` became resident.
     fn insert(&mut self, block: BlockIndex, new: NewBlock);
+    /// `block` became resident, not in the order of its chain.
+    fn insert_at(&mut self, block: BlockIndex, new: NewBlock, place: Place<'_>);
     /// `block` was used.
     fn touch(&mut self, block: BlockIndex, touch: Touch);
     /// `block` left.
     fn remove(&mut self, block: BlockIndex, removal: Removal);
     /// While held, `block` is not named by [`Self::victim`].
     fn hold(&mut self, block: BlockIndex, held: bool);
-    /// The block that should leave next; `None` when all are held. Changes nothing that a caller sees.
-    fn victim(&mut self) -> Option<BlockIndex>;
+    /// The block that should leave next; `None` when all are held. Where it is for `incoming`, also `None` when whatever could leave
+    /// is worth more, or of the same request. Changes nothing that a caller sees.
+    fn victim(&mut self, incoming: Option<&NewBlock>) -> Option<BlockIndex>;
+    /// The block that may leave with `block`, which was named as a victim: the one before it, where only `block` follows that one and
+    /// nothing holds it. Where blocks leave in batches, a prefix leaves from its end, not block by block.
+    fn before_victim(&self, block: BlockIndex) -> Option<BlockIndex>;
+    /// A block found no room, and does not come: worth remembering.
+    fn refused(&mut self, incoming: &NewBlock);
     /// The block before `block` in its prefix, where it is in the pool.
     fn parent(&self, block: BlockIndex) -> Option<BlockIndex>;
-    /// True where `block` is worth more to keep than the block with this hash of its key would be, were it there since just now.
-    fn outranks(&self, block: BlockIndex, key_hash: u64, kind: EvictionKind) -> bool;
     /// The pool now has room for about `blocks` blocks.
     fn set_capacity(&mut self, blocks: usize);
 }
@@ -117,34 +184,34 @@ pub trait EvictionPolicy: Send {
 /// The policies that a configuration can name.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum PolicyKind {
-    /// Learns how long blocks of each class wait to be read again: see [`Hazard`].
+    /// Learns how long sessions of each class wait until they go on: see [`Sessions`].
     #[default]
-    Hazard,
+    Sessions,
     /// Least recently used: see [`Lru`].
     Lru,
 }
 
 impl PolicyKind {
     /// Every policy, for suites that run over all of them.
-    pub const ALL: [Self; 2] = [Self::Hazard, Self::Lru];
+    pub const ALL: [Self; 2] = [Self::Sessions, Self::Lru];
 
     /// The name in configuration and metrics.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Hazard => "hazard",
+            Self::Sessions => "sessions",
             Self::Lru => "lru",
         }
     }
 
     /// A new, empty policy of this kind.
     pub fn build(self, capacity_blocks: usize) -> Box<dyn EvictionPolicy> {
-        self.build_of_sample(capacity_blocks, 1)
+        self.build_of_sample(capacity_blocks, 1, 1)
     }
 
-    /// The same for a small model of a pool, with one block in `one_in` of it.
-    pub fn build_of_sample(self, capacity_blocks: usize, one_in: u64) -> Box<dyn EvictionPolicy> {
+    /// The same for a small model of a pool, with one block in `blocks_in` of it, of one in `sessions_in` of its sessions.
+    pub fn build_of_sample(self, capacity_blocks: usize, blocks_in: u64, sessions_in: u64) -> Box<dyn EvictionPolicy> {
         match self {
-            Self::Hazard => Box::new(Hazard::of_sample(capacity_blocks, one_in)),
+            Self::Sessions => Box::new(Sessions::of_sample(capacity_blocks, blocks_in, sessions_in)),
             Self::Lru => Box::new(Lru::new()),
         }
     }
@@ -157,7 +224,7 @@ impl std::str::FromStr for PolicyKind {
         Self::ALL
             .into_iter()
             .find(|kind| kind.name() == name)
-            .ok_or_else(|| format!("unknown eviction policy {name:?}; use \"hazard\" or \"lru\""))
+            .ok_or_else(|| format!("unknown eviction policy {name:?}; use \"sessions\" or \"lru\""))
     }
 }
 

@@ -138,15 +138,34 @@ impl ReadersView {
 }
 
 impl Namespace {
-    fn touch(&mut self, slots: &[SlotRef], now: BootTime) {
-        // The client wrote the leaf first; slots that it made up touch nothing, or its own namespace's blocks.
-        for slot in slots {
-            self.slots.touch_leaf_first(*slot);
+    /// The client wrote the leaf first; slots that it made up touch nothing, or its own namespace's blocks. `parts`: see
+    /// [`first_of_parts`].
+    fn touch(&mut self, slots: &[SlotRef], parts: &[Option<SlotRef>], mut after: Option<SlotRef>, now: BootTime) {
+        self.slots.set_now(now);
+        for (slot, first) in slots.iter().zip(parts) {
+            self.slots.touch_before(*slot, after.replace(*slot), *first);
         }
         for (pool, blocks) in self.slots.pools_of(slots) {
             self.note_demand(pool, blocks, now);
         }
     }
+}
+
+/// Of slots that a client read, those which end a part of a prefix: where it begins. `follows` says which of them, but the first, have
+/// the block before that of the one in front of them.
+fn first_of_parts(slots: &[SlotRef], follows: &[bool]) -> Vec<Option<SlotRef>> {
+    let mut parts = vec![None; slots.len()];
+    let (mut first, mut inside) = (None, false);
+    for (at, slot) in slots.iter().enumerate().rev() {
+        if !inside {
+            first = Some(*slot);
+        }
+        inside = at.checked_sub(1).and_then(|before| follows.get(before)).copied().unwrap_or(false);
+        if !inside && let Some(part) = parts.get_mut(at) {
+            *part = first;
+        }
+    }
+    parts
 }
 
 impl HostTier {
@@ -198,16 +217,28 @@ impl HostTier {
     pub(super) fn take_touches(&self, now: BootTime) {
         let readers: Vec<_> = self.state.lock().namespaces.iter().map(|at| Arc::clone(&at.readers)).collect();
         let clients: Vec<Arc<Attached>> = readers.iter().flat_map(|readers| readers.0.read().clone()).collect();
-        let mut slots = Vec::new();
+        let (mut slots, mut follows) = (Vec::new(), Vec::new());
         for client in clients {
             slots.clear();
+            follows.clear();
             let touched = client.view().touches().take(&mut client.seen.lock(), |slot| slots.push(slot));
             self.local_reads.fetch_add(touched.taken + touched.lost, Ordering::Relaxed);
-            for slots in slots.chunks(caps::KEYS_PER_LOCK) {
+            let mut pairs = slots.iter().zip(slots.iter().skip(1)).peekable();
+            while pairs.peek().is_some() {
+                let state = self.state.lock();
+                let Some(namespace) = state.namespace(client.namespace) else { break };
+                let pairs = pairs.by_ref().take(caps::KEYS_PER_LOCK);
+                follows.extend(pairs.map(|(after, before)| namespace.slots.is_before(*before, *after)));
+                MutexGuard::unlock_fair(state);
+            }
+            let parts = first_of_parts(&slots, &follows);
+            let mut after = None;
+            for (slots, parts) in slots.chunks(caps::KEYS_PER_LOCK).zip(parts.chunks(caps::KEYS_PER_LOCK)) {
                 let mut state = self.state.lock();
                 if let Some(namespace) = state.namespace_mut(client.namespace) {
-                    namespace.touch(slots, now);
+                    namespace.touch(slots, parts, after, now);
                 }
+                after = slots.last().copied();
                 MutexGuard::unlock_fair(state);
             }
         }

@@ -62,8 +62,13 @@ impl HostTier {
         let incoming = Incoming { key, kind: group.group.kind, parent: request.parent, pool: group.pool };
         let urgency = request.urgency;
         let mut state = self.state.lock();
+        if self.is_of_no_use(&state, namespace, &incoming, urgency) {
+            // What is before it may wait for room itself.
+            return if state.makes_room(namespace, group.pool) { BeginFill::Wait } else { BeginFill::Outranked };
+        }
         loop {
             let Some(at) = state.namespace_mut(namespace) else { return BeginFill::Busy };
+            at.slots.set_now(now);
             match at.slots.reserve(&incoming, urgency, now) {
                 Reserve::Reserved(ticket) => {
                     at.note_demand(group.pool, 1, now);
@@ -75,7 +80,7 @@ impl HostTier {
                 Reserve::Resident => return BeginFill::Resident,
                 Reserve::InFlight => return BeginFill::InFlight,
                 Reserve::Busy => return BeginFill::Busy,
-                Reserve::NoSlot => match self.room_for(&mut state, namespace, &incoming, urgency.priority, now) {
+                Reserve::NoSlot => match self.room_for(&mut state, namespace, &incoming, urgency, now) {
                     Room::Make(plan) => return BeginFill::NeedsSlab(plan),
                     Room::Taken(slab) => {
                         drop(state);

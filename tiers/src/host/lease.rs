@@ -82,20 +82,30 @@ impl HostTier {
         hashes: &[SequenceHash],
         now: BootTime,
     ) -> Vec<Leasing> {
-        let (mut hits, mut leasings) = (Vec::with_capacity(hashes.len()), Vec::with_capacity(hashes.len()));
+        // Where each hit is, and where the part without a hole begins that it is in.
+        let mut hits: Vec<(SlotRef, SlotRef)> = Vec::with_capacity(hashes.len());
+        let (mut leasings, mut part) = (Vec::with_capacity(hashes.len()), None);
         let mut steps = Steps::begin(self);
         for hash in hashes {
             let Some(namespace) = steps.next().namespace_mut(layout.namespace) else { break };
             let leasing = self.lease_in(namespace, layout.namespace, &Self::key(layout, group, *hash));
-            if let Leasing::Leased(block) = &leasing {
-                hits.push(block.slot);
+            part = match &leasing {
+                Leasing::Leased(block) => part.or(Some(block.slot)),
+                _ => None,
+            };
+            if let (Leasing::Leased(block), Some(first)) = (&leasing, part) {
+                hits.push((block.slot, first));
             }
             leasings.push(leasing);
         }
-        for slot in hits.iter().rev() {
+        let mut after: Option<(SlotRef, SlotRef)> = None;
+        for (slot, first) in hits.iter().rev() {
             if let Some(namespace) = steps.next().namespace_mut(layout.namespace) {
-                namespace.slots.touch(&[*slot]);
+                namespace.slots.set_now(now);
+                let ends = after.is_none_or(|(_, of)| of != *first);
+                namespace.slots.touch_before(*slot, after.map(|(after, _)| after), ends.then_some(*first));
             }
+            after = Some((*slot, *first));
         }
         if let Some(group) = layout.group(u32::from(group))
             && let Some(namespace) = steps.next().namespace_mut(layout.namespace)

@@ -18,7 +18,7 @@ mod unused;
 mod write_back;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use kvstore_plane::{SequenceHash, SlotKey};
@@ -157,6 +157,8 @@ pub struct HostTier {
     leaving: Notify,
     /// When unused blocks were swept last.
     swept: AtomicU64,
+    /// There are tiers below.
+    has_below: AtomicBool,
     huge_pages: HugePages,
     epoch: u64,
     changes: Arc<ChangeLog>,
@@ -233,6 +235,7 @@ impl HostTier {
             local_reads: AtomicU64::new(0),
             leaving: Notify::new(),
             swept: AtomicU64::new(0),
+            has_below: AtomicBool::new(false),
             huge_pages: options.huge_pages,
             epoch: options.epoch,
             changes,
@@ -375,6 +378,11 @@ impl HostTier {
     pub fn set_limits(&self, limits: HostLimits) {
         self.state.lock().limits = limits;
         self.ready.set_limit(limits.bytes);
+    }
+
+    /// There is a tier below: what finds no room that it is worth passes through memory all the same.
+    pub fn set_has_below(&self) {
+        self.has_below.store(true, Ordering::Relaxed);
     }
 
     /// What each namespace may have, in the order of their numbers. A smaller bound is reached by [`Self::tick`], as leases end.

@@ -13,10 +13,10 @@ use super::{Holds, HostStatus, PoolStatus, RegisterError, room};
 use crate::caps;
 use crate::changes::{Change, ChangeLog, NamespaceTag};
 use crate::clock::BootTime;
-use crate::eviction::PolicyKind;
-use crate::layout::{LayerGroup, Layout, Shard};
+use crate::eviction::{Claim, PolicyKind};
+use crate::layout::{BlockKind, LayerGroup, Layout, Shard};
 use crate::pool::PoolId;
-use crate::slots::{Readers, Slots, Watcher};
+use crate::slots::{FlightSource, Incoming, Priority, Readers, Slots, Urgency, Watcher};
 use crate::tier::Tier;
 
 /// A namespace's place in the configuration.
@@ -81,6 +81,11 @@ impl RegisteredLayout {
     /// The group with this number.
     pub fn group(&self, group: u32) -> Option<&LayoutGroup> {
         self.groups.get(group as usize)
+    }
+
+    /// True where the group's blocks are pieces of snapshots.
+    pub fn is_of_chunks(&self, group: u16) -> bool {
+        self.group(u32::from(group)).is_some_and(|group| group.group.kind == BlockKind::Chunk)
     }
 }
 
@@ -270,12 +275,17 @@ impl Namespace {
         found
     }
 
-    /// Evicts a block of `pool`, or a few, and the same blocks of their sibling shards: a group is read as far as all
+    /// Evicts a block of `pool`, or a few, for `incoming` if it is for that, and the same blocks of their sibling shards: a group is read as far as all
     /// its shards are there, so that the others would only take up room. False where nothing may leave.
-    pub(super) fn evict(&mut self, pool: PoolId) -> bool {
-        let mut evicted = self.slots.evict(pool);
+    pub(super) fn evict(&mut self, pool: PoolId, incoming: Option<(&Incoming, Claim)>) -> bool {
+        self.evict_some(pool, incoming, caps::EVICT_BATCH)
+    }
+
+    /// The same, `most` blocks at most, with their siblings.
+    pub(super) fn evict_some(&mut self, pool: PoolId, incoming: Option<(&Incoming, Claim)>, most: usize) -> bool {
+        let mut evicted = self.slots.evict_some(pool, incoming, most);
         if evicted.is_empty() && self.slots.look_again() {
-            evicted = self.slots.evict(pool);
+            evicted = self.slots.evict_some(pool, incoming, most);
         }
         let mut siblings = Vec::new();
         for key in evicted.iter().map(|evicted| evicted.key) {
@@ -290,6 +300,27 @@ impl Namespace {
         }
         // A slot that was freed by looking again is room too.
         !evicted.is_empty() || self.slots.has_free_slot(pool)
+    }
+
+    /// The same, and whether it is for want of worth that nothing left. Somebody waits for what is promoted, and what a client stores
+    /// passes through to the tiers below, if there are any; without, there is no other place for it. These find room all the same, unless
+    /// they come ahead of need.
+    pub(super) fn evict_for(&mut self, incoming: &Incoming, urgency: Urgency, has_below: bool) -> (bool, bool) {
+        let ahead_of_need = urgency.priority == Priority::Prefetch;
+        let claim = if ahead_of_need { Claim::Wanted } else { Claim::Stored };
+        if self.evict(incoming.pool, Some((incoming, claim))) {
+            return (true, false);
+        }
+        if ahead_of_need {
+            self.slots.refused(incoming);
+            return (false, true);
+        }
+        let passes = has_below || urgency.source == FlightSource::Promotion;
+        let evicted = self.evict(incoming.pool, Some((incoming, Claim::Insists)).filter(|_| !passes));
+        if !evicted {
+            self.slots.refused(incoming);
+        }
+        (evicted, !evicted && !passes)
     }
 
     pub(super) fn note_demand(&mut self, pool: PoolId, blocks: usize, now: BootTime) {

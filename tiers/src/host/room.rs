@@ -15,7 +15,7 @@ use super::{HostTier, State};
 use crate::caps;
 use crate::clock::BootTime;
 use crate::pool::PoolId;
-use crate::slots::{Incoming, Priority, Withdrawn};
+use crate::slots::{FlightSource, Incoming, Priority, Urgency, Withdrawn};
 
 /// A slab moves only to a pool whose slabs are used this many times as much: moving one back and forth
 /// costs the blocks in it.
@@ -99,12 +99,23 @@ pub(super) fn slab_geometry(slab_bytes: u64, block_bytes: u64, room: u64) -> Opt
 }
 
 impl HostTier {
+    /// The least memory that blocks take: sizes, and how many of each.
+    pub fn bytes_for(&self, blocks: impl Iterator<Item = (u64, u64)>) -> u64 {
+        let slab_bytes = self.state.lock().slab_bytes;
+        let of_size = |(block_bytes, count): (u64, u64)| {
+            let full = SlabGeometry::new(slot_bytes(block_bytes), slab_bytes);
+            let per_slab = u64::from(full.slot_count.max(1));
+            count / per_slab * full.slab_bytes + count % per_slab * full.slot_bytes
+        };
+        blocks.map(of_size).sum()
+    }
+
     pub(super) fn room_for(
         &self,
         state: &mut MutexGuard<'_, State>,
         namespace: NamespaceId,
         incoming: &Incoming,
-        priority: Priority,
+        urgency: Urgency,
         now: BootTime,
     ) -> Room {
         let pool = incoming.pool;
@@ -117,10 +128,6 @@ impl HostTier {
         }
         if self.ready.comes_soon() && self.has_room_but_for_ready(state, namespace, pool) {
             return Room::Wait;
-        }
-        let ahead_of_need = priority == Priority::Prefetch;
-        if ahead_of_need && state.namespace_mut(namespace).is_some_and(|at| at.slots.would_push_out_better(incoming)) {
-            return Room::Outranked;
         }
         // What is on its way already is waited for, or every slab would leave before the first is unmapped.
         let retiring = state.retiring_bytes();
@@ -137,19 +144,44 @@ impl HostTier {
         if awaited && now.ms_since(state.taken) < UNMAP_MS {
             return Room::Wait;
         }
-        let evicted = state.namespace_mut(namespace).is_some_and(|namespace| namespace.evict(pool));
+        let at = state.namespace_mut(namespace);
+        let outcome =
+            at.map_or((false, false), |at| at.evict_for(incoming, urgency, self.has_below.load(Ordering::Relaxed)));
+        let (evicted, outranked) = outcome;
         if state.namespace(namespace).is_some_and(|namespace| namespace.slots.has_leaving()) {
             self.leaving.notify_one();
         }
         // A block that is written to disk or sent just now keeps its whole prefix in memory, and leaves soon; so may one
         // that is being filled.
-        let on_its_way = |slots: &crate::slots::Slots<_>| slots.has_parked() || slots.flights() > 0;
-        let kept_for_now = state.namespace(namespace).is_some_and(|namespace| on_its_way(&namespace.slots));
+        let kept_for_now = state.makes_room(namespace, pool);
         match evicted {
             true => Room::Evicted,
+            // What comes ahead of need waits for nothing.
+            false if outranked && urgency.priority == Priority::Prefetch => Room::Outranked,
             false if awaited || kept_for_now => Room::Wait,
+            false if outranked => Room::Outranked,
             false => Room::Busy,
         }
+    }
+
+    /// What is stored behind a beginning that is nowhere can't be read. It gets none of the last free slots: those that the low
+    /// watermark keeps free would fill with it, and what is above the high one would leave the end of another chain.
+    pub(super) fn is_of_no_use(
+        &self,
+        state: &State,
+        namespace: NamespaceId,
+        incoming: &Incoming,
+        urgency: Urgency,
+    ) -> bool {
+        let passes = urgency.source == FlightSource::Promotion || self.has_below.load(Ordering::Relaxed);
+        if passes || self.ready.comes_soon() || incoming.parent.is_none() || !incoming.kind.eviction().needs_prefix() {
+            return false;
+        }
+        let Some(slots) = state.namespace(namespace).map(|at| &at.slots) else { return false };
+        let (_, count, used) = slots.pool_occupancy(incoming.pool);
+        let kept_free = 2 * (100 - u64::from(state.limits.low_watermark_percent.min(100)));
+        let is_full = (count - used.min(count)) as u64 * 100 <= count as u64 * kept_free;
+        is_full && !self.has_room_but_for_ready(state, namespace, incoming.pool) && slots.lacks_beginning(incoming)
     }
 
     /// A slab for a pool whose free slots run low, while the bound allows one and none is being made.
@@ -199,6 +231,15 @@ const EVICTED_AT_ONCE: u32 = caps::EVICT_BATCH as u32;
 const UNMAP_MS: u64 = 100;
 
 impl State {
+    /// True where there may be room in a moment, without anybody's asking again.
+    pub(super) fn makes_room(&mut self, namespace: NamespaceId, pool: PoolId) -> bool {
+        let on_its_way = |at: &Namespace| at.slots.has_parked() || at.slots.flights() > 0;
+        self.taking
+            || self.making.contains(&(namespace, pool))
+            || self.retiring_bytes() > 0
+            || self.namespace(namespace).is_some_and(on_its_way)
+    }
+
     /// Bytes of slabs that a namespace may have yet, of its own bound.
     fn room_of(&self, namespace: NamespaceId) -> u64 {
         let Some(at) = self.namespace(namespace) else { return 0 };
@@ -288,7 +329,7 @@ impl State {
             return 0;
         }
         let (slot_bytes, slots, used) = namespace.slots.pool_occupancy(pool);
-        let part = |percent: u32| slots as u64 * u64::from(percent) / 100;
+        let part = |percent: u32| (slots as u64 * u64::from(percent)).div_ceil(100);
         let can_grow = slab_geometry(self.slab_bytes, slot_bytes, room).is_some();
         if can_grow || used as u64 <= part(self.limits.high_watermark_percent) {
             return 0;
@@ -426,7 +467,7 @@ impl HostTier {
                 // As long as it gets emptier: what is left may all be held, with slots to spare.
                 let Some(namespace) = steps.take(EVICTED_AT_ONCE).namespaces.get_mut(at) else { break };
                 let before = namespace.slots.pool_occupancy(pool).2;
-                namespace.evict(pool);
+                namespace.evict_some(pool, None, above.min(caps::EVICT_BATCH));
                 let evicted = before.saturating_sub(namespace.slots.pool_occupancy(pool).2);
                 if evicted == 0 {
                     break;

@@ -21,6 +21,7 @@ impl HostTier {
         let second = (now.ms_since(BootTime(self.epoch)) / 1000) as u32;
         for namespace in &mut state.namespaces {
             let ttl = namespace.limits.ttl_ms.map(|ttl| (ttl / 1000) as u32);
+            namespace.slots.set_now(now);
             namespace.slots.set_second(second, ttl);
             shortest = shortest.into_iter().chain(namespace.limits.ttl_ms).min();
         }

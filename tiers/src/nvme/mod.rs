@@ -167,6 +167,7 @@ impl NvmeTier {
     /// Opens every volume. Ready when it returns: what has to be found again is found in the background.
     pub fn open(options: &NvmeOptions, host: &Arc<HostTier>) -> Result<Arc<Self>, OpenError> {
         let dirty = Arc::new(DirtyCount::default());
+        host.set_has_below();
         let peers = Arc::new(Peers::new(dirty, Arc::clone(host.changes())));
         let mut stores = Vec::new();
         let mut commits = Vec::new();

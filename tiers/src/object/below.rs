@@ -15,9 +15,16 @@ use crate::slots::Delete;
 
 impl Below for ObjectTier {
     fn presence(&self, run: &Run<'_>, ask: Ask) -> Known {
+        // First: what a search found that has ended by now is seen below.
+        let searching = match ask {
+            Ask::Search(now) => {
+                self.this.upgrade().and_then(|this| this.search(run.layout, run.group, run.hashes, now))
+            }
+            _ => None,
+        };
         let mut there = self.presence(run.layout, run.group, run.hashes);
         match ask {
-            Ask::Look | Ask::Want(_) | Ask::Read | Ask::Hurry => {}
+            Ask::Look | Ask::Want(_) | Ask::Read | Ask::Hurry | Ask::Search(_) => {}
             Ask::Coming => {
                 let uploads = self.uploads.lock();
                 let waits = |hash: &SequenceHash| uploads.has(self.digest(run.layout, run.group, hash));
@@ -25,13 +32,8 @@ impl Below for ObjectTier {
             }
             // A reference in the bucket binds collectors, not who deletes: see `hold`.
             Ask::Held => there.fill(false),
-            Ask::Search(now) => {
-                let this = self.this.upgrade();
-                let searching = this.and_then(|this| this.search(run.layout, run.group, run.hashes, now));
-                return Known { there, searching };
-            }
         }
-        there.into()
+        Known { there, searching }
     }
 
     fn read(self: Arc<Self>, reads: Vec<Read>, urgency: ReadUrgency) {

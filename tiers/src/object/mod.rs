@@ -265,6 +265,7 @@ impl ObjectTier {
         host: &Arc<HostTier>,
         nvme: Option<&Arc<NvmeTier>>,
     ) -> Result<Arc<Self>, OpenObjectError> {
+        host.set_has_below();
         let log = match options.log_folder {
             Some(folder) => {
                 let opened = Logged::open(&folder, options.clock);

@@ -5,7 +5,7 @@ use kvstore_plane::{SlotKey, SlotRef, SlotState};
 use super::{Fill, FillTicket, FlightSource, Incoming, Publish, Reserve, SlabMemory, Slots, Urgency};
 use crate::caps;
 use crate::clock::BootTime;
-use crate::eviction::NewBlock;
+use crate::eviction::Place;
 
 impl<S: SlabMemory> Slots<S> {
     /// Reserves a slot for a block that its caller will bring.
@@ -31,7 +31,8 @@ impl<S: SlabMemory> Slots<S> {
             self.free(slot);
             return Reserve::Busy;
         }
-        let fill = Fill { generation, incoming: *incoming, urgency, progress: now, superseded: false };
+        let (head, behind) = self.head_of(incoming);
+        let fill = Fill { generation, incoming: *incoming, head, behind, urgency, progress: now, superseded: false };
         self.fills.insert(slot, fill);
         Reserve::Reserved(FillTicket { slot, generation })
     }
@@ -87,22 +88,28 @@ impl<S: SlabMemory> Slots<S> {
         let Some(fill) = self.fills.remove(&ticket.slot) else { return Publish::Superseded };
         let incoming = fill.incoming;
         self.change(ticket.slot, |entry| entry.publish(length, crc32));
-        let parent = incoming.parent.and_then(|hash| {
-            let (slot, entry) = self.find(&SlotKey { hash, ..incoming.key })?;
-            let (pool, block) = self.place(slot)?;
-            (entry.state() == SlotState::Resident && pool == incoming.pool).then_some(block)
-        });
-        let key_hash = incoming.key.table_hash(self.seed);
-        let new = NewBlock { parent, key_hash, kind: incoming.kind.eviction(), tail };
-        if let Some((pool, block)) = self.place(ticket.slot)
-            && let Some(pool) = self.pools.get_mut(pool.0)
-        {
-            pool.policy.insert(block, new);
-            self.mark_used(ticket.slot);
-        }
+        self.tell_policy(ticket.slot, &incoming, tail);
         self.counts.published += 1;
         self.tell_watcher(&incoming.key, true);
         Publish::Published
+    }
+
+    fn tell_policy(&mut self, slot: SlotRef, incoming: &Incoming, tail: bool) {
+        let Some((pool, block)) = self.place(slot) else { return };
+        let (origin, mut missing) = self.place_of(incoming);
+        let new = self.new_block(incoming, origin, tail);
+        if missing > 0 && !self.note_early(slot, incoming) {
+            // The policy hears nothing of what is before it: to it, there is nothing between.
+            missing = 0;
+        }
+        let followers = self.take_early(&incoming.key, pool);
+        let Some(pool) = self.pool_now(pool) else { return };
+        if missing == 0 && followers.is_empty() {
+            pool.policy.insert(block, new);
+        } else {
+            pool.policy.insert_at(block, new, Place { missing, followers: &followers });
+        }
+        self.mark_used(slot);
     }
 
     /// The bearer of `ticket` gives up, or was superseded: frees its slot.

@@ -31,11 +31,11 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-use kvstore_plane::{KeyTable, SlotEntry, SlotKey, SlotRef, SlotState, TableFull, TableMemory};
+use kvstore_plane::{KeyTable, SequenceHash, SlotEntry, SlotKey, SlotRef, SlotState, TableFull, TableMemory};
 
 use crate::caps;
 use crate::clock::BootTime;
-use crate::eviction::{BlockIndex, PolicyKind};
+use crate::eviction::{BlockIndex, Claim, NewBlock, Origin, PolicyKind};
 use crate::pool::{Pool, PoolId};
 
 pub use readers::{NoReaders, Readers, Waits};
@@ -65,6 +65,10 @@ impl<T: SlabMemory> SlabMemory for std::sync::Arc<T> {
 struct Fill {
     generation: u64,
     incoming: Incoming,
+    /// The first block of its chain that is being filled, or was when this one came: what is before that is in memory, or is not.
+    head: SequenceHash,
+    /// How many blocks it is behind that one.
+    behind: u32,
     urgency: Urgency,
     progress: BootTime,
     superseded: bool,
@@ -106,6 +110,13 @@ pub struct SlotCounts {
     pub taken_over: u64,
 }
 
+/// A block that was published while the one before it was being filled.
+struct Early {
+    slot: SlotRef,
+    generation: u64,
+    key: SlotKey,
+}
+
 /// See the head of this file.
 pub struct Slots<S> {
     seed: u64,
@@ -115,12 +126,16 @@ pub struct Slots<S> {
     slabs_added: u64,
     pools: Vec<Pool>,
     fills: HashMap<SlotRef, Fill>,
+    /// By the block before them: blocks that were published while that one was being filled, with their generations.
+    early: HashMap<SlotKey, Vec<Early>>,
     /// Victims that were leased when they were named: candidates again once they are released.
     parked: HashSet<SlotRef>,
     readers: Arc<dyn Readers>,
     waiting: readers::Waiting,
     counts: SlotCounts,
     pinned_bytes: u64,
+    /// Told by whoever calls: see [`Slots::set_now`].
+    now_ms: u64,
     /// Since they were made: see `unused.rs`.
     second: u32,
     /// Seconds after which a block that nobody used leaves.
@@ -157,11 +172,13 @@ impl<S: SlabMemory> Slots<S> {
             pools: Vec::new(),
             // Room for what is usually in flight, so that no fill allocates.
             fills: HashMap::with_capacity(caps::FILLS_USUAL),
+            early: HashMap::new(),
             parked: HashSet::with_capacity(caps::FILLS_USUAL),
             readers,
             waiting: readers::Waiting::default(),
             counts: SlotCounts::default(),
             pinned_bytes: 0,
+            now_ms: 0,
             second: 0,
             ttl: None,
             renewing: None,
@@ -180,6 +197,104 @@ impl<S: SlabMemory> Slots<S> {
         if let Some(watcher) = &self.watcher {
             watcher(key, stored);
         }
+    }
+
+    /// It is so late now: eviction policies learn how long blocks wait.
+    pub fn set_now(&mut self, now: BootTime) {
+        self.now_ms = self.now_ms.max(now.0);
+    }
+
+    /// A pool, whose policy knows the time.
+    fn pool_now(&mut self, pool: PoolId) -> Option<&mut Pool> {
+        let pool = self.pools.get_mut(pool.0)?;
+        pool.policy.at(self.now_ms);
+        Some(pool)
+    }
+
+    /// What is in memory of the chain of a block that comes.
+    fn origin_of(&self, incoming: &Incoming) -> Origin {
+        self.place_of(incoming).0
+    }
+
+    /// The same, and how many blocks between that and it are on their way.
+    fn place_of(&self, incoming: &Incoming) -> (Origin, u32) {
+        let (mut before, mut missing) = (incoming.parent, 0);
+        // Its parent; where that is being filled, the first of the chain that is; and what is before that one.
+        for _ in 0..3 {
+            let Some(hash) = before else { return (Origin::Root, missing) };
+            let Some((slot, entry)) = self.find(&SlotKey { hash, ..incoming.key }) else { break };
+            if let Some((pool, block)) = self.place(slot)
+                && entry.state() == SlotState::Resident
+                && pool == incoming.pool
+            {
+                return (Origin::After(block), missing);
+            }
+            let Some(fill) = self.live_fill(slot) else { break };
+            (before, missing) = match fill.head == hash {
+                true => (fill.incoming.parent, missing + 1),
+                false => (Some(fill.head), missing + fill.behind),
+            };
+        }
+        (if before.is_none() { Origin::Root } else { Origin::Absent }, missing)
+    }
+
+    /// True where a block comes that needs what precedes it, which is not there and does not come.
+    pub fn lacks_beginning(&self, incoming: &Incoming) -> bool {
+        self.origin_of(incoming) == Origin::Absent && self.find(&incoming.key).is_none()
+    }
+
+    /// See [`Fill::head`] and [`Fill::behind`].
+    fn head_of(&self, incoming: &Incoming) -> (SequenceHash, u32) {
+        let parent = incoming.parent.and_then(|hash| self.find_slot(&SlotKey { hash, ..incoming.key }));
+        let fill = parent.and_then(|slot| self.live_fill(slot));
+        fill.map_or((incoming.key.hash, 0), |fill| (fill.head, fill.behind + 1))
+    }
+
+    /// A block was published while what is before it is being filled; false where there are too many such blocks to note one more.
+    fn note_early(&mut self, slot: SlotRef, incoming: &Incoming) -> bool {
+        let Some(hash) = incoming.parent else { return false };
+        let Some(generation) = self.entry(slot).map(SlotEntry::generation) else { return false };
+        let before = SlotKey { hash, ..incoming.key };
+        if self.early.len() >= caps::FILLS_MAX && !self.early.contains_key(&before) {
+            let mut early = std::mem::take(&mut self.early);
+            early.retain(|_, blocks| blocks.iter().any(|early| self.is_still(early)));
+            self.early = early;
+            if self.early.len() >= caps::FILLS_MAX {
+                return false;
+            }
+        }
+        let mut early = self.early.remove(&before).unwrap_or_default();
+        early.retain(|early| self.is_still(early));
+        let has_room = early.len() < caps::EARLY_FOLLOWERS_MAX;
+        if has_room {
+            early.push(Early { slot, generation, key: incoming.key });
+        }
+        self.early.insert(before, early);
+        has_room
+    }
+
+    /// The blocks of `pool` that were published before `key`, which is before them.
+    fn take_early(&mut self, key: &SlotKey, pool: PoolId) -> Vec<BlockIndex> {
+        if self.early.is_empty() {
+            return Vec::new();
+        }
+        let early = self.early.remove(key).unwrap_or_default();
+        let there = early.iter().filter(|early| self.is_still(early));
+        there.filter_map(|early| self.place(early.slot)).filter(|(of, _)| *of == pool).map(|(_, block)| block).collect()
+    }
+
+    fn is_still(&self, early: &Early) -> bool {
+        let is_it = |entry: &SlotEntry| entry.generation() == early.generation && entry.key() == early.key;
+        self.entry(early.slot).is_some_and(|entry| entry.state() == SlotState::Resident && is_it(entry))
+    }
+
+    fn live_fill(&self, slot: SlotRef) -> Option<&Fill> {
+        self.fills.get(&slot).filter(|fill| !fill.superseded)
+    }
+
+    fn new_block(&self, incoming: &Incoming, origin: Origin, tail: bool) -> NewBlock {
+        let key_hash = incoming.key.table_hash(self.seed);
+        NewBlock { origin, key_hash, kind: incoming.kind.eviction(), tail, claim: Claim::Stored }
     }
 
     fn take_free(&mut self, pool: PoolId) -> Option<SlotRef> {

@@ -34,16 +34,32 @@ impl<S: SlabMemory> Slots<S> {
 
     /// A request read `slots`, given in prefix order.
     pub fn touch(&mut self, slots: &[SlotRef]) {
+        let mut after = None;
         for slot in slots.iter().rev() {
-            self.touch_one(*slot, Touch::Hit);
+            let first = if after.is_none() { slots.first().copied() } else { None };
+            self.touch_before(*slot, after.replace(*slot), first);
         }
     }
 
-    /// A reader that asked nobody read `slot`; the leaf of its prefix was named first.
-    pub fn touch_leaf_first(&mut self, slot: SlotRef) {
-        if self.entry(slot).is_some_and(|entry| entry.state() == SlotState::Resident) {
-            self.touch_one(slot, Touch::Hit);
+    /// A request read `slot`, and behind it `after`, where that was named just before. With `first`, it is the last block of what it
+    /// reads, or of a part, which begins there.
+    pub fn touch_before(&mut self, slot: SlotRef, after: Option<SlotRef>, first: Option<SlotRef>) {
+        if self.entry(slot).is_none_or(|entry| entry.state() != SlotState::Resident) {
+            return;
         }
+        let Some((pool, _)) = self.place(slot) else { return };
+        let block_of = |slot: SlotRef| self.place(slot).filter(|(of, _)| *of == pool).map(|(_, block)| block);
+        let touch = match (first.and_then(block_of), after.and_then(block_of)) {
+            (Some(first), after) => Touch::HitFrom { first, after },
+            (None, Some(after)) => Touch::HitBefore(after),
+            (None, None) => Touch::Hit,
+        };
+        self.touch_one(slot, touch);
+    }
+
+    /// True where `slot` has the block before that of `after`.
+    pub fn is_before(&self, slot: SlotRef, after: SlotRef) -> bool {
+        self.parent_slot(after) == Some(slot)
     }
 
     /// How many of `slots` each pool has.
@@ -69,7 +85,7 @@ impl<S: SlabMemory> Slots<S> {
 
     pub(super) fn touch_one(&mut self, slot: SlotRef, touch: Touch) {
         if let Some((pool, block)) = self.place(slot)
-            && let Some(pool) = self.pools.get_mut(pool.0)
+            && let Some(pool) = self.pool_now(pool)
         {
             pool.policy.touch(block, touch);
             self.mark_used(slot);

@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use kvstore_plane::{SlotRef, SlotState, withdrawn};
+use kvstore_plane::{SlotKey, SlotRef, SlotState, withdrawn};
 
 use super::{Evicted, SlabMemory, Slots};
 use crate::caps;
@@ -96,7 +96,8 @@ fn named_among(readers: &dyn Readers, slots: impl Iterator<Item = SlotRef>) -> H
 }
 
 impl<S: SlabMemory> Slots<S> {
-    /// Evicts those of `slots` that nothing keeps.
+    /// Evicts those of `slots` that nothing keeps. Of one prefix, the deepest comes first: where a reader names a block, those before it
+    /// stay as well.
     pub(super) fn evict_slots(&mut self, slots: &[SlotRef]) -> Vec<Evicted> {
         let leaving: Vec<SlotRef> = slots.iter().copied().filter(|slot| self.may_leave(*slot)).collect();
         for entry in leaving.iter().filter_map(|slot| self.entry(*slot)) {
@@ -104,23 +105,38 @@ impl<S: SlabMemory> Slots<S> {
         }
         let named = named_among(&*self.readers, leaving.iter().copied());
         let mut evicted = Vec::with_capacity(leaving.len());
-        for slot in leaving {
-            let Some(entry) = self.entry(slot) else { continue };
-            if named.contains(&slot) {
-                entry.restore();
-                self.park_for_readers(slot);
+        let mut leaving = leaving.into_iter().peekable();
+        // The block before one that stays.
+        let mut needed = None;
+        for slot in slots {
+            let Some(entry) = self.entry(*slot) else { continue };
+            let may_leave = leaving.next_if_eq(slot).is_some();
+            if may_leave && needed != Some(*slot) && !named.contains(slot) {
+                let (key, copies) = (entry.key(), entry.copies());
+                evicted.push(self.evict_slot(*slot, key, copies));
                 continue;
             }
-            let (key, copies) = (entry.key(), entry.copies());
-            self.forget(slot, Removal::Evicted { key_hash: key.table_hash(self.seed) });
-            self.free(slot);
-            self.counts.evicted += 1;
-            evicted.push(Evicted { key, copies });
+            if may_leave {
+                entry.restore();
+            }
+            if named.contains(slot) {
+                self.park_for_readers(*slot);
+            } else if may_leave && !self.waiting.is_parked(*slot) {
+                self.set_held(*slot, false);
+            }
+            needed = self.parent_slot(*slot);
         }
         evicted
     }
 
-    fn may_leave(&self, slot: SlotRef) -> bool {
+    fn evict_slot(&mut self, slot: SlotRef, key: SlotKey, copies: u8) -> Evicted {
+        self.forget(slot, Removal::Evicted { key_hash: key.table_hash(self.seed) });
+        self.free(slot);
+        self.counts.evicted += 1;
+        Evicted { key, copies }
+    }
+
+    pub(super) fn may_leave(&self, slot: SlotRef) -> bool {
         self.entry(slot).is_some_and(|entry| {
             entry.state() == SlotState::Resident && entry.leases() == 0 && entry.pins() == 0 && !entry.is_demoting()
         })

@@ -27,7 +27,7 @@ impl<S: SlabMemory> Slots<S> {
 
     /// The block in `slot` would leave: where it is to be offered first, it is, and leased and no candidate until that ends.
     pub(super) fn offer_below(&mut self, slot: SlotRef) -> Offer {
-        if !self.writes_back || !self.is_new(slot) {
+        if !self.wants_offer(slot) {
             return Offer::None;
         }
         let slots = self.place(slot).and_then(|(pool, _)| self.pools.get(pool.0)).map_or(0, |pool| pool.slots);
@@ -48,6 +48,11 @@ impl<S: SlabMemory> Slots<S> {
         Offer::Made
     }
 
+    /// True where the block in `slot` is to be offered before it leaves.
+    pub(super) fn wants_offer(&self, slot: SlotRef) -> bool {
+        self.writes_back && self.is_new(slot)
+    }
+
     fn add_leaving(&mut self, slot: SlotRef) {
         let parent = self.parent_slot(slot).and_then(|parent| self.entry(parent)).map(|entry| entry.key().hash);
         let Some(record) = self.entry(slot).and_then(SlotEntry::read) else { return };
@@ -62,7 +67,7 @@ impl<S: SlabMemory> Slots<S> {
         self.entry(slot).is_some_and(|entry| entry.copies() == 0 && !entry.is_demoting() && entry.read().is_some())
     }
 
-    fn parent_slot(&self, slot: SlotRef) -> Option<SlotRef> {
+    pub(super) fn parent_slot(&self, slot: SlotRef) -> Option<SlotRef> {
         let (pool, block) = self.place(slot)?;
         let pool = self.pools.get(pool.0)?;
         pool.slot_ref(pool.policy.parent(block)?)

@@ -193,6 +193,10 @@ impl Stack {
     }
 
     fn admits(&self, tier: Tier, block: &BlockRef<'_>, length: u64, occasion: Occasion) -> bool {
+        // A chunk came from an object store, and is there still.
+        if tier == Tier::Object && block.is_chunk() {
+            return false;
+        }
         let now = (self.clock)();
         let admitted = self.admitter.lock().admits(tier, block, length, occasion, now);
         if !admitted && tier == Tier::Nvme {

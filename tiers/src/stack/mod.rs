@@ -100,6 +100,10 @@ impl Stack {
 
     /// Looks for what is not known of a run in tiers that can be searched; each search ends by itself.
     pub fn search(&self, run: &Run<'_>) -> Vec<Searching> {
+        // No tier has chunks that it does not know of: they are in the bucket under names of their own.
+        if run.layout.is_of_chunks(run.group) {
+            return Vec::new();
+        }
         let now = (self.clock)();
         self.below.iter().filter_map(|lower| lower.store.presence(run, Ask::Search(now)).searching).collect()
     }

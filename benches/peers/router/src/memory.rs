@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use tokio::runtime::Runtime;
 
-use crate::peers::{self, Names, Ours, Peer, Scratch};
-use crate::workload::Event;
+use crate::peers::{self, KINDS, Names, Ours, Peer, Prepared, Scratch};
+use crate::workload::{Event, Workload};
 
 /// Resident bytes of this process.
 fn resident() -> usize {
@@ -61,6 +61,7 @@ pub fn run(runtime: &Arc<Runtime>) {
         println!("figure router.{kind}_bytes_a_pair {:.1} target none", (resident() - before) as f64 / PAIRS as f64);
         if names == Names::Router {
             latency(&ours);
+            long(&ours);
             churn("ours", before, |number| {
                 ours.apply(ours.prepare(&[removed(number), stored(number + PAIRS / CHAIN)], names));
             });
@@ -90,6 +91,76 @@ fn latency(ours: &Ours) {
     times.sort_unstable();
     let p99 = times[times.len() * 99 / 100] as f64 / 1000.0;
     println!("figure router.lookup_of_1000_workers_and_10m_pairs_p99_us {p99:.1} target <= 20");
+}
+
+/// Blocks of a long prompt: two million tokens in blocks of 64, or half a million in blocks of 16.
+const LONG: u64 = 30_000;
+
+/// An agent's session of 30,000 blocks among all that, which grew by 200 with each turn: its beginning lies everywhere, some of it on one worker
+/// in ten, and all of it on three.
+fn long(ours: &Ours) {
+    let tokens: Vec<u64> = (0..LONG).map(|at| (at + 1).wrapping_mul(0xD6E8_FEB8_6659_FD93)).collect();
+    let mut names = Vec::new();
+    kvstore_index::names::chain_names(&tokens, &mut names);
+    for worker in 0..WORKERS {
+        let blocks = match worker {
+            0..3 => LONG as usize,
+            _ if worker % 10 == 0 => 300 + worker * 20,
+            _ => 300,
+        };
+        for start in (0..blocks).step_by(200) {
+            let turn = start..(start + 200).min(blocks);
+            let parent = start.checked_sub(1).map(|last| names[last]);
+            let (names, tokens) = (names[turn.clone()].to_vec(), tokens[turn].to_vec());
+            let event = Event::Stored { worker, parent, start: start as u32, names, tokens };
+            ours.apply(ours.prepare(&[event], Names::Router));
+        }
+    }
+    let mut scratch = Scratch::default();
+    for (look, named, target) in [("named", true, "<= 60"), ("hashed", false, "none")] {
+        let mut times: Vec<u64> = (0..201u64)
+            .map(|at| {
+                // Whatever else is looked up meanwhile.
+                let (others, named_others) = chain(at * 7919 % (PAIRS / CHAIN));
+                ours.find_named(&others, &named_others, &mut scratch);
+                let begun = Instant::now();
+                let best = if named {
+                    ours.find_named(&tokens, &names, &mut scratch)
+                } else {
+                    ours.find(&tokens, &mut scratch)
+                };
+                let nanoseconds = begun.elapsed().as_nanos() as u64;
+                assert_eq!(best, LONG as u32);
+                nanoseconds
+            })
+            .collect();
+        times.sort_unstable();
+        let median = times[times.len() / 2] as f64 / 1000.0;
+        println!("figure router.lookup_of_30000_blocks_of_1000_workers_{look}_us {median:.1} target {target}");
+    }
+    for worker in 0..WORKERS {
+        let event = Event::Removed { worker, names: names.iter().rev().copied().collect() };
+        ours.apply(ours.prepare(&[event], Names::Router));
+    }
+}
+
+/// What one peer takes for what is there after a trace: bytes a pair of a block and a worker.
+pub fn of_trace(workload: &Workload, kind: &str, peer: &str, runtime: &Arc<Runtime>) -> f64 {
+    let Some((_, names)) = KINDS.into_iter().find(|(known, _)| *known == kind) else { return f64::NAN };
+    let before = resident();
+    let ours = Ours::new(workload.workers, names, 1 << 30);
+    let prepare = |event: &Event| -> Prepared {
+        let event = std::slice::from_ref(event);
+        if peer == "ours" { ours.prepare(event, names) } else { peers::prepare_theirs(event, names) }
+    };
+    let other: Option<Box<dyn Peer>> = match peer {
+        "radix" => Some(Box::new(peers::radix_tree(runtime))),
+        "positional" => Some(Box::new(peers::positional(runtime))),
+        _ => None,
+    };
+    let index: &dyn Peer = other.as_deref().unwrap_or(&ours);
+    workload.events.iter().for_each(|event| index.apply(prepare(event)));
+    resident().saturating_sub(before) as f64 / workload.pairs as f64
 }
 
 /// A day of churn at constant population: each hour a quarter of all chains leaves, and as many come.

@@ -54,7 +54,7 @@ pub enum Prepared {
 }
 
 pub enum OurEvent {
-    Store(HolderId, Vec<u64>),
+    Store(HolderId, Option<u64>, Vec<u64>),
     StoreOpaque(HolderId, Option<u64>, Vec<(u64, u64)>),
     Remove(HolderId, Vec<u64>),
     RemoveOpaque(HolderId, Vec<u64>),
@@ -77,8 +77,8 @@ impl Ours {
 
     pub fn prepare(&self, events: &[Event], names: Names) -> Prepared {
         let of = |event: &Event| match (event, names) {
-            (Event::Stored { worker, names, .. }, Names::Router) => {
-                OurEvent::Store(self.holders[*worker], names.clone())
+            (Event::Stored { worker, parent, names, .. }, Names::Router) => {
+                OurEvent::Store(self.holders[*worker], *parent, names.clone())
             }
             (Event::Removed { worker, names }, Names::Router) => OurEvent::Remove(self.holders[*worker], names.clone()),
             (Event::Stored { worker, parent, names: blocks, tokens, .. }, Names::Opaque) => {
@@ -99,7 +99,7 @@ impl Peer for Ours {
         let Prepared::Ours(events) = events else { return };
         for event in events {
             match event {
-                OurEvent::Store(holder, names) => self.index.store(holder, &names),
+                OurEvent::Store(holder, parent, names) => self.index.store_behind(holder, parent, &names),
                 OurEvent::Remove(holder, names) => self.index.remove(holder, &names),
                 OurEvent::StoreOpaque(holder, parent, blocks) => {
                     assert!(self.index.store_opaque(holder, 1, parent, &blocks).is_ok(), "a parent is not known");
@@ -184,13 +184,25 @@ impl<T: SyncIndexer> Peer for Theirs<T> {
     }
 }
 
-/// Every peer, new and empty.
-pub fn all(workload: &Workload, runtime: &Arc<Runtime>, names: Names) -> Vec<(&'static str, Box<dyn Peer>, Prepared)> {
-    let ours = Ours::new(workload.workers, names, 1 << 30);
-    let events = ours.prepare(&workload.events, names);
-    vec![
-        ("ours", Box::new(ours), events),
-        ("radix", Box::new(radix_tree(runtime)), prepare_theirs(&workload.events, names)),
-        ("positional", Box::new(positional(runtime)), prepare_theirs(&workload.events, names)),
-    ]
+/// How engines name blocks.
+pub const KINDS: [(&str, Names); 2] = [("router", Names::Router), ("opaque", Names::Opaque)];
+/// What is compared.
+pub const PEERS: [&str; 3] = ["ours", "radix", "positional"];
+
+/// Whether a peer finds what was stored: the positional index takes hashes for names that it would have computed itself.
+pub fn finds(peer: &str, names: Names) -> bool {
+    peer != "positional" || names == Names::Router
+}
+
+/// A peer, new and empty, and the events as it takes them.
+pub fn prepared(peer: &str, workload: &Workload, runtime: &Arc<Runtime>, names: Names) -> (Box<dyn Peer>, Prepared) {
+    match peer {
+        "ours" => {
+            let ours = Ours::new(workload.workers, names, 1 << 30);
+            let events = ours.prepare(&workload.events, names);
+            (Box::new(ours), events)
+        }
+        "radix" => (Box::new(radix_tree(runtime)), prepare_theirs(&workload.events, names)),
+        _ => (Box::new(positional(runtime)), prepare_theirs(&workload.events, names)),
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::path::Path;
 
 use anyhow::Context;
@@ -30,12 +31,32 @@ pub struct Workload {
     pub events: Vec<Event>,
     /// Prompts: hashes of their blocks' tokens, and their names.
     pub queries: Vec<(Vec<u64>, Vec<u64>)>,
+    /// Pairs of a block and a worker that there are after all events.
+    pub pairs: usize,
+}
+
+/// Names are spread evenly as they are.
+#[derive(Default)]
+struct AsIs(u64);
+
+impl Hasher for AsIs {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.0 = self.0 << 8 | u64::from(*byte));
+    }
+
+    fn write_u64(&mut self, name: u64) {
+        self.0 = name;
+    }
 }
 
 /// An engine's cache: the least recently used block goes, of one request the last one first.
 struct Cache {
     capacity: usize,
-    used: HashMap<u64, u64>,
+    used: HashMap<u64, u64, BuildHasherDefault<AsIs>>,
     order: VecDeque<(u64, u64)>,
     clock: u64,
 }
@@ -65,20 +86,38 @@ fn mixed(number: u64) -> u64 {
     (key ^ key >> 27).wrapping_mul(0x94D0_49BB_1331_11EB)
 }
 
+/// The blocks of each request of a trace: of the conversation trace (a line of JSON each), or of the agents' (four numbers each: when, which
+/// request it goes on, how many blocks of that it begins with, and how many are its own).
+fn requests(trace: &Path) -> anyhow::Result<Vec<Vec<u64>>> {
+    let text = std::fs::read_to_string(trace).with_context(|| format!("cannot read {}", trace.display()))?;
+    let mut requests: Vec<Vec<u64>> = Vec::new();
+    let mut blocks = 0;
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        if trace.extension().is_some_and(|kind| kind == "csv") {
+            let numbers: Vec<i64> = line.split(',').map(str::parse).collect::<Result<_, _>>()?;
+            let [_, parent, shared, own] = numbers[..] else { anyhow::bail!("{line:?} has no four numbers") };
+            let parent = usize::try_from(parent).ok().and_then(|parent| requests.get(parent));
+            let mut ids: Vec<u64> = parent.into_iter().flatten().take(shared as usize).copied().collect();
+            ids.extend((0..own as u64).map(|at| blocks + at));
+            blocks += own as u64;
+            requests.push(ids);
+            continue;
+        }
+        let line: serde_json::Value = serde_json::from_str(line)?;
+        let ids = line["hash_ids"].as_array().context("a line of the trace has no hash_ids")?;
+        requests.push(ids.iter().filter_map(serde_json::Value::as_u64).collect());
+    }
+    Ok(requests)
+}
+
 impl Workload {
     /// Of a trace, for so many engines with so many blocks each; each request goes where most of its prefix is, or to the next. The
     /// trace's blocks are cut into `parts`, and its requests made by `copies` tenants at once, who share nothing.
     pub fn read(trace: &Path, workers: usize, capacity: usize, parts: u64, copies: u64) -> anyhow::Result<Self> {
-        let text = std::fs::read_to_string(trace).with_context(|| format!("cannot read {}", trace.display()))?;
-        let new = |_| Cache { capacity, used: HashMap::new(), order: VecDeque::new(), clock: 0 };
+        let new = |_| Cache { capacity, used: HashMap::default(), order: VecDeque::new(), clock: 0 };
         let mut caches: Vec<Cache> = (0..workers).map(new).collect();
         let (mut events, mut queries) = (Vec::new(), Vec::new());
-        let mut requests = Vec::new();
-        for line in text.lines() {
-            let line: serde_json::Value = serde_json::from_str(line)?;
-            let ids = line["hash_ids"].as_array().context("a line of the trace has no hash_ids")?;
-            requests.push(ids.iter().filter_map(serde_json::Value::as_u64).collect::<Vec<u64>>());
-        }
+        let requests = requests(trace)?;
         let all = requests.iter().flat_map(|ids| (0..copies).map(move |copy| (ids, copy)));
         for (at, (ids, copy)) in all.enumerate() {
             let part = |id: &u64| {
@@ -109,7 +148,8 @@ impl Workload {
             }
             queries.push((tokens, names));
         }
-        Ok(Self { workers, events, queries })
+        let pairs = caches.iter().map(|cache| cache.used.len()).sum();
+        Ok(Self { workers, events, queries, pairs })
     }
 
     /// Blocks of all events.
@@ -127,12 +167,13 @@ impl fmt::Display for Workload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} engines; {} events of {} blocks; {} prompts of {} blocks",
+            "{} engines; {} events of {} blocks; {} prompts of {} blocks; {} pairs at the end",
             self.workers,
             self.events.len(),
             self.event_blocks(),
             self.queries.len(),
-            self.query_blocks()
+            self.query_blocks(),
+            self.pairs
         )
     }
 }

@@ -66,10 +66,12 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def unregister_kv_caches(self) -> None:
         self._worker.unregister_kv_caches()
 
-    def restore_kv_caches(self, kv_caches) -> None:
-        self._worker.register_kv_caches(kv_caches)
+    def restore_kv_caches(self) -> None:
+        self._worker.restore_kv_caches()
 
-    def supports_sleep_mode(self) -> bool:
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config) -> bool:
+        """Returns True: vLLM maps its cache at the same addresses again. Asked of the class, before there is a connector."""
         return True
 
     def get_handshake_metadata(self) -> RankLayout | None:

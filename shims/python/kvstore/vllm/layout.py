@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
+import pathlib
 import platform
 from dataclasses import dataclass
 
@@ -17,7 +19,8 @@ from vllm.v1.kv_cache_interface import (
 )
 
 import kvstore
-from kvstore import weights
+from kvstore import vllm_loader, weights
+from kvstore.weights import configs
 
 from .messages import RankLayout
 from .options import Options
@@ -159,9 +162,13 @@ def describe(vllm_config, kv_cache_config, options: Options, block_bytes: list[i
             )
         )
     first, count, total = shards
+    try:
+        digest = weights_digest(vllm_config, options, says=_tensor_rank() == 0)
+    except weights.InvalidWeights as error:
+        digest, refused = b"", refused or str(error)
     return RankLayout(
         model=short_name(model),
-        weights=weights_digest(vllm_config, options),
+        weights=digest,
         dtype=str(model.dtype).removeprefix("torch."),
         block_tokens=groups[0].block_tokens if groups else 1,
         groups=tuple(layer_groups),
@@ -185,8 +192,9 @@ def short_name(model) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1].encode()[-64:].decode(errors="ignore") or "model"
 
 
-def weights_digest(vllm_config, options) -> bytes:
-    """Returns a digest that names the weights: see `kvstore.weights`."""
+def weights_digest(vllm_config, options, *, says: bool = True) -> bytes:
+    """Returns a digest that names the weights: see `kvstore.weights`. ``says``: whether their name is logged. Raises InvalidWeights if
+    they come from a snapshot, and nothing says which."""
     model, load = vllm_config.model_config, vllm_config.load_config
     digest = hashlib.blake2b(digest_size=32, person=b"vllm weights")
     load_format = str(getattr(load.load_format, "value", load.load_format))
@@ -197,26 +205,50 @@ def weights_digest(vllm_config, options) -> bytes:
     # A draft model's layers are in the same blocks.
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
     if draft is not None and draft.model != model.model:
-        digest.update(weights.name(draft.model, options.weights_version, logger, revision=draft.revision))
-    folder = None
+        told = dict(revision=draft.revision, engine="vllm", load_format=load_format, says=says)
+        digest.update(weights.name(draft.model, options.weights_version, logger, **told))
     if load_format == "dummy":
         digest.update(repr((model.model, model.hf_config.to_json_string(), model.seed)).encode())
     else:
-        folder = weights.folder_of(getattr(model, "model_weights", None) or model.model, model.revision, load.download_dir)
-        try:
-            digest.update(weights.fingerprint(folder) if folder else b"")
-        except OSError:
-            folder = None
-        if folder is None:
-            if not options.weights_version:
-                logger.warning(
-                    "kvstore: the files of %s are not on this machine, so its blocks are named by the model's name and "
-                    "revision %s. Set weights_version if the weights can change under that name.",
-                    model.model,
-                    model.revision,
-                )
-            digest.update(repr((model.model, model.revision, model.hf_config.to_json_string())).encode())
+        digest.update(_of_files(model, load, load_format, options, says))
     return digest.digest()
+
+
+def _of_files(model, load, load_format: str, options, says: bool) -> bytes:
+    """Returns a name of the files' weights, of the snapshot that they come from, or of the model's name and revision if there are no files
+    that can be read."""
+    named = getattr(model, "model_weights", None) or model.model
+    snapshot = vllm_loader.snapshot_of(load, named)
+    folder, why = weights.folder_of(named, model.revision, load.download_dir), ""
+    if snapshot is not None:
+        if says:
+            logger.info("kvstore: the weights of %s are those of the snapshot %s", model.model, snapshot)
+        # An id means one content for ever. The configuration is the model's own.
+        return repr((snapshot, _configuration(folder, model))).encode()
+    try:
+        if folder is not None:
+            found = weights.read(folder, "vllm", load_format)
+            if says:
+                found.say(model.model, logger)
+            return found.digest
+    except weights.ERRORS as error:
+        why = str(error)
+    if not options.weights_version:
+        logger.warning(
+            "kvstore: the blocks of %s are named by the model's name and revision %s: %s. Set weights_version if the weights can "
+            "change under that name.",
+            model.model,
+            model.revision,
+            why or "its files are not on this machine",
+        )
+    return repr((model.model, model.revision, model.hf_config.to_json_string())).encode()
+
+
+def _configuration(folder: pathlib.Path | None, model) -> list[tuple[str, bytes]] | str:
+    with contextlib.suppress(OSError):
+        if folder is not None and (found := configs.digests(folder)):
+            return found
+    return model.hf_config.to_json_string()
 
 
 def _order(cache: torch.Tensor) -> tuple[int, ...]:

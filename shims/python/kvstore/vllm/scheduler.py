@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from vllm.distributed.kv_transfer.kv_connector.utils import yield_req_data
 
 import kvstore
-from kvstore import weights
 from kvstore.store import Store
+from kvstore.weights.adapters import Adapters
 
+from .hashes import Hashes
 from .layout import groups_of, has_names_of_items
 from .messages import UPLOAD, BlockRun, Load, RankLayout, Save, StepPlan, WorkerReport
 from .options import Options
@@ -48,6 +49,7 @@ class _Hit:
     since: float
     # The object store is being searched for more.
     searching: bool = False
+    names: list[bytes] = field(default_factory=list)
 
 
 @dataclass
@@ -99,7 +101,8 @@ class SchedulerSide:
         self._pending = 0
         self._failures: dict[int, int] = {}
         self._version = b""
-        self._adapters: dict[tuple, bytes] = {}
+        self._adapters = Adapters(logger)
+        self._hashes = Hashes(vllm_config.cache_config, self._hash_tokens)
 
     @property
     def _block_tokens(self) -> int:
@@ -126,6 +129,8 @@ class SchedulerSide:
         """Returns how many whole blocks of a request have known tokens, and names that cover everything they depend on."""
         if request.mm_features and not self._has_names_of_items:
             return 0
+        if self._adapter(request) is None:
+            return 0
         known = getattr(request, "num_publishable_block_hashes", None)
         hashes = len(request.block_hashes)
         return (hashes if known is None else min(known, hashes)) // (self._block_tokens // self._hash_tokens)
@@ -133,30 +138,21 @@ class SchedulerSide:
     def _names(self, request, first: int, end: int) -> list[bytes]:
         """Returns the store's names of a request's blocks from `first` to `end`. Their tokens are known."""
         each = self._block_tokens // self._hash_tokens
+        if first >= end:
+            return []
         adapter = self._adapter(request)
-        names = (bytes(request.block_hashes[(at + 1) * each - 1]) for at in range(first, end))
-        # vLLM names an adapter by its name alone; other weights can come under it.
+        # If it has lost its name since they were counted, they get names that nobody finds.
+        adapter = os.urandom(32) if adapter is None else adapter
+        hashes = self._hashes.of(request, adapter)
+        names = (bytes(hashes[(at + 1) * each - 1]) for at in range(first, end))
         return [name if not adapter and len(name) <= 32 else _digest(name, adapter) for name in names]
 
-    def _adapter(self, request) -> bytes:
+    def _adapter(self, request) -> bytes | None:
+        """Returns a name of a request's adapter: empty without one, None if nothing names it."""
         lora = request.lora_request
         if lora is None:
             return b""
-        try:
-            changed = os.stat(lora.lora_path).st_mtime_ns
-        except OSError:
-            changed = 0
-        key = (lora.lora_name, lora.lora_path, changed)
-        if (known := self._adapters.get(key)) is None:
-            try:
-                folder = weights.folder_of(lora.lora_path)
-                known = weights.fingerprint(folder) if folder else _digest(lora.lora_path.encode(), b"")
-            except OSError:
-                known = _digest(lora.lora_path.encode(), b"")
-            if len(self._adapters) >= 1024:
-                self._adapters.clear()
-            self._adapters[key] = known
-        return known
+        return self._adapters.name(lora.lora_path)
 
     # ---------------------------------------------------------------- look-ups
 
@@ -198,6 +194,7 @@ class SchedulerSide:
         names = self._names(request, start, min(most, self._known(request)))
         if not names:
             return hit
+        hit.names = names
         hit.blocks = hit.in_memory = len(names)
         for rank_layout in self._layouts:
             found = self._look_up_in(rank_layout, names)
@@ -253,7 +250,7 @@ class SchedulerSide:
                 # Blocks that no later token looks back to are not read.
                 end = (hit.start + count) * group.block_tokens
                 first = max(first, (end - group.window + 1) // group.block_tokens)
-            names = self._names(request, first, hit.start + count)
+            names = hit.names[first - hit.start : count]
             runs.append(BlockRun(at, names, numbers[group.number][first : hit.start + count]))
         self._loads[request_id] = Load(request_id, runs, self._is_in_step(hit))
         self._held[request_id] = hit.tickets
@@ -362,6 +359,7 @@ class SchedulerSide:
         """A request has ended. On a prefill worker, returns the parameters for the decode worker."""
         request_id = request.request_id
         self._forget(request_id)
+        self._hashes.forget(request_id)
         self._waiting_since.pop(request_id, None)
         self._attempts.pop(request_id, None)
         self._loads.pop(request_id, None)
@@ -378,6 +376,7 @@ class SchedulerSide:
     def reset(self) -> bool:
         """The weights have changed. Blocks that are stored from now on belong to another layout than the blocks before."""
         self._version = os.urandom(32)
+        self._adapters.reset()
         for request_id in list(self._hits):
             self._forget(request_id)
         for tracked in self._tracked.values():

@@ -61,6 +61,8 @@ class WorkerSide:
         # By group and shard.
         self._pages: list[list[DirectPages | StagedPages]] = []
         self._staging: Staging | None = None
+        # What the engine registered: it says nothing of its cache when it wakes up.
+        self._kv_caches: Any = None
         # By layer: its group, and the last of its regions there.
         self._last_region: dict[str, tuple[int, int]] = {}
         self.layout: RankLayout | None = None
@@ -84,6 +86,7 @@ class WorkerSide:
 
     def register_kv_caches(self, kv_caches) -> None:
         """Takes the engine's cache."""
+        self._kv_caches = kv_caches
         groups, _ = groups_of(self._kv_cache_config)
         blocks = self._kv_cache_config.num_blocks
         shards = shards_of(self._vllm_config, self._kv_cache_config, self._options)
@@ -134,6 +137,11 @@ class WorkerSide:
         if self._staging is not None:
             self._staging.close()
             self._staging = None
+
+    def restore_kv_caches(self) -> None:
+        """The engine's cache is there again, where it was. Does nothing if it was not given up."""
+        if self._kv_caches is not None and not self._pages:
+            self.register_kv_caches(self._kv_caches)
 
     # ---------------------------------------------------------------- a step
 
