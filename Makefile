@@ -2,8 +2,8 @@
 .PHONY: demo test soak test-python test-engines test-templates python release wheel test-wheel lint bench bench-peers bench-router bench-engines bench-snapshots bench-starts bench-build engines \
   audit build-costs help
 
-# Figures to measure: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, prompts, idle, first_pass, outside, or several with commas.
-FIGURES ?= grpc,index,eviction,nvme,restart,local,long,locks,object,advise,routing,relay,prompts,idle,first_pass,outside
+# Figures to measure: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, prompts, idle, first_pass, outside, chunks, or several with commas.
+FIGURES ?= grpc,index,eviction,nvme,restart,local,long,locks,object,advise,routing,relay,prompts,idle,first_pass,outside,chunks
 TARGET := $(or $(CARGO_TARGET_DIR),$(shell cargo metadata --no-deps --format-version 1 2>/dev/null | sed 's/.*"target_directory":"\([^"]*\)".*/\1/'),target)
 # A folder on the disk that nvme and restart measure; needs 20 GiB.
 DISK ?= $(TARGET)

@@ -6,6 +6,7 @@
 
 mod advise;
 mod bare;
+mod chunks;
 mod eviction;
 mod figure;
 mod first_pass;
@@ -33,7 +34,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Measure the figures of one group.
 #[derive(Parser)]
 struct Arguments {
-    /// The group: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, prompts, idle, first_pass or outside.
+    /// The group: grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, prompts, idle, first_pass, outside or chunks.
     #[arg(long)]
     group: String,
     /// Rounds of each paired measurement.
@@ -80,9 +81,10 @@ fn main() -> anyhow::Result<()> {
         "prompts" => prompts::measure(&arguments.agents, arguments.python.as_ref(), arguments.rounds),
         "idle" => idle::measure(&arguments.daemon, &arguments.disk),
         "first_pass" => first_pass::measure(&arguments.daemon, arguments.rounds),
+        "chunks" => chunks::measure(&arguments.daemon, &arguments.disk, arguments.rounds),
         "outside" => outside::measure(&arguments.daemon, arguments.rounds),
         other => {
-            let valid = "grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, prompts, idle, first_pass, outside";
+            let valid = "grpc, index, eviction, nvme, restart, local, long, locks, object, advise, routing, relay, prompts, idle, first_pass, outside, chunks";
             anyhow::bail!("unknown group {other:?}: valid are {valid}")
         }
     }

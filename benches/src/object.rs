@@ -29,9 +29,9 @@ const HELPER: &str = "KVSTORE_BENCH_S3";
 const BLOCK: u32 = 1 << 20;
 const BLOCKS: u64 = 512;
 /// Bytes of a plain request: as many as a pack has.
-const REQUEST: u64 = 8 << 20;
+pub const REQUEST: u64 = 8 << 20;
 /// Plain requests at once: as many as the tier has under way.
-const AT_ONCE: usize = 8;
+pub const AT_ONCE: usize = 8;
 /// Blocks that are on their way at once: the daemon's own window.
 const WINDOW: usize = (AT_ONCE as u64 * REQUEST / BLOCK as u64) as usize;
 
@@ -57,13 +57,18 @@ pub fn is_helper() -> anyhow::Result<bool> {
     Ok(true)
 }
 
+/// An S3 server over `folder`, in a process of its own.
+pub fn serve(folder: &std::path::Path) -> anyhow::Result<(Process, std::net::SocketAddr)> {
+    let mut command = std::process::Command::new(std::env::current_exe()?);
+    command.env(HELPER, folder);
+    let server = Process::start(command, &folder.join("ready"))?;
+    Ok((server, std::fs::read_to_string(folder.join("address"))?.parse()?))
+}
+
 /// Measures the group.
 pub fn measure(rounds: usize) -> anyhow::Result<()> {
     let folder = tempfile::tempdir_in("/dev/shm")?;
-    let mut command = std::process::Command::new(std::env::current_exe()?);
-    command.env(HELPER, folder.path());
-    let _server = Process::start(command, &folder.path().join("ready"))?;
-    let address: std::net::SocketAddr = std::fs::read_to_string(folder.path().join("address"))?.parse()?;
+    let (_server, address) = serve(folder.path())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let (mut reads, mut writes, mut local_reads) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..rounds {
@@ -125,7 +130,8 @@ impl Run {
     }
 }
 
-fn url(address: std::net::SocketAddr, prefix: &str) -> ObjectUrl {
+/// The server's bucket, below `prefix`.
+pub fn url(address: std::net::SocketAddr, prefix: &str) -> ObjectUrl {
     let settings = s3::settings(address, prefix);
     let value =
         |key: &str| settings.iter().find_map(|setting| setting.strip_prefix(key)).unwrap_or_default().to_owned();

@@ -7,6 +7,7 @@ pub mod cache;
 pub mod caps;
 pub mod codec;
 pub mod collect;
+pub mod copy;
 pub mod cut;
 pub mod describe;
 pub mod diff;

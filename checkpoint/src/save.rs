@@ -77,7 +77,7 @@ pub enum SaveError {
 }
 
 /// A saver: what it has written so far.
-struct Saver {
+pub(crate) struct Saver {
     store: Store,
     compress: Compress,
     progress: Arc<Progress>,
@@ -86,46 +86,69 @@ struct Saver {
 }
 
 impl Saver {
+    pub(crate) fn new(store: &Store, compress: Compress, progress: &Arc<Progress>) -> Self {
+        Self { store: store.clone(), compress, progress: Arc::clone(progress), done: Mutex::default() }
+    }
+
+    /// What there is of a chunk. One that need not be written counts as found.
+    pub(crate) async fn look(&self, chunk: Digest, bytes: u64) -> Result<There, StoreError> {
+        let is_new = self.done.lock().insert(chunk);
+        let there = if is_new { self.store.look_at_chunk(chunk, bytes).await? } else { There::Chunk };
+        if there == There::Chunk {
+            Progress::add(&self.progress.found, bytes);
+            Progress::add(&self.progress.done, bytes);
+        }
+        Ok(there)
+    }
+
+    /// Writes a chunk where `there` says that it is not. `element_bytes`: of the tensor that it is a part of.
+    pub(crate) async fn write(
+        &self,
+        (chunk, plain): (Digest, Vec<u8>),
+        element_bytes: Option<u8>,
+        there: There,
+    ) -> Result<(), StoreError> {
+        let bytes = plain.len() as u64;
+        let tried = match (self.compress, element_bytes) {
+            (Compress::Nothing, _) => Tried::Nothing,
+            (Compress::Auto, Some(element)) => Tried::Planes(element),
+            (Compress::Auto, None) => Tried::Lz4,
+        };
+        let encoded = blocking(move || Ok(encode(plain, tried))).await;
+        let stored = encoded.map_err(|cause| StoreError::Stopped(cause.to_string()))?;
+        let moved = stored.len() as u64;
+        let written = match there {
+            There::Damaged => self.store.mend_chunk(chunk, stored).await.map(|()| true),
+            _ => self.store.write_chunk(chunk, stored).await,
+        };
+        match written? {
+            true => Progress::add(&self.progress.moved, moved),
+            // Somebody else was faster.
+            false => Progress::add(&self.progress.found, bytes),
+        }
+        Progress::add(&self.progress.done, bytes);
+        Ok(())
+    }
+
     /// Saves a piece of a file: the chunk that it is.
     async fn piece(&self, file: Reader, path: &Path, piece: Piece) -> Result<Extent, SaveError> {
-        let compress = self.compress;
-        let read = tokio::task::spawn_blocking(move || {
+        let read = blocking(move || {
             // With room for the footer.
             let mut plain = Vec::with_capacity(piece.bytes + FOOTER_BYTES);
             plain.resize(piece.bytes, 0);
             file.read_exact_at(&mut plain, piece.start)?;
-            Ok::<_, io::Error>((Digest::of(&plain), plain))
+            Ok((Digest::of(&plain), plain))
         });
         let failed = |cause: io::Error| match cause.kind() {
             io::ErrorKind::UnexpectedEof => SaveError::Changed(path.to_owned()),
             _ => SaveError::Read { path: path.to_owned(), cause },
         };
-        let (chunk, plain) = read.await.map_err(io::Error::other).flatten().map_err(failed)?;
+        let (chunk, plain) = read.await.map_err(failed)?;
         let bytes = plain.len() as u64;
-        let is_new = self.done.lock().insert(chunk);
-        let there = if is_new { self.store.look_at_chunk(chunk, bytes).await? } else { There::Chunk };
-        if there == There::Chunk {
-            Progress::add(&self.progress.found, bytes);
-        } else {
-            let tried = match (compress, piece.element_bytes) {
-                (Compress::Nothing, _) => Tried::Nothing,
-                (Compress::Auto, Some(element)) => Tried::Planes(element),
-                (Compress::Auto, None) => Tried::Lz4,
-            };
-            let encoded = tokio::task::spawn_blocking(move || encode(plain, tried)).await;
-            let stored = encoded.map_err(io::Error::other).map_err(failed)?;
-            let moved = stored.len() as u64;
-            let written = match there {
-                There::Damaged => self.store.mend_chunk(chunk, stored).await.map(|()| true),
-                _ => self.store.write_chunk(chunk, stored).await,
-            };
-            match written? {
-                true => Progress::add(&self.progress.moved, moved),
-                // Somebody else was faster.
-                false => Progress::add(&self.progress.found, bytes),
-            }
+        match self.look(chunk, bytes).await? {
+            There::Chunk => {}
+            there => self.write((chunk, plain), piece.element_bytes, there).await?,
         }
-        Progress::add(&self.progress.done, bytes);
         Ok(Extent { bytes, chunk })
     }
 
@@ -200,24 +223,40 @@ pub async fn save_all(
     let mut intent = Intent::new(store, &id);
     store.begin_save(&id).await?;
     let saved = write(store, named, (&id, found), options, progress, (began, &mut intent)).await;
-    store.end_save(&id).await;
-    intent.stays = true;
+    intent.end(&saved).await;
     saved
 }
 
+/// An intent holds collections up for so long, and no longer.
+pub(crate) fn is_in_time(store: &Store, began: kvstore_bucket::BootTime) -> Result<(), SaveError> {
+    match store.bucket.now().ms_since(began) > caps::SAVE_MS_MAX - caps::SAVE_MARGIN_MS {
+        true => Err(SaveError::TooLong),
+        false => Ok(()),
+    }
+}
+
 /// An intent, which goes with this: a save that is given up keeps no collection waiting.
-struct Intent {
+pub(crate) struct Intent {
     store: Store,
     id: String,
     runtime: Option<tokio::runtime::Handle>,
     /// It has gone already; or it is needed, as a commit is on its way that nobody can call back.
-    stays: bool,
+    pub(crate) stays: bool,
 }
 
 impl Intent {
-    fn new(store: &Store, id: &str) -> Self {
+    pub(crate) fn new(store: &Store, id: &str) -> Self {
         let runtime = tokio::runtime::Handle::try_current().ok();
         Self { store: store.clone(), id: id.to_owned(), runtime, stays: false }
+    }
+
+    /// Takes it away, unless the commit's request failed in a way that lets it arrive later: a collection then waits for a day.
+    pub(crate) async fn end<T>(mut self, saved: &Result<T, SaveError>) {
+        let may_arrive = matches!(saved, Err(SaveError::Store(error)) if self.store.may_arrive(error));
+        if !(self.stays && may_arrive) {
+            self.store.end_save(&self.id).await;
+        }
+        self.stays = true;
     }
 }
 
@@ -238,12 +277,7 @@ async fn write(
     progress: &Arc<Progress>,
     (began, intent): (kvstore_bucket::BootTime, &mut Intent),
 ) -> Result<Commit, SaveError> {
-    let saver = Saver {
-        store: store.clone(),
-        compress: options.compress,
-        progress: Arc::clone(progress),
-        done: Mutex::default(),
-    };
+    let saver = Saver::new(store, options.compress, progress);
     let mut files = Vec::new();
     for file in found.into_iter().map(Arc::new) {
         files.push(saver.file(&file).await?);
@@ -264,10 +298,7 @@ async fn write(
         ranks: Bounded(vec![name]),
         totals,
     };
-    // Its intent holds collections up for so long, and no longer.
-    if store.bucket.now().ms_since(began) > caps::SAVE_MS_MAX - caps::SAVE_MARGIN_MS {
-        return Err(SaveError::TooLong);
-    }
+    is_in_time(store, began)?;
     intent.stays = true;
     store.commit(&commit).await?;
     intent.stays = false;

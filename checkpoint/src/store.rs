@@ -103,6 +103,9 @@ pub enum StoreError {
     /// A collection is under way.
     #[error("a collection of garbage is under way for up to {0} more s; try again after that")]
     Collecting(u64),
+    /// The program ends.
+    #[error("a chunk was not encoded: {0}")]
+    Stopped(String),
     /// It says no time.
     #[error(
         "the object store does not say when objects were written, so what was left behind cannot be told from what is being written"
@@ -151,6 +154,8 @@ pub struct Store {
     /// It keeps bodies that are not those that were sent: what was written is read back.
     reads_back: Arc<AtomicBool>,
     near: Option<Arc<dyn Near>>,
+    /// It is a folder: what failed did not happen, and will not.
+    is_folder: bool,
 }
 
 /// Milliseconds since boot, sleep included.
@@ -179,13 +184,20 @@ impl Store {
     pub fn open(url: &ObjectUrl) -> Result<Self, StoreError> {
         let opened = url.open()?;
         let root = opened.prefix.parts().chain(Path::from(ROOT).parts()).collect();
-        Ok(Self { root, ..Self::of(opened.store) })
+        Ok(Self { root, is_folder: url.url.starts_with("file:"), ..Self::of(opened.store) })
     }
 
     /// The same, of a store that is open.
     pub fn of(store: Arc<dyn object_store::ObjectStore>) -> Self {
         let bucket = Arc::new(Bucket::new(store, STALL, boot_time));
-        Self { bucket, root: Path::from(ROOT), reads_back: Arc::default(), near: None }
+        Self { bucket, root: Path::from(ROOT), reads_back: Arc::default(), near: None, is_folder: false }
+    }
+
+    /// Whether a request that failed so may yet arrive.
+    pub(crate) fn may_arrive(&self, error: &StoreError) -> bool {
+        let is_doubtful =
+            |cause: &Trouble| matches!(cause, Trouble::Failed(_) | Trouble::Away(_) | Trouble::Damaged(_));
+        !self.is_folder && matches!(error, StoreError::Request { cause, .. } if is_doubtful(cause))
     }
 
     fn at(&self, below: &str) -> Path {
@@ -379,13 +391,24 @@ impl Store {
         let what = format!("the manifest of rank {}", rank.rank);
         let body = rank.encode().map_err(|cause| StoreError::Manifest { what: what.clone(), cause })?;
         let name = RankName { rank: rank.rank, bytes: body.len() as u64, digest: Digest::of(&body) };
-        let at = self.at(&format!("snap/{id}/rank-{:05}", rank.rank));
-        self.create(&at, body.into()).await.map_err(Self::failed(format!("{what} was written")))?;
+        self.write_rank_body(id, rank.rank, body.into()).await?;
         Ok(name)
+    }
+
+    /// Writes a rank's manifest as it is stored.
+    pub(crate) async fn write_rank_body(&self, id: &str, rank: u32, body: Bytes) -> Result<(), StoreError> {
+        let at = self.at(&format!("snap/{id}/rank-{rank:05}"));
+        let created = self.create(&at, body).await;
+        created.map(drop).map_err(Self::failed(format!("the manifest of rank {rank} was written")))
     }
 
     /// A rank's manifest, verified and checked.
     pub async fn rank(&self, id: &str, name: RankName) -> Result<Rank, StoreError> {
+        Ok(self.rank_with_body(id, name).await?.0)
+    }
+
+    /// The same, and its bytes as they are stored.
+    pub(crate) async fn rank_with_body(&self, id: &str, name: RankName) -> Result<(Rank, Bytes), StoreError> {
         let what = format!("the manifest of rank {} of the snapshot {id}", name.rank);
         let at = self.at(&format!("snap/{id}/rank-{:05}", name.rank));
         let read = self.bucket.read_all(&at, caps::MANIFEST_BYTES_MAX, self.deadline()).await;
@@ -393,7 +416,8 @@ impl Store {
         if Digest::of(&body) != name.digest {
             return Err(StoreError::Digest(what));
         }
-        Rank::decode(&body).map_err(|cause| StoreError::Manifest { what, cause })
+        let rank = Rank::decode(&body).map_err(|cause| StoreError::Manifest { what, cause })?;
+        Ok((rank, body))
     }
 
     /// All files of a snapshot, of all its ranks. One that two ranks have is refused: they would be written over each other. So is a
@@ -429,20 +453,30 @@ impl Store {
         let body = commit.encode().map_err(|cause| StoreError::Manifest { what: what(), cause })?;
         // What nobody could read again is no snapshot.
         Commit::decode(&body).map_err(|cause| StoreError::Manifest { what: what(), cause })?;
-        let at = self.at(&format!("snap/{}/COMMIT", commit.id));
-        // Nobody else writes below this id: one that is there is our own, and its answer was lost.
-        self.create(&at, body.into()).await.map(drop).map_err(Self::failed("the commit was written"))
+        self.commit_body(&commit.id, body.into()).await
+    }
+
+    /// Writes a snapshot's commit as it is stored.
+    pub(crate) async fn commit_body(&self, id: &str, body: Bytes) -> Result<(), StoreError> {
+        let at = self.at(&format!("snap/{id}/COMMIT"));
+        // Whoever else writes below this id writes the same: one that is there is our own, whose answer was lost, or that of another copy.
+        self.create(&at, body).await.map(drop).map_err(Self::failed("the commit was written"))
     }
 
     /// A snapshot, by its id.
     pub async fn snapshot(&self, id: &str) -> Result<Commit, StoreError> {
+        Ok(self.snapshot_with_body(id).await?.0)
+    }
+
+    /// The same, and its commit's bytes as they are stored.
+    pub(crate) async fn snapshot_with_body(&self, id: &str) -> Result<(Commit, Bytes), StoreError> {
         let at = self.at(&format!("snap/{id}/COMMIT"));
         match self.bucket.read_all(&at, caps::RECORD_BYTES_MAX, self.deadline()).await {
             Ok((body, _)) => {
                 let what = format!("the snapshot {id}");
                 let commit =
                     Commit::decode(&body).map_err(|cause| StoreError::Manifest { what: what.clone(), cause })?;
-                if commit.id == id { Ok(commit) } else { Err(StoreError::Digest(what)) }
+                if commit.id == id { Ok((commit, body)) } else { Err(StoreError::Digest(what)) }
             }
             Err(Trouble::NotFound) => Err(StoreError::NoSuch(id.to_owned())),
             Err(trouble) => Err(Self::failed(format!("the snapshot {id} was read"))(trouble)),

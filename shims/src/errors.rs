@@ -82,7 +82,7 @@ pub mod snapshots {
         match error {
             StoreError::Open(_) | StoreError::Name(_) | StoreError::Ambiguous(_) => Error::Invalid(message),
             StoreError::NoSuch(_) => Error::NotFound(message),
-            StoreError::Request { .. } => Error::Unavailable(message),
+            StoreError::Request { .. } | StoreError::Stopped(_) => Error::Unavailable(message),
             StoreError::Chunk { .. }
             | StoreError::Digest(_)
             | StoreError::Manifest { .. }

@@ -5,6 +5,7 @@ mod client;
 mod contents;
 mod errors;
 mod exported;
+mod heap;
 mod leases;
 mod near;
 mod pages;

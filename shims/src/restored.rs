@@ -21,6 +21,7 @@ use serde::Deserialize;
 
 use crate::errors::{raise, snapshots as of};
 use crate::exported::view;
+use crate::heap;
 use crate::near::Leased;
 
 /// What is to be held, and where.
@@ -61,6 +62,18 @@ fn is_wanted(path: &str, wanted: Option<&Vec<String>>) -> bool {
 
 /// Holds a snapshot. `chunks`: those of this node's daemon, if it is asked.
 pub async fn hold(
+    store: Store,
+    chunks: Option<Arc<Chunks>>,
+    hold: Hold,
+    progress: Arc<Progress>,
+) -> Result<Restored, Error> {
+    let held = place(store, chunks, hold, progress).await;
+    // On no thread that others wait for.
+    let _ = tokio::task::spawn_blocking(heap::give_back).await;
+    held
+}
+
+async fn place(
     store: Store,
     chunks: Option<Arc<Chunks>>,
     hold: Hold,

@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvstore_bucket::ObjectUrl;
 use kvstore_checkpoint::collect::{self, CollectRules, Collected};
+use kvstore_checkpoint::copy::{self, Between};
 use kvstore_checkpoint::manifest::Commit;
 use kvstore_checkpoint::progress::Progress as Counts;
 use kvstore_checkpoint::remove::{self, names_of};
@@ -25,6 +26,7 @@ use tokio::sync::OnceCell;
 
 use crate::contents;
 use crate::errors::{raise, snapshots as of};
+use crate::heap;
 use crate::near::DaemonChunks;
 use crate::restored::{self, Hold, Restored};
 use crate::runtime::{SNAPSHOTS, awaitable_on, wait_and_tell};
@@ -95,6 +97,13 @@ enum Call {
         /// None: what suits the store.
         compress: Option<bool>,
     },
+    Upload {
+        snapshot: String,
+        /// Of the other store.
+        url: String,
+        options: Vec<(String, String)>,
+        compress: Option<bool>,
+    },
 }
 
 /// A store of snapshots.
@@ -141,6 +150,11 @@ fn prewarm_tier(name: &str) -> Result<PrewarmTier, Error> {
 
 fn parse<T: serde::de::DeserializeOwned>(asked: &str) -> Result<T, Error> {
     serde_json::from_str(asked).map_err(|error| Error::Invalid(format!("{asked}: {error}")))
+}
+
+/// What is compressed: by default, what goes to a store that is slower than the compressor.
+fn compression(asked: Option<bool>, is_folder: bool) -> Compress {
+    if asked.unwrap_or(!is_folder) { Compress::Auto } else { Compress::Nothing }
 }
 
 /// The snapshot that is asked for.
@@ -234,19 +248,31 @@ async fn answer(
             describe::with(answer, moved(&progress, "read_bytes"))
         }
         Call::Save { folder, without, name, facts, compress } => {
-            let is_compressed = compress.unwrap_or(!is_local);
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             let options = SaveOptions {
                 name: name.clone(),
                 facts,
-                compress: if is_compressed { Compress::Auto } else { Compress::Nothing },
+                compress: compression(compress, is_local),
                 writer: format!("kvstore {} (Python)", env!("CARGO_PKG_VERSION")),
                 now_ms: now.as_millis() as i64,
             };
             let sources = Sources { folder, without, made };
-            let commit = save::save_all(&store, sources, options, &progress).await.map_err(of::save)?;
+            let saved = save::save_all(&store, sources, options, &progress).await;
+            let _ = tokio::task::spawn_blocking(heap::give_back).await;
+            let commit = saved.map_err(of::save)?;
             let answer = describe::snapshot(&commit, &name.into_iter().collect::<Vec<_>>());
             describe::with(answer, moved(&progress, "written_bytes"))
+        }
+        Call::Upload { snapshot, url, options, compress } => {
+            let compress = compression(compress, url.starts_with("file:"));
+            let to = Store::open(&ObjectUrl { url, options }).map_err(of::store)?;
+            let id = store.resolve(&snapshot).await.map_err(of::store)?;
+            let (between, name) = (Between { from: &store, to: &to }, copy::name_there(&snapshot, &id));
+            let copied = copy::copy(between, &id, name, compress, &progress).await;
+            let _ = tokio::task::spawn_blocking(heap::give_back).await;
+            let commit = copied.map_err(of::save)?;
+            let names = names_of(&to.names().await.map_err(of::store)?, &id);
+            describe::with(describe::snapshot(&commit, &names), moved(&progress, "written_bytes"))
         }
     };
     Ok(answer.to_string())

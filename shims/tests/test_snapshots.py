@@ -94,6 +94,49 @@ def test_a_walk_through_every_verb(store, folder, tmp_path):
     assert [one.id for one in store.ls()] == [again.id] and store.verify("m").wrong == []
 
 
+def test_what_is_on_this_node_s_disk_becomes_durable(store, folder, tmp_path):
+    (tmp_path / "local").mkdir()
+    local = Store(f"file://{tmp_path}/local")
+    saved = local.save(folder, name="m")
+    told: list[Progress] = []
+    uploaded = local.upload("m", store, progress=told.append)
+    assert (uploaded.id, uploaded.names, told[-1].done) == (saved.id, ["m"], saved.bytes)
+    assert asyncio.run(local.upload_async(saved.id[:8], store, compress=True)).written_bytes == 0
+    store.restore("m", tmp_path / "to")
+    assert content(tmp_path / "to") == content(folder)
+    with pytest.raises(kvstore.NotFound, match='no snapshot "other"'):
+        local.upload("other", store)
+
+
+def test_the_command_saves_to_the_disk_first(folder, tmp_path):
+    """A save to the disk alone, a restore of it while the store is away, an upload, and a restore that reads the disk first."""
+    (tmp_path / "local").mkdir()
+    environment = {**os.environ, "KVSTORE_SNAPSHOTS_LOCAL": f"file://{tmp_path}/local"}
+    environment.pop("KVSTORE_SNAPSHOTS", None)
+
+    def snapshot(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([program("kvstore", "KVSTORE_BIN"), "snapshot", *arguments], capture_output=True, text=True, env=environment)
+
+    refused = snapshot("save", str(folder))
+    assert refused.returncode and "--store" in refused.stderr
+    refused = snapshot("save", str(folder), "--to", "local", "--local", "s3://bucket")
+    assert refused.returncode and "not on this node's disk" in refused.stderr
+    saved = snapshot("save", str(folder), "--to", "local", "--name", "m")
+    assert saved.returncode == 0 and f"kvstore snapshot upload {saved.stdout.strip()}" in saved.stderr
+    store = f"file://{tmp_path}/store"
+    away = snapshot("restore", "m", str(tmp_path / "away"), "--store", store)
+    assert away.returncode == 0, away.stderr
+    (tmp_path / "store").mkdir(exist_ok=True)
+    uploaded = json.loads(snapshot("upload", "m", "--store", store, "--json").stdout)
+    assert uploaded["id"] == saved.stdout.strip() and uploaded["names"] == ["m"] and uploaded["written_bytes"] > 0
+    near = json.loads(snapshot("restore", "m", str(tmp_path / "near"), "--store", store, "--json").stdout)
+    assert near["read_bytes"] == 0
+    del environment["KVSTORE_SNAPSHOTS_LOCAL"]
+    far = json.loads(snapshot("restore", "m", str(tmp_path / "far"), "--store", store, "--json").stdout)
+    assert far["read_bytes"] > 0
+    assert content(tmp_path / "away") == content(tmp_path / "near") == content(tmp_path / "far") == content(folder)
+
+
 def test_every_verb_can_be_awaited(store, folder, tmp_path):
     async def walk():
         told: list[Progress] = []

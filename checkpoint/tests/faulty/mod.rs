@@ -1,8 +1,8 @@
 //! A store in memory that ends after so many requests, is slow at random, or has damaged objects.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::TryStreamExt;
@@ -24,6 +24,8 @@ pub struct Faulty {
     /// Of so many creates, the first one's reply is lost; 0: of none.
     loses_one_in: AtomicU64,
     puts: AtomicU64,
+    /// Commits that were sent, and did not arrive yet; `None`: they arrive.
+    held: Mutex<Option<Vec<(Path, PutPayload)>>>,
 }
 
 impl Faulty {
@@ -34,7 +36,21 @@ impl Faulty {
             chance: AtomicU64::new(0),
             loses_one_in: AtomicU64::new(0),
             puts: AtomicU64::new(0),
+            held: Mutex::new(None),
         })
+    }
+
+    /// Commits are on their way from now on, and fail for whoever sends them.
+    pub fn hold_commits(&self) {
+        *self.held.lock().unwrap() = Some(Vec::new());
+    }
+
+    /// What was sent arrives, as far as it is not there.
+    pub async fn let_commits_arrive(&self) {
+        let held = self.held.lock().unwrap().take().unwrap();
+        for (location, payload) in held {
+            self.inner.put(&location, payload).await.unwrap();
+        }
     }
 
     pub fn end_after(&self, requests: i64) {
@@ -93,6 +109,12 @@ impl fmt::Display for Faulty {
 impl ObjectStore for Faulty {
     async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
         self.may_pass().await?;
+        if location.filename() == Some("COMMIT")
+            && let Some(held) = &mut *self.held.lock().unwrap()
+        {
+            held.push((location.clone(), payload));
+            return Err(Error::Generic { store: "faulty", source: "no answer".into() });
+        }
         let put = self.inner.put_opts(location, payload, opts).await;
         let one_in = self.loses_one_in.load(Ordering::SeqCst);
         if one_in > 0 && self.puts.fetch_add(1, Ordering::SeqCst).is_multiple_of(one_in) {

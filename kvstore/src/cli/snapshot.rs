@@ -7,9 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use clap::Subcommand;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use kvstore_checkpoint::collect::{self, CollectRules, Collected};
+use kvstore_checkpoint::copy::{self, Between};
 use kvstore_checkpoint::describe::{self, when, with};
 use kvstore_checkpoint::diff;
 use kvstore_checkpoint::manifest::Commit;
@@ -39,8 +41,11 @@ Examples:
   kvstore snapshot restore llama ./llama-here --store s3://bucket/models
   kvstore snapshot diff llama 4f2a9c --store file:///mnt/models
   kvstore snapshot gc --store s3://bucket/models --keep-last 2 --dry-run
+  kvstore snapshot save ./llama --to local --local file:///nvme/snapshots --name llama
+  kvstore snapshot upload llama --local file:///nvme/snapshots --store s3://bucket/models
 
-KVSTORE_SNAPSHOTS names the store for all of these. Credentials come from the environment, as for object.url."
+KVSTORE_SNAPSHOTS names the store for all of these, and KVSTORE_SNAPSHOTS_LOCAL the one on this node's disk. Credentials come from the
+environment, as for object.url."
 )]
 pub struct Snapshot {
     #[command(subcommand)]
@@ -51,6 +56,8 @@ pub struct Snapshot {
 enum Verb {
     /// Save a folder.
     Save(Save),
+    /// Copy a snapshot that was saved to this node's disk into the store.
+    Upload(Upload),
     /// Restore a snapshot into a folder.
     Restore(Restore),
     /// Bring a snapshot into the memory of a node's daemon, or onto its disk.
@@ -85,19 +92,67 @@ struct Where {
     json: bool,
 }
 
+/// The store on this node's disk.
+#[derive(clap::Args, Debug, Clone)]
+struct Local {
+    /// A store on this node's disk, file:///path: as fast as the disk, and lost with it.
+    #[arg(long, env = "KVSTORE_SNAPSHOTS_LOCAL", value_name = "URL")]
+    local: Option<String>,
+}
+
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum To {
+    /// This node's disk: the store that --local names.
+    Local,
+    /// The store.
+    Durable,
+}
+
 /// `save`.
 #[derive(clap::Args, Debug)]
 struct Save {
     /// The folder.
     folder: PathBuf,
+    /// The object store, as for the other commands.
+    #[arg(long, env = "KVSTORE_SNAPSHOTS", value_name = "URL", required_if_eq("to", "durable"))]
+    store: Option<String>,
+    /// An option of the store's client; may be repeated.
+    #[arg(long = "option", value_parser = pair, value_name = "KEY=VALUE")]
+    options: Vec<(String, String)>,
     #[command(flatten)]
-    at: Where,
+    local: Local,
+    /// Where it must be before the command ends. What is local becomes durable by `kvstore snapshot upload`.
+    #[arg(long, value_enum, default_value_t = To::Durable)]
+    to: To,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
     /// Call it so from then on.
     #[arg(long)]
     name: Option<String>,
     /// A fact that a restore may ask for, such as dtype=bf16; may be repeated.
     #[arg(long = "fact", value_parser = pair, value_name = "KEY=VALUE")]
     facts: Vec<(String, String)>,
+    /// Compress what becomes smaller, or nothing [default: nothing for file:///, auto otherwise].
+    #[arg(long, value_name = "WHAT")]
+    compress: Option<CompressArg>,
+}
+
+/// `upload`.
+#[derive(clap::Args, Debug)]
+#[command(
+    after_help = "The snapshot keeps its id. Chunks that the store has are not copied again. An upload that broke off is gone on with by the same command.
+
+Examples:
+  kvstore snapshot upload llama --local file:///nvme/snapshots --store s3://bucket/models"
+)]
+struct Upload {
+    /// The snapshot: a name, an id, or the first digits of one.
+    snapshot: String,
+    #[command(flatten)]
+    at: Where,
+    #[command(flatten)]
+    local: Local,
     /// Compress what becomes smaller, or nothing [default: nothing for file:///, auto otherwise].
     #[arg(long, value_name = "WHAT")]
     compress: Option<CompressArg>,
@@ -121,6 +176,8 @@ struct Restore {
     /// Look for chunks in the memory and on the disk of this daemon first: unix:/path/to/socket or http://host:port.
     #[arg(long, value_name = "ADDRESS")]
     daemon: Option<String>,
+    #[command(flatten)]
+    local: Local,
 }
 
 /// `prewarm`.
@@ -296,47 +353,109 @@ fn bar_style() -> ProgressStyle {
     style.unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
+/// What is compressed on its way to a store.
+fn compress(asked: Option<CompressArg>, url: &str) -> Compress {
+    match asked {
+        Some(CompressArg::Nothing) => Compress::Nothing,
+        None if url.starts_with("file:") => Compress::Nothing,
+        _ => Compress::Auto,
+    }
+}
+
+impl Local {
+    fn url(&self) -> anyhow::Result<&str> {
+        let url = self.local.as_deref().context("no store on this node's disk is named: give --local file:///path")?;
+        anyhow::ensure!(url.starts_with("file:"), "--local: {url:?} is not on this node's disk; use file:///path");
+        Ok(url)
+    }
+
+    fn open(&self) -> anyhow::Result<Store> {
+        Ok(Store::open(&ObjectUrl { url: self.url()?.to_owned(), options: Vec::new() })?)
+    }
+}
+
 impl Save {
     async fn run(self) -> anyhow::Result<ExitCode> {
-        let store = self.at.open()?;
-        let is_local = self.at.store.starts_with("file:");
-        let compress = match self.compress {
-            Some(CompressArg::Nothing) => Compress::Nothing,
-            None if is_local => Compress::Nothing,
-            _ => Compress::Auto,
+        let at = match self.to {
+            To::Local => Where { store: self.local.url()?.to_owned(), options: Vec::new(), json: self.json },
+            To::Durable => {
+                Where { store: self.store.clone().unwrap_or_default(), options: self.options.clone(), json: self.json }
+            }
         };
+        let store = at.open()?;
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let options = SaveOptions {
             name: self.name.clone(),
             facts: self.facts.iter().cloned().collect(),
-            compress,
+            compress: compress(self.compress, &at.store),
             writer: format!("kvstore {}", env!("CARGO_PKG_VERSION")),
             now_ms: now.as_millis() as i64,
         };
         let progress = Arc::new(Progress::default());
-        let commit = self.at.shown(&progress, save::save(&store, &self.folder, options, &progress)).await?;
-        let (found, moved) = (Progress::read(&progress.found), Progress::read(&progress.moved));
-        if self.at.json {
-            let all = describe::snapshot(&commit, &self.name.into_iter().collect::<Vec<_>>());
-            print_json(&with(all, [("found_bytes", json!(found)), ("written_bytes", json!(moved))]))?;
-        } else {
-            println!("{}", commit.id);
-            let totals = commit.totals;
-            eprintln!(
-                "saved {} in {} files; {} were in the store already, {} were written",
-                bytes(totals.bytes),
-                totals.files,
-                bytes(found),
-                bytes(moved)
-            );
+        let commit = at.shown(&progress, save::save(&store, &self.folder, options, &progress)).await?;
+        let names: Vec<String> = self.name.into_iter().collect();
+        tell_written("saved", &commit, &names, &at, &progress)?;
+        if self.to == To::Local && !at.json {
+            eprintln!("it is on this node's disk alone: kvstore snapshot upload {} makes it durable", commit.id);
         }
         Ok(ExitCode::SUCCESS)
     }
 }
 
-impl Restore {
+/// What came of a save or an upload.
+fn tell_written(verb: &str, commit: &Commit, names: &[String], at: &Where, progress: &Progress) -> anyhow::Result<()> {
+    let (found, moved) = (Progress::read(&progress.found), Progress::read(&progress.moved));
+    if at.json {
+        let all = describe::snapshot(commit, names);
+        return print_json(&with(all, [("found_bytes", json!(found)), ("written_bytes", json!(moved))]));
+    }
+    println!("{}", commit.id);
+    let totals = commit.totals;
+    eprintln!(
+        "{verb} {} in {} files; {} were in the store already, {} were written",
+        bytes(totals.bytes),
+        totals.files,
+        bytes(found),
+        bytes(moved)
+    );
+    Ok(())
+}
+
+impl Upload {
     async fn run(self) -> anyhow::Result<ExitCode> {
-        let (store, commit) = self.at.commit(&self.snapshot).await?;
+        let (local, store) = (self.local.open()?, self.at.open()?);
+        let id = local.resolve(&self.snapshot).await?;
+        let name = copy::name_there(&self.snapshot, &id);
+        let progress = Arc::new(Progress::default());
+        let compress = compress(self.compress, &self.at.store);
+        let between = Between { from: &local, to: &store };
+        let copied = self.at.shown(&progress, copy::copy(between, &id, name, compress, &progress)).await?;
+        let names = names_of(&store.names().await?, &id);
+        tell_written("uploaded", &copied, &names, &self.at, &progress)?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Restore {
+    /// The snapshot, in the store or on this node's disk, and a store that reads chunks on the disk first.
+    async fn found(&self) -> anyhow::Result<(Store, Commit)> {
+        if self.local.local.is_none() {
+            return self.at.commit(&self.snapshot).await;
+        }
+        let local = self.local.open()?;
+        match self.at.commit(&self.snapshot).await {
+            Ok((store, commit)) => Ok((store.with_near(Arc::new(local)), commit)),
+            // It was not uploaded, or the store is away: what is on the disk is what there is.
+            Err(of_store) => {
+                let id = local.resolve(&self.snapshot).await.map_err(|_| of_store)?;
+                let commit = local.snapshot(&id).await?;
+                Ok((local, commit))
+            }
+        }
+    }
+
+    async fn run(self) -> anyhow::Result<ExitCode> {
+        let (store, commit) = self.found().await?;
         let facts: BTreeMap<String, String> = self.facts.iter().cloned().collect();
         restore::check_facts(&commit, &facts, &self.allow)?;
         let store = match &self.daemon {
@@ -623,6 +742,7 @@ impl Snapshot {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         match self.verb {
             Verb::Save(save) => save.run().await,
+            Verb::Upload(upload) => upload.run().await,
             Verb::Restore(restore) => restore.run().await,
             Verb::Prewarm(prewarm) => prewarm.run().await,
             Verb::Ls(ls) => ls.run().await,

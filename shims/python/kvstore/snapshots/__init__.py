@@ -146,7 +146,8 @@ class Store:
         if not self.url:
             raise Invalid("no store is named; give a URL such as s3://bucket/models, or set KVSTORE_SNAPSHOTS")
         self.daemon = daemon or os.environ.get("KVSTORE_SNAPSHOT_DAEMON") or None
-        self._native = _native.Snapshots(self.url, list((options or {}).items()), self.daemon)
+        self._options = list((options or {}).items())
+        self._native = _native.Snapshots(self.url, self._options, self.daemon)
 
     def __repr__(self) -> str:
         return f"kvstore.snapshots.Store({self.url!r})"
@@ -192,6 +193,21 @@ class Store:
         """See :meth:`save`."""
         asked, made = live.asked(source, files)
         return kinds.saved(await self._call_async("save", progress, made, **asked, **_named(name, facts), compress=compress))
+
+    def upload(self, snapshot: str, to: Store, *, compress: bool | None = None, progress: Tell | None = None) -> Snapshot:
+        """Copies a snapshot into another store, with its id, and with its name where it is asked for by one: what was saved to this
+        node's disk becomes durable. Chunks that are there already are not copied; an upload that broke off is gone on with by the same
+        call. ``compress``: by default, if the other store is no folder.
+        """
+        asked = dict(snapshot=snapshot, url=to.url, options=to._options, compress=compress)
+        return kinds.saved(self._call("upload", progress, **asked))
+
+    async def upload_async(
+        self, snapshot: str, to: Store, *, compress: bool | None = None, progress: Tell | None = None
+    ) -> Snapshot:
+        """See :meth:`upload`."""
+        asked = dict(snapshot=snapshot, url=to.url, options=to._options, compress=compress)
+        return kinds.saved(await self._call_async("upload", progress, **asked))
 
     def restore(
         self,
