@@ -6,11 +6,11 @@ use std::time::Duration;
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::gcp::GoogleCloudStorageBuilder;
-use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{BackoffConfig, ClientConfigKey, ObjectStore, ObjectStoreScheme, RetryConfig};
 use url::Url;
 
+use super::folder::{Folder, is_local};
 use super::swap::SwapConnector;
 
 /// Where the blocks go, as an operator writes it.
@@ -79,6 +79,12 @@ macro_rules! configured {
 }
 
 impl ObjectUrl {
+    /// Whether it is a folder on a file system of this machine: what was written there is what was handed over, or an error.
+    pub fn is_local_disk(&self) -> bool {
+        let Ok(url) = Url::parse(&self.url) else { return false };
+        url.scheme() == "file" && url.to_file_path().is_ok_and(|folder| is_local(&folder))
+    }
+
     /// Makes the client; asks nothing of the store.
     pub fn open(&self) -> Result<Opened, OpenStoreError> {
         let wrong = |problem: String| OpenStoreError::Url { url: self.url.clone(), problem };
@@ -107,7 +113,7 @@ impl ObjectUrl {
                     return Err(wrong("it is the root of the file system".into()));
                 }
                 // A write is acknowledged as DURABLE: it must be on the disk.
-                Arc::new(LocalFileSystem::new().with_fsync(true))
+                Arc::new(Folder::new())
             }
             _ => return Err(wrong("this build does not know such a store".into())),
         };
@@ -122,6 +128,17 @@ mod tests {
     fn open(url: &str, options: &[(&str, &str)]) -> Result<Opened, OpenStoreError> {
         let options = options.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
         ObjectUrl { url: url.into(), options }.open()
+    }
+
+    #[test]
+    fn a_local_disk_is_a_folder_here() {
+        let is_local = |url: &str| ObjectUrl { url: url.into(), options: Vec::new() }.is_local_disk();
+        assert!(
+            is_local("file:///dev/shm/a%20b")
+                && !is_local("s3://dev/shm")
+                && !is_local("file:///proc/x")
+                && !is_local("")
+        );
     }
 
     #[test]

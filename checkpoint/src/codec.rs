@@ -46,26 +46,35 @@ pub enum Damage {
     Bytes,
 }
 
-/// A chunk as it is stored. Not compressed, it stays where it is, and the footer is written behind it: no copy, where `plain` has room for
-/// [`FOOTER_BYTES`] more.
-pub fn encode(plain: Vec<u8>, tried: Tried) -> Bytes {
+/// A chunk's bytes, smaller, and what was done to them: the codec and the width of an element. `None`: that is not worth it.
+pub(crate) fn compress(plain: &[u8], tried: Tried) -> Option<(u8, u8, Vec<u8>)> {
     let bytes = plain.len();
     let worth = |smaller: Vec<u8>| (smaller.len() <= bytes - bytes / 16).then_some(smaller);
-    let packed = match tried {
+    match tried {
         Tried::Nothing => None,
-        Tried::Lz4 => worth(lz4_flex::block::compress(&plain)).map(|packed| (1, 0, packed)),
+        Tried::Lz4 => worth(lz4_flex::block::compress(plain)).map(|packed| (1, 0, packed)),
         Tried::Planes(element) => {
-            let planes = to_planes(&plain, usize::from(element.max(1)));
+            let planes = to_planes(plain, usize::from(element.max(1)));
             let packed = zstd::bulk::compress(&planes, ZSTD_LEVEL).ok().and_then(worth);
             packed.map(|packed| (2, element.max(1), packed))
         }
-    };
-    let (codec, element, mut out) = packed.unwrap_or((0, 0, plain));
-    let body = out.len() as u64;
-    out.extend_from_slice(MAGIC);
-    out.extend_from_slice(&[codec, element, 0, 0, 0, 0, 0, 0]);
-    out.extend_from_slice(&(bytes as u64).to_le_bytes());
-    out.extend_from_slice(&body.to_le_bytes());
+    }
+}
+
+/// What stands behind a chunk of `bytes` bytes that is stored as `stored` bytes.
+pub(crate) fn footer_of((codec, element): (u8, u8), bytes: usize, stored: usize) -> [u8; FOOTER_BYTES] {
+    let mut footer = [0; FOOTER_BYTES];
+    let parts: [&[u8]; 4] =
+        [MAGIC, &[codec, element, 0, 0, 0, 0, 0, 0], &(bytes as u64).to_le_bytes(), &(stored as u64).to_le_bytes()];
+    footer.iter_mut().zip(parts.into_iter().flatten()).for_each(|(to, from)| *to = *from);
+    footer
+}
+
+/// A chunk as it is stored.
+pub fn encode(plain: Vec<u8>, tried: Tried) -> Bytes {
+    let bytes = plain.len();
+    let (codec, element, mut out) = compress(&plain, tried).unwrap_or((0, 0, plain));
+    out.extend_from_slice(&footer_of((codec, element), bytes, out.len()));
     Bytes::from(out)
 }
 

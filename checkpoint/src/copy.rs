@@ -7,7 +7,6 @@ use std::sync::Arc;
 use futures::{StreamExt, TryStreamExt};
 
 use crate::caps;
-use crate::codec::FOOTER_BYTES;
 use crate::cut::pieces;
 use crate::manifest::{Commit, Extent, File, Rank};
 use crate::progress::Progress;
@@ -115,8 +114,9 @@ async fn chunk(from: &Store, saver: &Saver, extent: Extent, element: Option<u8>)
         There::Chunk => {}
         there => {
             let (read, _) = from.read_extent(extent).await?;
-            let mut plain = Vec::with_capacity(read.len() + FOOTER_BYTES);
-            plain.extend_from_slice(&read);
+            // Both begin at a page of their own: a copy, and no wait for the disk's cache.
+            let mut plain = saver.buffers.take(read.len());
+            plain.as_mut().copy_from_slice(&read);
             drop(read);
             saver.write((extent.chunk, plain), element, there).await?;
         }

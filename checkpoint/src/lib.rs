@@ -3,6 +3,7 @@
 //! Owns the formats (`docs/design/snapshot.md`), what a save writes and in which order, what a restore reads, and what may be collected.
 //! Knows the bucket (`kvstore_bucket`), and neither gRPC nor the command line.
 
+mod buffers;
 pub mod cache;
 pub mod caps;
 pub mod codec;

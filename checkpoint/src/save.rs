@@ -8,11 +8,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 
+use crate::buffers::{Buffer, Buffers};
 use crate::caps;
-use crate::codec::{FOOTER_BYTES, Tried, encode};
+use crate::codec::{Tried, compress, footer_of};
 use crate::cut::{Piece, pieces};
 use crate::digest::Digest;
 use crate::fill::blocking;
@@ -83,11 +86,16 @@ pub(crate) struct Saver {
     progress: Arc<Progress>,
     /// Chunks of this save, so that one that is there twice is looked for once.
     done: Mutex<HashSet<Digest>>,
+    pub(crate) buffers: Arc<Buffers>,
+    /// One for each chunk that may be under way.
+    pub(crate) places: Semaphore,
 }
 
 impl Saver {
     pub(crate) fn new(store: &Store, compress: Compress, progress: &Arc<Progress>) -> Self {
-        Self { store: store.clone(), compress, progress: Arc::clone(progress), done: Mutex::default() }
+        let (store, progress) = (store.clone(), Arc::clone(progress));
+        let (buffers, places) = (Arc::default(), Semaphore::new(caps::CHUNKS_AT_ONCE));
+        Self { store, compress, progress, done: Mutex::default(), buffers, places }
     }
 
     /// What there is of a chunk. One that need not be written counts as found.
@@ -104,17 +112,20 @@ impl Saver {
     /// Writes a chunk where `there` says that it is not. `element_bytes`: of the tensor that it is a part of.
     pub(crate) async fn write(
         &self,
-        (chunk, plain): (Digest, Vec<u8>),
+        (chunk, plain): (Digest, Buffer),
         element_bytes: Option<u8>,
         there: There,
     ) -> Result<(), StoreError> {
-        let bytes = plain.len() as u64;
+        let bytes = plain.as_ref().len() as u64;
         let tried = match (self.compress, element_bytes) {
             (Compress::Nothing, _) => Tried::Nothing,
             (Compress::Auto, Some(element)) => Tried::Planes(element),
             (Compress::Auto, None) => Tried::Lz4,
         };
-        let encoded = blocking(move || Ok(encode(plain, tried))).await;
+        let encoded = match tried {
+            Tried::Nothing => Ok(stored(plain, tried)),
+            tried => blocking(move || Ok(stored(plain, tried))).await,
+        };
         let stored = encoded.map_err(|cause| StoreError::Stopped(cause.to_string()))?;
         let moved = stored.len() as u64;
         let written = match there {
@@ -132,19 +143,18 @@ impl Saver {
 
     /// Saves a piece of a file: the chunk that it is.
     async fn piece(&self, file: Reader, path: &Path, piece: Piece) -> Result<Extent, SaveError> {
+        let _place = self.places.acquire().await;
+        let mut plain = self.buffers.take(piece.bytes);
         let read = blocking(move || {
-            // With room for the footer.
-            let mut plain = Vec::with_capacity(piece.bytes + FOOTER_BYTES);
-            plain.resize(piece.bytes, 0);
-            file.read_exact_at(&mut plain, piece.start)?;
-            Ok((Digest::of(&plain), plain))
+            file.read_exact_at(plain.as_mut(), piece.start)?;
+            Ok((Digest::of(plain.as_ref()), plain))
         });
         let failed = |cause: io::Error| match cause.kind() {
             io::ErrorKind::UnexpectedEof => SaveError::Changed(path.to_owned()),
             _ => SaveError::Read { path: path.to_owned(), cause },
         };
         let (chunk, plain) = read.await.map_err(failed)?;
-        let bytes = plain.len() as u64;
+        let bytes = plain.as_ref().len() as u64;
         match self.look(chunk, bytes).await? {
             There::Chunk => {}
             there => self.write((chunk, plain), piece.element_bytes, there).await?,
@@ -152,8 +162,7 @@ impl Saver {
         Ok(Extent { bytes, chunk })
     }
 
-    async fn file(&self, found: &Arc<Found>) -> Result<File, SaveError> {
-        let found = Arc::clone(found);
+    async fn file(&self, found: Arc<Found>) -> Result<File, SaveError> {
         let (path, bytes) = (found.path.clone(), found.bytes);
         let opened = blocking({
             let found = Arc::clone(&found);
@@ -189,6 +198,18 @@ impl Saver {
         }
         let (path, executable) = (found.name.clone(), found.executable);
         Ok(File { path, bytes, executable, extents: Bounded(extents), tensors: Bounded(tensors) })
+    }
+}
+
+/// A chunk as it is stored. Not compressed, it stays where it is, and the footer is written behind it.
+fn stored(plain: Buffer, tried: Tried) -> Bytes {
+    let bytes = plain.as_ref().len();
+    match compress(plain.as_ref(), tried) {
+        None => Bytes::from_owner(plain.with_footer(&footer_of((0, 0), bytes, bytes))),
+        Some((codec, element, mut packed)) => {
+            packed.extend_from_slice(&footer_of((codec, element), bytes, packed.len()));
+            Bytes::from(packed)
+        }
     }
 }
 
@@ -278,10 +299,9 @@ async fn write(
     (began, intent): (kvstore_bucket::BootTime, &mut Intent),
 ) -> Result<Commit, SaveError> {
     let saver = Saver::new(store, options.compress, progress);
-    let mut files = Vec::new();
-    for file in found.into_iter().map(Arc::new) {
-        files.push(saver.file(&file).await?);
-    }
+    // Two at once, so that nothing waits at the end of each; their chunks together keep to the bound.
+    let each = found.into_iter().map(Arc::new).map(|file| saver.file(file));
+    let files = futures::stream::iter(each).buffered(2).try_collect().await?;
     let rank = Rank { format: FORMAT, critical: Bounded::default(), rank: 0, files: Bounded(files) };
     let odd = |cause: crate::manifest::Refused| SaveError::Odd { path: named.clone().into(), why: cause.to_string() };
     rank.check().map_err(odd)?;

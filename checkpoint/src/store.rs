@@ -156,6 +156,8 @@ pub struct Store {
     near: Option<Arc<dyn Near>>,
     /// It is a folder: what failed did not happen, and will not.
     is_folder: bool,
+    /// On a disk of this machine: nothing is on its way to it.
+    is_local_disk: bool,
 }
 
 /// Milliseconds since boot, sleep included.
@@ -184,13 +186,21 @@ impl Store {
     pub fn open(url: &ObjectUrl) -> Result<Self, StoreError> {
         let opened = url.open()?;
         let root = opened.prefix.parts().chain(Path::from(ROOT).parts()).collect();
-        Ok(Self { root, is_folder: url.url.starts_with("file:"), ..Self::of(opened.store) })
+        let (is_folder, is_local_disk) = (url.url.starts_with("file:"), url.is_local_disk());
+        Ok(Self { root, is_folder, is_local_disk, ..Self::of(opened.store) })
     }
 
     /// The same, of a store that is open.
     pub fn of(store: Arc<dyn object_store::ObjectStore>) -> Self {
         let bucket = Arc::new(Bucket::new(store, STALL, boot_time));
-        Self { bucket, root: Path::from(ROOT), reads_back: Arc::default(), near: None, is_folder: false }
+        Self {
+            bucket,
+            root: Path::from(ROOT),
+            reads_back: Arc::default(),
+            near: None,
+            is_folder: false,
+            is_local_disk: false,
+        }
     }
 
     /// Whether a request that failed so may yet arrive.
@@ -239,7 +249,7 @@ impl Store {
                 return Err(StoreError::Unable(lack.into()));
             }
         }
-        self.reads_back.store(!abilities.checks_uploads, Ordering::Relaxed);
+        self.reads_back.store(!(abilities.checks_uploads || self.is_local_disk), Ordering::Relaxed);
         measure(&self.bucket, &self.root, &format!("{name}-time"), self.deadline()).await.map_err(failed())
     }
 

@@ -19,7 +19,7 @@ use kvstore_checkpoint::save::{Compress, SaveError, SaveOptions, save};
 use kvstore_checkpoint::store::{Store, StoreError};
 use models::{content, write_model};
 use object_store::memory::InMemory;
-use object_store::{ObjectStore, ObjectStoreExt};
+use object_store::ObjectStoreExt;
 
 fn memory() -> (Arc<InMemory>, Store) {
     let memory = Arc::new(InMemory::new());
