@@ -82,8 +82,18 @@ impl Disk<'_> {
 
     fn save(&self, url: &str, options: &[String]) -> anyhow::Result<()> {
         let source = self.folder.join("source").display().to_string();
-        let mut command =
-            self.command(&["snapshot", "save", &source, "--name", "m", "--store", url, "--compress", "none", "--json"]);
+        let mut command = self.command(&[
+            "snapshot",
+            "save",
+            &source,
+            "--name",
+            "m",
+            "--store",
+            url,
+            "--compress",
+            "nothing",
+            "--json",
+        ]);
         options.iter().for_each(|option| _ = command.args(["--option", option]));
         self.run(command)
     }

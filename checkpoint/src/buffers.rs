@@ -58,7 +58,7 @@ impl AsRef<[u8]> for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let mut free = self.home.0.lock();
-        if free.len() < caps::CHUNKS_AT_ONCE {
+        if free.len() < caps::PLAIN_CHUNKS_AT_ONCE {
             free.push(std::mem::take(&mut self.memory));
         }
     }
@@ -83,8 +83,8 @@ mod tests {
         assert_ne!(buffers.take(1).as_ref().as_ptr(), address, "it is in use");
         drop(copies);
         assert_eq!(buffers.take(10).as_ref().as_ptr(), address);
-        let many: Vec<Buffer> = (0..2 * caps::CHUNKS_AT_ONCE).map(|_| buffers.take(1)).collect();
+        let many: Vec<Buffer> = (0..2 * caps::PLAIN_CHUNKS_AT_ONCE).map(|_| buffers.take(1)).collect();
         drop(many);
-        assert_eq!(buffers.0.lock().len(), caps::CHUNKS_AT_ONCE);
+        assert_eq!(buffers.0.lock().len(), caps::PLAIN_CHUNKS_AT_ONCE);
     }
 }

@@ -4,6 +4,9 @@
 pub const CHUNK_BYTES: usize = 8 << 20;
 /// Chunks under way at once: with what each takes while it is encoded, 200 MiB at most.
 pub const CHUNKS_AT_ONCE: usize = 8;
+/// Chunks under way at once in a save that compresses nothing: 128 MiB. On a local disk most of a chunk's time is a wait for its syncs, and
+/// those that wait together share them.
+pub const PLAIN_CHUNKS_AT_ONCE: usize = 16;
 /// Files that are restored at once. Those of compile caches are small: a file's open and fsync take longer than its bytes.
 pub const FILES_AT_ONCE: usize = 8;
 /// Files that a process holds open in memory: its descriptors. Models have some hundred files.

@@ -94,7 +94,11 @@ pub(crate) struct Saver {
 impl Saver {
     pub(crate) fn new(store: &Store, compress: Compress, progress: &Arc<Progress>) -> Self {
         let (store, progress) = (store.clone(), Arc::clone(progress));
-        let (buffers, places) = (Arc::default(), Semaphore::new(caps::CHUNKS_AT_ONCE));
+        let at_once = match compress {
+            Compress::Nothing => caps::PLAIN_CHUNKS_AT_ONCE,
+            Compress::Auto => caps::CHUNKS_AT_ONCE,
+        };
+        let (buffers, places) = (Arc::default(), Semaphore::new(at_once));
         Self { store, compress, progress, done: Mutex::default(), buffers, places }
     }
 
@@ -192,7 +196,8 @@ impl Saver {
             return Err(SaveError::Odd { path, why: format!("it has more than {} chunks", caps::CHUNKS_MAX) });
         }
         let each = cut.into_iter().map(|piece| self.piece(file.clone(), &path, piece));
-        let extents: Vec<Extent> = futures::stream::iter(each).buffered(caps::CHUNKS_AT_ONCE).try_collect().await?;
+        let extents: Vec<Extent> =
+            futures::stream::iter(each).buffered(caps::PLAIN_CHUNKS_AT_ONCE).try_collect().await?;
         if !file.is_unchanged().map_err(failed)? {
             return Err(SaveError::Changed(path.clone()));
         }
