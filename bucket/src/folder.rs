@@ -1,5 +1,6 @@
-//! A folder as an object store: that of the object_store crate, but that large objects are written past the page cache. There they would
-//! take a copy, memory that has to be found first, and a second pass when they are synced, and nobody reads them soon.
+//! A folder as an object store: that of the object_store crate, but for creates. Large objects are written past the page cache: there they
+//! would take a copy, memory that has to be found first, and a second pass when they are synced, and nobody reads them soon. And what
+//! could not be synced is taken away again, so that a second try does not find an object that a loss of power would take.
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -7,6 +8,7 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path as FilePath, PathBuf};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
@@ -45,71 +47,117 @@ impl Folder {
     }
 }
 
-/// The body, where it can be written so.
-fn direct_body(payload: &PutPayload, options: &PutOptions) -> Option<Bytes> {
-    let mut pieces = payload.iter();
-    let (first, rest) = (pieces.next()?, pieces.next());
-    let is_aligned = first.as_ptr().addr().is_multiple_of(ALIGNMENT);
-    let is_plain = matches!(options.mode, PutMode::Create) && options.attributes.is_empty();
-    (is_plain && rest.is_none() && is_aligned && first.len() >= DIRECT_BYTES_MIN).then(|| first.clone())
+/// The pieces of a body that is created.
+struct Body(Vec<Bytes>);
+
+impl Body {
+    fn bytes(&self) -> usize {
+        self.0.iter().map(Bytes::len).sum()
+    }
+
+    /// What of it can be written past the page cache.
+    fn direct(&self) -> Option<&Bytes> {
+        let [one] = self.0.as_slice() else { return None };
+        (self.bytes() >= DIRECT_BYTES_MIN && one.as_ptr().addr().is_multiple_of(ALIGNMENT)).then_some(one)
+    }
 }
 
-/// Creates an object. `None`: this file system does not write past its cache.
-fn create(path: &FilePath, body: &[u8]) -> io::Result<Option<()>> {
-    let (mut file, staged) = match stage(path) {
-        Ok(staged) => staged,
-        Err(error) if error.kind() == io::ErrorKind::InvalidInput => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    let written = write(&mut file, body).and_then(|()| fs::hard_link(&staged, path));
+/// Creates an object. Where it fails, there is none, or somebody else's, whose name is on the disk.
+fn create(path: &FilePath, body: &Body) -> io::Result<()> {
+    let parent = path.parent().unwrap_or(FilePath::new("/"));
+    let (mut file, staged) = stage(path, body.direct().is_some())?;
+    let linked = write(&mut file, body).and_then(|()| fs::hard_link(&staged, path));
     let removed = fs::remove_file(&staged);
-    written.and(removed)?;
-    path.parent().map_or(Ok(()), sync_folder)?;
-    Ok(Some(()))
+    match linked {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            sync_folder(parent)?;
+            return Err(error);
+        }
+        linked => linked?,
+    }
+    let synced = removed.and_then(|()| sync_folder(parent));
+    if synced.is_err() {
+        // Whoever tries again must not find it.
+        let _ = fs::remove_file(path);
+    }
+    synced
 }
 
 /// A file beside the object's, named as the crate names them: no listing shows it, and what was left behind is found by its name.
-fn stage(path: &FilePath) -> io::Result<(File, PathBuf)> {
+fn stage(path: &FilePath, mut is_direct: bool) -> io::Result<(File, PathBuf)> {
     let mut number = 1;
     let mut has_parents = false;
     loop {
         let mut staged = path.as_os_str().to_owned();
         staged.push(format!("#{number}"));
-        let direct = OFlags::DIRECT.bits().cast_signed();
-        match OpenOptions::new().write(true).create_new(true).custom_flags(direct).open(&staged) {
+        let flags = if is_direct { OFlags::DIRECT.bits().cast_signed() } else { 0 };
+        match OpenOptions::new().write(true).create_new(true).custom_flags(flags).open(&staged) {
             Ok(file) => return Ok((file, staged.into())),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
             Err(error) if error.kind() == io::ErrorKind::NotFound && !has_parents => {
                 path.parent().map_or(Ok(()), make_folders)?;
                 has_parents = true;
             }
-            Err(error) => {
-                // Some file systems make the file, and then refuse to open it so.
-                if error.kind() == io::ErrorKind::InvalidInput {
-                    let _ = fs::remove_file(&staged);
-                }
-                return Err(error);
+            // Some file systems do not write past their cache, and some of these make the file before they say so.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput && is_direct => {
+                let _ = fs::remove_file(&staged);
+                is_direct = false;
             }
+            Err(error) => return Err(error),
         }
     }
 }
 
-fn write(file: &mut File, body: &[u8]) -> io::Result<()> {
-    let whole = body.len() - body.len() % ALIGNMENT;
+/// Writes the body and syncs it. What cannot be written past the page cache goes through it.
+fn write(file: &mut File, body: &Body) -> io::Result<()> {
     let mut at = 0;
-    // A write that was cut short within a page leaves the rest to the page cache.
-    while at < whole && at.is_multiple_of(ALIGNMENT) {
-        match file.write(body.get(at..whole).unwrap_or_default()) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(bytes) => at += bytes,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+    if let Some(bytes) = body.direct() {
+        let whole = bytes.len() - bytes.len() % ALIGNMENT;
+        // A write that was cut short within a page leaves the rest to the page cache.
+        while at < whole && at.is_multiple_of(ALIGNMENT) {
+            match file.write(bytes.get(at..whole).unwrap_or_default()) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => at += written,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // It wants to be written in larger steps.
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => break,
+                Err(error) => return Err(error),
+            }
+        }
+        let flags = fcntl_getfl(&*file)?;
+        fcntl_setfl(&*file, flags - OFlags::DIRECT)?;
+    }
+    for piece in &body.0 {
+        file.write_all(piece.get(at..).unwrap_or_default())?;
+        at = at.saturating_sub(piece.len());
+    }
+    file.sync_all()
+}
+
+/// Removes what creates left behind below a folder that were ended while they wrote, and more than `age` ago. How many.
+pub fn remove_staged(folder: &FilePath, age: Duration) -> io::Result<u64> {
+    let (mut folders, mut removed) = (vec![folder.to_owned()], 0);
+    while let Some(at) = folders.pop() {
+        let entries = match fs::read_dir(&at) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            let name = entry.file_name();
+            let number = name.to_str().and_then(|name| name.rsplit_once('#')).map(|(_, number)| number);
+            let is_staged =
+                number.is_some_and(|number| !number.is_empty() && number.bytes().all(|one| one.is_ascii_digit()));
+            let about = entry.metadata()?;
+            if about.is_dir() {
+                folders.push(entry.path());
+            } else if is_staged && about.modified()?.elapsed().is_ok_and(|since| since > age) {
+                fs::remove_file(entry.path())?;
+                removed += 1;
+            }
         }
     }
-    let flags = fcntl_getfl(&*file)?;
-    fcntl_setfl(&*file, flags - OFlags::DIRECT)?;
-    file.write_all(body.get(at..).unwrap_or_default())?;
-    file.sync_all()
+    Ok(removed)
 }
 
 fn sync_folder(folder: &FilePath) -> io::Result<()> {
@@ -132,14 +180,13 @@ impl fmt::Display for Folder {
 #[async_trait::async_trait]
 impl ObjectStore for Folder {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
-        let Some(body) = direct_body(&payload, &options) else {
+        if !(matches!(options.mode, PutMode::Create) && options.attributes.is_empty()) {
             return self.0.put_opts(location, payload, options).await;
-        };
-        let path = self.0.path_to_filesystem(location)?;
+        }
+        let (path, body) = (self.0.path_to_filesystem(location)?, Body(payload.iter().cloned().collect()));
         let created = tokio::task::spawn_blocking(move || create(&path, &body)).await;
         match created.map_err(io::Error::other).flatten() {
-            Ok(Some(())) => Ok(PutResult { e_tag: None, version: None, extensions: Default::default() }),
-            Ok(None) => self.0.put_opts(location, payload, options).await,
+            Ok(()) => Ok(PutResult { e_tag: None, version: None, extensions: Default::default() }),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 Err(Error::AlreadyExists { path: location.to_string(), source: error.into() })
             }
@@ -218,8 +265,7 @@ mod tests {
             let store = Folder::new();
             for length in [DIRECT_BYTES_MIN, DIRECT_BYTES_MIN + 1, DIRECT_BYTES_MIN + ALIGNMENT + 32] {
                 let (body, name) = (aligned(length), at(&place, &format!("deep/{length}/object")));
-                let is_direct = direct_body(&body.clone().into(), &PutMode::Create.into()).is_some();
-                assert!(is_direct, "it goes past the page cache");
+                assert!(Body(vec![body.clone()]).direct().is_some(), "it goes past the page cache");
                 store.put_opts(&name, body.clone().into(), PutMode::Create.into()).await.unwrap();
                 assert_eq!(store.get(&name).await.unwrap().bytes().await.unwrap(), body);
                 let again = store.put_opts(&name, aligned(length + 1).into(), PutMode::Create.into()).await;
@@ -229,6 +275,38 @@ mod tests {
             let files: Vec<PathBuf> = walk(place.path());
             assert_eq!(files.len(), 3, "nothing is left of what was staged: {files:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn small_ones_and_those_in_pieces_are_as_whole() {
+        let (place, store) = (tempfile::tempdir().unwrap(), Folder::new());
+        let pieces = [Bytes::from_static(b"one"), Bytes::new(), aligned(DIRECT_BYTES_MIN), Bytes::from_static(b"two")];
+        for body in [
+            Vec::new(),
+            vec![Bytes::from_static(b"small")],
+            pieces.to_vec(),
+            vec![aligned(DIRECT_BYTES_MIN + 9).slice(1..)],
+        ] {
+            let name = at(&place, &format!("{}", body.len()));
+            store.put_opts(&name, body.iter().cloned().collect(), PutMode::Create.into()).await.unwrap();
+            assert_eq!(store.get(&name).await.unwrap().bytes().await.unwrap(), body.concat());
+            store.delete(&name).await.unwrap();
+        }
+    }
+
+    /// They were left where a process was killed, and no listing shows them: a disk filled up with them.
+    #[test]
+    fn what_was_left_behind_is_removed_once_it_is_old() {
+        let place = tempfile::tempdir().unwrap();
+        fs::create_dir(place.path().join("aa")).unwrap();
+        for name in ["aa/object#12", "aa/object", "aa/object#x", "object#1"] {
+            fs::write(place.path().join(name), b"").unwrap();
+        }
+        assert_eq!(remove_staged(place.path(), Duration::from_secs(3600)).unwrap(), 0);
+        std::thread::sleep(Duration::from_millis(2));
+        assert_eq!(remove_staged(place.path(), Duration::ZERO).unwrap(), 2);
+        assert_eq!(walk(place.path()).len(), 2);
+        assert_eq!(remove_staged(&place.path().join("nowhere"), Duration::ZERO).unwrap(), 0);
     }
 
     /// What a process left behind that was killed stands in nobody's way, and is not listed.

@@ -17,7 +17,7 @@ mod swap;
 pub use body::Body;
 pub use boot::BootTime;
 pub use clock::StoreClock;
-pub use folder::ALIGNMENT;
+pub use folder::{ALIGNMENT, remove_staged};
 pub use lease::{Lease, LeaseError, LeaseTerm, Standing, standing};
 pub use open::{ObjectUrl, OpenStoreError, Opened};
 pub use probe::{Abilities, measure, probe};

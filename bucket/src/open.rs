@@ -1,5 +1,6 @@
 //! Opening a store by its URL: S3 and what speaks like it, GCS, Azure, a local path.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -81,8 +82,13 @@ macro_rules! configured {
 impl ObjectUrl {
     /// Whether it is a folder on a file system of this machine: what was written there is what was handed over, or an error.
     pub fn is_local_disk(&self) -> bool {
-        let Ok(url) = Url::parse(&self.url) else { return false };
-        url.scheme() == "file" && url.to_file_path().is_ok_and(|folder| is_local(&folder))
+        self.folder().is_some_and(|folder| is_local(&folder))
+    }
+
+    /// The folder that it is, if it is one.
+    pub fn folder(&self) -> Option<PathBuf> {
+        let url = Url::parse(&self.url).ok().filter(|url| url.scheme() == "file")?;
+        url.to_file_path().ok()
     }
 
     /// Makes the client; asks nothing of the store.

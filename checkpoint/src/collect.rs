@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use futures::StreamExt;
 use kvstore_bucket::{Lease, LeaseError, LeaseTerm, Trouble};
@@ -14,6 +15,7 @@ use object_store::path::Path;
 
 use crate::caps;
 use crate::digest::Digest;
+use crate::fill::blocking;
 use crate::store::{NameHistory, Store, StoreError, new_id};
 
 /// A collector that was killed holds saves up for so long; what it sent in its last moment has a minute to arrive.
@@ -122,7 +124,16 @@ async fn with_lease(
     if !rules.dry_run {
         left = store.ids().await?.1;
     }
-    sweep(store, rules, collected, lease, left, &marked).await
+    sweep(store, rules, collected, lease, left, &marked).await?;
+    if let Some(folder) = store.folder.clone().filter(|_| !rules.dry_run) {
+        // Nobody who may still write has been at it for so long.
+        let age = Duration::from_millis(caps::SAVE_MS_MAX);
+        let removed = blocking(move || kvstore_bucket::remove_staged(&folder, age)).await;
+        if removed.is_err() {
+            add(&collected.failed, 1);
+        }
+    }
+    Ok(())
 }
 
 /// Intents that are old belong to saves that were killed; they go.

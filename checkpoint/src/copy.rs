@@ -22,11 +22,6 @@ pub struct Between<'stores> {
     pub to: &'stores Store,
 }
 
-/// What a snapshot that was asked for so is called in the other store: by the same name; by none, where it was an id.
-pub fn name_there<'asked>(asked: &'asked str, id: &str) -> Option<&'asked str> {
-    (check_name(asked).is_ok() && !id.starts_with(asked)).then_some(asked)
-}
-
 /// Copies the snapshot `id`, with every chunk verified. `name`: what it is called there from then on. A snapshot that is there already is
 /// given the name, and nothing else is done. Dropped, or where it fails, it leaves nothing that could be taken for a snapshot; the same
 /// call goes on.
@@ -43,37 +38,37 @@ pub async fn copy(
     let Between { from, to } = between;
     let (commit, body) = from.snapshot_with_body(id).await?;
     progress.total.store(commit.totals.bytes, std::sync::atomic::Ordering::Relaxed);
-    match to.snapshot_with_body(id).await {
-        Ok((_, there)) if there == body => {
-            Progress::add(&progress.found, commit.totals.bytes);
-            Progress::add(&progress.done, commit.totals.bytes);
-        }
-        Ok(_) => return Err(StoreError::Digest(format!("the snapshot {id} in the other store")).into()),
-        Err(StoreError::NoSuch(_)) => {
-            // Another copy of it may be under way: each has an intent of its own.
-            let save = new_id()?;
-            to.prove(&save).await?;
-            let began = to.bucket.now();
-            let mut intent = Intent::new(to, &save);
-            to.begin_save(&save).await?;
-            let copied = async {
+    // Another copy of it may be under way: each has an intent of its own. It is there before anything is looked at, so that no collection
+    // takes what is found.
+    let save = new_id()?;
+    to.prove(&save).await?;
+    let began = to.bucket.now();
+    let mut intent = Intent::new(to, &save);
+    to.begin_save(&save).await?;
+    let copied = async {
+        match to.snapshot_with_body(id).await {
+            Ok((_, there)) if there == body => {
+                Progress::add(&progress.found, commit.totals.bytes);
+                Progress::add(&progress.done, commit.totals.bytes);
+            }
+            Ok(_) => return Err(StoreError::Digest(format!("the snapshot {id} in the other store")).into()),
+            Err(StoreError::NoSuch(_)) => {
                 chunks(between, &commit, compress, progress).await?;
                 is_in_time(to, began)?;
                 intent.stays = true;
                 to.commit_body(id, body).await?;
                 intent.stays = false;
-                Ok(())
-            };
-            let copied: Result<(), SaveError> = copied.await;
-            intent.end(&copied).await;
-            copied?;
+            }
+            Err(error) => return Err(error.into()),
         }
-        Err(error) => return Err(error.into()),
-    }
-    if let Some(name) = name {
-        to.let_mean(name, Some(id)).await?;
-    }
-    Ok(commit)
+        match name {
+            Some(name) => Ok(to.let_mean(name, Some(id)).await?),
+            None => Ok(()),
+        }
+    };
+    let copied: Result<(), SaveError> = copied.await;
+    intent.end(&copied).await;
+    copied.map(|()| commit)
 }
 
 /// Copies what the other store lacks of all ranks: their chunks, then their manifests.

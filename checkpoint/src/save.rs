@@ -276,10 +276,9 @@ impl Intent {
         Self { store: store.clone(), id: id.to_owned(), runtime, stays: false }
     }
 
-    /// Takes it away, unless the commit's request failed in a way that lets it arrive later: a collection then waits for a day.
+    /// Takes it away, unless the snapshot may yet appear: a collection then waits for a day.
     pub(crate) async fn end<T>(mut self, saved: &Result<T, SaveError>) {
-        let may_arrive = matches!(saved, Err(SaveError::Store(error)) if self.store.may_arrive(error));
-        if !(self.stays && may_arrive) {
+        if !matches!(saved, Err(SaveError::Store(StoreError::MayAppear { .. }))) {
             self.store.end_save(&self.id).await;
         }
         self.stays = true;

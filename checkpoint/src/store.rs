@@ -13,6 +13,7 @@
 //! refused: there two could own one name, and a collection could miss a save.
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -103,6 +104,16 @@ pub enum StoreError {
     /// A collection is under way.
     #[error("a collection of garbage is under way for up to {0} more s; try again after that")]
     Collecting(u64),
+    /// The commit's request failed, and may arrive later.
+    #[error(
+        "the commit was written: {cause}; it may have been, or be yet: look for {id} with `kvstore snapshot ls`. Collections wait for a day"
+    )]
+    MayAppear {
+        /// The snapshot.
+        id: String,
+        /// How it failed.
+        cause: Trouble,
+    },
     /// The program ends.
     #[error("a chunk was not encoded: {0}")]
     Stopped(String),
@@ -111,6 +122,13 @@ pub enum StoreError {
         "the object store does not say when objects were written, so what was left behind cannot be told from what is being written"
     )]
     NoTime,
+}
+
+impl StoreError {
+    /// Whether the store did not answer, so that what it has is not known.
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Request { cause: Trouble::Failed(_) | Trouble::Away(_), .. })
+    }
 }
 
 /// What a name means.
@@ -153,9 +171,10 @@ pub struct Store {
     root: Path,
     /// It keeps bodies that are not those that were sent: what was written is read back.
     reads_back: Arc<AtomicBool>,
-    near: Option<Arc<dyn Near>>,
-    /// It is a folder: what failed did not happen, and will not.
-    is_folder: bool,
+    /// Where chunks are looked for first, the nearest last.
+    nears: Vec<Arc<dyn Near>>,
+    /// The folder that it is, if it is one.
+    pub(crate) folder: Option<PathBuf>,
     /// On a disk of this machine: nothing is on its way to it.
     is_local_disk: bool,
 }
@@ -186,8 +205,8 @@ impl Store {
     pub fn open(url: &ObjectUrl) -> Result<Self, StoreError> {
         let opened = url.open()?;
         let root = opened.prefix.parts().chain(Path::from(ROOT).parts()).collect();
-        let (is_folder, is_local_disk) = (url.url.starts_with("file:"), url.is_local_disk());
-        Ok(Self { root, is_folder, is_local_disk, ..Self::of(opened.store) })
+        let folder = url.folder().map(|folder| folder.join(ROOT));
+        Ok(Self { root, folder, is_local_disk: url.is_local_disk(), ..Self::of(opened.store) })
     }
 
     /// The same, of a store that is open.
@@ -197,17 +216,10 @@ impl Store {
             bucket,
             root: Path::from(ROOT),
             reads_back: Arc::default(),
-            near: None,
-            is_folder: false,
+            nears: Vec::new(),
+            folder: None,
             is_local_disk: false,
         }
-    }
-
-    /// Whether a request that failed so may yet arrive.
-    pub(crate) fn may_arrive(&self, error: &StoreError) -> bool {
-        let is_doubtful =
-            |cause: &Trouble| matches!(cause, Trouble::Failed(_) | Trouble::Away(_) | Trouble::Damaged(_));
-        !self.is_folder && matches!(error, StoreError::Request { cause, .. } if is_doubtful(cause))
     }
 
     fn at(&self, below: &str) -> Path {
@@ -255,8 +267,13 @@ impl Store {
 
     /// Creates an object; false where there is one.
     async fn create(&self, at: &Path, body: Bytes) -> Result<bool, Trouble> {
+        self.create_or_doubt(at, body, &mut false).await
+    }
+
+    /// The same. `may_arrive`: whether a try of it failed in a way that lets it arrive later.
+    async fn create_or_doubt(&self, at: &Path, body: Bytes, may_arrive: &mut bool) -> Result<bool, Trouble> {
         for conflicts in 1.. {
-            match self.create_once(at, &body).await {
+            match self.create_once(at, &body, may_arrive).await {
                 // A conflict of two writers says the same as an object that is there.
                 Err(Trouble::Exists) => match self.bucket.head(at, self.deadline()).await {
                     Ok(_) => return Ok(false),
@@ -271,11 +288,17 @@ impl Store {
         Ok(false)
     }
 
-    async fn create_once(&self, at: &Path, body: &Bytes) -> Result<(), Trouble> {
+    async fn create_once(&self, at: &Path, body: &Bytes, may_arrive: &mut bool) -> Result<(), Trouble> {
         let mut tries = self.bucket.tries(self.deadline(), body.len() as u64);
         loop {
             let until = tries.begin()?;
             let answer = tokio::time::timeout_at(until, self.bucket.create(at, body.clone().into())).await;
+            // What a folder says has ended; what nobody waits for any more has not.
+            *may_arrive |= match &answer {
+                Ok(Err(Trouble::Failed(_) | Trouble::Away(_) | Trouble::Damaged(_))) => self.folder.is_none(),
+                Ok(_) => false,
+                Err(_) => true,
+            };
             if let Some(answer) = tries.end(answer).await {
                 return answer;
             }
@@ -332,21 +355,21 @@ impl Store {
         }
     }
 
-    /// The same store, whose chunks are first looked for in a place that is nearer.
-    pub fn with_near(self, near: Arc<dyn Near>) -> Self {
-        Self { near: Some(near), ..self }
+    /// The same store, whose chunks are first looked for in a place that is nearer than all before.
+    pub fn with_near(mut self, near: Arc<dyn Near>) -> Self {
+        self.nears.push(near);
+        self
     }
 
     /// A chunk's bytes, verified, and how many of them came from the store: those of a chunk that is near do not.
     pub async fn read_extent(&self, extent: Extent) -> Result<(Bytes, u64), StoreError> {
         let Extent { chunk: name, bytes } = extent;
-        if let Some(near) = &self.near
-            && let Some(plain) = near.chunk(name, bytes).await
-        {
+        for near in self.nears.iter().rev() {
+            let Some(plain) = near.chunk(name, bytes).await else { continue };
             let checked = tokio::task::spawn_blocking(move || (Digest::of(&plain) == name).then_some(plain)).await;
             match checked {
                 Ok(Some(plain)) if plain.len() as u64 == bytes => return Ok((plain, 0)),
-                // It is damaged there: the store has it, too.
+                // It is damaged there: others have it, too.
                 _ => near.damaged(name, bytes).await,
             }
         }
@@ -470,7 +493,12 @@ impl Store {
     pub(crate) async fn commit_body(&self, id: &str, body: Bytes) -> Result<(), StoreError> {
         let at = self.at(&format!("snap/{id}/COMMIT"));
         // Whoever else writes below this id writes the same: one that is there is our own, whose answer was lost, or that of another copy.
-        self.create(&at, body).await.map(drop).map_err(Self::failed("the commit was written"))
+        let mut may_arrive = false;
+        let created = self.create_or_doubt(&at, body, &mut may_arrive).await;
+        created.map(drop).map_err(|cause| match may_arrive {
+            true => StoreError::MayAppear { id: id.to_owned(), cause },
+            false => Self::failed("the commit was written")(cause),
+        })
     }
 
     /// A snapshot, by its id.
@@ -582,20 +610,25 @@ impl Store {
 
     /// The id of a snapshot, by its name, its id, or the first digits of that, at least six.
     pub async fn resolve(&self, asked: &str) -> Result<String, StoreError> {
+        Ok(self.resolve_named(asked).await?.0)
+    }
+
+    /// The same, and whether it was a name that was asked for.
+    pub async fn resolve_named(&self, asked: &str) -> Result<(String, bool), StoreError> {
         if is_id(asked) {
-            return Ok(asked.to_owned());
+            return Ok((asked.to_owned(), false));
         }
         check_name(asked)?;
         if let Some(number) = self.highest(asked).await?
             && let Some(id) = self.meaning(asked, number).await?.id
         {
-            return Ok(id);
+            return Ok((id, true));
         }
         let is_beginning = asked.len() >= 6 && asked.bytes().all(|byte| byte.is_ascii_hexdigit());
         let found = if is_beginning { self.ids().await?.0 } else { Vec::new() };
         let mut found = found.into_iter().filter(|id| id.starts_with(asked));
         match (found.next(), found.next()) {
-            (Some(id), None) => Ok(id),
+            (Some(id), None) => Ok((id, false)),
             (None, _) => Err(StoreError::NoSuch(asked.to_owned())),
             (Some(_), Some(_)) => Err(StoreError::Ambiguous(asked.to_owned())),
         }

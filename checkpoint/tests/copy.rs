@@ -11,15 +11,15 @@ use std::sync::Arc;
 
 use faulty::Faulty;
 use kvstore_checkpoint::collect::{CollectError, CollectRules, Collected, collect};
-use kvstore_checkpoint::copy::{Between, copy, name_there};
+use kvstore_checkpoint::copy::{Between, copy};
 use kvstore_checkpoint::manifest::Commit;
 use kvstore_checkpoint::progress::Progress;
 use kvstore_checkpoint::restore::{restore, verify};
 use kvstore_checkpoint::save::{Compress, SaveError, SaveOptions, save};
 use kvstore_checkpoint::store::{Store, StoreError};
 use models::{content, write_model};
-use object_store::memory::InMemory;
 use object_store::ObjectStoreExt;
+use object_store::memory::InMemory;
 
 fn memory() -> (Arc<InMemory>, Store) {
     let memory = Arc::new(InMemory::new());
@@ -67,8 +67,8 @@ async fn a_copy_is_the_same_snapshot_and_moves_what_is_not_there() {
     let moved = copied(&local, &durable, &second.id, None).await.unwrap();
     assert!((1..45_000).contains(&moved), "{moved}");
     assert!(verify(&durable, &second, &Arc::default()).await.unwrap().wrong.is_empty());
-    assert_eq!(name_there("m", &first.id), Some("m"));
-    assert_eq!(name_there(&first.id[..6], &first.id), None, "the first digits of an id are no name");
+    assert_eq!(local.resolve_named("m").await.unwrap(), (first.id.clone(), true));
+    assert_eq!(local.resolve_named(&first.id[..8]).await.unwrap(), (first.id.clone(), false));
 }
 
 /// One flipped bit on the node's disk never becomes a durable snapshot.
@@ -148,6 +148,38 @@ async fn a_nearer_store_is_read_first_and_not_believed() {
     }
 }
 
+/// An upload found the snapshot there, under no name, and gave it one, while a collection was about to take it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_copy_that_finds_all_there_and_a_collection_exclude_each_other() {
+    let at = tempfile::tempdir().unwrap();
+    write_model(&at.path().join("model"), 1, "note");
+    let (_, local) = memory();
+    let old = saved(&local, &at.path().join("model"), None).await.unwrap();
+    write_model(&at.path().join("model"), 2, "note");
+    let new = saved(&local, &at.path().join("model"), None).await.unwrap();
+    let mut copies = 0;
+    for round in 0..200_u64 {
+        let faulty = Faulty::new();
+        let store = Store::of(faulty.clone());
+        copied(&local, &store, &old.id, Some("m")).await.unwrap();
+        copied(&local, &store, &new.id, Some("m")).await.unwrap();
+        faulty.slow(round);
+        let (copier, from, id) = (Store::of(faulty.clone()), local.clone(), old.id.clone());
+        let copying = tokio::spawn(async move { copied(&from, &copier, &id, Some("m")).await });
+        let collector = Store::of(faulty.clone());
+        let rules = CollectRules { keep_last: 1, dry_run: false };
+        let collecting = tokio::spawn(async move { collect(&collector, rules, &Collected::default()).await });
+        let (copying, _) = (copying.await.unwrap(), collecting.await.unwrap());
+        if copying.is_ok() {
+            copies += 1;
+            assert_eq!(store.resolve("m").await.unwrap(), old.id);
+            let commit = store.snapshot(&old.id).await.unwrap();
+            assert!(verify(&store, &commit, &Arc::default()).await.unwrap().wrong.is_empty(), "round {round}");
+        }
+    }
+    assert!(copies > 0);
+}
+
 /// The request for a commit that failed may arrive later. Its intent once went with the failed save: a collection then took the chunks,
 /// and the snapshot that appeared after that had none.
 #[tokio::test]
@@ -164,7 +196,7 @@ async fn a_commit_that_may_arrive_late_keeps_its_chunks() {
             false => saved(&store, &at.path().join("model"), None).await.map(drop),
             true => copied(&local, &store, &commit.id, None).await.map(drop),
         };
-        assert!(matches!(failed, Err(SaveError::Store(StoreError::Request { .. }))), "{failed:?}");
+        assert!(matches!(failed, Err(SaveError::Store(StoreError::MayAppear { .. }))), "{failed:?}");
         let rules = CollectRules { keep_last: 1, dry_run: false };
         let collected = collect(&store, rules, &Collected::default()).await;
         assert!(matches!(collected, Err(CollectError::Saving(_))), "{collected:?}");

@@ -82,7 +82,9 @@ pub mod snapshots {
         match error {
             StoreError::Open(_) | StoreError::Name(_) | StoreError::Ambiguous(_) => Error::Invalid(message),
             StoreError::NoSuch(_) => Error::NotFound(message),
-            StoreError::Request { .. } | StoreError::Stopped(_) => Error::Unavailable(message),
+            StoreError::Request { .. } | StoreError::MayAppear { .. } | StoreError::Stopped(_) => {
+                Error::Unavailable(message)
+            }
             StoreError::Chunk { .. }
             | StoreError::Digest(_)
             | StoreError::Manifest { .. }

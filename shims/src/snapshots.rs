@@ -149,7 +149,8 @@ fn prewarm_tier(name: &str) -> Result<PrewarmTier, Error> {
 }
 
 fn parse<T: serde::de::DeserializeOwned>(asked: &str) -> Result<T, Error> {
-    serde_json::from_str(asked).map_err(|error| Error::Invalid(format!("{asked}: {error}")))
+    // What was asked is not told again: a store's options may be secrets.
+    serde_json::from_str(asked).map_err(|error| Error::Invalid(error.to_string()))
 }
 
 /// What is compressed: by default, what goes to a store that is slower than the compressor.
@@ -266,8 +267,8 @@ async fn answer(
         Call::Upload { snapshot, url, options, compress } => {
             let compress = compression(compress, url.starts_with("file:"));
             let to = Store::open(&ObjectUrl { url, options }).map_err(of::store)?;
-            let id = store.resolve(&snapshot).await.map_err(of::store)?;
-            let (between, name) = (Between { from: &store, to: &to }, copy::name_there(&snapshot, &id));
+            let (id, is_name) = store.resolve_named(&snapshot).await.map_err(of::store)?;
+            let (between, name) = (Between { from: &store, to: &to }, is_name.then_some(snapshot.as_str()));
             let copied = copy::copy(between, &id, name, compress, &progress).await;
             let _ = tokio::task::spawn_blocking(heap::give_back).await;
             let commit = copied.map_err(of::save)?;

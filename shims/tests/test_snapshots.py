@@ -122,10 +122,12 @@ def test_the_command_saves_to_the_disk_first(folder, tmp_path):
     refused = snapshot("save", str(folder), "--to", "local", "--local", "s3://bucket")
     assert refused.returncode and "not on this node's disk" in refused.stderr
     saved = snapshot("save", str(folder), "--to", "local", "--name", "m")
-    assert saved.returncode == 0 and f"kvstore snapshot upload {saved.stdout.strip()}" in saved.stderr
+    assert saved.returncode == 0 and "kvstore snapshot upload m makes it durable" in saved.stderr
     store = f"file://{tmp_path}/store"
-    away = snapshot("restore", "m", str(tmp_path / "away"), "--store", store)
-    assert away.returncode == 0, away.stderr
+    away = snapshot("restore", "m", str(tmp_path / "away"), "--store", store, "--json")
+    assert away.returncode == 0 and "is taken from this node's disk" in away.stderr and json.loads(away.stdout)["local"]
+    typed = snapshot("restore", "m", str(tmp_path / "typed"), "--store", "s4://bucket")
+    assert typed.returncode and "s4://bucket" in typed.stderr, "what is wrong is not passed over"
     (tmp_path / "store").mkdir(exist_ok=True)
     uploaded = json.loads(snapshot("upload", "m", "--store", store, "--json").stdout)
     assert uploaded["id"] == saved.stdout.strip() and uploaded["names"] == ["m"] and uploaded["written_bytes"] > 0

@@ -19,7 +19,7 @@ use kvstore_checkpoint::progress::Progress;
 use kvstore_checkpoint::remove::{self, names_of};
 use kvstore_checkpoint::restore;
 use kvstore_checkpoint::save::{self, Compress, SaveOptions};
-use kvstore_checkpoint::store::Store;
+use kvstore_checkpoint::store::{Store, StoreError};
 use kvstore_client::v1::{PrewarmProgress, PrewarmSnapshotRequest, PrewarmTier, SnapshotInfo};
 use kvstore_client::{Chunks, Client};
 use kvstore_tiers::bucket::ObjectUrl;
@@ -114,7 +114,7 @@ struct Save {
     /// The folder.
     folder: PathBuf,
     /// The object store, as for the other commands.
-    #[arg(long, env = "KVSTORE_SNAPSHOTS", value_name = "URL", required_if_eq("to", "durable"))]
+    #[arg(long, env = "KVSTORE_SNAPSHOTS", value_name = "URL")]
     store: Option<String>,
     /// An option of the store's client; may be repeated.
     #[arg(long = "option", value_parser = pair, value_name = "KEY=VALUE")]
@@ -379,7 +379,9 @@ impl Save {
         let at = match self.to {
             To::Local => Where { store: self.local.url()?.to_owned(), options: Vec::new(), json: self.json },
             To::Durable => {
-                Where { store: self.store.clone().unwrap_or_default(), options: self.options.clone(), json: self.json }
+                let store = self.store.clone();
+                let store = store.context("no store is named: give --store URL, or set KVSTORE_SNAPSHOTS")?;
+                Where { store, options: self.options.clone(), json: self.json }
             }
         };
         let store = at.open()?;
@@ -396,7 +398,8 @@ impl Save {
         let names: Vec<String> = self.name.into_iter().collect();
         tell_written("saved", &commit, &names, &at, &progress)?;
         if self.to == To::Local && !at.json {
-            eprintln!("it is on this node's disk alone: kvstore snapshot upload {} makes it durable", commit.id);
+            let asked = names.first().unwrap_or(&commit.id);
+            eprintln!("it is on this node's disk alone: kvstore snapshot upload {asked} makes it durable");
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -424,8 +427,8 @@ fn tell_written(verb: &str, commit: &Commit, names: &[String], at: &Where, progr
 impl Upload {
     async fn run(self) -> anyhow::Result<ExitCode> {
         let (local, store) = (self.local.open()?, self.at.open()?);
-        let id = local.resolve(&self.snapshot).await?;
-        let name = copy::name_there(&self.snapshot, &id);
+        let (id, is_name) = local.resolve_named(&self.snapshot).await?;
+        let name = is_name.then_some(self.snapshot.as_str());
         let progress = Arc::new(Progress::default());
         let compress = compress(self.compress, &self.at.store);
         let between = Between { from: &local, to: &store };
@@ -437,25 +440,29 @@ impl Upload {
 }
 
 impl Restore {
-    /// The snapshot, in the store or on this node's disk, and a store that reads chunks on the disk first.
-    async fn found(&self) -> anyhow::Result<(Store, Commit)> {
+    /// The snapshot, in the store or on this node's disk; a store that reads chunks on the disk first; and whether it is on the disk alone,
+    /// as far as is known.
+    async fn found(&self) -> anyhow::Result<(Store, Commit, bool)> {
         if self.local.local.is_none() {
-            return self.at.commit(&self.snapshot).await;
+            let (store, commit) = self.at.commit(&self.snapshot).await?;
+            return Ok((store, commit, false));
         }
-        let local = self.local.open()?;
-        match self.at.commit(&self.snapshot).await {
-            Ok((store, commit)) => Ok((store.with_near(Arc::new(local)), commit)),
-            // It was not uploaded, or the store is away: what is on the disk is what there is.
-            Err(of_store) => {
-                let id = local.resolve(&self.snapshot).await.map_err(|_| of_store)?;
-                let commit = local.snapshot(&id).await?;
-                Ok((local, commit))
-            }
-        }
+        let (local, store) = (self.local.open()?, self.at.open()?);
+        let of_store = async { store.snapshot(&store.resolve(&self.snapshot).await?).await };
+        let error = match of_store.await {
+            Ok(commit) => return Ok((store.with_near(Arc::new(local)), commit, false)),
+            Err(error) => error,
+        };
+        // It was not uploaded; or the store does not answer, and may know a newer one of this name. What else is wrong is not passed over.
+        anyhow::ensure!(error.is_away() || matches!(error, StoreError::NoSuch(_)), error);
+        let Ok(id) = local.resolve(&self.snapshot).await else { return Err(error.into()) };
+        let commit = local.snapshot(&id).await?;
+        eprintln!("{id} of {} is taken from this node's disk: {error}", when(commit.created_ms));
+        Ok((local, commit, true))
     }
 
     async fn run(self) -> anyhow::Result<ExitCode> {
-        let (store, commit) = self.found().await?;
+        let (store, commit, is_local) = self.found().await?;
         let facts: BTreeMap<String, String> = self.facts.iter().cloned().collect();
         restore::check_facts(&commit, &facts, &self.allow)?;
         let store = match &self.daemon {
@@ -468,6 +475,7 @@ impl Restore {
         if self.at.json {
             print_json(&json!({
                 "id": commit.id, "folder": self.to, "bytes": commit.totals.bytes, "found_bytes": found, "read_bytes": moved,
+                "local": is_local,
             }))?;
         } else {
             eprintln!(

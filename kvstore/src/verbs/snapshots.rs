@@ -45,7 +45,9 @@ pub fn refused(error: &StoreError) -> Status {
         }
         StoreError::Unable(_) | StoreError::NoTime | StoreError::TooMany { .. } => Status::failed_precondition(message),
         StoreError::Collecting(_) => Status::resource_exhausted(message),
-        StoreError::Open(_) | StoreError::Request { .. } | StoreError::Stopped(_) => Status::unavailable(message),
+        StoreError::Open(_) | StoreError::Request { .. } | StoreError::MayAppear { .. } | StoreError::Stopped(_) => {
+            Status::unavailable(message)
+        }
     }
 }
 
