@@ -54,6 +54,7 @@ use crate::slots::Delete;
 
 use deletions::Deletions;
 use extents::Extents;
+use read::Check;
 use store::Store;
 use write::{Begun, Commit, Dirty, DirtyBytes, DirtyCount, answer};
 
@@ -473,6 +474,8 @@ impl NvmeTier {
         for store in &self.stores {
             store.stopping.store(true, Ordering::Release);
             store.wake_flusher();
+            // Its thread ends once it has done what it was given.
+            store.checks.lock().take();
         }
         for thread in self.threads.lock().drain(..) {
             let _ = thread.join();
@@ -481,6 +484,9 @@ impl NvmeTier {
     }
 }
 
+/// Large blocks that were read and wait to be checked: each holds its slot, of which there are no more under way.
+const CHECKS_MAX: usize = 32;
+
 fn start(store: &Arc<Store>, commits: mpsc::Receiver<Commit>) -> std::io::Result<Vec<JoinHandle<()>>> {
     let named = |name: &str| std::thread::Builder::new().name(name.into());
     let mut threads = Vec::new();
@@ -488,6 +494,9 @@ fn start(store: &Arc<Store>, commits: mpsc::Receiver<Commit>) -> std::io::Result
     threads.push(named("kvstore-flush").spawn(move || own.flush_forever())?);
     let own = Arc::clone(store);
     threads.push(named("kvstore-commit").spawn(move || own.commit_forever(&commits))?);
+    let (checks, to_check) = mpsc::sync_channel::<Check>(CHECKS_MAX);
+    threads.push(named("kvstore-verify").spawn(move || to_check.into_iter().for_each(|check| check()))?);
+    *store.checks.lock() = Some(checks);
     if store.state.lock().health.rebuilding > 0 {
         let own = Arc::clone(store);
         threads.push(named("kvstore-rebuild").spawn(move || own.rebuild(u32::MAX))?);

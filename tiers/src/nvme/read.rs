@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::TrySendError;
 
 use kvstore_transfer::frame::FrameHeader;
 use kvstore_transfer::volume::{Direction, IoMemories, IoMemory, Transfer};
@@ -15,6 +16,12 @@ use super::store::Store;
 use crate::below::{Arrived, NotRead, ReadDone, WhyNotRead};
 use crate::block::{Digest, Wanted, unpadded};
 use crate::host::TransferFill;
+
+/// What is done with a block that was read.
+pub(super) type Check = Box<dyn FnOnce() + Send>;
+
+/// A checksum of so many bytes takes as long as a small block's read.
+const CHECKED_APART_BYTES: u64 = 1 << 20;
 
 /// A block on its way into a slot.
 pub(super) struct Reading {
@@ -62,7 +69,9 @@ impl Store {
                 let (IoMemory::Pages(head), Some(IoMemory::Fill(slot))) = (memories.head, memories.body) else {
                     return;
                 };
-                store.finish(reading, result, &Payload::Slot(head), slot);
+                let own = Arc::clone(&store);
+                let check = move || own.finish(reading, result, &Payload::Slot(head), slot);
+                store.check_later(payload_bytes, lane, Box::new(check));
             };
             Transfer { direction: Direction::Read, offset, memories, tag, done: Box::new(finish) }
         } else {
@@ -85,6 +94,20 @@ impl Store {
             let Transfer { done, memories, .. } = *transfer;
             done(Err(busy), memories);
         }
+    }
+
+    /// Runs a check of what was read: on a thread of its own where it takes long and nobody waits for it, so that the disk's thread gives
+    /// others their blocks meanwhile.
+    fn check_later(&self, bytes: u64, lane: Lane, check: Check) {
+        let checks = self.checks.lock().clone().filter(|_| lane != Lane::Demand && bytes >= CHECKED_APART_BYTES);
+        let back = match checks {
+            Some(checks) => match checks.try_send(check) {
+                Ok(()) => return,
+                Err(TrySendError::Full(check) | TrySendError::Disconnected(check)) => check,
+            },
+            None => check,
+        };
+        back();
     }
 
     fn finish(self: &Arc<Self>, reading: Reading, result: io::Result<()>, payload: &Payload, mut slot: SlotFill) {

@@ -15,6 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use super::bound::{BoundRefused, bound_of, make_anew};
 use super::format::{FormatError, PAGE, SEGMENTS_AT, VolumeHeader};
 use super::index::{Index, IndexError, IndexFound};
+use super::read::Check;
 use super::segments::Segments;
 use super::state::{Counters, State};
 use super::write::{Commit, WriteQueue};
@@ -80,6 +81,8 @@ pub(super) struct Store {
     pub queue: Mutex<WriteQueue>,
     pub queue_changed: Condvar,
     pub commits: mpsc::Sender<Commit>,
+    /// To the thread that checks large blocks, while there is one.
+    pub checks: Mutex<Option<mpsc::SyncSender<Check>>>,
     pub counters: Counters,
     pub stopping: AtomicBool,
     /// Reads and writes that failed in a row.
@@ -151,6 +154,7 @@ impl Store {
             queue: Mutex::new(WriteQueue::default()),
             queue_changed: Condvar::new(),
             commits,
+            checks: Mutex::new(None),
             counters: Counters::default(),
             stopping: AtomicBool::new(false),
             device_errors: AtomicU32::new(0),

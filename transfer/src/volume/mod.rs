@@ -33,6 +33,16 @@ pub const LANE_CAPS: LaneCaps = LaneCaps { demand: 4096, prefetch: 1024, backgro
 pub const DEPTH: usize = 64;
 /// ... of which background writes and reads ahead of need may take this many: the rest is for whoever waits.
 pub const BACKGROUND_DEPTH: usize = 32;
+/// ... and so many bytes of them at once: as many as that many blocks of 256 KiB have. A chunk of a snapshot is 8 MiB; thirty of them in
+/// front of a block that somebody waits for are a tenth of a second.
+pub const BACKGROUND_BYTES: usize = 8 << 20;
+/// The device gets them in steps of this many: what it has it does not give back.
+pub const BACKGROUND_STEP: usize = 256 << 10;
+/// While somebody has waited for a block within [`DEMAND_MS`], the background has so many bytes at once: two steps keep a device busy, and
+/// are over in a fraction of a millisecond.
+pub const BESIDE_DEMAND_BYTES: usize = 2 * BACKGROUND_STEP;
+/// See [`BESIDE_DEMAND_BYTES`].
+pub const DEMAND_MS: u64 = 20;
 
 /// Memory of one piece of a transfer.
 pub enum IoMemory {

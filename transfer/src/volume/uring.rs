@@ -6,12 +6,13 @@
 //! kernel then no longer walks its pages for each transfer. Where the limit on locked memory forbids that,
 //! transfers go unregistered.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, squeue, types};
 use parking_lot::Mutex;
@@ -19,8 +20,8 @@ use rustix::event::EventfdFlags;
 
 use super::registered::{Buffers, PURGE_EVERY};
 use super::{
-    BACKGROUND_DEPTH, DEPTH, Direction, LANE_CAPS, SyncDone, Transfer, Volume, VolumeFile, aligned, closed, misaligned,
-    stopped,
+    BACKGROUND_BYTES, BACKGROUND_DEPTH, BACKGROUND_STEP, BESIDE_DEMAND_BYTES, DEMAND_MS, DEPTH, Direction, LANE_CAPS,
+    SyncDone, Transfer, Volume, VolumeFile, aligned, closed, misaligned, stopped,
 };
 use crate::frame::FRAME_ALIGN;
 use crate::lanes::{LANES, Lane, Lanes};
@@ -135,6 +136,10 @@ struct Piece {
     offset: u64,
     buffer: Option<u16>,
     retries: u32,
+    /// Bytes that the kernel is asked for at most.
+    step: usize,
+    /// Background bytes that the kernel has of it.
+    counted: usize,
 }
 
 enum Flight {
@@ -151,12 +156,18 @@ struct Ring {
     flights: Vec<Option<Flight>>,
     free: Vec<usize>,
     background: usize,
+    /// Bytes of background transfers that the kernel has.
+    background_bytes: usize,
+    /// When somebody last waited for a block.
+    demanded: Option<Instant>,
     syncing: bool,
     /// The kernel reads the wake-up counter into it while a read is armed.
     counter: Box<[u8; 8]>,
     armed: bool,
     /// Pieces that found the submission queue full, or are to be tried again.
     again: Vec<(usize, usize)>,
+    /// Pieces of background transfers, in order, that wait until the kernel has fewer bytes of others.
+    held: VecDeque<(usize, usize)>,
 }
 
 impl Ring {
@@ -179,10 +190,13 @@ impl Ring {
             flights,
             free: (0..=DEPTH).rev().collect(),
             background: 0,
+            background_bytes: 0,
+            demanded: None,
             syncing: false,
             counter: Box::new([0; 8]),
             armed: false,
             again: Vec::new(),
+            held: VecDeque::new(),
         })
     }
 
@@ -291,14 +305,47 @@ impl Ring {
             let Some(memory) = memory else { continue };
             let (address, left) = memory.span();
             let buffer = self.buffers.index_of(&self.ring, memory);
-            *piece = Some(Piece { address: address.as_ptr(), left, offset, buffer, retries: 0 });
+            let step = if lane == Lane::Demand { left } else { BACKGROUND_STEP };
+            *piece = Some(Piece { address: address.as_ptr(), left, offset, buffer, retries: 0, step, counted: 0 });
             offset += left as u64;
         }
         let flying = pieces.iter().flatten().count() as u8;
         self.background += usize::from(lane != Lane::Demand);
+        if lane == Lane::Demand {
+            self.demanded = Some(Instant::now());
+        }
         self.place(at, Flight::Transfer { lane, transfer, pieces, flying, error: None });
         for piece in 0..flying {
-            self.again.push((at, usize::from(piece)));
+            self.go_on(lane, (at, usize::from(piece)));
+        }
+    }
+
+    /// A piece is to be given to the kernel: at once, or when its turn comes.
+    fn go_on(&mut self, lane: Lane, piece: (usize, usize)) {
+        match lane {
+            Lane::Demand => self.again.push(piece),
+            _ => self.held.push_back(piece),
+        }
+    }
+
+    /// Lets pieces go that wait for others: at least one at a time, so that it goes on.
+    fn release_held(&mut self) {
+        let is_recent = |at: Instant| at.elapsed() < Duration::from_millis(DEMAND_MS);
+        let most = if self.demanded.is_some_and(is_recent) { BESIDE_DEMAND_BYTES } else { BACKGROUND_BYTES };
+        while let Some((at, piece)) = self.held.front().copied() {
+            let state = self.flights.get_mut(at).and_then(Option::as_mut);
+            if let Some(Flight::Transfer { pieces, .. }) = state
+                && let Some(Some(piece)) = pieces.get_mut(piece)
+            {
+                let bytes = piece.left.min(piece.step);
+                if self.background_bytes > 0 && self.background_bytes + bytes > most {
+                    return;
+                }
+                piece.counted = bytes;
+                self.background_bytes += bytes;
+            }
+            self.held.pop_front();
+            self.again.push((at, piece));
         }
     }
 
@@ -310,6 +357,7 @@ impl Ring {
 
     /// Puts pieces into the submission queue; those that find it full wait for the next round.
     fn retry_pieces(&mut self) {
+        self.release_held();
         let pieces = std::mem::take(&mut self.again);
         // The block layer joins neighbours (a header and its payload) only among more than two entries.
         if pieces.len() == 2 {
@@ -389,11 +437,15 @@ impl Ring {
                     }
                 }
             }
-            Flight::Transfer { pieces, flying, error, .. } => {
+            Flight::Transfer { lane, pieces, flying, error, .. } => {
                 let Some(Some(state)) = pieces.get_mut(piece) else { return };
+                self.background_bytes -= std::mem::take(&mut state.counted);
                 match advance(state, result) {
                     Ok(true) => {}
-                    Ok(false) => return self.again.push((at, piece)),
+                    Ok(false) => {
+                        let lane = *lane;
+                        return self.go_on(lane, (at, piece));
+                    }
                     Err(failed) => *error = Some(failed),
                 }
                 *flying -= 1;
@@ -438,7 +490,7 @@ macro_rules! read_or_write {
         let (file, piece) = ($file, $piece);
         // A piece is at most a block, whose length has 32 bits; what the kernel does not take at once is the
         // rest of a short transfer like any other.
-        let len = piece.left.min(1 << 30) as u32;
+        let len = piece.left.min(piece.step).min(1 << 30) as u32;
         match ($direction, piece.buffer) {
             (Direction::Read, None) => opcode::Read::new(file, piece.address, len).offset(piece.offset).build(),
             (Direction::Write, None) => opcode::Write::new(file, piece.address, len).offset(piece.offset).build(),
@@ -486,7 +538,7 @@ mod tests {
     use super::*;
 
     fn piece(left: usize) -> Piece {
-        Piece { address: std::ptr::null_mut(), left, offset: 40_960, buffer: None, retries: 0 }
+        Piece { address: std::ptr::null_mut(), left, offset: 40_960, buffer: None, retries: 0, step: left, counted: 0 }
     }
 
     /// The kernel may move less than it was asked to, or nothing for now; the rest is asked for again, from a page.
