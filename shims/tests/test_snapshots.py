@@ -115,7 +115,9 @@ def test_the_command_saves_to_the_disk_first(folder, tmp_path):
     environment.pop("KVSTORE_SNAPSHOTS", None)
 
     def snapshot(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run([program("kvstore", "KVSTORE_BIN"), "snapshot", *arguments], capture_output=True, text=True, env=environment)
+        return subprocess.run(
+            [program("kvstore", "KVSTORE_BIN"), "snapshot", *arguments], capture_output=True, text=True, env=environment
+        )
 
     refused = snapshot("save", str(folder))
     assert refused.returncode and "--store" in refused.stderr
