@@ -1,5 +1,7 @@
 """A real daemon for every test."""
 
+import signal
+
 import pytest
 
 import kvstore
@@ -7,6 +9,9 @@ import kvstore
 from daemon import Daemon
 
 BLOCK_TOKENS = 16
+
+# Below nohup it is ignored, and so it is in every process that a test starts: a test of signals then waited for ever.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
