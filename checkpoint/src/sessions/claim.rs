@@ -127,12 +127,12 @@ impl Writer {
             }
             let state = match self.state(name, &standing).await {
                 // Others claimed it meanwhile, and what it was in has been collected.
-                Err(SessionError::Lost { .. }) if self.has_moved_on(name, &standing).await? => continue,
+                Err(error) if error.is_gone() && self.has_moved_on(name, &standing).await? => continue,
                 state => state?,
             };
             let pieces = match &state {
                 Some(read) => match read::pieces(store, read).await {
-                    Err(SessionError::Lost { .. }) if self.has_moved_on(name, &standing).await? => continue,
+                    Err(error) if error.is_gone() && self.has_moved_on(name, &standing).await? => continue,
                     pieces => pieces?,
                 },
                 None => Vec::new(),

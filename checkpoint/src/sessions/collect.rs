@@ -142,7 +142,7 @@ impl Collector<'_> {
             let objects: Vec<(u64, u64)> = objects.into_iter().map(|(number, bytes, _)| (number, bytes)).collect();
             let mut log = Log::of(&id, objects.clone());
             if let Err(error) = log.read_last(self.store).await {
-                self.unreadable(&error)?;
+                self.unreadable(error)?;
                 continue;
             }
             // A listing may leave out what was created while it was made.
@@ -162,17 +162,12 @@ impl Collector<'_> {
     }
 
     /// What cannot be read stays, and so does everything that it may name; what does not answer ends the collection.
-    fn unreadable(&mut self, error: &SessionError) -> Result<(), SessionError> {
-        match error {
-            SessionError::Damaged { .. } | SessionError::Lost { .. } => {
-                self.collected.unreadable.push(error.to_string());
-                Ok(())
-            }
-            other => Err(SessionError::Request {
-                what: "garbage was collected".into(),
-                cause: Trouble::Failed(other.to_string()),
-            }),
+    fn unreadable(&mut self, error: SessionError) -> Result<(), SessionError> {
+        if !error.is_gone() && !matches!(error, SessionError::Damaged { .. }) {
+            return Err(error);
         }
+        self.collected.unreadable.push(error.to_string());
+        Ok(())
     }
 
     /// Logs that some session needs.
@@ -186,7 +181,7 @@ impl Collector<'_> {
             match found {
                 Ok(log) => needed.extend(log),
                 Err(error) => {
-                    self.unreadable(&error)?;
+                    self.unreadable(error)?;
                     self.is_blind = true;
                 }
             }
@@ -281,7 +276,7 @@ impl Collector<'_> {
             Ok(kept) => kept,
             Err(error) => {
                 self.collected.logs += 1;
-                return self.unreadable(&error);
+                return self.unreadable(error);
             }
         };
         let gone: Vec<(u64, u64)> =
@@ -299,8 +294,9 @@ impl Collector<'_> {
     async fn kept(&self, found: &Found) -> Result<HashSet<u64>, SessionError> {
         let id = &found.log.id;
         let from = found.log.seal.as_ref().map_or(0, |(number, _)| *number);
-        let behind = found.objects.iter().filter(|(number, _)| *number >= from);
-        let each = behind.copied().map(|(number, bytes)| read_entry(self.store, id, number, bytes));
+        let mut behind = found.objects.clone();
+        behind.retain(|(number, _)| *number >= from);
+        let each = behind.into_iter().map(|(number, bytes)| read_entry(self.store, id, number, bytes));
         let mut entries = futures::stream::iter(each).buffer_unordered(caps::INDEXES_AT_ONCE);
         let mut kept = HashSet::new();
         while let Some(entry) = entries.try_next().await? {

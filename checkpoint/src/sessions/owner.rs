@@ -44,6 +44,7 @@ pub struct Owner {
     /// 1.
     pub format: u32,
     /// What a reader must know of to read it right; it refuses what it does not know.
+    #[serde(default, skip_serializing_if = "Bounded::is_empty")]
     pub critical: Bounded<String, { caps::FACTS_MAX }>,
     /// The session.
     pub name: Name,
