@@ -234,7 +234,7 @@ async fn write_sample() {
         return;
     }
     std::fs::create_dir_all(sample()).unwrap();
-    let store = Store::of(Arc::new(LocalFileSystem::new_with_prefix(sample()).unwrap()));
+    let store = Store::of_proven(Arc::new(LocalFileSystem::new_with_prefix(sample()).unwrap()));
     let first = Writer::begin(&store, "first").await.unwrap();
     let [one, other] = sample_engines();
     let (mut one_now, mut other_now) = (Engine::new(&one.tokens[..3], 6), Engine::new(&other.tokens[..1], 6));

@@ -563,12 +563,58 @@ async fn many_callers_share_commits() {
     assert!(error.is_err_and(|error| matches!(&*error, SessionError::Broken(Broken::Sealed { .. }))));
 }
 
+/// A log goes once nothing needs it, and its writer stays refused. A claim that has written nothing yet still needs the log that it found.
+#[tokio::test]
+async fn a_log_goes_when_nothing_needs_it_and_its_seal_stays() {
+    let memory = Arc::new(InMemory::new());
+    let mut engine = Engine::new(&[1, 2, 3], 8);
+    let zombie = writer(&Door::new(&memory).store(), "zombie").await;
+    begun(&zombie, "a", &mut engine, 9).await;
+    let of_zombie = format!("sessions/v1/logs/{}", zombie.log());
+    // Two claims in a row that write nothing.
+    let second = writer(&Door::new(&memory).store(), "second").await;
+    second.claim(&name("a")).await.unwrap();
+    let third = writer(&Door::new(&memory).store(), "third").await;
+    third.claim(&name("a")).await.unwrap();
+    let store = Door::new(&memory).store();
+    let collected = collect(&store, false).await.unwrap();
+    assert_eq!((collected.sessions, collected.gone_logs), (1, 1), "the second one's, which has nothing");
+    assert_eq!(objects(&memory, &of_zombie).await.len(), 1 + 9 + 1);
+    let fourth = writer(&Door::new(&memory).store(), "fourth").await;
+    let claimed = fourth.claim(&name("a")).await.unwrap();
+    engine.check(claimed.session.as_ref().unwrap(), &claimed.pieces);
+    one(&fourth, Step::append(name("a"), engine.step(7))).await;
+    let before = objects(&memory, "sessions/v1/logs").await;
+    let dry = collect(&store, true).await.unwrap();
+    assert_eq!(objects(&memory, "sessions/v1/logs").await, before);
+    let collected = collect(&store, false).await.unwrap();
+    assert_eq!(collected, dry);
+    assert_eq!((collected.gone_logs, collected.gone_objects), (2, 10 + 1), "the first one's entries, and the third one's beginning");
+    let left = objects(&memory, &of_zombie).await;
+    assert!(left.len() == 1 && left[0].0.as_ref().ends_with("/00000000000000000010"), "its seal: {left:?}");
+    for _ in 0..2 {
+        assert_eq!(collect(&store, false).await.unwrap().gone_objects, 0);
+    }
+    let error = zombie.commit(vec![Step::append(name("a"), ids(12, &[1]))]).await.unwrap_err();
+    assert!(matches!(error, SessionError::Broken(Broken::Sealed { .. })), "{error}");
+    let fifth = writer(&Door::new(&memory).store(), "fifth").await;
+    let claimed = fifth.claim(&name("a")).await.unwrap();
+    engine.check(claimed.session.as_ref().unwrap(), &claimed.pieces);
+    // It closes, and nothing stays but seals.
+    one(&fifth, Step::end(name("a"), None, End::Closed)).await;
+    fifth.end().await.unwrap();
+    for _ in 0..3 {
+        collect(&store, false).await.unwrap();
+    }
+    assert!(objects(&memory, "sessions/v1/sessions").await.is_empty());
+    assert_eq!(objects(&memory, "sessions/v1/logs").await.len(), 4, "one for each writer that was refused");
+}
+
 #[tokio::test]
 async fn sessions_live_in_a_folder_too() {
     let at = tempfile::tempdir().unwrap();
     let url = kvstore_bucket::ObjectUrl { url: format!("file://{}", at.path().display()), options: Vec::new() };
     let store = Store::open(&url).unwrap();
-    store.prove("test").await.unwrap();
     let first = writer(&store, "first").await;
     let mut engine = Engine::new(&[1, 2, 3], 8);
     begun(&first, "a", &mut engine, 20).await;

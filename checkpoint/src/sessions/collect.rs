@@ -77,7 +77,8 @@ struct Collector<'a> {
     is_blind: bool,
 }
 
-/// Collects garbage. `is_dry`: nothing is written but the lease, and nothing goes; what would is counted.
+/// Collects garbage. `is_dry`: nothing is written but the lease and what proofs need, and nothing goes; what would
+/// is counted.
 pub async fn collect(store: &Store, is_dry: bool) -> Result<Collected, SessionError> {
     let holder = new_id()?;
     store.prove(&holder).await?;

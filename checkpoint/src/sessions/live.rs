@@ -233,7 +233,8 @@ impl Live {
     /// Whether another one fits.
     pub(super) fn has_room(&self) -> bool {
         let moved = self.ended.iter().filter(|ended| ended.ends == End::Moved).count();
-        self.held.len() + self.claiming.len() + moved < caps::SESSIONS_HELD_MAX
+        let closed = self.ended.len() - moved;
+        self.held.len() + self.claiming.len() + moved < caps::SESSIONS_HELD_MAX && closed < caps::SESSIONS_HELD_MAX
     }
 
     pub(super) fn give_up(&mut self, name: &Name) {

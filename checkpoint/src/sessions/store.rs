@@ -45,6 +45,7 @@ pub struct Store {
     root: Path,
     /// It keeps bodies that are not those that were sent: what was written is read back.
     reads_back: Arc<AtomicBool>,
+    is_proven: Arc<AtomicBool>,
 }
 
 impl Store {
@@ -58,11 +59,21 @@ impl Store {
     /// The same, of a store that is open.
     pub fn of(store: Arc<dyn object_store::ObjectStore>) -> Self {
         let bucket = Arc::new(Bucket::new(store, STALL, boot_time));
-        Self { bucket, root: Path::from(ROOT), reads_back: Arc::default() }
+        Self { bucket, root: Path::from(ROOT), reads_back: Arc::default(), is_proven: Arc::default() }
     }
 
-    /// Proves that the store does what sessions rest on. `name`: nobody else's. Once for each store, before its first writer; what keeps
-    /// damaged uploads has everything read back from then on.
+    /// The same, of a store that is known to do what sessions rest on: nothing is proven, and nothing is read back.
+    pub fn of_proven(store: Arc<dyn object_store::ObjectStore>) -> Self {
+        Self { is_proven: Arc::new(AtomicBool::new(true)), ..Self::of(store) }
+    }
+
+    /// Proves the store, unless that has been done.
+    pub(super) async fn prove_once(&self, name: &str) -> Result<(), SessionError> {
+        if self.is_proven.load(Ordering::Relaxed) { Ok(()) } else { self.prove(name).await }
+    }
+
+    /// Proves that the store does what sessions rest on. `name`: nobody else's. The first writer does it; what keeps damaged uploads has
+    /// everything read back from then on.
     pub async fn prove(&self, name: &str) -> Result<(), SessionError> {
         let failed = || SessionError::request("the object store was asked what it can do");
         let abilities = probe(&self.bucket, &self.root, name, self.deadline()).await.map_err(failed())?;
@@ -76,7 +87,9 @@ impl Store {
             }
         }
         self.reads_back.store(!abilities.checks_uploads, Ordering::Relaxed);
-        measure(&self.bucket, &self.root, &format!("{name}-time"), self.deadline()).await.map_err(failed())
+        measure(&self.bucket, &self.root, &format!("{name}-time"), self.deadline()).await.map_err(failed())?;
+        self.is_proven.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     fn at(&self, below: &str) -> Path {

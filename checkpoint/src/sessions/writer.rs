@@ -60,9 +60,10 @@ pub(super) struct Turn {
 }
 
 impl Writer {
-    /// Begins a log. `writer`: what others are told of who owns a session; for people.
+    /// Begins a log, on a store that is proven to do what sessions rest on. `writer`: what others are told of who owns a session; for people.
     pub async fn begin(store: &Store, writer: &str) -> Result<Self, SessionError> {
         let log = new_id()?;
+        store.prove_once(&log).await?;
         let writer = writer.chars().take(caps::TEXT_BYTES_MAX / 4).collect();
         let me = Sealer { log: log.clone(), writer };
         let first = Entry::new(&log, 0, Kind::Begin, Some(me.clone())).finish(Vec::new());
@@ -160,8 +161,8 @@ impl Writer {
         self.0.wait(last).await.map_err(SessionError::from)
     }
 
-    /// Says of sessions that were closed that they are, where it is found without reading the log. Not needed for anything but that, and for
-    /// their collection.
+    /// Says of sessions that were closed that they are, where it is found without reading the log. To be called now and then: as many that closed are
+    /// remembered as a writer may hold, and then none is opened or claimed.
     pub async fn tidy(&self) -> Result<(), SessionError> {
         let next = self.0.front.borrow().next;
         let is_due = |ended: &super::live::Ended| ended.ends == End::Closed && ended.place.0 < next;

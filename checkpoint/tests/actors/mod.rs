@@ -139,7 +139,7 @@ impl Door {
     }
 
     pub fn store(self: &Arc<Self>) -> Store {
-        Store::of(Arc::clone(self) as Arc<_>)
+        Store::of_proven(Arc::clone(self) as Arc<_>)
     }
 }
 
