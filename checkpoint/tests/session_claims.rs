@@ -147,7 +147,9 @@ async fn of_two_claimants_of_an_epoch_one_wins_in_every_order() {
         steps
     };
     let most = run(0, &[]).await;
-    assert!(most > 14, "{most}");
+    assert!(most >= 12, "{most}");
+    // Where they hinder each other, there are more.
+    let most = most + 8;
     for turns in schedules(most, 3, 2) {
         run(0, &turns).await;
     }

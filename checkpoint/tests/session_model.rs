@@ -6,7 +6,7 @@
 #[allow(dead_code, reason = "other tests use the rest")]
 mod actors;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use actors::{Door, Fate, Verb, head, ids, name};
@@ -109,7 +109,9 @@ struct Model {
     acknowledged: Vec<u32>,
     /// Who had an append acknowledged in an epoch.
     owners: BTreeMap<u64, String>,
-    /// It was opened, as far as is known.
+    /// Epochs whose owner has begun it, or found it begun.
+    begun: BTreeSet<u64>,
+    /// That was acknowledged, or found.
     is_begun: bool,
     may_be_closed: bool,
     is_closed: bool,
@@ -208,19 +210,16 @@ impl World {
     }
 
     /// The next step of a session that a writer owns.
-    fn step(&mut self, session: usize, epoch: u64, begins: &mut Vec<usize>) -> Step {
-        let issued = self.models[session].issued.get_mut(&epoch).unwrap();
+    fn step(&mut self, session: usize, epoch: u64) -> Step {
+        let model = &mut self.models[session];
+        let issued = model.issued.get_mut(&epoch).unwrap();
         let start = (PROMPT.len() + issued.len()) as u64;
         let new: Vec<u32> = (0..self.token % 3).map(|more| self.token * 10 + more).collect();
         self.token += 1;
         issued.extend(&new);
         let (name, append) = (name(&session.to_string()), ids(start, &new));
-        let is_new = start == PROMPT.len() as u64 && !begins.contains(&session);
-        match is_new && !self.models[session].is_begun {
-            true => {
-                begins.push(session);
-                Step::begin(name, head(&PROMPT), Some(append))
-            }
+        match model.begun.insert(epoch) {
+            true => Step::begin(name, head(&PROMPT), Some(append)),
             false => Step::append(name, append),
         }
     }
@@ -231,14 +230,13 @@ impl World {
             return;
         }
         self.meet(writer, fault);
-        let mut begins: Vec<usize> = Vec::new();
         let mut all = Vec::new();
         for _ in 0..commits {
             let mut steps = Vec::new();
             for (at, (owned, epoch)) in owned.iter().enumerate() {
                 if of >> (at % 8) & 1 == 1 {
                     let session = owned.id().parse().unwrap();
-                    steps.push(self.step(session, *epoch, &mut begins));
+                    steps.push(self.step(session, *epoch));
                 }
             }
             all.push(steps);
@@ -270,7 +268,7 @@ impl World {
         if this.broken().is_some() {
             return;
         }
-        let mut step = self.step(session, epoch, &mut Vec::new());
+        let mut step = self.step(session, epoch);
         step.ends = Some(ends);
         self.meet(writer, fault);
         let answer = this.commit(vec![step]).await;
@@ -310,7 +308,10 @@ impl World {
                 assert!(!model.is_closed, "it was closed");
                 let found = claimed.session.as_ref().map(|session| session.generated.0.clone());
                 assert!(found.is_some() || !model.is_begun);
-                model.is_begun = found.is_some();
+                if found.is_some() {
+                    model.is_begun = true;
+                    model.begun.insert(claimed.epoch);
+                }
                 let found = found.unwrap_or_default();
                 model.found(&found, claimed.epoch);
                 assert!(model.issued.insert(claimed.epoch, found).is_none(), "epoch {} came twice", claimed.epoch);
@@ -387,10 +388,10 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 2500, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn nothing_acknowledged_is_lost(operations in prop::collection::vec(operation(), 1..40)) {
+    fn nothing_acknowledged_is_lost(operations in prop::collection::vec(operation(), 1..60)) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let mut world = World::new().await;

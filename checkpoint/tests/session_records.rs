@@ -175,7 +175,7 @@ async fn lies_about_lengths_take_no_memory() {
             count(Owner::decode(&signed, name, *epoch).is_ok());
         }
     }
-    assert!(refused > 10_000 && read < refused / 10, "{refused} refused, {read} read");
+    assert!(refused > 10_000 && read < refused / 5, "{refused} refused, {read} read");
 }
 
 fn entry(number: u64, kind: Kind) -> Entry {

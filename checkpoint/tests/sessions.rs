@@ -589,13 +589,17 @@ async fn a_log_goes_when_nothing_needs_it_and_its_seal_stays() {
     assert_eq!(objects(&memory, "sessions/v1/logs").await, before);
     let collected = collect(&store, false).await.unwrap();
     assert_eq!(collected, dry);
-    assert_eq!((collected.gone_logs, collected.gone_objects), (2, 10 + 1), "the first one's entries, and the third one's beginning");
+    assert_eq!(
+        (collected.gone_logs, collected.gone_objects),
+        (2, 10 + 1),
+        "the first one's entries, and the third one's beginning"
+    );
     let left = objects(&memory, &of_zombie).await;
     assert!(left.len() == 1 && left[0].0.as_ref().ends_with("/00000000000000000010"), "its seal: {left:?}");
     for _ in 0..2 {
         assert_eq!(collect(&store, false).await.unwrap().gone_objects, 0);
     }
-    let error = zombie.commit(vec![Step::append(name("a"), ids(12, &[1]))]).await.unwrap_err();
+    let error = zombie.commit(vec![Step::end(name("a"), None, End::Moved)]).await.unwrap_err();
     assert!(matches!(error, SessionError::Broken(Broken::Sealed { .. })), "{error}");
     let fifth = writer(&Door::new(&memory).store(), "fifth").await;
     let claimed = fifth.claim(&name("a")).await.unwrap();

@@ -72,7 +72,10 @@ impl Writer {
         self.check()?;
         let mut live = self.0.live.lock();
         if !live.has_room() {
-            return Err(SessionError::TooMany { what: "sessions of one writer, or of its closed ones that are not tidied up", most: caps::SESSIONS_HELD_MAX as u64 });
+            return Err(SessionError::TooMany {
+                what: "sessions of one writer, or of its closed ones that are not tidied up",
+                most: caps::SESSIONS_HELD_MAX as u64,
+            });
         }
         let slot = live.claim(name).ok_or_else(|| SessionError::Owned(name.clone()))?;
         drop(live);
