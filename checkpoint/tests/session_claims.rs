@@ -227,6 +227,66 @@ async fn what_was_acknowledged_is_there_in_every_order() {
     }
 }
 
+/// A claimant that fell asleep before its last request: others claimed the session meanwhile, closed it, and all of it was collected. The number is
+/// free again.
+#[tokio::test]
+async fn a_claim_that_comes_after_all_was_collected_means_nothing() {
+    let (objects, _) = begun().await;
+    let memory = copy(&objects).await;
+    let door = Door::new(&memory);
+    let slow = Writer::begin(&door.store(), "slow").await.unwrap();
+    door.hold();
+    let epoch = |at: &Path| at.as_ref().contains("/sessions/test/a/");
+    let asleep = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let seen = Arc::clone(&asleep);
+    door.rule(move |_, verb, at| {
+        if verb == actors::Verb::Put && epoch(at) {
+            seen.store(true, std::sync::atomic::Ordering::SeqCst);
+            return actors::Fate::Late;
+        }
+        actors::Fate::Done
+    });
+    let claim = tokio::spawn(async move { slow.claim(&name("a")).await });
+    while !claim.is_finished() {
+        while door.waiting() > 0 {
+            door.let_through(0);
+        }
+        tokio::task::yield_now().await;
+    }
+    assert!(asleep.load(std::sync::atomic::Ordering::SeqCst) && claim.await.unwrap().is_err());
+    let again = Door::new(&memory);
+    let slower = Writer::begin(&again.store(), "slower").await.unwrap();
+    again.hold();
+    let claim = tokio::spawn(async move { slower.claim(&name("a")).await });
+    // Its epoch, the log, the seal, the session: all but the create.
+    for _ in 0..7 {
+        settle().await;
+        while again.waiting() > 0 {
+            again.let_through(0);
+        }
+    }
+    settle().await;
+    assert_eq!(again.waiting(), 1);
+    let store = Door::new(&memory).store();
+    let closes = Writer::begin(&store, "closes").await.unwrap();
+    closes.claim(&name("a")).await.unwrap();
+    closes.commit(vec![Step::end(name("a"), None, End::Closed)]).await.unwrap().remove(0).unwrap();
+    for _ in 0..2 {
+        collect(&store, false).await.unwrap();
+    }
+    assert!(actors::objects(&memory, "sessions/v1/sessions").await.is_empty());
+    // One arrives that nobody waits for any more, and one that somebody does.
+    again.free();
+    let error = claim.await.unwrap().unwrap_err();
+    assert!(matches!(error, SessionError::NoSuch(_)), "{error}");
+    assert!(actors::objects(&memory, "sessions/v1/sessions").await.is_empty());
+    door.arrive().await;
+    assert!(matches!(closes.claim(&name("a")).await, Err(SessionError::NoSuch(_))));
+    assert_eq!(store.list(None).await.unwrap(), []);
+    collect(&store, false).await.unwrap();
+    assert!(actors::objects(&memory, "sessions/v1/sessions").await.is_empty());
+}
+
 /// A collection beside a claim of what goes on, and of what was closed. What goes on stays whole; what was closed stays closed.
 #[tokio::test]
 async fn a_collection_takes_nothing_from_a_claim_in_any_order() {

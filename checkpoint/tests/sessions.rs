@@ -614,6 +614,32 @@ async fn a_log_goes_when_nothing_needs_it_and_its_seal_stays() {
     assert_eq!(objects(&memory, "sessions/v1/logs").await.len(), 4, "one for each writer that was refused");
 }
 
+/// As many appends as a log has entries: the last one is the seal's, and what there is is read with few requests.
+#[tokio::test]
+async fn a_full_log_is_gone_on_with_in_another() {
+    let memory = Arc::new(InMemory::new());
+    let first = writer(&Door::new(&memory).store(), "first").await;
+    first.open(&name("a")).await.unwrap();
+    one(&first, Step::begin(name("a"), head(&[]), None)).await;
+    let mut tokens = 0;
+    let error = loop {
+        match first.commit(vec![Step::append(name("a"), ids(u64::from(tokens), &[tokens]))]).await {
+            Ok(answers) => assert!(answers[0].is_ok()),
+            Err(error) => break error,
+        }
+        tokens += 1;
+        assert_eq!(first.is_due(), tokens + 2 >= 6144);
+    };
+    assert!(matches!(error, SessionError::Broken(Broken::Full(_))), "{error}");
+    assert_eq!(tokens, 8192 - 3, "its beginning, the session's, and the seal");
+    let door = Door::new(&memory);
+    let second = writer(&door.store(), "second").await;
+    let claimed = second.claim(&name("a")).await.unwrap().session.unwrap();
+    assert_eq!(claimed.generated.0, (0..tokens).collect::<Vec<u32>>());
+    assert!(door.count() <= 2 + 1 + 1 + 24 + 14 + 2, "{}", door.count());
+    one(&second, Step::append(name("a"), ids(u64::from(tokens), &[1]))).await;
+}
+
 #[tokio::test]
 async fn sessions_live_in_a_folder_too() {
     let at = tempfile::tempdir().unwrap();
