@@ -75,6 +75,8 @@ pub const OPAQUE_BYTES_MAX: usize = 64 << 10;
 pub const PENALTIES_MAX: usize = 1 << 19;
 /// Bytes of an entry: all are in memory while it is written, and a PUT of so many takes a second.
 pub const ENTRY_BYTES_MAX: u64 = 64 << 20;
+/// Bytes of an entry after which no more pieces of a session that was claimed go into it: its record, and steps of others, fit beside them.
+pub const CLAIMED_BYTES_MAX: u64 = ENTRY_BYTES_MAX / 2;
 /// Bytes of an entry's index: a row and a pointer for each of the sessions that a writer may hold, at 20 bytes each, and as much again.
 pub const INDEX_BYTES_MAX: u64 = 256 << 10;
 /// Bytes of an entry's end that are read for its index: some thousand rows. A longer index takes another request.

@@ -200,6 +200,14 @@ impl Body {
         Ok(at)
     }
 
+    /// The same of a piece of a session that was claimed, with room for its record and for steps of others.
+    fn piece_of_claimed(&mut self, bytes: &[u8]) -> Result<u64, Refusal> {
+        match (self.bytes.len() + bytes.len()) as u64 > caps::CLAIMED_BYTES_MAX {
+            true => Err(Refusal::TooLarge(caps::CLAIMED_BYTES_MAX)),
+            false => self.push(bytes),
+        }
+    }
+
     fn piece(&mut self, number: u64, new: NewPiece) -> Result<Piece, Refusal> {
         let NewPiece { group, rank, start, tokens, data } = new;
         let (bytes, digest, held) = match data {
@@ -372,12 +380,7 @@ impl At<'_> {
             Beginning::Fresh => Session::new(self.name.clone(), self.epoch, head.unwrap_or_default()),
             Beginning::Claimed(claimed, data) => {
                 let mut session = Session { epoch: self.epoch, ..(**claimed).clone() };
-                for (piece, data) in session.pieces.0.iter_mut().zip(data) {
-                    piece.held = match data {
-                        Some(data) => Some((self.number, body.push(data)?)),
-                        None => None,
-                    };
-                }
+                self.keep_what_fits(&mut session, data, body);
                 session
             }
         };
@@ -387,6 +390,24 @@ impl At<'_> {
         session.apply(&delta, &progress.cover);
         let place = self.write(Vec::new(), Some(session), None, body)?;
         Ok(Running { progress, full: place, newest: place, nodes: Vec::new(), mentioned: self.number })
+    }
+
+    /// Writes the pieces of a session that was claimed. Those that do not fit into the entry are left out, from the first one on, and
+    /// `valid_tokens` falls to what the others hold: whoever claimed the session has their bytes, and appends them again.
+    fn keep_what_fits(&self, session: &mut Session, data: &[Option<Bytes>], body: &mut Body) {
+        let mut kept = 0;
+        for (piece, data) in session.pieces.0.iter_mut().zip(data) {
+            piece.held = match data.as_ref().map(|data| body.piece_of_claimed(data)) {
+                Some(Ok(at)) => Some((self.number, at)),
+                Some(Err(_)) => break,
+                None => None,
+            };
+            kept += 1;
+        }
+        if kept < session.pieces.0.len() {
+            session.pieces.0.truncate(kept);
+            session.valid_tokens = session.valid_tokens.min(session.covered());
+        }
     }
 
     /// One of the following ones.

@@ -264,6 +264,14 @@ impl Session {
         (self.head.prompt.0.len() + self.generated.0.len()) as u64
     }
 
+    /// Tokens whose KV its blocks and pieces hold; none, where they are not what they may be.
+    pub(super) fn covered(&self) -> u64 {
+        let (mut cover, tokens) = (Cover::new(self.head.shape), self.tokens());
+        let blocks = self.blocks.0.iter().try_for_each(|block| cover.add_block(block, tokens));
+        let pieces = self.pieces.0.iter().try_for_each(|piece| cover.add_piece(piece, tokens));
+        if blocks.and(pieces).is_ok() { cover.tokens() } else { 0 }
+    }
+
     /// Where it stands, which is checked on the way.
     pub(super) fn progress(&self) -> Result<Progress, Refused> {
         self.name.check()?;
