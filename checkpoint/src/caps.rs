@@ -47,3 +47,61 @@ pub const SAVE_MS_MAX: u64 = 24 * 3600 * 1000;
 pub const SAVE_MARGIN_MS: u64 = 10 * 60 * 1000;
 /// Milliseconds until a request has failed for good.
 pub const REQUEST_MS: u64 = 120_000;
+
+/// Entries of one log of sessions: a listing of it takes nine requests, and a session's newest record is at most 13 records away from its full
+/// one. At 40 commits a second a log is full after three minutes.
+pub const LOG_ENTRIES_MAX: u64 = 8192;
+/// Entries that a writer may have under way. A part of the format: whoever looks for the end of a log looks so far behind a hole. Eight
+/// requests of 25 ms are 320 commits a second.
+pub const PIPELINED_MAX: u64 = 8;
+/// Each session that goes on is named in one of so many entries in a row: as many are read for a claim, all at once. A part of the format.
+pub const MENTIONED_EVERY: u64 = 16;
+/// Entries whose indexes are read at once.
+pub const INDEXES_AT_ONCE: usize = 32;
+/// Sessions that one writer may hold: an engine runs some hundred sequences, a daemon serves some engines.
+pub const SESSIONS_HELD_MAX: usize = 4096;
+/// Tokens of a session, its prompt included: the longest contexts are a million.
+pub const TOKENS_MAX: usize = 1 << 22;
+/// Blocks of a session, over all groups and ranks: a million tokens in blocks of 16, for four of each.
+pub const BLOCKS_MAX: usize = 1 << 20;
+/// Bytes of a block's name.
+pub const BLOCK_NAME_BYTES_MAX: usize = 32;
+/// Groups of layers times ranks of one session.
+pub const SHARDS_MAX: usize = 4096;
+/// Pieces of the KV of tokens that no block holds yet: for each shard some tokens, one at a time.
+pub const PIECES_MAX: usize = 1 << 16;
+/// Bytes of a piece: those of a chunk.
+pub const PIECE_BYTES_MAX: usize = CHUNK_BYTES;
+/// Bytes of what an engine keeps that nobody else reads: its own state, the state of a grammar, that of a detokeniser.
+pub const OPAQUE_BYTES_MAX: usize = 64 << 10;
+/// Tokens with a count for penalties: a vocabulary.
+pub const PENALTIES_MAX: usize = 1 << 19;
+/// Bytes of an entry: all are in memory while it is written, and a PUT of so many takes a second.
+pub const ENTRY_BYTES_MAX: u64 = 64 << 20;
+/// Bytes of an entry after which no more pieces of a session that was claimed go into it: its record, and steps of others, fit beside them.
+pub const CLAIMED_BYTES_MAX: u64 = ENTRY_BYTES_MAX / 2;
+/// Bytes of an entry's index: a row and a pointer for each of the sessions that a writer may hold, at 20 bytes each, and as much again.
+pub const INDEX_BYTES_MAX: u64 = 256 << 10;
+/// Bytes of an entry's end that are read for its index: some thousand rows. A longer index takes another request.
+pub const INDEX_READ_BYTES: u64 = 16 << 10;
+/// Bytes of one record: the ids and blocks of the longest session.
+pub const SESSION_BYTES_MAX: u64 = ENTRY_BYTES_MAX;
+/// Records between a session's newest and its full one: the binary digits of [`LOG_ENTRIES_MAX`], and the full one.
+pub const PATH_MAX: usize = 16;
+/// Times that a session may change its owner: a full log each three minutes, for a week.
+pub const EPOCHS_MAX: u64 = 4096;
+/// Bytes of one ownership.
+pub const OWNER_BYTES_MAX: u64 = 16 << 10;
+/// Requests of a claim or a listing at once.
+pub const SESSION_READS_AT_ONCE: usize = 32;
+/// Times that a claim begins anew because others claimed meanwhile.
+pub const CLAIMS_MAX: usize = 16;
+/// Objects of sessions that a listing or a collection looks through.
+pub const SESSION_OBJECTS_MAX: usize = 1 << 20;
+/// Objects of logs that a collection looks through: a thousand logs.
+pub const LOG_OBJECTS_MAX: usize = 8 << 20;
+/// A log into which nothing was written for so long, and in which no session goes on, is sealed by a collection. Too early costs its writer
+/// another log, and nothing else.
+pub const LOG_IDLE_MS: u64 = 24 * 3600 * 1000;
+/// Steps that wait for a commit: all that a writer's sessions can have under way at once, and as many again.
+pub const STEPS_WAITING_MAX: usize = 2 * SESSIONS_HELD_MAX;

@@ -1,6 +1,7 @@
-//! What bytes mean together: snapshots of folders and of weights in memory, as manifests and chunks in an object store.
+//! What bytes mean together: snapshots of folders and of weights in memory, as manifests and chunks in an object store; and decode sessions,
+//! as logs there.
 //!
-//! Owns the formats (`docs/design/snapshot.md`), what a save writes and in which order, what a restore reads, and what may be collected.
+//! Owns the formats (`docs/design/snapshot.md`, `docs/design/session.md`), what a save writes and in which order, what a restore reads, and what may be collected.
 //! Knows the bucket (`kvstore_bucket`), and neither gRPC nor the command line.
 
 mod buffers;
@@ -21,6 +22,7 @@ pub mod progress;
 pub mod remove;
 pub mod restore;
 pub mod save;
+pub mod sessions;
 pub mod source;
 pub mod store;
 pub mod tensors;

@@ -30,6 +30,13 @@ fn refused<T>(why: impl Into<String>) -> Result<T, Refused> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bounded<T, const MOST: usize>(pub Vec<T>);
 
+impl<T, const MOST: usize> Bounded<T, MOST> {
+    /// Whether it has no item.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
 impl<T, const MOST: usize> Default for Bounded<T, MOST> {
     fn default() -> Self {
         Self(Vec::new())

@@ -36,7 +36,7 @@ use crate::near::Near;
 /// Below the prefix of the URL.
 const ROOT: &str = "snapshots/v1";
 /// How long a request may bring nothing.
-const STALL: Duration = Duration::from_secs(10);
+pub(crate) const STALL: Duration = Duration::from_secs(10);
 /// How often a create is tried that is refused, though nothing is there: two writers at once.
 const CONFLICTS_MAX: u32 = 8;
 
@@ -180,7 +180,7 @@ pub struct Store {
 }
 
 /// Milliseconds since boot, sleep included.
-fn boot_time() -> BootTime {
+pub(crate) fn boot_time() -> BootTime {
     let time = clock_gettime(ClockId::Boottime);
     BootTime(time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000)
 }

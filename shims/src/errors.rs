@@ -39,13 +39,41 @@ create_exception!(
 create_exception!(kvstore, NotFound, KvStoreError, "The daemon does not know the layout or ticket.");
 create_exception!(
     kvstore,
+    Fenced,
+    KvStoreError,
+    "Somebody else has the session now, or has sealed this writer's log. What was acknowledged is with them; nothing more is taken from here."
+);
+create_exception!(
+    kvstore,
     Unsupported,
     KvStoreError,
     "The daemon can never do this as it is configured, or the plane does not support it."
 );
 
-/// The client's error, as Python sees it.
-pub fn raise(error: Error) -> PyErr {
+/// What a call failed with.
+#[derive(Debug)]
+pub enum Fault {
+    /// An error that the client has, too.
+    Error(Error),
+    /// A writer of sessions was sealed, or a session is somebody else's.
+    Fenced(String),
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// What a call failed with, as Python sees it.
+pub fn raise(fault: impl Into<Fault>) -> PyErr {
+    match fault.into() {
+        Fault::Error(error) => raise_error(&error),
+        Fault::Fenced(message) => PyErr::new::<Fenced, _>(message),
+    }
+}
+
+fn raise_error(error: &Error) -> PyErr {
     let message = error.to_string();
     Python::attach(|py| {
         // Those that Python has a word for are that, too.
@@ -53,7 +81,7 @@ pub fn raise(error: Error) -> PyErr {
             let class = py.import("kvstore")?.getattr(name)?;
             Ok(PyErr::from_value(class.call1((message.as_str(),))?))
         };
-        let (name, plain): (&str, fn(String) -> PyErr) = match &error {
+        let (name, plain): (&str, fn(String) -> PyErr) = match error {
             Error::Unavailable(_) => ("Unavailable", PyErr::new::<PyConnectionError, _>),
             Error::Deadline(_) => ("DeadlineExceeded", PyErr::new::<PyTimeoutError, _>),
             Error::Invalid(_) | Error::Address(_) => ("Invalid", PyErr::new::<PyValueError, _>),
@@ -78,6 +106,10 @@ pub mod snapshots {
     use kvstore_client::Error;
 
     pub fn store(error: StoreError) -> Error {
+        of_store(&error)
+    }
+
+    pub fn of_store(error: &StoreError) -> Error {
         let message = error.to_string();
         match error {
             StoreError::Open(_) | StoreError::Name(_) | StoreError::Ambiguous(_) => Error::Invalid(message),
@@ -145,6 +177,40 @@ pub mod snapshots {
     }
 }
 
+/// Errors of sessions.
+pub mod sessions {
+    use kvstore_checkpoint::sessions::{Broken, SessionError};
+    use kvstore_client::Error;
+
+    use super::Fault;
+
+    pub fn session(error: &SessionError) -> Fault {
+        let message = error.to_string();
+        match error {
+            SessionError::Store(error) => super::snapshots::of_store(error).into(),
+            SessionError::Broken(error) => broken(error),
+            SessionError::Taken { .. } => Fault::Fenced(message),
+            SessionError::Request { .. } => Error::Unavailable(message).into(),
+            SessionError::Damaged { .. } | SessionError::Lost { .. } => Error::DataLoss(message).into(),
+            SessionError::Closed(_) | SessionError::NoSuch(_) => Error::NotFound(message).into(),
+            SessionError::Exists(_) | SessionError::Owned(_) => Error::Invalid(message).into(),
+            SessionError::TooMany { .. } => Error::Unsupported(message).into(),
+            SessionError::Collecting(_) | SessionError::LeaseLost | SessionError::Contended(_) => {
+                Error::Busy(message).into()
+            }
+        }
+    }
+
+    fn broken(error: &Broken) -> Fault {
+        let message = error.to_string();
+        match error {
+            Broken::Sealed { .. } => Fault::Fenced(message),
+            Broken::Failed { .. } => Error::Unavailable(message).into(),
+            Broken::Full(_) => Error::Busy(message).into(),
+        }
+    }
+}
+
 /// Adds the exceptions to the module.
 pub fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();
@@ -154,6 +220,7 @@ pub fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("Unavailable", py.get_type::<Unavailable>())?;
     module.add("DeadlineExceeded", py.get_type::<DeadlineExceeded>())?;
     module.add("Invalid", py.get_type::<Invalid>())?;
+    module.add("Fenced", py.get_type::<Fenced>())?;
     module.add("NotFound", py.get_type::<NotFound>())?;
     module.add("Unsupported", py.get_type::<Unsupported>())
 }

@@ -11,6 +11,7 @@ mod near;
 mod pages;
 mod restored;
 mod runtime;
+mod sessions;
 mod snapshots;
 
 use pyo3::prelude::*;
@@ -26,6 +27,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<pages::Pages>()?;
     module.add_class::<pages::PagesLoad>()?;
     module.add_class::<restored::Restored>()?;
+    module.add_class::<sessions::Sessions>()?;
+    module.add_class::<sessions::SessionWriter>()?;
+    module.add_class::<sessions::Started>()?;
     module.add_class::<snapshots::Progress>()?;
     module.add_class::<snapshots::Snapshots>()?;
     module.add_function(wrap_pyfunction!(restored::cache_ls, module)?)?;

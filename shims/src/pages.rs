@@ -300,7 +300,7 @@ pub fn put(
             let window = (names.unwrap_or_default(), numbers.unwrap_or_default());
             results.extend(put_window((&client, group), window, pages, parent, options)?);
             if results.len() < end || end == hashes.len() {
-                return Ok(results);
+                return Ok::<_, Error>(results);
             }
         }
     })

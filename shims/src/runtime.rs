@@ -6,6 +6,9 @@ use arc_swap::ArcSwapOption;
 use kvstore_client::Error;
 use pyo3::prelude::*;
 use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
+
+use crate::errors::Fault;
 
 /// Threads of it: calls wait, copies run on the caller's thread.
 const THREADS: usize = 2;
@@ -61,9 +64,9 @@ pub fn wait<T: Send>(py: Python<'_>, call: impl Future<Output = Result<T, Error>
 const TELL_MS: u64 = 100;
 
 /// Runs a call of snapshots on this thread, without the GIL but for a moment now and then: an interrupt ends it, and so does an error of `tell`.
-pub fn wait_and_tell<T: Send>(
+pub fn wait_and_tell<T: Send, E: Into<Fault> + Send>(
     py: Python<'_>,
-    call: impl Future<Output = Result<T, Error>> + Send,
+    call: impl Future<Output = Result<T, E>> + Send,
     tell: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<T> {
     let mut call = Box::pin(call);
@@ -92,6 +95,14 @@ pub fn spawn_blocking(work: impl FnOnce() + Send + 'static) -> Result<(), Error>
     Ok(())
 }
 
+/// Starts a call on one of the runtimes: it goes on, whether or not anybody waits for it.
+pub fn spawn_on<T: Send + 'static>(
+    kind: &Kind,
+    call: impl Future<Output = T> + Send + 'static,
+) -> Result<JoinHandle<T>, Error> {
+    Ok(own(kind)?.runtime.spawn(call))
+}
+
 /// Runs a call on the runtime; an asyncio future of its result. Cancelling the future cancels the call.
 pub fn awaitable<'py, T: Send + 'static>(
     py: Python<'py>,
@@ -102,10 +113,10 @@ pub fn awaitable<'py, T: Send + 'static>(
 }
 
 /// The same, on one of the runtimes.
-pub fn awaitable_on<'py, T: Send + 'static>(
+pub fn awaitable_on<'py, T: Send + 'static, E: Into<Fault> + Send + 'static>(
     kind: &Kind,
     py: Python<'py>,
-    call: impl Future<Output = Result<T, Error>> + Send + 'static,
+    call: impl Future<Output = Result<T, E>> + Send + 'static,
     convert: impl FnOnce(Python<'_>, T) -> PyResult<Py<PyAny>> + Send + 'static,
 ) -> PyResult<Bound<'py, PyAny>> {
     let event_loop = py.import("asyncio")?.call_method0("get_running_loop")?;

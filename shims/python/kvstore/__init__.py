@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from . import _native
-from ._native import Busy, DataLoss, Error, Leases, NotFound, PagesLoad, Unsupported, __version__
+from ._native import Busy, DataLoss, Error, Fenced, Leases, NotFound, PagesLoad, Unsupported, __version__
 
 __all__ = [
     "Busy",
@@ -28,6 +28,7 @@ __all__ = [
     "DeadlineExceeded",
     "Deleted",
     "Error",
+    "Fenced",
     "Group",
     "Invalid",
     "Layout",
