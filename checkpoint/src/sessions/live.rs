@@ -13,7 +13,7 @@ use super::entry::{End, Entry, FORMAT, Kind, Place, Pointer, Record, Row};
 use super::error::Refusal;
 use super::name::Name;
 use super::owner::Standing;
-use super::state::{Block, Delta, Head, Piece, Progress, Sampler, Session};
+use super::state::{Block, Cuts, Delta, Head, Piece, Progress, Sampler, Session};
 use crate::caps;
 use crate::digest::Digest;
 use crate::manifest::{Bounded, Refused};
@@ -126,6 +126,7 @@ struct Node {
     /// By how many appends: a power of two.
     covers: u64,
     delta: Delta,
+    cuts: Cuts,
     place: Place,
 }
 
@@ -383,7 +384,7 @@ impl At<'_> {
         };
         let mut progress = session.progress().map_err(self.invalid())?;
         let delta = self.delta(&progress, append, body)?;
-        progress.step(&delta, delta.ids.0.len() as u64).map_err(self.invalid())?;
+        progress.append(&delta).map_err(self.invalid())?;
         session.apply(&delta, &progress.cover);
         let place = self.write(Vec::new(), Some(session), None, body)?;
         Ok(Running { progress, full: place, newest: place, nodes: Vec::new(), mentioned: self.number })
@@ -392,27 +393,31 @@ impl At<'_> {
     /// One of the following ones.
     fn next(&self, running: &mut Running, append: Option<Append>, body: &mut Body) -> Result<(), Refusal> {
         let delta = self.delta(&running.progress, append, body)?;
+        let newest = Cuts::of(&delta.pieces.0, &running.progress.cover);
         let mut progress = running.progress.clone();
-        progress.step(&delta, delta.ids.0.len() as u64).map_err(self.invalid())?;
+        progress.append(&delta).map_err(self.invalid())?;
         let (mut covers, mut kept) = (1, running.nodes.len());
         while kept > 0 && running.nodes.get(kept - 1).is_some_and(|node| node.covers == covers) {
             (covers, kept) = (covers * 2, kept - 1);
         }
         let (before, joined) = running.nodes.split_at(kept);
-        let mut joined = joined.iter().map(|node| &node.delta).chain([&delta]);
-        let mut delta = joined.next().cloned().unwrap_or_default();
-        joined.for_each(|newer| delta.follow(newer, &progress.cover));
+        let mut joined = joined.iter().map(|node| (&node.delta, &node.cuts)).chain([(&delta, &newest)]);
+        let (mut delta, mut cuts) =
+            joined.next().map(|(delta, cuts)| (delta.clone(), cuts.clone())).unwrap_or_default();
+        for (newer, newer_cuts) in joined {
+            delta.follow(newer, &progress.cover);
+            cuts.follow(newer_cuts);
+        }
+        let mut stored = delta.clone();
+        if covers > 1 {
+            stored.pieces.0 = cuts.before(stored.pieces.0);
+        }
         let path = [running.full].into_iter().chain(before.iter().map(|node| node.place)).collect();
-        let (delta, place) = self.write_delta(path, delta, body)?;
+        let place = self.write(path, None, Some(stored), body)?;
         running.nodes.truncate(kept);
-        running.nodes.push(Node { covers, delta, place });
+        running.nodes.push(Node { covers, delta, cuts, place });
         (running.progress, running.newest, running.mentioned) = (progress, place, self.number);
         Ok(())
-    }
-
-    fn write_delta(&self, path: Vec<Place>, delta: Delta, body: &mut Body) -> Result<(Delta, Place), Refusal> {
-        let place = self.write(path, None, Some(delta.clone()), body)?;
-        Ok((delta, place))
     }
 
     fn write(

@@ -211,6 +211,45 @@ impl Delta {
     }
 }
 
+/// The lowest of the pieces of each shard that replaced others. Where what a delta adds is joined with what follows it, such a piece may not be
+/// needed any more, as blocks hold its tokens by then; what it replaced must not come back for it, though.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Cuts(BTreeMap<(u16, u16), Piece>);
+
+impl Cuts {
+    /// Of pieces that come where `cover` is.
+    pub(super) fn of(pieces: &[Piece], cover: &Cover) -> Self {
+        let mut cuts = Self::default();
+        pieces.iter().filter(|piece| cover.replaces(piece)).for_each(|piece| cuts.add(piece));
+        cuts
+    }
+
+    fn add(&mut self, piece: &Piece) {
+        let lowest = self.0.entry((piece.group, piece.rank)).or_insert_with(|| piece.clone());
+        if piece.start <= lowest.start {
+            lowest.clone_from(piece);
+        }
+    }
+
+    /// Takes what follows them into them.
+    pub(super) fn follow(&mut self, newer: &Self) {
+        newer.0.values().for_each(|piece| self.add(piece));
+    }
+
+    /// These pieces, behind those that replace what none of them does.
+    pub(super) fn before(&self, pieces: Vec<Piece>) -> Vec<Piece> {
+        let mut first: BTreeMap<(u16, u16), u64> = BTreeMap::new();
+        for piece in &pieces {
+            let lowest = first.entry((piece.group, piece.rank)).or_insert(piece.start);
+            *lowest = piece.start.min(*lowest);
+        }
+        let is_missing =
+            |(shard, cut): &(&(u16, u16), &Piece)| first.get(*shard).is_none_or(|start| *start > cut.start);
+        let cuts = self.0.iter().filter(is_missing).map(|(_, cut)| cut.clone());
+        cuts.chain(pieces).collect()
+    }
+}
+
 /// Leaves the newest of the pieces that are needed, in the order in which they came.
 fn keep_needed(pieces: &mut Vec<Piece>, cover: &Cover) {
     let mut seen = std::collections::HashSet::new();
@@ -384,5 +423,11 @@ impl Progress {
         }
         (self.tokens, self.delivered, self.valid_tokens) = (tokens, delta.delivered, delta.valid_tokens);
         Ok(())
+    }
+
+    /// The same of what somebody appends.
+    pub(super) fn append(&mut self, delta: &Delta) -> Result<(), Refused> {
+        self.step(delta, delta.ids.0.len() as u64)?;
+        delta.pieces.0.iter().try_for_each(|piece| self.cover.check_new(piece))
     }
 }
