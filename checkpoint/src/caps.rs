@@ -67,6 +67,13 @@ pub const BLOCK_NAME_BYTES_MAX: usize = 32;
 pub const SHARDS_MAX: usize = 4096;
 /// Pieces of the KV of tokens that no block holds yet: for each shard some tokens, one at a time.
 pub const PIECES_MAX: usize = 1 << 16;
+/// Pieces of a record that joins what several appends added: all that the session has, and for each shard one that says what was replaced.
+pub const DELTA_PIECES_MAX: usize = PIECES_MAX + SHARDS_MAX;
+/// Bytes of a session's pieces in its log. Whoever claims it writes them to one entry, with a full record: they fit, with half a MiB to spare.
+pub const SESSION_PIECE_BYTES_MAX: u64 = 24 << 20;
+/// Bytes of a session's head, ids and blocks in a full record. With the largest sampler's state and as many pieces as there may be, it has at
+/// most 39 MiB.
+pub const SESSION_STATE_BYTES_MAX: u64 = 28 << 20;
 /// Bytes of a piece: those of a chunk.
 pub const PIECE_BYTES_MAX: usize = CHUNK_BYTES;
 /// Bytes of what an engine keeps that nobody else reads: its own state, the state of a grammar, that of a detokeniser.

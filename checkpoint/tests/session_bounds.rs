@@ -75,3 +75,79 @@ async fn a_piece_that_was_replaced_does_not_come_back() {
         assert_eq!(claimed.session.unwrap().valid_tokens, at);
     }
 }
+
+/// The pieces of one append were bounded, and those that a record joins were not: the record of the 128th append, of a session of 640 shards, had
+/// 81,920, was acknowledged, and was refused by whoever read it.
+#[tokio::test]
+async fn no_record_has_more_pieces_than_can_be_read() {
+    const GROUPS: u16 = 640;
+    let memory = Arc::new(InMemory::new());
+    let first = writer(&memory, "first").await;
+    first.open(&name("a")).await.unwrap();
+    let prompt: Vec<u32> = (0..200).collect();
+    one(&first, Step::begin(name("a"), shaped(256, GROUPS, &prompt), None)).await.unwrap();
+    let mut tokens = 0;
+    for token in 0..128_u64 {
+        let pieces = (0..GROUPS).map(|group| NewPiece {
+            data: Data::Chunk { bytes: 9, digest: "0".repeat(64).parse().unwrap() },
+            ..piece(group, token, 1, 0)
+        });
+        let append = Append { pieces: pieces.collect(), valid_tokens: token + 1, ..ids(200, &[]) };
+        match one(&first, Step::append(name("a"), append)).await {
+            Ok(_) => tokens = token + 1,
+            Err(refused) => {
+                assert!(refused.to_string().contains("the most are 65536"), "{refused}");
+                break;
+            }
+        }
+    }
+    assert_eq!(tokens, 65536 / u64::from(GROUPS));
+    let session = found(&memory, "a").await;
+    assert_eq!((session.valid_tokens, session.pieces.0.len() as u64), (tokens, tokens * u64::from(GROUPS)));
+    // Blocks make room.
+    let blocks = (0..GROUPS).map(|group| Block { group, ..first_block(0) }).collect();
+    let append = Append { blocks, valid_tokens: 256, ..ids(200, &[5; 60]) };
+    assert_eq!(one(&first, Step::append(name("a"), append)).await.unwrap().valid_tokens, 256);
+    assert_eq!(found(&memory, "a").await.pieces.0, []);
+}
+
+/// A session's pieces were written over several commits, and were more than fit into one: whoever claimed it could not write them again, was told
+/// to give them to the next commit, and to the next one.
+#[tokio::test]
+async fn what_a_session_holds_fits_into_the_first_commit_of_a_claimant() {
+    let memory = Arc::new(InMemory::new());
+    let first = writer(&memory, "first").await;
+    first.open(&name("a")).await.unwrap();
+    let prompt: Vec<u32> = (0..20).collect();
+    one(&first, Step::begin(name("a"), shaped(256, 1, &prompt), None)).await.unwrap();
+    let mut held = 0;
+    for token in 0..20 {
+        let append = Append { pieces: vec![piece(0, token, 1, 5 << 20)], valid_tokens: token + 1, ..ids(20, &[]) };
+        match one(&first, Step::append(name("a"), append)).await {
+            Ok(_) => held += 1,
+            Err(refused) => assert!(refused.to_string().contains("name blocks instead"), "{refused}"),
+        }
+    }
+    assert_eq!(held, 4, "the most are 24 MiB");
+    let second = writer(&memory, "second").await;
+    let claimed = second.claim(&name("a")).await.unwrap();
+    assert_eq!((claimed.session.unwrap().valid_tokens, claimed.pieces.len()), (4, 4));
+    // Beside those of another one it has to wait; alone it is written.
+    second.open(&name("b")).await.unwrap();
+    let large = (0..4).map(|at| piece(0, at, 1, 6 << 20)).collect();
+    let other = Step::begin(name("b"), shaped(256, 1, &prompt), Some(Append { pieces: large, ..ids(20, &[]) }));
+    let more = (0..4).map(|at| piece(0, at, 1, 6 << 20)).collect();
+    let replaced = Step::append(name("a"), Append { pieces: more, valid_tokens: 4, ..ids(20, &[]) });
+    let answers = second.commit(vec![other, replaced]).await.unwrap();
+    assert!(answers[0].is_ok());
+    assert!(matches!(answers[1], Err(Refusal::TooLarge(_))), "{:?}", answers[1]);
+    let step = Step::append(name("a"), Append { valid_tokens: 4, ..ids(20, &[]) });
+    assert_eq!(one(&second, step).await.unwrap().valid_tokens, 4);
+    let third = writer(&memory, "third").await;
+    let claimed = third.claim(&name("a")).await.unwrap();
+    assert!(claimed.pieces.iter().all(|data| data.as_ref().unwrap().len() == 5 << 20));
+    // What fits into no commit is not sent from one to the next.
+    let huge = (0..10).map(|at| piece(0, at, 1, 8 << 20)).collect();
+    let step = Step::append(name("a"), Append { pieces: huge, ..ids(20, &[]) });
+    assert!(matches!(one(&third, step).await, Err(Refusal::NeverFits { .. })));
+}

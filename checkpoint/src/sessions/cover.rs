@@ -15,6 +15,8 @@ struct Span {
     end: u64,
     /// What of it counts ends here: where the next one begins, or where it ends itself.
     until: u64,
+    /// Bytes of it that lie in a log.
+    bytes: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -112,7 +114,8 @@ impl Cover {
         if piece.start > shard.end() {
             return Err(of(format!("what is there ends at token {}", shard.end())));
         }
-        shard.pieces.push(Span { start: piece.start, end, until: end });
+        let bytes = piece.held.map_or(0, |_| piece.bytes);
+        shard.pieces.push(Span { start: piece.start, end, until: end, bytes });
         Ok(())
     }
 
@@ -141,6 +144,12 @@ impl Cover {
             self.shards.get(&(piece.group, piece.rank)).map(|shard| shard.pieces.as_slice()).unwrap_or_default();
         let at = pieces.binary_search_by_key(&piece.start, |span| span.start);
         at.ok().and_then(|at| pieces.get(at)).is_some_and(|span| span.end == end)
+    }
+
+    /// How many pieces are there, and their bytes in a log.
+    pub(super) fn pieces(&self) -> (usize, u64) {
+        let each = self.shards.values().flat_map(|shard| &shard.pieces);
+        each.fold((0, 0), |(pieces, bytes), span| (pieces + 1, bytes + span.bytes))
     }
 
     /// Tokens whose KV is there.

@@ -33,9 +33,17 @@ pub enum Refusal {
         /// Why.
         why: Refused,
     },
-    /// It does not fit.
+    /// It does not fit beside those that were before it. Alone, it would.
     #[error("this step does not fit into its commit, which has {0} bytes at most; give it to the next")]
     TooLarge(u64),
+    /// It fits into no commit.
+    #[error("this step has {bytes} bytes or more, and a commit {most} at most; give less in one step")]
+    NeverFits {
+        /// Bytes of it that were counted.
+        bytes: u64,
+        /// Of a commit.
+        most: u64,
+    },
 }
 
 /// Why a writer's log has ended.

@@ -187,18 +187,28 @@ pub(super) struct Live {
 struct Body {
     bytes: Vec<u8>,
     rows: Vec<Row>,
+    /// Where the step's bytes begin that is being made.
+    from: usize,
 }
 
+/// Bytes of an entry without its index.
+pub(super) const BODY_BYTES_MAX: u64 = caps::ENTRY_BYTES_MAX - 2 * caps::INDEX_BYTES_MAX;
+
 impl Body {
+    /// Refused where the step would fit into no entry.
     fn push(&mut self, bytes: &[u8]) -> Result<u64, Refusal> {
-        let at = self.bytes.len() as u64;
-        // With room for the index.
-        let most = caps::ENTRY_BYTES_MAX - 2 * caps::INDEX_BYTES_MAX;
-        if at + bytes.len() as u64 > most {
-            return Err(Refusal::TooLarge(most));
+        let at = self.bytes.len();
+        let of_step = (at - self.from + bytes.len()) as u64;
+        if of_step > BODY_BYTES_MAX {
+            return Err(Refusal::NeverFits { bytes: of_step, most: BODY_BYTES_MAX });
         }
         self.bytes.extend_from_slice(bytes);
-        Ok(at)
+        Ok(at as u64)
+    }
+
+    /// Whether the step, which is whole, fits into this entry.
+    fn check(&self) -> Result<(), Refusal> {
+        if self.bytes.len() as u64 > BODY_BYTES_MAX { Err(Refusal::TooLarge(BODY_BYTES_MAX)) } else { Ok(()) }
     }
 
     fn piece(&mut self, number: u64, new: NewPiece) -> Result<Piece, Refusal> {
@@ -261,11 +271,11 @@ impl Live {
         let (mut body, mut answers, mut seen) = (Body::default(), Vec::with_capacity(steps.len()), HashSet::new());
         for step in steps {
             let name = step.name.clone();
-            let length = body.bytes.len();
+            body.from = body.bytes.len();
             let is_new = seen.insert(name.clone());
             let answer = if is_new { self.step(number, step, &mut body) } else { Err(Refusal::Twice(name)) };
             if answer.is_err() {
-                body.bytes.truncate(length);
+                body.bytes.truncate(body.from);
             }
             answers.push(answer);
         }
@@ -355,6 +365,9 @@ impl At<'_> {
     fn delta(&self, progress: &Progress, append: Option<Append>, body: &mut Body) -> Result<Delta, Refusal> {
         let Some(append) = append else { return Ok(progress.nothing()) };
         let Append { start, ids, delivered, valid_tokens, sampler, blocks, pieces } = append;
+        if pieces.len() > caps::PIECES_MAX {
+            return Err(self.invalid()(Refused(format!("more than {} pieces", caps::PIECES_MAX))));
+        }
         let pieces: Result<Vec<Piece>, Refusal> =
             pieces.into_iter().map(|piece| body.piece(self.number, piece)).collect();
         let (blocks, pieces) = (Bounded(blocks), Bounded(pieces?));
@@ -430,6 +443,8 @@ impl At<'_> {
         let (critical, path) = (Bounded::default(), Bounded(path));
         let record = Record { format: FORMAT, critical, epoch: self.epoch, ends: self.ends, path, full, delta };
         let stored = record.encode(self.log, self.number, self.slot).map_err(self.invalid())?;
-        Ok(Place(self.number, body.push(&stored)?, stored.len() as u64))
+        let place = Place(self.number, body.push(&stored)?, stored.len() as u64);
+        body.check()?;
+        Ok(place)
     }
 }

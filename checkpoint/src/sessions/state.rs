@@ -46,6 +46,15 @@ pub struct Head {
     pub shape: Shape,
 }
 
+impl Head {
+    /// Bytes of it in a record, at most.
+    fn stored_bytes(&self) -> u64 {
+        let texts = self.facts.iter().chain(&self.sampling).map(|(name, value)| name.len() + value.len() + 10);
+        let lora = self.lora.as_ref().map_or(0, String::len);
+        (4 * self.prompt.0.len() + lora + texts.sum::<usize>()) as u64
+    }
+}
+
 /// What changes with each token, beside the ids. In a delta, `None` is "as before". What is `None` is left out where it is stored.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sampler {
@@ -132,6 +141,13 @@ pub struct Block {
     pub parent: Option<BlockName>,
 }
 
+impl Block {
+    /// Bytes of it in a record, at most.
+    fn stored_bytes(&self) -> u64 {
+        (16 + self.name.0.len() + self.parent.as_ref().map_or(0, |parent| parent.0.len())) as u64
+    }
+}
+
 impl From<BlockForm> for Block {
     fn from((index, group, rank, name, parent): BlockForm) -> Self {
         Self { index, group, rank, name, parent }
@@ -196,7 +212,7 @@ pub struct Delta {
     pub blocks: Bounded<Block, { caps::BLOCKS_MAX }>,
     /// Pieces that are new.
     #[serde(default, skip_serializing_if = "Bounded::is_empty")]
-    pub pieces: Bounded<Piece, { caps::PIECES_MAX }>,
+    pub pieces: Bounded<Piece, { caps::DELTA_PIECES_MAX }>,
 }
 
 impl Delta {
@@ -315,7 +331,7 @@ impl Session {
             valid_tokens: self.valid_tokens,
             sampler: self.sampler.clone(),
             blocks: self.blocks.clone(),
-            pieces: self.pieces.clone(),
+            pieces: Bounded(self.pieces.0.clone()),
         };
         progress.step(&all, self.generated.0.len() as u64)?;
         Ok(progress)
@@ -362,6 +378,8 @@ pub(super) struct Progress {
     delivered: u64,
     pub(super) valid_tokens: u64,
     blocks: usize,
+    /// Bytes of its head, ids and blocks in a full record, at most.
+    bytes: u64,
     pub(super) cover: Cover,
 }
 
@@ -369,7 +387,7 @@ impl Progress {
     fn new(head: &Head) -> Self {
         let prompt = head.prompt.0.len() as u64;
         let cover = Cover::new(head.shape);
-        Self { prompt, tokens: prompt, delivered: 0, valid_tokens: 0, blocks: 0, cover }
+        Self { prompt, tokens: prompt, delivered: 0, valid_tokens: 0, blocks: 0, bytes: head.stored_bytes(), cover }
     }
 
     /// A delta that adds nothing.
@@ -398,8 +416,12 @@ impl Progress {
         }
         delta.sampler.check()?;
         self.blocks += delta.blocks.0.len();
-        if self.blocks > caps::BLOCKS_MAX || delta.pieces.0.len() > caps::PIECES_MAX {
-            return refused(format!("it has more than {} blocks or {} pieces", caps::BLOCKS_MAX, caps::PIECES_MAX));
+        if self.blocks > caps::BLOCKS_MAX {
+            return refused(format!("it has more than {} blocks", caps::BLOCKS_MAX));
+        }
+        self.bytes += 4 * new + delta.blocks.0.iter().map(Block::stored_bytes).sum::<u64>();
+        if self.bytes > caps::SESSION_STATE_BYTES_MAX {
+            return refused(format!("its ids and blocks have more than {} bytes", caps::SESSION_STATE_BYTES_MAX));
         }
         for block in &delta.blocks.0 {
             self.cover.add_block(block, tokens)?;
@@ -414,6 +436,7 @@ impl Progress {
             }
             self.cover.add_piece(piece, tokens)?;
         }
+        self.check_pieces()?;
         let covered = self.cover.tokens();
         if delta.valid_tokens > covered {
             return refused(format!(
@@ -425,7 +448,22 @@ impl Progress {
         Ok(())
     }
 
-    /// The same of what somebody appends.
+    /// Whatever a record joins, and whoever claims the session, must be able to hold them.
+    fn check_pieces(&self) -> Result<(), Refused> {
+        let (pieces, bytes) = self.cover.pieces();
+        if pieces > caps::PIECES_MAX {
+            return refused(format!("{pieces} pieces; the most are {}: name blocks instead", caps::PIECES_MAX));
+        }
+        match bytes > caps::SESSION_PIECE_BYTES_MAX {
+            true => refused(format!(
+                "pieces of {bytes} bytes in all; the most are {}: name blocks instead, or keep chunks elsewhere",
+                caps::SESSION_PIECE_BYTES_MAX
+            )),
+            false => Ok(()),
+        }
+    }
+
+    /// Goes on by what somebody appends.
     pub(super) fn append(&mut self, delta: &Delta) -> Result<(), Refused> {
         self.step(delta, delta.ids.0.len() as u64)?;
         delta.pieces.0.iter().try_for_each(|piece| self.cover.check_new(piece))
