@@ -11,6 +11,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use actors::{Door, Engine, head, name, objects};
+use futures::FutureExt;
 use kvstore_checkpoint::sessions::{End, SessionError, Step, Writer, collect};
 use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
@@ -338,5 +339,28 @@ async fn a_collection_takes_nothing_from_a_claim_in_any_order() {
         for turns in schedules(most, 2, 2) {
             run(first, &turns).await;
         }
+    }
+}
+
+/// A claim's create was lost, and the claim made again. The first create arrived just before the second one, which was told that this very writer
+/// had been faster: nobody went on with the session.
+#[tokio::test]
+async fn a_claim_does_not_lose_to_an_earlier_try_of_its_own() {
+    let (objects, engine) = begun().await;
+    for since in [None, Some(1)] {
+        let memory = copy(&objects).await;
+        let door = Door::new(&memory);
+        let slow = Writer::begin(&door.store(), "slow").await.unwrap();
+        let is_create = |verb, at: &Path| verb == actors::Verb::Put && at.as_ref().contains("/sessions/test/a/");
+        door.rule(move |_, verb, at| if is_create(verb, at) { actors::Fate::Late } else { actors::Fate::Done });
+        assert!(slow.claim(&name("a")).await.is_err());
+        let late = Arc::clone(&door);
+        door.rule(move |_, verb, at| {
+            if is_create(verb, at) {
+                late.arrive().now_or_never().unwrap();
+            }
+            actors::Fate::Done
+        });
+        assert_eq!(claims(slow, engine.clone(), since, 50).await.unwrap(), (3, vec![10, 11, 12], true));
     }
 }

@@ -122,7 +122,7 @@ impl Writer {
         let store = &self.0.store;
         for _ in 0..caps::CLAIMS_MAX {
             let Some(standing) = standing(store, name).await? else { return Err(SessionError::NoSuch(name.clone())) };
-            if standing.owner.holder.is_none() || since.is_some_and(|since| since != standing.owner.epoch) {
+            if standing.owner.holder.is_none() || since.is_some_and(|since| !self.is_since(&standing.owner, since)) {
                 return Err(taken(name, standing.owner));
             }
             if standing.owner.epoch >= caps::EPOCHS_MAX {
@@ -140,9 +140,26 @@ impl Writer {
                 },
                 None => Vec::new(),
             };
-            return self.take(claiming, standing, state, pieces).await;
+            // Otherwise an earlier try of this writer arrived meanwhile: it goes on from that.
+            if let Some((standing, claimed)) = self.take(&claiming, standing, state, pieces).await? {
+                let beginning = match &claimed.session {
+                    Some(session) => Beginning::Claimed(Box::new(session.clone()), claimed.pieces.clone()),
+                    None => Beginning::Fresh,
+                };
+                claiming.own(standing, beginning);
+                return Ok(claimed);
+            }
         }
         Err(SessionError::Contended(name.clone()))
+    }
+
+    fn is_mine(&self, owner: &Owner) -> bool {
+        owner.holder.as_ref().is_some_and(|holder| holder.log == self.0.me.log)
+    }
+
+    /// Whether nobody else owns it since a higher epoch than this one.
+    fn is_since(&self, owner: &Owner, since: u64) -> bool {
+        owner.epoch == since || (owner.epoch == since + 1 && self.is_mine(owner))
     }
 
     async fn has_moved_on(&self, name: &Name, seen: &Standing) -> Result<bool, SessionError> {
@@ -186,19 +203,21 @@ impl Writer {
         Ok(Some((ended.place, Some(ended.ends))))
     }
 
+    /// Creates the next epoch: it, and what was claimed by it. None, where an earlier try of this writer has created it.
     async fn take(
         &self,
-        claiming: Claiming<'_>,
+        claiming: &Claiming<'_>,
         before: Standing,
         state: Option<Read>,
         pieces: Vec<Option<Bytes>>,
-    ) -> Result<Claimed, SessionError> {
+    ) -> Result<Option<(Standing, Claimed)>, SessionError> {
         let (store, name) = (&self.0.store, claiming.name);
         let from = state.as_ref().map(|read| read.origin.clone());
         let owner = Owner::next(name, Some(&before), Some(claiming.holder()), from);
         let epoch = owner.epoch;
         let standing = match store.create_owner(owner).await? {
             Ok(standing) => standing,
+            Err(other) if self.is_mine(&other) => return Ok(None),
             Err(other) => return Err(taken(name, other)),
         };
         let there = standing::read(store, name, before.owner.epoch).await?;
@@ -208,12 +227,7 @@ impl Writer {
             return Err(SessionError::NoSuch(name.clone()));
         }
         let session = state.map(|read| read.session);
-        let beginning = match &session {
-            Some(session) => Beginning::Claimed(Box::new(session.clone()), pieces.clone()),
-            None => Beginning::Fresh,
-        };
-        claiming.own(standing, beginning);
-        Ok(Claimed { epoch, session, pieces })
+        Ok(Some((standing, Claimed { epoch, session, pieces })))
     }
 }
 
