@@ -14,7 +14,7 @@ use kvstore_bucket::Trouble;
 use super::entry::End;
 use super::error::SessionError;
 use super::live::Beginning;
-use super::log::Log;
+use super::log::{Log, has_entry};
 use super::name::Name;
 use super::owner::{Holder, Origin, Owner, Standing};
 use super::read::{self, Read};
@@ -86,11 +86,15 @@ impl Writer {
     /// its epoch. Dropped, or after an error of a request, it may be open, with nothing in it: [`Self::claim`] takes it.
     pub async fn open(&self, name: &Name) -> Result<u64, SessionError> {
         let claiming = self.claiming(name)?;
-        let there = standing::epochs(&self.0.store, name).await?;
+        let (store, looks) = (&self.0.store, standing::epochs(&self.0.store, name));
+        let ((), there) = futures::future::try_join(self.check_begun(), looks).await?;
         if let Some(there) = there.standing {
-            return Err(match there.owner.holder {
-                Some(_) => SessionError::Exists(name.clone()),
-                None => SessionError::Closed(name.clone()),
+            return Err(match &there.owner.holder {
+                Some(holder) if there.owner.epoch > 1 || has_entry(store, &holder.log, 0).await?.is_some() => {
+                    SessionError::Exists(name.clone())
+                }
+                // Of one whose log has no beginning, the first epoch came late.
+                _ => SessionError::Closed(name.clone()),
             });
         }
         if !there.stray.is_empty() {
@@ -171,9 +175,10 @@ impl Writer {
         let (store, owner) = (&self.0.store, &standing.owner);
         let Some(holder) = &owner.holder else { return Err(SessionError::Closed(name.clone())) };
         let found = if holder.log == self.0.me.log {
-            self.own_state(holder.slot).await?
+            self.own_state(name, holder.slot).await?
         } else {
             let mut log = Log::look(store, &holder.log).await?;
+            log.check_holder(owner)?;
             let mut found = read::newest(store, &log, holder.slot).await?;
             if found.is_none_or(|(_, ends)| ends.is_none()) {
                 let end = log.end();
@@ -196,8 +201,18 @@ impl Writer {
     }
 
     /// The same of the own log: the session moved out of it, or a claim was dropped before anything was written for it.
-    async fn own_state(&self, slot: u32) -> Result<Option<(super::entry::Place, Option<End>)>, SessionError> {
-        let ended = self.0.live.lock().ended.iter().find(|ended| ended.slot == slot).cloned();
+    async fn own_state(
+        &self,
+        name: &Name,
+        slot: u32,
+    ) -> Result<Option<(super::entry::Place, Option<End>)>, SessionError> {
+        let ended = {
+            let live = self.0.live.lock();
+            if live.is_over(slot) {
+                return Err(SessionError::Closed(name.clone()));
+            }
+            live.ended.iter().find(|ended| ended.slot == slot).cloned()
+        };
         let Some(ended) = ended else { return Ok(None) };
         self.flush().await?;
         Ok(Some((ended.place, Some(ended.ends))))

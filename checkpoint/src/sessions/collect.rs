@@ -210,6 +210,14 @@ impl Collector<'_> {
             self.delete_epochs(name, (1..=*epoch).chain(stray).collect()).await?;
             return Ok(None);
         };
+        if *epoch == 1
+            && logs.get(&holder.log).is_none_or(|found| !found.is_begun)
+            && !self.is_there(&holder.log).await?
+        {
+            // Its opening came too late: the session had been closed, and its log has been collected.
+            self.delete_epochs(name, std::iter::once(1).chain(stray).collect()).await?;
+            return Ok(None);
+        }
         // A claim that came too late, of one that had this name before.
         self.delete_epochs(name, stray).await?;
         let there = match logs.get(&holder.log) {

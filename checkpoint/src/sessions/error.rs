@@ -155,7 +155,7 @@ pub enum SessionError {
 impl SessionError {
     /// Whether an object is not there that was named elsewhere: it may have been collected meanwhile.
     pub(super) fn is_gone(&self) -> bool {
-        matches!(self, Self::Lost { .. } | Self::Request { cause: Trouble::NotFound, .. })
+        matches!(self, Self::Lost { .. } | Self::NoSuch(_) | Self::Request { cause: Trouble::NotFound, .. })
     }
 
     pub(super) fn request(what: impl Into<String>) -> impl FnOnce(Trouble) -> Self {

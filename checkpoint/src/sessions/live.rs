@@ -180,6 +180,8 @@ pub(super) struct Live {
     claiming: HashSet<Name>,
     held: HashMap<Name, Held>,
     pub(super) ended: Vec<Ended>,
+    /// Slots of sessions that were closed here, and are known to be: four bytes each, as long as the log is written.
+    over: HashSet<u32>,
 }
 
 /// An entry that is being made.
@@ -223,8 +225,8 @@ impl Body {
 
 impl Live {
     pub(super) fn new(log: String) -> Self {
-        let (claiming, held) = (HashSet::new(), HashMap::new());
-        Self { log, next: 1, next_slot: 0, claiming, held, ended: Vec::new() }
+        let (claiming, held, over) = (HashSet::new(), HashMap::new(), HashSet::new());
+        Self { log, next: 1, next_slot: 0, claiming, held, ended: Vec::new(), over }
     }
 
     /// The number of the next entry.
@@ -250,6 +252,17 @@ impl Live {
 
     pub(super) fn give_up(&mut self, name: &Name) {
         self.claiming.remove(name);
+    }
+
+    /// A session that was closed here, and that the store says so of.
+    pub(super) fn forget(&mut self, slot: u32) {
+        self.ended.retain(|ended| ended.slot != slot);
+        self.over.insert(slot);
+    }
+
+    /// Whether a slot is that of one that was forgotten.
+    pub(super) fn is_over(&self, slot: u32) -> bool {
+        self.over.contains(&slot)
     }
 
     /// It is owned from now on.

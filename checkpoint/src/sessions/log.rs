@@ -13,6 +13,7 @@ use object_store::ObjectMeta;
 
 use super::entry::{Entry, Kind, Sealer};
 use super::error::SessionError;
+use super::owner::Owner;
 use super::store::{Created, Store};
 use crate::caps;
 use crate::manifest::Refused;
@@ -53,6 +54,15 @@ impl Log {
     /// The first number that counts for nothing, or is the seal's.
     pub(super) fn end(&self) -> u64 {
         self.seal.as_ref().map_or(self.sizes.len() as u64, |(number, _)| *number)
+    }
+
+    /// Of the log of a session's owner: a first epoch whose holder's log has no beginning means nothing. It was created late, when the session had
+    /// been closed and both had been collected: as long as a first epoch is the last one, its log is needed.
+    pub(super) fn check_holder(&self, owner: &Owner) -> Result<(), SessionError> {
+        match owner.epoch == 1 && self.end() == 0 {
+            true => Err(SessionError::NoSuch(owner.name.clone())),
+            false => Ok(()),
+        }
     }
 
     /// Looks at a log.
@@ -154,6 +164,15 @@ impl Log {
             Created::There(there) if there == body => Ok(None),
             Created::There(there) => Ok(Some(there)),
         }
+    }
+}
+
+/// Bytes of an entry, if it is there.
+pub(super) async fn has_entry(store: &Store, log: &str, number: u64) -> Result<Option<u64>, SessionError> {
+    match store.bucket.head(&store.entry(log, number), store.deadline()).await {
+        Ok(meta) => Ok(Some(meta.size)),
+        Err(Trouble::NotFound) => Ok(None),
+        Err(cause) => Err(SessionError::Request { what: format!("{} was looked at", what(log, number)), cause }),
     }
 }
 

@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use super::entry::{End, Entry, Kind, Sealer};
 use super::error::{Broken, Refusal, SessionError};
 use super::live::{Acknowledged, Live, Step};
-use super::log::what;
+use super::log::{has_entry, what};
 use super::name::Name;
 use super::owner::Owner;
 use super::store::{Created, Store};
@@ -110,6 +110,19 @@ impl Writer {
         self.broken().map_or(Ok(()), |why| Err(why.into()))
     }
 
+    /// Finds out whether the log has been sealed by another and collected; its next entry would find that, too. A session that is opened by it then
+    /// would not be there.
+    pub(super) async fn check_begun(&self) -> Result<(), SessionError> {
+        let log = self.log().to_owned();
+        if has_entry(&self.0.store, &log, 0).await?.is_some() {
+            return Ok(());
+        }
+        let why = Broken::Failed { log, number: 0, why: "it was sealed by another, and has been collected".into() };
+        let next = self.0.live.lock().next();
+        self.0.breaks(next, why.clone());
+        Err(why.into())
+    }
+
     /// Writes a group of steps, for each session one at most. The answers come in their order once all that was answered `Ok` is durable. A step
     /// that is refused leaves its session as it is, and the others are made. An error says that nothing is known of any.
     ///
@@ -169,7 +182,7 @@ impl Writer {
         let due: Vec<_> = self.0.live.lock().ended.iter().filter(|ended| is_due(ended)).cloned().collect();
         for ended in due {
             close(&self.0.store, &ended.name, &ended.standing).await?;
-            self.0.live.lock().ended.retain(|other| other.slot != ended.slot);
+            self.0.live.lock().forget(ended.slot);
         }
         Ok(())
     }
