@@ -53,6 +53,11 @@ pub const LOG_ENTRIES_MAX: u64 = 8192;
 pub const PIPELINED_MAX: u64 = 8;
 /// Each session that goes on is named in one of so many entries in a row: as many are read for a claim, all at once. A part of the format.
 pub const MENTIONED_EVERY: u64 = 16;
+/// How far ahead of a log's end a writer that goes on is stopped at first: eight round trips of one with all its entries under way. Twice as far
+/// each time that it was there before.
+pub const SEAL_AHEAD: u64 = 64;
+/// Times that a seal is tried ahead: by then it is farther ahead than a log is long.
+pub const SEALS_MAX: u32 = 16;
 /// Entries whose indexes are read at once.
 pub const INDEXES_AT_ONCE: usize = 32;
 /// Sessions that one writer may hold: an engine runs some hundred sequences, a daemon serves some engines.

@@ -660,3 +660,40 @@ async fn sessions_live_in_a_folder_too() {
     }
     assert!(store.list(None).await.unwrap().is_empty());
 }
+
+/// A writer with all its entries under way commits eight times while a claimant makes one request. Each round of seals reached sixteen entries ahead
+/// and read each of their bodies: it was never sealed, as far as its log went.
+#[tokio::test]
+async fn a_writer_that_goes_on_with_a_full_pipeline_is_sealed_nevertheless() {
+    let memory = Arc::new(InMemory::new());
+    let first = writer(&Door::new(&memory).store(), "first").await;
+    first.open(&name("a")).await.unwrap();
+    one(&first, Step::begin(name("a"), head(&[]), None)).await;
+    let door = Door::new(&memory);
+    let second = writer(&door.store(), "second").await;
+    door.rule(|_, _, _| Fate::Done);
+    door.hold();
+    let claim = tokio::spawn(async move { second.claim(&name("a")).await.unwrap() });
+    let mut tokens = 0;
+    while !claim.is_finished() {
+        if door.waiting() > 0 {
+            for _ in 0..8 {
+                let append = ids(u64::from(tokens), &[tokens]);
+                match first.commit(vec![Step::append(name("a"), append)]).await {
+                    Ok(answers) if answers[0].is_ok() => tokens += 1,
+                    _ => break,
+                }
+            }
+            door.let_through(0);
+        }
+        tokio::task::yield_now().await;
+        assert!(tokens < 1000, "it is not sealed");
+    }
+    let claimed = claim.await.unwrap().session.unwrap();
+    assert_eq!(claimed.generated.0, (0..tokens).collect::<Vec<u32>>());
+    assert!(matches!(first.broken(), Some(Broken::Sealed { .. })));
+    assert!(door.count() < 120, "{} requests", door.count());
+    // What closed meanwhile is found to be closed, though none of the last entries says so.
+    let third = writer(&Door::new(&memory).store(), "third").await;
+    assert_eq!(third.claim(&name("a")).await.unwrap().session.unwrap().generated, claimed.generated);
+}

@@ -183,7 +183,8 @@ impl Writer {
             if found.is_none_or(|(_, ends)| ends.is_none()) {
                 let end = log.end();
                 log.seal(store, &self.0.me).await?;
-                found = read::mentioned(&log, holder.slot, end).or(found);
+                // What it wrote meanwhile may be more than is read of a log's end.
+                found = read::newest_since(store, &log, holder.slot, end).await?.or(found);
             }
             found
         };

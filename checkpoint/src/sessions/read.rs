@@ -24,19 +24,29 @@ pub(super) struct Read {
 }
 
 /// Where the newest record of a slot is, as far as the last entries say.
-pub(super) fn mentioned(log: &Log, slot: u32, from: u64) -> Option<(Place, Option<End>)> {
+fn mentioned(log: &Log, slot: u32, from: u64) -> Option<(Place, Option<End>)> {
     log.last.range(from..).rev().find_map(|(_, entry)| entry.mention(slot))
 }
 
 /// The same of the whole log. A session that goes on is always in the last entries; one that has long been closed, or never began, is looked
 /// for in all of them.
 pub(super) async fn newest(store: &Store, log: &Log, slot: u32) -> Result<Option<(Place, Option<End>)>, SessionError> {
-    if let Some(found) = mentioned(log, slot, 0) {
+    newest_since(store, log, slot, 0).await
+}
+
+/// The same of the entries from this one on.
+pub(super) async fn newest_since(
+    store: &Store,
+    log: &Log,
+    slot: u32,
+    since: u64,
+) -> Result<Option<(Place, Option<End>)>, SessionError> {
+    if let Some(found) = mentioned(log, slot, since) {
         return Ok(Some(found));
     }
     let mut to = log.last.keys().next().copied().unwrap_or_else(|| log.end());
-    while to > 0 {
-        let from = to.saturating_sub(caps::INDEXES_AT_ONCE as u64);
+    while to > since {
+        let from = to.saturating_sub(caps::INDEXES_AT_ONCE as u64).max(since);
         let entries = log.entries(store, from, to).await?;
         if let Some(found) = entries.iter().find_map(|entry| entry.mention(slot)) {
             return Ok(Some(found));
