@@ -112,3 +112,5 @@ pub const LOG_OBJECTS_MAX: usize = 8 << 20;
 pub const LOG_IDLE_MS: u64 = 24 * 3600 * 1000;
 /// Steps that wait for a commit: all that a writer's sessions can have under way at once, and as many again.
 pub const STEPS_WAITING_MAX: usize = 2 * SESSIONS_HELD_MAX;
+/// Bytes of them: four commits.
+pub const STEPS_WAITING_BYTES_MAX: u64 = 4 * ENTRY_BYTES_MAX;

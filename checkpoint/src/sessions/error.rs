@@ -141,6 +141,19 @@ pub enum SessionError {
         /// How many.
         most: u64,
     },
+    /// More waits than is held; it passes.
+    #[error("{most} {what} wait for a commit already; try again")]
+    Busy {
+        /// Of what.
+        what: &'static str,
+        /// How many, at most.
+        most: u64,
+    },
+    /// Whoever was to commit a step has gone.
+    #[error(
+        "it is not known what became of this step: the runtime or the task that commits has ended; claim the session with another writer"
+    )]
+    Gone,
     /// A collection.
     #[error("another collector holds the lease for up to {0} more s; try again after that")]
     Collecting(u64),

@@ -13,7 +13,7 @@ use super::entry::{End, Entry, FORMAT, Kind, Place, Pointer, Record, Row};
 use super::error::Refusal;
 use super::name::Name;
 use super::owner::Standing;
-use super::state::{Block, Cuts, Delta, Head, Piece, Progress, Sampler, Session};
+use super::state::{Block, Cuts, Delta, Head, PIECE_STORED_BYTES, Piece, Progress, Sampler, Session};
 use crate::caps;
 use crate::digest::Digest;
 use crate::manifest::{Bounded, Refused};
@@ -93,6 +93,26 @@ impl Step {
     /// The last one.
     pub fn end(name: Name, append: Option<Append>, ends: End) -> Self {
         Self { name, head: None, append, ends: Some(ends) }
+    }
+}
+
+impl Append {
+    fn stored_bytes(&self) -> u64 {
+        let data = self.pieces.iter().map(|piece| match &piece.data {
+            Data::Inline(data) => data.len() as u64,
+            Data::Chunk { .. } => 0,
+        });
+        let blocks = self.blocks.iter().map(Block::stored_bytes).sum::<u64>();
+        let rest = 4 * self.ids.len() + PIECE_STORED_BYTES * self.pieces.len();
+        data.sum::<u64>() + blocks + self.sampler.stored_bytes() + rest as u64
+    }
+}
+
+impl Step {
+    /// Bytes that it brings to a commit, at most; those that its session has are not counted.
+    pub(super) fn stored_bytes(&self) -> u64 {
+        let head = self.head.as_ref().map_or(0, Head::stored_bytes);
+        1024 + head + self.append.as_ref().map_or(0, Append::stored_bytes)
     }
 }
 
@@ -276,6 +296,18 @@ impl Live {
         let mut all: Vec<_> = self.held.iter().map(|(name, held)| (name.clone(), held.standing.owner.epoch)).collect();
         all.sort();
         all
+    }
+
+    /// Bytes that a step takes of an entry, at most: what it brings, and what its record repeats.
+    pub(super) fn weighs(&self, step: &Step) -> u64 {
+        let repeats = match self.held.get(&step.name).map(|held| &held.stage) {
+            Some(Stage::Begins(Beginning::Claimed(session, data))) => {
+                session.stored_bytes() + data.iter().flatten().map(|data| data.len() as u64).sum::<u64>()
+            }
+            Some(Stage::Runs(running)) => running.nodes.iter().map(|node| node.place.2).sum(),
+            Some(Stage::Begins(Beginning::Fresh)) | None => 0,
+        };
+        repeats + step.stored_bytes()
     }
 
     /// Makes an entry of steps.

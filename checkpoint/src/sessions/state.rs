@@ -48,7 +48,7 @@ pub struct Head {
 
 impl Head {
     /// Bytes of it in a record, at most.
-    fn stored_bytes(&self) -> u64 {
+    pub(super) fn stored_bytes(&self) -> u64 {
         let texts = self.facts.iter().chain(&self.sampling).map(|(name, value)| name.len() + value.len() + 10);
         let lora = self.lora.as_ref().map_or(0, String::len);
         (4 * self.prompt.0.len() + lora + texts.sum::<usize>()) as u64
@@ -102,6 +102,15 @@ impl Sampler {
         take(&mut self.engine, &newer.engine);
     }
 
+    /// Bytes of it in a record, at most.
+    pub(super) fn stored_bytes(&self) -> u64 {
+        let opaque =
+            [&self.detokeniser, &self.grammar, &self.engine].into_iter().flatten().map(|opaque| opaque.0.len());
+        let texts = self.stop_tail.iter().map(String::len);
+        let penalties = self.penalties.iter().map(|penalties| 11 * penalties.0.len());
+        200 + opaque.chain(texts).chain(penalties).sum::<usize>() as u64
+    }
+
     fn check(&self) -> Result<(), Refused> {
         let penalties = self.penalties.iter().flat_map(|all| all.0.windows(2));
         if penalties.into_iter().any(|pair| matches!(pair, [one, other] if one.0 >= other.0)) {
@@ -123,6 +132,8 @@ impl Sampler {
 
 type BlockName = Opaque<{ caps::BLOCK_NAME_BYTES_MAX }>;
 type BlockForm = (u32, u16, u16, BlockName, Option<BlockName>);
+/// Bytes of a piece in a record, at most.
+pub(super) const PIECE_STORED_BYTES: usize = 88;
 type PieceForm = (u16, u16, u64, u32, u64, Digest, Option<(u64, u64)>);
 
 /// A block of KV that is durable, by its name. Stored as a list of its fields.
@@ -143,7 +154,7 @@ pub struct Block {
 
 impl Block {
     /// Bytes of it in a record, at most.
-    fn stored_bytes(&self) -> u64 {
+    pub(super) fn stored_bytes(&self) -> u64 {
         (16 + self.name.0.len() + self.parent.as_ref().map_or(0, |parent| parent.0.len())) as u64
     }
 }
@@ -312,6 +323,13 @@ impl Session {
             blocks: Bounded::default(),
             pieces: Bounded::default(),
         }
+    }
+
+    /// Bytes of it in a record, at most.
+    pub(super) fn stored_bytes(&self) -> u64 {
+        let blocks = self.blocks.0.iter().map(Block::stored_bytes).sum::<u64>();
+        let rest = 1024 + 4 * self.generated.0.len() + PIECE_STORED_BYTES * self.pieces.0.len();
+        self.head.stored_bytes() + self.sampler.stored_bytes() + blocks + rest as u64
     }
 
     /// Its tokens, those of the prompt included.
