@@ -386,6 +386,9 @@ async fn an_opening_that_comes_after_all_was_collected_means_nothing() {
     }
     assert!(actors::objects(&memory, "sessions/v1/sessions").await.is_empty());
     assert_eq!(door.arrive().await, 1);
+    assert!(matches!(closes.open(&name("a")).await, Err(SessionError::Closed(_))));
+    // Its first writer was sealed, and does not know it yet: nothing of what it opens would be there.
+    assert!(matches!(opens.open(&name("b")).await, Err(SessionError::Broken(_))));
     for _ in 0..2 {
         let claimed = closes.claim(&name("a")).await;
         assert!(matches!(claimed, Err(SessionError::NoSuch(_))), "{claimed:?}");

@@ -1,5 +1,7 @@
 //! Reading a session back from a log: its newest record, and those that it adds to.
 
+use std::collections::HashMap;
+
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use kvstore_bucket::Trouble;
@@ -24,7 +26,7 @@ pub(super) struct Read {
 }
 
 /// Where the newest record of a slot is, as far as the last entries say.
-fn mentioned(log: &Log, slot: u32, from: u64) -> Option<(Place, Option<End>)> {
+pub(super) fn mentioned(log: &Log, slot: u32, from: u64) -> Option<(Place, Option<End>)> {
     log.last.range(from..).rev().find_map(|(_, entry)| entry.mention(slot))
 }
 
@@ -54,6 +56,24 @@ pub(super) async fn newest_since(
         to = from;
     }
     Ok(None)
+}
+
+/// Newest records by their slots.
+pub(super) type Newest = HashMap<u32, (Place, Option<End>)>;
+
+/// The newest records of a whole log.
+pub(super) async fn all(store: &Store, log: &Log) -> Result<Newest, SessionError> {
+    let (mut all, mut to) = (Newest::new(), log.end());
+    while to > 0 {
+        let from = to.saturating_sub(caps::INDEXES_AT_ONCE as u64);
+        for entry in log.entries(store, from, to).await? {
+            for (slot, found) in entry.mentions() {
+                all.entry(slot).or_insert(found);
+            }
+        }
+        to = from;
+    }
+    Ok(all)
 }
 
 /// The session of which this is the newest record.
