@@ -56,6 +56,11 @@ pub const LOG_ENTRIES_MAX: u64 = 8192;
 pub const PIPELINED_MAX: u64 = 8;
 /// Each session that goes on is named in one of so many entries in a row: as many are read for a claim, all at once. A part of the format.
 pub const MENTIONED_EVERY: u64 = 16;
+/// How far ahead of a log's end a writer that goes on is stopped at first: eight round trips of one with all its entries under way. Twice as far
+/// each time that it was there before.
+pub const SEAL_AHEAD: u64 = 64;
+/// Times that a seal is tried ahead: by then it is farther ahead than a log is long.
+pub const SEALS_MAX: u32 = 16;
 /// Entries whose indexes are read at once.
 pub const INDEXES_AT_ONCE: usize = 32;
 /// Sessions that one writer may hold: an engine runs some hundred sequences, a daemon serves some engines.
@@ -70,6 +75,13 @@ pub const BLOCK_NAME_BYTES_MAX: usize = 32;
 pub const SHARDS_MAX: usize = 4096;
 /// Pieces of the KV of tokens that no block holds yet: for each shard some tokens, one at a time.
 pub const PIECES_MAX: usize = 1 << 16;
+/// Pieces of a record that joins what several appends added: all that the session has, and for each shard one that says what was replaced.
+pub const DELTA_PIECES_MAX: usize = PIECES_MAX + SHARDS_MAX;
+/// Bytes of a session's pieces in its log. Whoever claims it writes them to one entry, with a full record: they fit, with half a MiB to spare.
+pub const SESSION_PIECE_BYTES_MAX: u64 = 24 << 20;
+/// Bytes of a session's head, ids and blocks in a full record. With the largest sampler's state and as many pieces as there may be, it has at
+/// most 39 MiB.
+pub const SESSION_STATE_BYTES_MAX: u64 = 28 << 20;
 /// Bytes of a piece: those of a chunk.
 pub const PIECE_BYTES_MAX: usize = CHUNK_BYTES;
 /// Bytes of what an engine keeps that nobody else reads: its own state, the state of a grammar, that of a detokeniser.
@@ -105,3 +117,5 @@ pub const LOG_OBJECTS_MAX: usize = 8 << 20;
 pub const LOG_IDLE_MS: u64 = 24 * 3600 * 1000;
 /// Steps that wait for a commit: all that a writer's sessions can have under way at once, and as many again.
 pub const STEPS_WAITING_MAX: usize = 2 * SESSIONS_HELD_MAX;
+/// Bytes of them: four commits.
+pub const STEPS_WAITING_BYTES_MAX: u64 = 4 * ENTRY_BYTES_MAX;

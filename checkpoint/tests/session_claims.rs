@@ -11,6 +11,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use actors::{Door, Engine, head, name, objects};
+use futures::FutureExt;
 use kvstore_checkpoint::sessions::{End, SessionError, Step, Writer, collect};
 use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
@@ -339,4 +340,84 @@ async fn a_collection_takes_nothing_from_a_claim_in_any_order() {
             run(first, &turns).await;
         }
     }
+}
+
+/// A claim's create was lost, and the claim made again. The first create arrived just before the second one, which was told that this very writer
+/// had been faster: nobody went on with the session.
+#[tokio::test]
+async fn a_claim_does_not_lose_to_an_earlier_try_of_its_own() {
+    let (objects, engine) = begun().await;
+    for since in [None, Some(1)] {
+        let memory = copy(&objects).await;
+        let door = Door::new(&memory);
+        let slow = Writer::begin(&door.store(), "slow").await.unwrap();
+        let is_create = |verb, at: &Path| verb == actors::Verb::Put && at.as_ref().contains("/sessions/test/a/");
+        door.rule(move |_, verb, at| if is_create(verb, at) { actors::Fate::Late } else { actors::Fate::Done });
+        assert!(slow.claim(&name("a")).await.is_err());
+        let late = Arc::clone(&door);
+        door.rule(move |_, verb, at| {
+            if is_create(verb, at) {
+                late.arrive().now_or_never().unwrap();
+            }
+            actors::Fate::Done
+        });
+        assert_eq!(claims(slow, engine.clone(), since, 50).await.unwrap(), (3, vec![10, 11, 12], true));
+    }
+}
+
+/// An opening's create was lost, and made again. The session moved on, was closed, and was collected with the log that it began in; then the first
+/// create arrived. The session was there again, as one that had never begun.
+#[tokio::test]
+async fn an_opening_that_comes_after_all_was_collected_means_nothing() {
+    let memory = Arc::new(InMemory::new());
+    let door = Door::new(&memory);
+    let store = Door::new(&memory).store();
+    let opens = Writer::begin(&door.store(), "opens").await.unwrap();
+    door.rule(|_, verb, _| if verb == actors::Verb::Put { actors::Fate::Late } else { actors::Fate::Done });
+    assert!(opens.open(&name("a")).await.is_err());
+    door.rule(|_, _, _| actors::Fate::Done);
+    opens.open(&name("a")).await.unwrap();
+    opens.commit(vec![Step::begin(name("a"), head(&[1]), None)]).await.unwrap().remove(0).unwrap();
+    let closes = Writer::begin(&store, "closes").await.unwrap();
+    closes.claim(&name("a")).await.unwrap();
+    closes.commit(vec![Step::end(name("a"), None, End::Closed)]).await.unwrap().remove(0).unwrap();
+    for _ in 0..2 {
+        collect(&store, false).await.unwrap();
+    }
+    assert!(actors::objects(&memory, "sessions/v1/sessions").await.is_empty());
+    assert_eq!(door.arrive().await, 1);
+    assert!(matches!(closes.open(&name("a")).await, Err(SessionError::Closed(_))));
+    // Its first writer was sealed, and does not know it yet: nothing of what it opens would be there.
+    assert!(matches!(opens.open(&name("b")).await, Err(SessionError::Broken(_))));
+    for _ in 0..2 {
+        let claimed = closes.claim(&name("a")).await;
+        assert!(matches!(claimed, Err(SessionError::NoSuch(_))), "{claimed:?}");
+        assert!(matches!(store.inspect(&name("a")).await, Err(SessionError::NoSuch(_))));
+        collect(&store, false).await.unwrap();
+        assert!(actors::objects(&memory, "sessions/v1/sessions").await.is_empty());
+    }
+}
+
+/// The same, where the log goes on: its writer knows which of its sessions were closed.
+#[tokio::test]
+async fn an_opening_that_comes_after_its_own_writer_closed_the_session_means_nothing() {
+    let memory = Arc::new(InMemory::new());
+    let store = Door::new(&memory).store();
+    let writer = Writer::begin(&store, "writer").await.unwrap();
+    writer.open(&name("a")).await.unwrap();
+    let opened = actors::objects(&memory, "sessions/v1/sessions").await;
+    writer.commit(vec![Step::begin(name("a"), head(&[1]), None)]).await.unwrap().remove(0).unwrap();
+    writer.commit(vec![Step::end(name("a"), None, End::Closed)]).await.unwrap().remove(0).unwrap();
+    writer.tidy().await.unwrap();
+    collect(&store, false).await.unwrap();
+    for (location, bytes) in opened {
+        memory.put(&location, bytes.into()).await.unwrap();
+    }
+    for claims in [&writer, &Writer::begin(&store, "other").await.unwrap()] {
+        assert!(matches!(claims.claim(&name("a")).await, Err(SessionError::Closed(_))));
+    }
+    for _ in 0..2 {
+        collect(&store, false).await.unwrap();
+    }
+    assert!(actors::objects(&memory, "sessions/v1/sessions").await.is_empty());
 }

@@ -660,3 +660,81 @@ async fn sessions_live_in_a_folder_too() {
     }
     assert!(store.list(None).await.unwrap().is_empty());
 }
+
+/// A writer with all its entries under way commits eight times while a claimant makes one request. Each round of seals reached sixteen entries ahead
+/// and read each of their bodies: it was never sealed, as far as its log went. What it wrote meanwhile is found, wherever it lies.
+#[tokio::test]
+async fn a_writer_that_goes_on_with_a_full_pipeline_is_sealed_nevertheless() {
+    for closes_at in [None, Some(2), Some(26), Some(28), Some(29), Some(30), Some(31)] {
+        let memory = Arc::new(InMemory::new());
+        let first = writer(&Door::new(&memory).store(), "first").await;
+        for id in ["a", "b"] {
+            first.open(&name(id)).await.unwrap();
+            one(&first, Step::begin(name(id), head(&[]), None)).await;
+        }
+        let door = Door::new(&memory);
+        let second = writer(&door.store(), "second").await;
+        door.rule(|_, _, _| Fate::Done);
+        door.hold();
+        let claim = tokio::spawn(async move { second.claim(&name("a")).await });
+        let (mut tokens, mut is_closed) = (0, false);
+        while !claim.is_finished() {
+            if door.waiting() > 0 {
+                if closes_at.is_some_and(|at| at == door.count()) {
+                    let closed = first.commit(vec![Step::end(name("a"), None, End::Closed)]).await;
+                    is_closed |= closed.is_ok_and(|answers| answers[0].is_ok());
+                }
+                for _ in 0..8 {
+                    let append = ids(u64::from(tokens), &[tokens]);
+                    let id = if closes_at.is_some() { "b" } else { "a" };
+                    match first.commit(vec![Step::append(name(id), append)]).await {
+                        Ok(answers) if answers[0].is_ok() => tokens += 1,
+                        _ => break,
+                    }
+                }
+                door.let_through(0);
+            }
+            tokio::task::yield_now().await;
+            assert!(tokens < 1000, "it is not sealed");
+        }
+        let claimed = claim.await.unwrap();
+        if closes_at.is_some() {
+            assert_eq!(is_closed, matches!(claimed, Err(SessionError::Closed(_))), "{closes_at:?}: {claimed:?}");
+            continue;
+        }
+        assert!(door.count() < 150, "{} requests", door.count());
+        let found = claimed.unwrap().session.unwrap();
+        assert_eq!(found.generated.0, (0..tokens).collect::<Vec<u32>>());
+        assert!(matches!(first.broken(), Some(Broken::Sealed { .. })));
+        let third = writer(&Door::new(&memory).store(), "third").await;
+        assert_eq!(third.claim(&name("a")).await.unwrap().session.unwrap().generated, found.generated);
+    }
+}
+
+/// A log with many sessions that closed long ago was read as a whole for each of them.
+#[tokio::test]
+async fn a_collection_reads_a_log_once() {
+    const SESSIONS: u64 = 40;
+    const ENTRIES: u64 = 100;
+    let memory = Arc::new(InMemory::new());
+    let store = Door::new(&memory).store();
+    let first = writer(&store, "first").await;
+    let names: Vec<_> = (0..SESSIONS).map(|at| name(&format!("s{at}"))).collect();
+    for name in &names {
+        first.open(name).await.unwrap();
+    }
+    first.open(&name("on")).await.unwrap();
+    let begin = names.iter().map(|name| Step::begin(name.clone(), head(&[1]), None)).collect();
+    assert!(first.commit(begin).await.unwrap().iter().all(Result::is_ok));
+    let end = names.iter().map(|name| Step::end(name.clone(), None, End::Closed)).collect();
+    assert!(first.commit(end).await.unwrap().iter().all(Result::is_ok));
+    one(&first, Step::begin(name("on"), head(&[1]), None)).await;
+    for _ in 0..ENTRIES {
+        one(&first, Step::append(name("on"), ids(1, &[]))).await;
+    }
+    let door = Door::new(&memory);
+    let collected = collect(&door.store(), false).await.unwrap();
+    assert_eq!((collected.closed_sessions, collected.sessions), (SESSIONS, 1));
+    // For each session a listing, an epoch, and another one that says that it closed.
+    assert!(door.count() <= 3 * SESSIONS + 2 * ENTRIES, "{} requests", door.count());
+}

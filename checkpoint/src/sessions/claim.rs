@@ -14,7 +14,7 @@ use kvstore_bucket::Trouble;
 use super::entry::End;
 use super::error::SessionError;
 use super::live::Beginning;
-use super::log::Log;
+use super::log::{Log, has_entry};
 use super::name::Name;
 use super::owner::{Holder, Origin, Owner, Standing};
 use super::read::{self, Read};
@@ -86,11 +86,15 @@ impl Writer {
     /// its epoch. Dropped, or after an error of a request, it may be open, with nothing in it: [`Self::claim`] takes it.
     pub async fn open(&self, name: &Name) -> Result<u64, SessionError> {
         let claiming = self.claiming(name)?;
-        let there = standing::epochs(&self.0.store, name).await?;
+        let (store, looks) = (&self.0.store, standing::epochs(&self.0.store, name));
+        let ((), there) = futures::future::try_join(self.check_begun(), looks).await?;
         if let Some(there) = there.standing {
-            return Err(match there.owner.holder {
-                Some(_) => SessionError::Exists(name.clone()),
-                None => SessionError::Closed(name.clone()),
+            return Err(match &there.owner.holder {
+                Some(holder) if there.owner.epoch > 1 || has_entry(store, &holder.log, 0).await?.is_some() => {
+                    SessionError::Exists(name.clone())
+                }
+                // Of one whose log has no beginning, the first epoch came late.
+                _ => SessionError::Closed(name.clone()),
             });
         }
         if !there.stray.is_empty() {
@@ -122,7 +126,7 @@ impl Writer {
         let store = &self.0.store;
         for _ in 0..caps::CLAIMS_MAX {
             let Some(standing) = standing(store, name).await? else { return Err(SessionError::NoSuch(name.clone())) };
-            if standing.owner.holder.is_none() || since.is_some_and(|since| since != standing.owner.epoch) {
+            if standing.owner.holder.is_none() || since.is_some_and(|since| !self.is_since(&standing.owner, since)) {
                 return Err(taken(name, standing.owner));
             }
             if standing.owner.epoch >= caps::EPOCHS_MAX {
@@ -140,9 +144,26 @@ impl Writer {
                 },
                 None => Vec::new(),
             };
-            return self.take(claiming, standing, state, pieces).await;
+            // Otherwise an earlier try of this writer arrived meanwhile: it goes on from that.
+            if let Some((standing, claimed)) = self.take(&claiming, standing, state, pieces).await? {
+                let beginning = match &claimed.session {
+                    Some(session) => Beginning::Claimed(Box::new(session.clone()), claimed.pieces.clone()),
+                    None => Beginning::Fresh,
+                };
+                claiming.own(standing, beginning);
+                return Ok(claimed);
+            }
         }
         Err(SessionError::Contended(name.clone()))
+    }
+
+    fn is_mine(&self, owner: &Owner) -> bool {
+        owner.holder.as_ref().is_some_and(|holder| holder.log == self.0.me.log)
+    }
+
+    /// Whether nobody else owns it since a higher epoch than this one.
+    fn is_since(&self, owner: &Owner, since: u64) -> bool {
+        owner.epoch == since || (owner.epoch == since + 1 && self.is_mine(owner))
     }
 
     async fn has_moved_on(&self, name: &Name, seen: &Standing) -> Result<bool, SessionError> {
@@ -154,14 +175,16 @@ impl Writer {
         let (store, owner) = (&self.0.store, &standing.owner);
         let Some(holder) = &owner.holder else { return Err(SessionError::Closed(name.clone())) };
         let found = if holder.log == self.0.me.log {
-            self.own_state(holder.slot).await?
+            self.own_state(name, holder.slot).await?
         } else {
             let mut log = Log::look(store, &holder.log).await?;
+            log.check_holder(owner)?;
             let mut found = read::newest(store, &log, holder.slot).await?;
             if found.is_none_or(|(_, ends)| ends.is_none()) {
                 let end = log.end();
                 log.seal(store, &self.0.me).await?;
-                found = read::mentioned(&log, holder.slot, end).or(found);
+                // What it wrote meanwhile may be more than is read of a log's end.
+                found = read::newest_since(store, &log, holder.slot, end).await?.or(found);
             }
             found
         };
@@ -179,26 +202,38 @@ impl Writer {
     }
 
     /// The same of the own log: the session moved out of it, or a claim was dropped before anything was written for it.
-    async fn own_state(&self, slot: u32) -> Result<Option<(super::entry::Place, Option<End>)>, SessionError> {
-        let ended = self.0.live.lock().ended.iter().find(|ended| ended.slot == slot).cloned();
+    async fn own_state(
+        &self,
+        name: &Name,
+        slot: u32,
+    ) -> Result<Option<(super::entry::Place, Option<End>)>, SessionError> {
+        let ended = {
+            let live = self.0.live.lock();
+            if live.is_over(slot) {
+                return Err(SessionError::Closed(name.clone()));
+            }
+            live.ended.iter().find(|ended| ended.slot == slot).cloned()
+        };
         let Some(ended) = ended else { return Ok(None) };
         self.flush().await?;
         Ok(Some((ended.place, Some(ended.ends))))
     }
 
+    /// Creates the next epoch: it, and what was claimed by it. None, where an earlier try of this writer has created it.
     async fn take(
         &self,
-        claiming: Claiming<'_>,
+        claiming: &Claiming<'_>,
         before: Standing,
         state: Option<Read>,
         pieces: Vec<Option<Bytes>>,
-    ) -> Result<Claimed, SessionError> {
+    ) -> Result<Option<(Standing, Claimed)>, SessionError> {
         let (store, name) = (&self.0.store, claiming.name);
         let from = state.as_ref().map(|read| read.origin.clone());
         let owner = Owner::next(name, Some(&before), Some(claiming.holder()), from);
         let epoch = owner.epoch;
         let standing = match store.create_owner(owner).await? {
             Ok(standing) => standing,
+            Err(other) if self.is_mine(&other) => return Ok(None),
             Err(other) => return Err(taken(name, other)),
         };
         let there = standing::read(store, name, before.owner.epoch).await?;
@@ -208,12 +243,7 @@ impl Writer {
             return Err(SessionError::NoSuch(name.clone()));
         }
         let session = state.map(|read| read.session);
-        let beginning = match &session {
-            Some(session) => Beginning::Claimed(Box::new(session.clone()), pieces.clone()),
-            None => Beginning::Fresh,
-        };
-        claiming.own(standing, beginning);
-        Ok(Claimed { epoch, session, pieces })
+        Ok(Some((standing, Claimed { epoch, session, pieces })))
     }
 }
 

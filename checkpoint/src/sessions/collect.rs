@@ -18,9 +18,9 @@ use futures::{StreamExt, TryStreamExt};
 use kvstore_bucket::{Lease, LeaseError, LeaseTerm, Trouble};
 use object_store::path::Path;
 
-use super::entry::{End, Kind, Sealer};
+use super::entry::{End, Kind, Place, Sealer};
 use super::error::SessionError;
-use super::log::{Log, number_of, read_entry};
+use super::log::{Log, has_entry, number_of, read_entry};
 use super::name::Name;
 use super::owner::Owner;
 use super::read;
@@ -63,8 +63,24 @@ struct Found {
     objects: Vec<(u64, u64)>,
     /// When the last of it was written, by the store's clock.
     written_ms: i64,
-    /// Its first entry is not there any more: a collection that broke off, or was to keep its seals.
+    /// Its first entry is there; if not, a collection broke off, or was to keep its seals.
     is_begun: bool,
+    /// Of all its entries, once they have been read for one of its sessions: many that it has may have ended long ago.
+    newest: Option<read::Newest>,
+}
+
+impl Found {
+    /// The newest record of a slot.
+    async fn newest(&mut self, store: &Store, slot: u32) -> Result<Option<(Place, Option<End>)>, SessionError> {
+        if let Some(found) = read::mentioned(&self.log, slot, 0) {
+            return Ok(Some(found));
+        }
+        let all = match &mut self.newest {
+            Some(all) => all,
+            None => self.newest.insert(read::all(store, &self.log).await?),
+        };
+        Ok(all.get(&slot).copied())
+    }
 }
 
 struct Collector<'a> {
@@ -103,8 +119,8 @@ fn of_lease(error: LeaseError) -> SessionError {
 
 impl Collector<'_> {
     async fn run(&mut self) -> Result<(), SessionError> {
-        let logs = self.logs().await?;
-        let needed = self.needed(&logs).await?;
+        let mut logs = self.logs().await?;
+        let needed = self.needed(&mut logs).await?;
         for found in logs.values() {
             if needed.contains(&found.log.id) || self.is_blind {
                 self.collected.logs += 1;
@@ -147,19 +163,11 @@ impl Collector<'_> {
                 continue;
             }
             // A listing may leave out what was created while it was made.
-            let is_begun = !log.sizes.is_empty() || self.is_there(&id).await?;
-            found.insert(id, Found { log, objects, written_ms, is_begun });
+            let is_begun = !log.sizes.is_empty() || has_entry(self.store, &id, 0).await?.is_some();
+            found.insert(id, Found { log, objects, written_ms, is_begun, newest: None });
             self.renew().await?;
         }
         Ok(found)
-    }
-
-    async fn is_there(&self, log: &str) -> Result<bool, SessionError> {
-        match self.store.bucket.head(&self.store.entry(log, 0), self.store.deadline()).await {
-            Ok(_) => Ok(true),
-            Err(Trouble::NotFound) => Ok(false),
-            Err(cause) => Err(SessionError::Request { what: format!("the log {log} was looked at"), cause }),
-        }
     }
 
     /// What cannot be read stays, and so does everything that it may name; what does not answer ends the collection.
@@ -172,7 +180,7 @@ impl Collector<'_> {
     }
 
     /// Logs that some session needs.
-    async fn needed(&mut self, logs: &BTreeMap<String, Found>) -> Result<HashSet<String>, SessionError> {
+    async fn needed(&mut self, logs: &mut BTreeMap<String, Found>) -> Result<HashSet<String>, SessionError> {
         let mut needed = HashSet::new();
         for name in self.store.names(None).await? {
             let found = match epochs(self.store, &name).await {
@@ -196,7 +204,7 @@ impl Collector<'_> {
         &mut self,
         name: &Name,
         found: Epochs,
-        logs: &BTreeMap<String, Found>,
+        logs: &mut BTreeMap<String, Found>,
     ) -> Result<Option<String>, SessionError> {
         let Epochs { standing, stray } = found;
         let Some(standing) = standing else {
@@ -210,10 +218,18 @@ impl Collector<'_> {
             self.delete_epochs(name, (1..=*epoch).chain(stray).collect()).await?;
             return Ok(None);
         };
+        if *epoch == 1
+            && logs.get(&holder.log).is_none_or(|found| !found.is_begun)
+            && has_entry(self.store, &holder.log, 0).await?.is_none()
+        {
+            // Its opening came too late: the session had been closed, and its log has been collected.
+            self.delete_epochs(name, std::iter::once(1).chain(stray).collect()).await?;
+            return Ok(None);
+        }
         // A claim that came too late, of one that had this name before.
         self.delete_epochs(name, stray).await?;
-        let there = match logs.get(&holder.log) {
-            Some(found) => read::newest(self.store, &found.log, holder.slot).await?,
+        let there = match logs.get_mut(&holder.log) {
+            Some(found) => found.newest(self.store, holder.slot).await?,
             None => None,
         };
         match (there, from) {

@@ -8,19 +8,39 @@ use std::collections::BTreeMap;
 use super::state::{Block, Piece, Shape};
 use crate::manifest::Refused;
 
+/// A piece that is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Span {
+    start: u64,
+    end: u64,
+    /// What of it counts ends here: where the next one begins, or where it ends itself.
+    until: u64,
+    /// Bytes of it that lie in a log.
+    bytes: u64,
+}
+
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Shard {
     /// The last block: its index and its name.
     last: Option<(u32, Vec<u8>)>,
     /// Tokens that blocks hold.
     blocks_end: u64,
-    /// Where each piece begins and ends.
-    pieces: Vec<(u64, u64)>,
+    /// Behind them, without a gap and in their order.
+    pieces: Vec<Span>,
 }
 
 impl Shard {
     fn end(&self) -> u64 {
-        self.pieces.last().map_or(self.blocks_end, |(_, end)| self.blocks_end.max(*end))
+        self.pieces.last().map_or(self.blocks_end, |last| self.blocks_end.max(last.until))
+    }
+
+    /// What is there from this token on counts no more, and neither does what blocks hold.
+    fn cut(&mut self, start: u64) {
+        let blocks_end = self.blocks_end;
+        self.pieces.retain_mut(|piece| {
+            piece.until = piece.until.min(start);
+            piece.start < start && piece.until > blocks_end
+        });
     }
 }
 
@@ -73,11 +93,11 @@ impl Cover {
         }
         shard.last = Some((block.index, block.name.0.clone()));
         shard.blocks_end = end;
-        shard.pieces.retain(|(_, piece_end)| *piece_end > end);
+        shard.pieces.retain(|piece| piece.until > end);
         Ok(())
     }
 
-    /// A piece that comes. It replaces what begins where it does, or behind.
+    /// A piece that comes. It replaces what is there from its first token on. Where blocks hold all of it, that is all that it does.
     pub(super) fn add_piece(&mut self, piece: &Piece, tokens: u64) -> Result<(), Refused> {
         let shard = self.shard(piece.group, piece.rank)?;
         let of = |why: String| {
@@ -87,21 +107,49 @@ impl Cover {
         if piece.tokens == 0 || end > tokens {
             return Err(of(format!("it has {} tokens, and the session has {tokens} in all", piece.tokens)));
         }
+        shard.cut(piece.start);
         if end <= shard.blocks_end {
-            return Err(of("blocks hold all of it".into()));
+            return Ok(());
         }
-        shard.pieces.retain(|(start, _)| *start < piece.start);
         if piece.start > shard.end() {
             return Err(of(format!("what is there ends at token {}", shard.end())));
         }
-        shard.pieces.push((piece.start, end));
+        let bytes = piece.held.map_or(0, |_| piece.bytes);
+        shard.pieces.push(Span { start: piece.start, end, until: end, bytes });
         Ok(())
+    }
+
+    /// Refuses a piece that blocks hold: one that somebody appends, not one that was kept for what it replaced.
+    pub(super) fn check_new(&self, piece: &Piece) -> Result<(), Refused> {
+        let end = piece.start.saturating_add(u64::from(piece.tokens));
+        match self.shards.get(&(piece.group, piece.rank)).is_some_and(|shard| end <= shard.blocks_end) {
+            true => Err(Refused(format!(
+                "the piece at token {} of group {}, rank {}: blocks hold all of it",
+                piece.start, piece.group, piece.rank
+            ))),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether a piece that comes replaces some of the pieces that are there.
+    pub(super) fn replaces(&self, piece: &Piece) -> bool {
+        let last = self.shards.get(&(piece.group, piece.rank)).and_then(|shard| shard.pieces.last());
+        last.is_some_and(|last| last.until > piece.start)
     }
 
     /// Whether a piece is still needed: no block holds all of it, and nothing replaced it.
     pub(super) fn needs(&self, piece: &Piece) -> bool {
         let end = piece.start + u64::from(piece.tokens);
-        self.shards.get(&(piece.group, piece.rank)).is_some_and(|shard| shard.pieces.contains(&(piece.start, end)))
+        let pieces =
+            self.shards.get(&(piece.group, piece.rank)).map(|shard| shard.pieces.as_slice()).unwrap_or_default();
+        let at = pieces.binary_search_by_key(&piece.start, |span| span.start);
+        at.ok().and_then(|at| pieces.get(at)).is_some_and(|span| span.end == end)
+    }
+
+    /// How many pieces are there, and their bytes in a log.
+    pub(super) fn pieces(&self) -> (usize, u64) {
+        let each = self.shards.values().flat_map(|shard| &shard.pieces);
+        each.fold((0, 0), |(pieces, bytes), span| (pieces + 1, bytes + span.bytes))
     }
 
     /// Tokens whose KV is there.

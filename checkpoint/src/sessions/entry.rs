@@ -292,11 +292,15 @@ impl Entry {
         self.kind == Kind::Seal
     }
 
-    /// Where the newest record of a slot is, as far as this entry says.
+    /// Where newest records are, as far as this entry says: slots, and how they ended.
+    pub(super) fn mentions(&self) -> impl Iterator<Item = (u32, (Place, Option<End>))> {
+        let row = move |Row(slot, ends, first, bytes): &Row| (*slot, (Place(self.number, *first, *bytes), *ends));
+        let pointers = self.pointers.0.iter().map(|Pointer(slot, ends, place)| (*slot, (*place, *ends)));
+        self.rows.0.iter().map(row).chain(pointers)
+    }
+
+    /// The same of one slot.
     pub(super) fn mention(&self, slot: u32) -> Option<(Place, Option<End>)> {
-        let row = self.rows.0.iter().find(|row| row.0 == slot);
-        let row = row.map(|Row(_, ends, first, bytes)| (Place(self.number, *first, *bytes), *ends));
-        let pointer = || self.pointers.0.iter().find(|pointer| pointer.0 == slot);
-        row.or_else(|| pointer().map(|Pointer(_, ends, place)| (*place, *ends)))
+        self.mentions().find_map(|(other, found)| (other == slot).then_some(found))
     }
 }

@@ -33,9 +33,17 @@ pub enum Refusal {
         /// Why.
         why: Refused,
     },
-    /// It does not fit.
+    /// It does not fit beside those that were before it. Alone, it would.
     #[error("this step does not fit into its commit, which has {0} bytes at most; give it to the next")]
     TooLarge(u64),
+    /// It fits into no commit.
+    #[error("this step has {bytes} bytes or more, and a commit {most} at most; give less in one step")]
+    NeverFits {
+        /// Bytes of it that were counted.
+        bytes: u64,
+        /// Of a commit.
+        most: u64,
+    },
 }
 
 /// Why a writer's log has ended.
@@ -133,6 +141,19 @@ pub enum SessionError {
         /// How many.
         most: u64,
     },
+    /// More waits than is held; it passes.
+    #[error("{most} {what} wait for a commit already; try again")]
+    Busy {
+        /// Of what.
+        what: &'static str,
+        /// How many, at most.
+        most: u64,
+    },
+    /// Whoever was to commit a step has gone.
+    #[error(
+        "it is not known what became of this step: the runtime or the task that commits has ended; claim the session with another writer"
+    )]
+    Gone,
     /// A collection.
     #[error("another collector holds the lease for up to {0} more s; try again after that")]
     Collecting(u64),
@@ -147,7 +168,7 @@ pub enum SessionError {
 impl SessionError {
     /// Whether an object is not there that was named elsewhere: it may have been collected meanwhile.
     pub(super) fn is_gone(&self) -> bool {
-        matches!(self, Self::Lost { .. } | Self::Request { cause: Trouble::NotFound, .. })
+        matches!(self, Self::Lost { .. } | Self::NoSuch(_) | Self::Request { cause: Trouble::NotFound, .. })
     }
 
     pub(super) fn request(what: impl Into<String>) -> impl FnOnce(Trouble) -> Self {

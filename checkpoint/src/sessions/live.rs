@@ -13,7 +13,7 @@ use super::entry::{End, Entry, FORMAT, Kind, Place, Pointer, Record, Row};
 use super::error::Refusal;
 use super::name::Name;
 use super::owner::Standing;
-use super::state::{Block, Delta, Head, Piece, Progress, Sampler, Session};
+use super::state::{Block, Cuts, Delta, Head, PIECE_STORED_BYTES, Piece, Progress, Sampler, Session};
 use crate::caps;
 use crate::digest::Digest;
 use crate::manifest::{Bounded, Refused};
@@ -96,6 +96,26 @@ impl Step {
     }
 }
 
+impl Append {
+    fn stored_bytes(&self) -> u64 {
+        let data = self.pieces.iter().map(|piece| match &piece.data {
+            Data::Inline(data) => data.len() as u64,
+            Data::Chunk { .. } => 0,
+        });
+        let blocks = self.blocks.iter().map(Block::stored_bytes).sum::<u64>();
+        let rest = 4 * self.ids.len() + PIECE_STORED_BYTES * self.pieces.len();
+        data.sum::<u64>() + blocks + self.sampler.stored_bytes() + rest as u64
+    }
+}
+
+impl Step {
+    /// Bytes that it brings to a commit, at most; those that its session has are not counted.
+    pub(super) fn stored_bytes(&self) -> u64 {
+        let head = self.head.as_ref().map_or(0, Head::stored_bytes);
+        1024 + head + self.append.as_ref().map_or(0, Append::stored_bytes)
+    }
+}
+
 /// A step that is durable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Acknowledged {
@@ -126,6 +146,7 @@ struct Node {
     /// By how many appends: a power of two.
     covers: u64,
     delta: Delta,
+    cuts: Cuts,
     place: Place,
 }
 
@@ -179,6 +200,8 @@ pub(super) struct Live {
     claiming: HashSet<Name>,
     held: HashMap<Name, Held>,
     pub(super) ended: Vec<Ended>,
+    /// Slots of sessions that were closed here, and are known to be: four bytes each, as long as the log is written.
+    over: HashSet<u32>,
 }
 
 /// An entry that is being made.
@@ -186,18 +209,28 @@ pub(super) struct Live {
 struct Body {
     bytes: Vec<u8>,
     rows: Vec<Row>,
+    /// Where the step's bytes begin that is being made.
+    from: usize,
 }
 
+/// Bytes of an entry without its index.
+pub(super) const BODY_BYTES_MAX: u64 = caps::ENTRY_BYTES_MAX - 2 * caps::INDEX_BYTES_MAX;
+
 impl Body {
+    /// Refused where the step would fit into no entry.
     fn push(&mut self, bytes: &[u8]) -> Result<u64, Refusal> {
-        let at = self.bytes.len() as u64;
-        // With room for the index.
-        let most = caps::ENTRY_BYTES_MAX - 2 * caps::INDEX_BYTES_MAX;
-        if at + bytes.len() as u64 > most {
-            return Err(Refusal::TooLarge(most));
+        let at = self.bytes.len();
+        let of_step = (at - self.from + bytes.len()) as u64;
+        if of_step > BODY_BYTES_MAX {
+            return Err(Refusal::NeverFits { bytes: of_step, most: BODY_BYTES_MAX });
         }
         self.bytes.extend_from_slice(bytes);
-        Ok(at)
+        Ok(at as u64)
+    }
+
+    /// Whether the step, which is whole, fits into this entry.
+    fn check(&self) -> Result<(), Refusal> {
+        if self.bytes.len() as u64 > BODY_BYTES_MAX { Err(Refusal::TooLarge(BODY_BYTES_MAX)) } else { Ok(()) }
     }
 
     /// The same of a piece of a session that was claimed, with room for its record and for steps of others.
@@ -220,8 +253,8 @@ impl Body {
 
 impl Live {
     pub(super) fn new(log: String) -> Self {
-        let (claiming, held) = (HashSet::new(), HashMap::new());
-        Self { log, next: 1, next_slot: 0, claiming, held, ended: Vec::new() }
+        let (claiming, held, over) = (HashSet::new(), HashMap::new(), HashSet::new());
+        Self { log, next: 1, next_slot: 0, claiming, held, ended: Vec::new(), over }
     }
 
     /// The number of the next entry.
@@ -249,6 +282,17 @@ impl Live {
         self.claiming.remove(name);
     }
 
+    /// A session that was closed here, and that the store says so of.
+    pub(super) fn forget(&mut self, slot: u32) {
+        self.ended.retain(|ended| ended.slot != slot);
+        self.over.insert(slot);
+    }
+
+    /// Whether a slot is that of one that was forgotten.
+    pub(super) fn is_over(&self, slot: u32) -> bool {
+        self.over.contains(&slot)
+    }
+
     /// It is owned from now on.
     pub(super) fn own(&mut self, name: &Name, slot: u32, standing: Standing, beginning: Beginning) {
         self.claiming.remove(name);
@@ -262,17 +306,29 @@ impl Live {
         all
     }
 
+    /// Bytes that a step takes of an entry, at most: what it brings, and what its record repeats.
+    pub(super) fn weighs(&self, step: &Step) -> u64 {
+        let repeats = match self.held.get(&step.name).map(|held| &held.stage) {
+            Some(Stage::Begins(Beginning::Claimed(session, data))) => {
+                session.stored_bytes() + data.iter().flatten().map(|data| data.len() as u64).sum::<u64>()
+            }
+            Some(Stage::Runs(running)) => running.nodes.iter().map(|node| node.place.2).sum(),
+            Some(Stage::Begins(Beginning::Fresh)) | None => 0,
+        };
+        repeats + step.stored_bytes()
+    }
+
     /// Makes an entry of steps.
     pub(super) fn build(&mut self, steps: Vec<Step>) -> Built {
         let number = self.next;
         let (mut body, mut answers, mut seen) = (Body::default(), Vec::with_capacity(steps.len()), HashSet::new());
         for step in steps {
             let name = step.name.clone();
-            let length = body.bytes.len();
+            body.from = body.bytes.len();
             let is_new = seen.insert(name.clone());
             let answer = if is_new { self.step(number, step, &mut body) } else { Err(Refusal::Twice(name)) };
             if answer.is_err() {
-                body.bytes.truncate(length);
+                body.bytes.truncate(body.from);
             }
             answers.push(answer);
         }
@@ -362,6 +418,9 @@ impl At<'_> {
     fn delta(&self, progress: &Progress, append: Option<Append>, body: &mut Body) -> Result<Delta, Refusal> {
         let Some(append) = append else { return Ok(progress.nothing()) };
         let Append { start, ids, delivered, valid_tokens, sampler, blocks, pieces } = append;
+        if pieces.len() > caps::PIECES_MAX {
+            return Err(self.invalid()(Refused(format!("more than {} pieces", caps::PIECES_MAX))));
+        }
         let pieces: Result<Vec<Piece>, Refusal> =
             pieces.into_iter().map(|piece| body.piece(self.number, piece)).collect();
         let (blocks, pieces) = (Bounded(blocks), Bounded(pieces?));
@@ -386,7 +445,7 @@ impl At<'_> {
         };
         let mut progress = session.progress().map_err(self.invalid())?;
         let delta = self.delta(&progress, append, body)?;
-        progress.step(&delta, delta.ids.0.len() as u64).map_err(self.invalid())?;
+        progress.append(&delta).map_err(self.invalid())?;
         session.apply(&delta, &progress.cover);
         let place = self.write(Vec::new(), Some(session), None, body)?;
         Ok(Running { progress, full: place, newest: place, nodes: Vec::new(), mentioned: self.number })
@@ -413,27 +472,31 @@ impl At<'_> {
     /// One of the following ones.
     fn next(&self, running: &mut Running, append: Option<Append>, body: &mut Body) -> Result<(), Refusal> {
         let delta = self.delta(&running.progress, append, body)?;
+        let newest = Cuts::of(&delta.pieces.0, &running.progress.cover);
         let mut progress = running.progress.clone();
-        progress.step(&delta, delta.ids.0.len() as u64).map_err(self.invalid())?;
+        progress.append(&delta).map_err(self.invalid())?;
         let (mut covers, mut kept) = (1, running.nodes.len());
         while kept > 0 && running.nodes.get(kept - 1).is_some_and(|node| node.covers == covers) {
             (covers, kept) = (covers * 2, kept - 1);
         }
         let (before, joined) = running.nodes.split_at(kept);
-        let mut joined = joined.iter().map(|node| &node.delta).chain([&delta]);
-        let mut delta = joined.next().cloned().unwrap_or_default();
-        joined.for_each(|newer| delta.follow(newer, &progress.cover));
+        let mut joined = joined.iter().map(|node| (&node.delta, &node.cuts)).chain([(&delta, &newest)]);
+        let (mut delta, mut cuts) =
+            joined.next().map(|(delta, cuts)| (delta.clone(), cuts.clone())).unwrap_or_default();
+        for (newer, newer_cuts) in joined {
+            delta.follow(newer, &progress.cover);
+            cuts.follow(newer_cuts);
+        }
+        let mut stored = delta.clone();
+        if covers > 1 {
+            stored.pieces.0 = cuts.before(stored.pieces.0);
+        }
         let path = [running.full].into_iter().chain(before.iter().map(|node| node.place)).collect();
-        let (delta, place) = self.write_delta(path, delta, body)?;
+        let place = self.write(path, None, Some(stored), body)?;
         running.nodes.truncate(kept);
-        running.nodes.push(Node { covers, delta, place });
+        running.nodes.push(Node { covers, delta, cuts, place });
         (running.progress, running.newest, running.mentioned) = (progress, place, self.number);
         Ok(())
-    }
-
-    fn write_delta(&self, path: Vec<Place>, delta: Delta, body: &mut Body) -> Result<(Delta, Place), Refusal> {
-        let place = self.write(path, None, Some(delta.clone()), body)?;
-        Ok((delta, place))
     }
 
     fn write(
@@ -446,6 +509,8 @@ impl At<'_> {
         let (critical, path) = (Bounded::default(), Bounded(path));
         let record = Record { format: FORMAT, critical, epoch: self.epoch, ends: self.ends, path, full, delta };
         let stored = record.encode(self.log, self.number, self.slot).map_err(self.invalid())?;
-        Ok(Place(self.number, body.push(&stored)?, stored.len() as u64))
+        let place = Place(self.number, body.push(&stored)?, stored.len() as u64);
+        body.check()?;
+        Ok(place)
     }
 }

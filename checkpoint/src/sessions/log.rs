@@ -13,7 +13,8 @@ use object_store::ObjectMeta;
 
 use super::entry::{Entry, Kind, Sealer};
 use super::error::SessionError;
-use super::store::{Created, Store};
+use super::owner::Owner;
+use super::store::Store;
 use crate::caps;
 use crate::manifest::Refused;
 
@@ -53,6 +54,15 @@ impl Log {
     /// The first number that counts for nothing, or is the seal's.
     pub(super) fn end(&self) -> u64 {
         self.seal.as_ref().map_or(self.sizes.len() as u64, |(number, _)| *number)
+    }
+
+    /// Of the log of a session's owner: a first epoch whose holder's log has no beginning means nothing. It was created late, when the session had
+    /// been closed and both had been collected: as long as a first epoch is the last one, its log is needed.
+    pub(super) fn check_holder(&self, owner: &Owner) -> Result<(), SessionError> {
+        match owner.epoch == 1 && self.end() == 0 {
+            true => Err(SessionError::NoSuch(owner.name.clone())),
+            false => Ok(()),
+        }
     }
 
     /// Looks at a log.
@@ -110,50 +120,63 @@ impl Log {
         futures::stream::iter(each).buffered(caps::INDEXES_AT_ONCE).try_collect().await
     }
 
-    /// Seals it, where it is not. Commits that came meanwhile are among the last then. `by`: who does it.
+    /// Seals it, where it is not. Commits that came meanwhile are among the last then, as far as they are. `by`: who does it.
+    ///
+    /// A writer that goes on fills the end before a seal comes there, each time. It is stopped by a seal so far ahead that it is not there yet, whose
+    /// number it must reach; then the log is listed again, and the first hole is filled, by that writer or by a seal: the lowest seal counts.
     pub(super) async fn seal(&mut self, store: &Store, by: &Sealer) -> Result<(), SessionError> {
-        let mut width = 1;
-        while self.seal.is_none() {
-            // A writer that goes on is stopped by one ahead of it, whose number it must reach before this one request is done. Then the first
-            // hole is filled, by that writer or by a seal: the lowest seal counts.
-            let (top, log) = (self.end() + width - 1, &*self);
-            let stop = log.put_seal(store, top, by).await?;
-            let numbers = self.end()..top;
-            let each = numbers
-                .map(|number| async move { Ok::<_, SessionError>((number, log.put_seal(store, number, by).await?)) });
-            let tries: Vec<(u64, Option<Bytes>)> =
-                futures::stream::iter(each).buffered(caps::SESSION_READS_AT_ONCE).try_collect().await?;
-            for (number, there) in tries.into_iter().chain([(top, stop)]) {
-                if self.seal.is_some() {
-                    break;
-                }
-                match there {
-                    None => self.seal = Some((number, by.clone())),
-                    Some(body) => {
-                        let bytes = body.len() as u64;
-                        let entry = Entry::decode(&body, bytes, &self.id, number);
-                        let entry = entry.map_err(SessionError::damaged(what(&self.id, number)))?;
-                        self.sizes.push(bytes);
-                        self.take(entry);
-                    }
+        if self.seal.is_some() || self.seal_end(store, by).await? {
+            return Ok(());
+        }
+        let mut ahead = caps::SEAL_AHEAD;
+        for _ in 0..caps::SEALS_MAX {
+            let number = self.end() + ahead;
+            // What is there by now is passed.
+            if !self.put_seal(store, number, by).await? {
+                ahead *= 2;
+                continue;
+            }
+            for _ in 0..=ahead {
+                *self = Self::look(store, &self.id).await?;
+                if self.seal.is_some() || self.seal_end(store, by).await? {
+                    return Ok(());
                 }
             }
-            width = (width * 4).min(2 * caps::PIPELINED_MAX);
         }
-        Ok(())
+        let what = format!("the log {} was sealed", self.id);
+        Err(SessionError::Request { what, cause: Trouble::Exists })
     }
 
-    /// Creates a seal, or says what is there.
-    async fn put_seal(&self, store: &Store, number: u64, by: &Sealer) -> Result<Option<Bytes>, SessionError> {
+    /// Seals it at its end, unless something is there by now, which is taken.
+    async fn seal_end(&mut self, store: &Store, by: &Sealer) -> Result<bool, SessionError> {
+        let number = self.end();
+        if self.put_seal(store, number, by).await? {
+            self.seal = Some((number, by.clone()));
+            return Ok(true);
+        }
+        if let Some(bytes) = has_entry(store, &self.id, number).await? {
+            let entry = read_entry(store, &self.id, number, bytes).await?;
+            self.sizes.push(bytes);
+            self.take(entry);
+        }
+        Ok(self.seal.is_some())
+    }
+
+    /// Creates a seal, unless something is there.
+    async fn put_seal(&self, store: &Store, number: u64, by: &Sealer) -> Result<bool, SessionError> {
         let failed = |cause| SessionError::Damaged { what: what(&self.id, number), cause };
         let body = Entry::new(&self.id, number, Kind::Seal, Some(by.clone())).finish(Vec::new()).map_err(failed)?;
-        let body = Bytes::from(body);
-        let created = store.create(&store.entry(&self.id, number), &body, caps::ENTRY_BYTES_MAX).await;
-        match created.map_err(SessionError::request(format!("the log {} was sealed", self.id)))? {
-            Created::New => Ok(None),
-            Created::There(there) if there == body => Ok(None),
-            Created::There(there) => Ok(Some(there)),
-        }
+        let created = store.create_unless(&store.entry(&self.id, number), &Bytes::from(body)).await;
+        created.map_err(SessionError::request(format!("the log {} was sealed", self.id)))
+    }
+}
+
+/// Bytes of an entry, if it is there.
+pub(super) async fn has_entry(store: &Store, log: &str, number: u64) -> Result<Option<u64>, SessionError> {
+    match store.bucket.head(&store.entry(log, number), store.deadline()).await {
+        Ok(meta) => Ok(Some(meta.size)),
+        Err(Trouble::NotFound) => Ok(None),
+        Err(cause) => Err(SessionError::Request { what: format!("{} was looked at", what(log, number)), cause }),
     }
 }
 

@@ -1,5 +1,7 @@
 //! Reading a session back from a log: its newest record, and those that it adds to.
 
+use std::collections::HashMap;
+
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use kvstore_bucket::Trouble;
@@ -31,12 +33,22 @@ pub(super) fn mentioned(log: &Log, slot: u32, from: u64) -> Option<(Place, Optio
 /// The same of the whole log. A session that goes on is always in the last entries; one that has long been closed, or never began, is looked
 /// for in all of them.
 pub(super) async fn newest(store: &Store, log: &Log, slot: u32) -> Result<Option<(Place, Option<End>)>, SessionError> {
-    if let Some(found) = mentioned(log, slot, 0) {
+    newest_since(store, log, slot, 0).await
+}
+
+/// The same of the entries from this one on.
+pub(super) async fn newest_since(
+    store: &Store,
+    log: &Log,
+    slot: u32,
+    since: u64,
+) -> Result<Option<(Place, Option<End>)>, SessionError> {
+    if let Some(found) = mentioned(log, slot, since) {
         return Ok(Some(found));
     }
     let mut to = log.last.keys().next().copied().unwrap_or_else(|| log.end());
-    while to > 0 {
-        let from = to.saturating_sub(caps::INDEXES_AT_ONCE as u64);
+    while to > since {
+        let from = to.saturating_sub(caps::INDEXES_AT_ONCE as u64).max(since);
         let entries = log.entries(store, from, to).await?;
         if let Some(found) = entries.iter().find_map(|entry| entry.mention(slot)) {
             return Ok(Some(found));
@@ -44,6 +56,24 @@ pub(super) async fn newest(store: &Store, log: &Log, slot: u32) -> Result<Option
         to = from;
     }
     Ok(None)
+}
+
+/// Newest records by their slots.
+pub(super) type Newest = HashMap<u32, (Place, Option<End>)>;
+
+/// The newest records of a whole log.
+pub(super) async fn all(store: &Store, log: &Log) -> Result<Newest, SessionError> {
+    let (mut all, mut to) = (Newest::new(), log.end());
+    while to > 0 {
+        let from = to.saturating_sub(caps::INDEXES_AT_ONCE as u64);
+        for entry in log.entries(store, from, to).await? {
+            for (slot, found) in entry.mentions() {
+                all.entry(slot).or_insert(found);
+            }
+        }
+        to = from;
+    }
+    Ok(all)
 }
 
 /// The session of which this is the newest record.

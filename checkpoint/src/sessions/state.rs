@@ -46,6 +46,15 @@ pub struct Head {
     pub shape: Shape,
 }
 
+impl Head {
+    /// Bytes of it in a record, at most.
+    pub(super) fn stored_bytes(&self) -> u64 {
+        let texts = self.facts.iter().chain(&self.sampling).map(|(name, value)| name.len() + value.len() + 10);
+        let lora = self.lora.as_ref().map_or(0, String::len);
+        (4 * self.prompt.0.len() + lora + texts.sum::<usize>()) as u64
+    }
+}
+
 /// What changes with each token, beside the ids. In a delta, `None` is "as before". What is `None` is left out where it is stored.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sampler {
@@ -93,6 +102,15 @@ impl Sampler {
         take(&mut self.engine, &newer.engine);
     }
 
+    /// Bytes of it in a record, at most.
+    pub(super) fn stored_bytes(&self) -> u64 {
+        let opaque =
+            [&self.detokeniser, &self.grammar, &self.engine].into_iter().flatten().map(|opaque| opaque.0.len());
+        let texts = self.stop_tail.iter().map(String::len);
+        let penalties = self.penalties.iter().map(|penalties| 11 * penalties.0.len());
+        200 + opaque.chain(texts).chain(penalties).sum::<usize>() as u64
+    }
+
     fn check(&self) -> Result<(), Refused> {
         let penalties = self.penalties.iter().flat_map(|all| all.0.windows(2));
         if penalties.into_iter().any(|pair| matches!(pair, [one, other] if one.0 >= other.0)) {
@@ -114,6 +132,8 @@ impl Sampler {
 
 type BlockName = Opaque<{ caps::BLOCK_NAME_BYTES_MAX }>;
 type BlockForm = (u32, u16, u16, BlockName, Option<BlockName>);
+/// Bytes of a piece in a record, at most.
+pub(super) const PIECE_STORED_BYTES: usize = 88;
 type PieceForm = (u16, u16, u64, u32, u64, Digest, Option<(u64, u64)>);
 
 /// A block of KV that is durable, by its name. Stored as a list of its fields.
@@ -130,6 +150,13 @@ pub struct Block {
     pub name: BlockName,
     /// The name of the block before it; none for the first.
     pub parent: Option<BlockName>,
+}
+
+impl Block {
+    /// Bytes of it in a record, at most.
+    pub(super) fn stored_bytes(&self) -> u64 {
+        (16 + self.name.0.len() + self.parent.as_ref().map_or(0, |parent| parent.0.len())) as u64
+    }
 }
 
 impl From<BlockForm> for Block {
@@ -196,7 +223,7 @@ pub struct Delta {
     pub blocks: Bounded<Block, { caps::BLOCKS_MAX }>,
     /// Pieces that are new.
     #[serde(default, skip_serializing_if = "Bounded::is_empty")]
-    pub pieces: Bounded<Piece, { caps::PIECES_MAX }>,
+    pub pieces: Bounded<Piece, { caps::DELTA_PIECES_MAX }>,
 }
 
 impl Delta {
@@ -208,6 +235,45 @@ impl Delta {
         self.blocks.0.extend_from_slice(&newer.blocks.0);
         self.pieces.0.extend_from_slice(&newer.pieces.0);
         keep_needed(&mut self.pieces.0, cover);
+    }
+}
+
+/// The lowest of the pieces of each shard that replaced others. Where what a delta adds is joined with what follows it, such a piece may not be
+/// needed any more, as blocks hold its tokens by then; what it replaced must not come back for it, though.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Cuts(BTreeMap<(u16, u16), Piece>);
+
+impl Cuts {
+    /// Of pieces that come where `cover` is.
+    pub(super) fn of(pieces: &[Piece], cover: &Cover) -> Self {
+        let mut cuts = Self::default();
+        pieces.iter().filter(|piece| cover.replaces(piece)).for_each(|piece| cuts.add(piece));
+        cuts
+    }
+
+    fn add(&mut self, piece: &Piece) {
+        let lowest = self.0.entry((piece.group, piece.rank)).or_insert_with(|| piece.clone());
+        if piece.start <= lowest.start {
+            lowest.clone_from(piece);
+        }
+    }
+
+    /// Takes what follows them into them.
+    pub(super) fn follow(&mut self, newer: &Self) {
+        newer.0.values().for_each(|piece| self.add(piece));
+    }
+
+    /// These pieces, behind those that replace what none of them does.
+    pub(super) fn before(&self, pieces: Vec<Piece>) -> Vec<Piece> {
+        let mut first: BTreeMap<(u16, u16), u64> = BTreeMap::new();
+        for piece in &pieces {
+            let lowest = first.entry((piece.group, piece.rank)).or_insert(piece.start);
+            *lowest = piece.start.min(*lowest);
+        }
+        let is_missing =
+            |(shard, cut): &(&(u16, u16), &Piece)| first.get(*shard).is_none_or(|start| *start > cut.start);
+        let cuts = self.0.iter().filter(is_missing).map(|(_, cut)| cut.clone());
+        cuts.chain(pieces).collect()
     }
 }
 
@@ -259,6 +325,13 @@ impl Session {
         }
     }
 
+    /// Bytes of it in a record, at most.
+    pub(super) fn stored_bytes(&self) -> u64 {
+        let blocks = self.blocks.0.iter().map(Block::stored_bytes).sum::<u64>();
+        let rest = 1024 + 4 * self.generated.0.len() + PIECE_STORED_BYTES * self.pieces.0.len();
+        self.head.stored_bytes() + self.sampler.stored_bytes() + blocks + rest as u64
+    }
+
     /// Its tokens, those of the prompt included.
     pub fn tokens(&self) -> u64 {
         (self.head.prompt.0.len() + self.generated.0.len()) as u64
@@ -284,7 +357,7 @@ impl Session {
             valid_tokens: self.valid_tokens,
             sampler: self.sampler.clone(),
             blocks: self.blocks.clone(),
-            pieces: self.pieces.clone(),
+            pieces: Bounded(self.pieces.0.clone()),
         };
         progress.step(&all, self.generated.0.len() as u64)?;
         Ok(progress)
@@ -331,6 +404,8 @@ pub(super) struct Progress {
     delivered: u64,
     pub(super) valid_tokens: u64,
     blocks: usize,
+    /// Bytes of its head, ids and blocks in a full record, at most.
+    bytes: u64,
     pub(super) cover: Cover,
 }
 
@@ -338,7 +413,7 @@ impl Progress {
     fn new(head: &Head) -> Self {
         let prompt = head.prompt.0.len() as u64;
         let cover = Cover::new(head.shape);
-        Self { prompt, tokens: prompt, delivered: 0, valid_tokens: 0, blocks: 0, cover }
+        Self { prompt, tokens: prompt, delivered: 0, valid_tokens: 0, blocks: 0, bytes: head.stored_bytes(), cover }
     }
 
     /// A delta that adds nothing.
@@ -367,8 +442,12 @@ impl Progress {
         }
         delta.sampler.check()?;
         self.blocks += delta.blocks.0.len();
-        if self.blocks > caps::BLOCKS_MAX || delta.pieces.0.len() > caps::PIECES_MAX {
-            return refused(format!("it has more than {} blocks or {} pieces", caps::BLOCKS_MAX, caps::PIECES_MAX));
+        if self.blocks > caps::BLOCKS_MAX {
+            return refused(format!("it has more than {} blocks", caps::BLOCKS_MAX));
+        }
+        self.bytes += 4 * new + delta.blocks.0.iter().map(Block::stored_bytes).sum::<u64>();
+        if self.bytes > caps::SESSION_STATE_BYTES_MAX {
+            return refused(format!("its ids and blocks have more than {} bytes", caps::SESSION_STATE_BYTES_MAX));
         }
         for block in &delta.blocks.0 {
             self.cover.add_block(block, tokens)?;
@@ -383,6 +462,7 @@ impl Progress {
             }
             self.cover.add_piece(piece, tokens)?;
         }
+        self.check_pieces()?;
         let covered = self.cover.tokens();
         if delta.valid_tokens > covered {
             return refused(format!(
@@ -392,5 +472,26 @@ impl Progress {
         }
         (self.tokens, self.delivered, self.valid_tokens) = (tokens, delta.delivered, delta.valid_tokens);
         Ok(())
+    }
+
+    /// Whatever a record joins, and whoever claims the session, must be able to hold them.
+    fn check_pieces(&self) -> Result<(), Refused> {
+        let (pieces, bytes) = self.cover.pieces();
+        if pieces > caps::PIECES_MAX {
+            return refused(format!("{pieces} pieces; the most are {}: name blocks instead", caps::PIECES_MAX));
+        }
+        match bytes > caps::SESSION_PIECE_BYTES_MAX {
+            true => refused(format!(
+                "pieces of {bytes} bytes in all; the most are {}: name blocks instead, or keep chunks elsewhere",
+                caps::SESSION_PIECE_BYTES_MAX
+            )),
+            false => Ok(()),
+        }
+    }
+
+    /// Goes on by what somebody appends.
+    pub(super) fn append(&mut self, delta: &Delta) -> Result<(), Refused> {
+        self.step(delta, delta.ids.0.len() as u64)?;
+        delta.pieces.0.iter().try_for_each(|piece| self.cover.check_new(piece))
     }
 }

@@ -156,6 +156,20 @@ impl Store {
         Err(Trouble::NotFound)
     }
 
+    /// Creates a small object, unless something is there, which is not read: whether it is an own try whose answer was lost is for the caller to
+    /// find out. Where the store is not known to refuse what came to it damaged, the object is read back, and what is damaged is there.
+    pub(super) async fn create_unless(&self, at: &Path, body: &Bytes) -> Result<bool, Trouble> {
+        match self.create_once(at, body).await {
+            Ok(()) if !self.reads_back.load(Ordering::Relaxed) => Ok(true),
+            Ok(()) => {
+                let read = self.bucket.read_all(at, caps::ENTRY_BYTES_MAX, self.deadline()).await;
+                read.map(|(there, _)| there == body)
+            }
+            Err(Trouble::Exists) => Ok(false),
+            Err(trouble) => Err(trouble),
+        }
+    }
+
     async fn create_once(&self, at: &Path, body: &Bytes) -> Result<(), Trouble> {
         let mut tries = self.bucket.tries(self.deadline(), body.len() as u64);
         loop {

@@ -95,6 +95,7 @@ impl Store {
     ) -> Result<(Option<End>, Option<Sealer>, Option<Session>), SessionError> {
         let Some(holder) = &owner.holder else { return Ok((Some(End::Closed), None, None)) };
         let log = Log::look(self, &holder.log).await?;
+        log.check_holder(owner)?;
         let sealed_by = log.seal.as_ref().map(|(_, by)| by.clone());
         let found = read::newest(self, &log, holder.slot).await?;
         let ends = found.and_then(|(_, ends)| ends);

@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use super::entry::{End, Entry, Kind, Sealer};
 use super::error::{Broken, Refusal, SessionError};
 use super::live::{Acknowledged, Live, Step};
-use super::log::what;
+use super::log::{has_entry, what};
 use super::name::Name;
 use super::owner::Owner;
 use super::store::{Created, Store};
@@ -110,6 +110,19 @@ impl Writer {
         self.broken().map_or(Ok(()), |why| Err(why.into()))
     }
 
+    /// Finds out whether the log has been sealed by another and collected; its next entry would find that, too. A session that is opened by it then
+    /// would not be there.
+    pub(super) async fn check_begun(&self) -> Result<(), SessionError> {
+        let log = self.log().to_owned();
+        if has_entry(&self.0.store, &log, 0).await?.is_some() {
+            return Ok(());
+        }
+        let why = Broken::Failed { log, number: 0, why: "it was sealed by another, and has been collected".into() };
+        let next = self.0.live.lock().next();
+        self.0.breaks(next, why.clone());
+        Err(why.into())
+    }
+
     /// Writes a group of steps, for each session one at most. The answers come in their order once all that was answered `Ok` is durable. A step
     /// that is refused leaves its session as it is, and the others are made. An error says that nothing is known of any.
     ///
@@ -144,7 +157,7 @@ impl Writer {
         drop(live);
         let number = built.entry.as_ref().map(|(number, _)| *number);
         if let Some((number, body)) = built.entry {
-            tokio::spawn(Arc::clone(&self.0).put(turn, number, body));
+            tokio::spawn(Underway { inner: Arc::clone(&self.0), number, is_told: false }.put(turn, body));
         }
         let inner = Arc::clone(&self.0);
         Ok(async move {
@@ -169,7 +182,7 @@ impl Writer {
         let due: Vec<_> = self.0.live.lock().ended.iter().filter(|ended| is_due(ended)).cloned().collect();
         for ended in due {
             close(&self.0.store, &ended.name, &ended.standing).await?;
-            self.0.live.lock().ended.retain(|other| other.slot != ended.slot);
+            self.0.live.lock().forget(ended.slot);
         }
         Ok(())
     }
@@ -199,18 +212,38 @@ pub(super) async fn close(store: &Store, name: &Name, standing: &super::owner::S
     created.map(drop).map_err(SessionError::request(format!("the session {name} was closed")))
 }
 
-impl Inner {
-    /// Puts an entry, and keeps its turn until it is acknowledged: so no more than those are behind a hole.
-    async fn put(self: Arc<Self>, turn: Turn, number: u64, body: Bytes) {
-        let created = self.store.create(&self.store.entry(&self.me.log, number), &body, caps::ENTRY_BYTES_MAX).await;
-        match self.outcome(number, &body, created) {
-            Ok(()) => self.lands(number),
-            Err(why) => self.breaks(number, why),
+/// An entry that is being put. Where its task does not come to an end, as the runtime shuts down, nothing is known of it.
+struct Underway {
+    inner: Arc<Inner>,
+    number: u64,
+    is_told: bool,
+}
+
+impl Drop for Underway {
+    fn drop(&mut self) {
+        if !self.is_told {
+            let (log, number) = (self.inner.me.log.clone(), self.number);
+            self.inner.breaks(number, Broken::Failed { log, number, why: "the task that wrote it has ended".into() });
         }
-        let _ = self.wait(number).await;
+    }
+}
+
+impl Underway {
+    /// Puts it, and keeps its turn until it is acknowledged: so no more than those are behind a hole.
+    async fn put(mut self, turn: Turn, body: Bytes) {
+        let (inner, number) = (Arc::clone(&self.inner), self.number);
+        let created = inner.store.create(&inner.store.entry(&inner.me.log, number), &body, caps::ENTRY_BYTES_MAX).await;
+        match inner.outcome(number, &body, created) {
+            Ok(()) => inner.lands(number),
+            Err(why) => inner.breaks(number, why),
+        }
+        self.is_told = true;
+        let _ = inner.wait(number).await;
         drop(turn);
     }
+}
 
+impl Inner {
     fn outcome(&self, number: u64, body: &Bytes, created: Result<Created, Trouble>) -> Result<(), Broken> {
         let log = self.me.log.clone();
         let failed = |why: String| Broken::Failed { log: log.clone(), number, why };
