@@ -77,8 +77,6 @@ pub const SHARDS_MAX: usize = 4096;
 pub const PIECES_MAX: usize = 1 << 16;
 /// Pieces of a record that joins what several appends added: all that the session has, and for each shard one that says what was replaced.
 pub const DELTA_PIECES_MAX: usize = PIECES_MAX + SHARDS_MAX;
-/// Bytes of a session's pieces in its log. Whoever claims it writes them to one entry, with a full record: they fit, with half a MiB to spare.
-pub const SESSION_PIECE_BYTES_MAX: u64 = 24 << 20;
 /// Bytes of a session's head, ids and blocks in a full record. With the largest sampler's state and as many pieces as there may be, it has at
 /// most 39 MiB.
 pub const SESSION_STATE_BYTES_MAX: u64 = 28 << 20;

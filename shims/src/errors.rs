@@ -195,9 +195,11 @@ pub mod sessions {
             SessionError::Closed(_) | SessionError::NoSuch(_) => Error::NotFound(message).into(),
             SessionError::Exists(_) | SessionError::Owned(_) => Error::Invalid(message).into(),
             SessionError::TooMany { .. } => Error::Unsupported(message).into(),
-            SessionError::Collecting(_) | SessionError::LeaseLost | SessionError::Contended(_) => {
-                Error::Busy(message).into()
-            }
+            SessionError::Gone => Error::Unavailable(message).into(),
+            SessionError::Busy { .. }
+            | SessionError::Collecting(_)
+            | SessionError::LeaseLost
+            | SessionError::Contended(_) => Error::Busy(message).into(),
         }
     }
 

@@ -15,8 +15,6 @@ struct Span {
     end: u64,
     /// What of it counts ends here: where the next one begins, or where it ends itself.
     until: u64,
-    /// Bytes of it that lie in a log.
-    bytes: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -114,8 +112,7 @@ impl Cover {
         if piece.start > shard.end() {
             return Err(of(format!("what is there ends at token {}", shard.end())));
         }
-        let bytes = piece.held.map_or(0, |_| piece.bytes);
-        shard.pieces.push(Span { start: piece.start, end, until: end, bytes });
+        shard.pieces.push(Span { start: piece.start, end, until: end });
         Ok(())
     }
 
@@ -146,10 +143,9 @@ impl Cover {
         at.ok().and_then(|at| pieces.get(at)).is_some_and(|span| span.end == end)
     }
 
-    /// How many pieces are there, and their bytes in a log.
-    pub(super) fn pieces(&self) -> (usize, u64) {
-        let each = self.shards.values().flat_map(|shard| &shard.pieces);
-        each.fold((0, 0), |(pieces, bytes), span| (pieces + 1, bytes + span.bytes))
+    /// How many pieces are there.
+    pub(super) fn pieces(&self) -> usize {
+        self.shards.values().map(|shard| shard.pieces.len()).sum()
     }
 
     /// Tokens whose KV is there.

@@ -476,15 +476,8 @@ impl Progress {
 
     /// Whatever a record joins, and whoever claims the session, must be able to hold them.
     fn check_pieces(&self) -> Result<(), Refused> {
-        let (pieces, bytes) = self.cover.pieces();
-        if pieces > caps::PIECES_MAX {
-            return refused(format!("{pieces} pieces; the most are {}: name blocks instead", caps::PIECES_MAX));
-        }
-        match bytes > caps::SESSION_PIECE_BYTES_MAX {
-            true => refused(format!(
-                "pieces of {bytes} bytes in all; the most are {}: name blocks instead, or keep chunks elsewhere",
-                caps::SESSION_PIECE_BYTES_MAX
-            )),
+        match self.cover.pieces() > caps::PIECES_MAX {
+            true => refused(format!("more than {} pieces: name blocks instead", caps::PIECES_MAX)),
             false => Ok(()),
         }
     }
