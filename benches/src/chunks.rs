@@ -188,7 +188,8 @@ async fn beside_demand(disk: &Disk<'_>, url: &str, rounds: usize) -> anyhow::Res
         let group = register(&client).await?;
         let content = replay::content(1, BLOCK);
         for (at, hash) in names.iter().enumerate() {
-            let parent = at.checked_sub(1).map(|before| &names[before][..]);
+            let before = at.checked_sub(1).and_then(|before| names.get(before));
+            let parent = before.map(|name| name.as_ref());
             let block = [PutSlice { hash, parent, parts: &[&content] }];
             let options = PutOptions { level: Level::Local, ..PutOptions::default() };
             let put = client.put_from(&group, &block, options).await?;

@@ -193,6 +193,16 @@ async fn prewarm(
     }))
 }
 
+/// Copies a snapshot into another store.
+async fn upload(between: Between<'_>, asked: &str, compress: Compress, progress: &Arc<Counts>) -> Result<Value, Error> {
+    let (id, is_name) = between.from.resolve_named(asked).await.map_err(of::store)?;
+    let copied = copy::copy(between, &id, is_name.then_some(asked), compress, progress).await;
+    let _ = tokio::task::spawn_blocking(heap::give_back).await;
+    let commit = copied.map_err(of::save)?;
+    let names = names_of(&between.to.names().await.map_err(of::store)?, &id);
+    Ok(describe::with(describe::snapshot(&commit, &names), moved(progress, "written_bytes")))
+}
+
 async fn answer(
     store: Store,
     is_local: bool,
@@ -267,13 +277,7 @@ async fn answer(
         Call::Upload { snapshot, url, options, compress } => {
             let compress = compression(compress, url.starts_with("file:"));
             let to = Store::open(&ObjectUrl { url, options }).map_err(of::store)?;
-            let (id, is_name) = store.resolve_named(&snapshot).await.map_err(of::store)?;
-            let (between, name) = (Between { from: &store, to: &to }, is_name.then_some(snapshot.as_str()));
-            let copied = copy::copy(between, &id, name, compress, &progress).await;
-            let _ = tokio::task::spawn_blocking(heap::give_back).await;
-            let commit = copied.map_err(of::save)?;
-            let names = names_of(&to.names().await.map_err(of::store)?, &id);
-            describe::with(describe::snapshot(&commit, &names), moved(&progress, "written_bytes"))
+            upload(Between { from: &store, to: &to }, &snapshot, compress, &progress).await?
         }
     };
     Ok(answer.to_string())
