@@ -194,7 +194,16 @@ async fn prewarm(
 }
 
 /// Copies a snapshot into another store.
-async fn upload(between: Between<'_>, asked: &str, compress: Compress, progress: &Arc<Counts>) -> Result<Value, Error> {
+async fn upload(
+    from: &Store,
+    asked: &str,
+    url: ObjectUrl,
+    compress: Option<bool>,
+    progress: &Arc<Counts>,
+) -> Result<Value, Error> {
+    let compress = compression(compress, url.url.starts_with("file:"));
+    let to = Store::open(&url).map_err(of::store)?;
+    let between = Between { from, to: &to };
     let (id, is_name) = between.from.resolve_named(asked).await.map_err(of::store)?;
     let copied = copy::copy(between, &id, is_name.then_some(asked), compress, progress).await;
     let _ = tokio::task::spawn_blocking(heap::give_back).await;
@@ -275,9 +284,7 @@ async fn answer(
             describe::with(answer, moved(&progress, "written_bytes"))
         }
         Call::Upload { snapshot, url, options, compress } => {
-            let compress = compression(compress, url.starts_with("file:"));
-            let to = Store::open(&ObjectUrl { url, options }).map_err(of::store)?;
-            upload(Between { from: &store, to: &to }, &snapshot, compress, &progress).await?
+            upload(&store, &snapshot, ObjectUrl { url, options }, compress, &progress).await?
         }
     };
     Ok(answer.to_string())
